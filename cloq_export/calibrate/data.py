@@ -1,0 +1,262 @@
+"""Calibration and evaluation texts, and the windows of tokens cut from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cloq_export.errors import CalibrationError, MissingPackageError
+
+WIKITEXT2 = "wikitext2"
+EMBEDDED = "embedded"
+
+_WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
+_WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
+_FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv")
+_HUB_TIMEOUT_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    """A text and where it came from.
+
+    Args:
+        text: the whole text, not empty.
+        origin: a file path, "hub:<id>", or "embedded (<what>)", for reports.
+        sha256: of the text in UTF-8, hexadecimal.
+    """
+
+    text: str
+    origin: str
+    sha256: str
+
+    @classmethod
+    def of(cls, text: str, origin: str) -> CalibrationText:
+        """Return the text with its hash.
+
+        Args:
+            text: the whole text.
+            origin: where it came from, for reports and messages.
+
+        Returns:
+            CalibrationText: text, origin and hash.
+
+        Raises:
+            CalibrationError: the text is empty or white space.
+        """
+        if not text.strip():
+            raise CalibrationError(f"the text {origin} is empty; give a file or data set with text in it.")
+        return cls(text, origin, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def load_text(name: str) -> CalibrationText:
+    """Return a calibration text.
+
+    Args:
+        name: "wikitext2" (validation split, from the data folder or the hub), "embedded" (a text that every Python
+            installation has), a .txt or .jsonl file (rows with "text", or with "question" and "answer"), or a hub
+            data set `ID[:CONFIG[:SPLIT]]` (split "train" unless named).
+
+    Returns:
+        CalibrationText: the text with its origin and hash.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable, empty, or on the hub without network.
+        MissingPackageError: a hub data set is asked for and `datasets` is not installed.
+    """
+    return _wikitext("validation") if name == WIKITEXT2 else _load_any(name)
+
+
+def evaluation_text(name: str) -> CalibrationText:
+    """Return a text to measure perplexity on: as `load_text`, but "wikitext2" is its test split.
+
+    Args:
+        name: as in `load_text`.
+
+    Returns:
+        CalibrationText: the text with its origin and hash.
+
+    Raises:
+        CalibrationError: as in `load_text`.
+        MissingPackageError: as in `load_text`.
+    """
+    return _wikitext("test") if name == WIKITEXT2 else _load_any(name)
+
+
+def tokenize_text(tokenizer: Any, text: str) -> torch.Tensor:
+    """Return the token ids of a text, without special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: any text.
+
+    Returns:
+        Tensor: (tokens,) int64.
+    """
+    # verbose=False: a whole text is meant to exceed the model's context; windows are cut from it.
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Return random windows of a token sequence; the same arguments always give the same windows.
+
+    Starts are drawn uniformly and independently, so windows may overlap.
+
+    Args:
+        token_ids: (tokens,) int64.
+        samples: number of windows, at least 1.
+        seqlen: tokens per window, at least 1.
+        seed: of the draw.
+
+    Returns:
+        Tensor: (samples, seqlen) int64.
+
+    Raises:
+        CalibrationError: the text is shorter than one window, or no window is asked for.
+    """
+    if samples < 1 or seqlen < 1:
+        raise CalibrationError(
+            f"{samples} windows of {seqlen} tokens were asked for; at least 1 of each is needed (--samples, --seqlen)."
+        )
+    available = token_ids.shape[0]
+    if available < seqlen:
+        raise CalibrationError(
+            f"the calibration text has {available} tokens, one window needs {seqlen}; give a longer text with "
+            "--calibration, or shorter windows with --seqlen."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(available - seqlen + 1, (samples,), generator=generator)
+    return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+
+
+def _load_any(name: str) -> CalibrationText:
+    if name == EMBEDDED:
+        return _embedded()
+    path = Path(name).expanduser()
+    if path.is_file():
+        return CalibrationText.of(_read_file(path), str(path))
+    if path.is_dir() or path.suffix.lower() in _FILE_SUFFIXES or name.startswith((".", "/", "~")) or not name.strip():
+        raise CalibrationError(
+            f"{name!r} is not a readable text file; allowed are wikitext2, embedded, a .txt or .jsonl file, or a data "
+            "set on the Hugging Face hub. Check the path."
+        )
+    identifier, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    rows = _hub_rows(identifier, config or None, split or "train")
+    return CalibrationText.of(_join_rows(rows, name), f"hub:{name}")
+
+
+def _embedded() -> CalibrationText:
+    # Some distributions strip pydoc's data, so its absence is a user's problem to hear about.
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise CalibrationError(
+            "this Python has no pydoc_data, so there is no embedded text; give a text file with --calibration."
+        ) from None
+    text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
+    return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")
+
+
+def _data_folders() -> Iterator[Path]:
+    chosen = os.environ.get("CLOQ_DATA")
+    if chosen:
+        yield Path(chosen).expanduser()
+        return
+    yield Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def _wikitext(split: str) -> CalibrationText:
+    for folder in _data_folders():
+        path = folder / _WIKITEXT_FILES[split]
+        if path.is_file():
+            return CalibrationText.of(_read_file(path), str(path))
+    rows = _hub_rows(*_WIKITEXT_HUB, split)
+    # The hub drops the blank that the original file has on empty lines.
+    text = "".join(row["text"] or " \n" for row in rows)
+    return CalibrationText.of(text, f"hub:{':'.join(_WIKITEXT_HUB)}:{split}")
+
+
+def _read_file(path: Path) -> str:
+    if path.suffix.lower() in (".parquet", ".csv"):
+        raise CalibrationError(
+            f"{path} is a {path.suffix} file; allowed are plain text (.txt) and JSON lines (.jsonl) with a 'text' "
+            "field, or 'question' and 'answer'. Convert it first."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (byte {error.start}); give plain text or JSON lines in UTF-8."
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _join_rows(_json_rows(text, path), str(path))
+    return text
+
+
+def _json_rows(text: str, path: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise CalibrationError(
+                f"line {number} of {path} is not a JSON object; a .jsonl file holds one object per line with 'text', "
+                "or 'question' and 'answer'."
+            )
+        yield row
+
+
+def _join_rows(rows: Iterable[Mapping[str, Any]], name: str) -> str:
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row.get("text"), str):
+            texts.append(row["text"])
+        elif isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+            texts.append(f"{row['question']}\n{row['answer']}")
+        else:
+            raise CalibrationError(
+                f"row {number} of {name} has the fields {', '.join(map(str, row)) or 'none'}; needed is 'text', or "
+                "'question' and 'answer'. Rename the fields, or give plain text."
+            )
+    return "\n\n".join(texts)
+
+
+def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
+    remedy = (
+        "Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that the "
+        "environment variable CLOQ_DATA names."
+    )
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise MissingPackageError(
+            f"data set {identifier} is on the Hugging Face hub and the package `datasets` is not installed; install "
+            f"it with `pip install cloq-export[hub]`. {remedy}"
+        ) from None
+    try:
+        # One quick question first: the loader itself retries for minutes when there is no network.
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(identifier, timeout=_HUB_TIMEOUT_S)
+        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]
+    # The libraries below raise dozens of kinds of errors; every one ends in one line here.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CalibrationError(
+            f"data set {identifier} cannot be loaded from the Hugging Face hub ({reason[:200]}); it needs network, an "
+            f"existing id, and a split {split!r}. {remedy}"
+        ) from None

@@ -1,0 +1,163 @@
+"""Accumulate the Gram matrix of a layer's inputs over calibration tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from cloq_export.errors import ShapeError
+from cloq_export.types import LayerStats
+
+Weighting = Literal["none", "inverse_norm"]
+
+# Panels of the upper triangle: eight cost 0.56 of the full product and are still wide enough for full speed.
+_PANELS = 8
+_SMALLEST_PANEL = 64
+
+
+class GramAccumulator:
+    """Sums `H = sum_t w_t x_t x_t^T` and, on request, `C = sum_t w_t x_t f_t^T` over the tokens of one layer.
+
+    The sums are float32 and independent of any enclosing autocast or reduced matrix-product precision: a product of
+    rounded activations is not positive definite (design section 3). Only the panels on and above the diagonal of H are
+    computed, then mirrored, so H is symmetric to the last bit.
+
+    Weighting "inverse_norm" takes `w_t = 1 / ||x_t||`, not normalised: it depends on the token alone, so neither the
+    order nor the size of batches matters, and the scale of H cancels in everything built on it because damping is
+    relative to its trace. Tokens that are zero count as weight 0.
+
+    Args:
+        in_features: width of the inputs.
+        weighting: "none" or "inverse_norm".
+        cross: also sum C; `add` then needs the float model's inputs.
+        device: where the sums live and are computed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        weighting: Weighting = "none",
+        cross: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.in_features = in_features
+        self.weighting = weighting
+        self.device = torch.device(device)
+        self.tokens = 0
+        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
+        self._cross = torch.zeros_like(self._gram) if cross else None
+
+    def add(
+        self,
+        inputs: torch.Tensor,
+        float_inputs: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            inputs: x, (..., in), any float dtype; all leading dimensions are tokens.
+            float_inputs: f, the same tokens' inputs in the float model, same shape; needed with `cross`.
+            weights: further token weights >= 0, of the shape of `inputs` without its last dimension; they multiply
+                those of the weighting.
+
+        Raises:
+            ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or unasked.
+        """
+        self._check(inputs, float_inputs, weights)
+        lossless = _survives_rounding(inputs, self.device) and (
+            float_inputs is None or _survives_rounding(float_inputs, self.device)
+        )
+        with torch.no_grad(), _exact_products(self.device, lossless=lossless and not self._weighted(weights)):
+            tokens = self._rows(inputs)
+            if self._weighted(weights):
+                root = self._token_weights(tokens, weights).sqrt_().unsqueeze_(1)
+                # Both factors carry the root, so that H stays a sum of squares under rounding.
+                tokens = tokens * root
+            self._add_gram(tokens)
+            if self._cross is not None and float_inputs is not None:
+                if self._weighted(weights):
+                    tokens.mul_(root)
+                self._cross.addmm_(tokens.T, self._rows(float_inputs))
+            self.tokens += tokens.shape[0]
+
+    def stats(self) -> LayerStats:
+        """Return the sums so far; the accumulator may go on afterwards.
+
+        Returns:
+            LayerStats: H (in, in) float32 symmetric, the token count, and C or None.
+
+        Raises:
+            NonFiniteError: an input was NaN or Inf.
+        """
+        gram = self._gram.triu()
+        gram += self._gram.triu(1).T
+        cross = None if self._cross is None else self._cross.clone()
+        return LayerStats(gram=gram, tokens=self.tokens, cross=cross)
+
+    def _add_gram(self, tokens: torch.Tensor) -> None:
+        panel = max(_SMALLEST_PANEL, -(-self.in_features // _PANELS))
+        for start in range(0, self.in_features, panel):
+            rows = slice(start, min(start + panel, self.in_features))
+            # In place into a strided view: BLAS writes with H's row stride, nothing is copied.
+            self._gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
+
+    def _rows(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.detach().reshape(-1, self.in_features).to(device=self.device, dtype=torch.float32)
+
+    def _weighted(self, weights: torch.Tensor | None) -> bool:
+        return weights is not None or self.weighting != "none"
+
+    def _token_weights(self, tokens: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        if weights is None:
+            result = torch.ones(tokens.shape[0], dtype=torch.float32, device=self.device)
+        else:
+            result = weights.detach().reshape(-1).to(device=self.device, dtype=torch.float32, copy=True)
+        if self.weighting == "inverse_norm":
+            norms = torch.linalg.vector_norm(tokens, dim=1)
+            result = torch.where(norms > 0, result / norms, torch.zeros_like(result))
+        return result
+
+    def _check(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        if inputs.ndim == 0 or inputs.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"inputs have shape {tuple(inputs.shape)}; this Gram matrix takes (..., {self.in_features}). "
+                "Use one accumulator per distinct input."
+            )
+        if (float_inputs is None) != (self._cross is None):
+            raise ShapeError(
+                "the float model's inputs are missing; a cross Gram needs both."
+                if float_inputs is None
+                else "the float model's inputs were given, but this accumulator sums no cross Gram; "
+                "create it with cross=True."
+            )
+        if float_inputs is not None and float_inputs.shape != inputs.shape:
+            raise ShapeError(
+                f"inputs have shape {tuple(inputs.shape)}, the float model's {tuple(float_inputs.shape)}; both must "
+                "hold the same tokens."
+            )
+        if weights is not None and weights.shape != inputs.shape[:-1]:
+            raise ShapeError(
+                f"token weights have shape {tuple(weights.shape)}; inputs {tuple(inputs.shape)} need "
+                f"{tuple(inputs.shape[:-1])}."
+            )
+
+
+def _survives_rounding(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Return whether the fast matrix product rounds nothing: bfloat16 on CPUs, TF32 (which holds float16) on GPUs."""
+    return tensor.dtype == torch.bfloat16 or (tensor.dtype == torch.float16 and device.type == "cuda")
+
+
+@contextlib.contextmanager
+def _exact_products(device: torch.device, *, lossless: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if lossless else "highest")
+    try:
+        with torch.autocast(device_type=device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,86 @@
+"""The command line `cloq`: one file per verb, imported when the verb is used.
+
+Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from cloq_export import __version__
+from cloq_export.errors import CloqError
+
+# verb -> its line in `cloq --help`; the command is `command` in the module of the same name.
+VERBS = {
+    "run": "From a model to a measured checkpoint with its adapter, in one go.",
+    "quantize": "Calibrate, and make codes, scales and zeros for every linear layer.",
+    "adapt": "Make another adapter for the codes of a run.",
+    "export": "Write the checkpoint of a run in a layout.",
+    "eval": "Measure perplexity: float, quantized, quantized with adapter.",
+    "inspect": "Explain a run, a checkpoint or an adapter.",
+}
+_MODULES = {"eval": "evaluate"}
+# Verbs that write layer by layer and go on where they stopped.
+_RESUMABLE = ("run", "quantize", "adapt", "export")
+
+
+class _VerbGroup(click.Group):
+    """A group that knows its verbs by name and imports one only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"cloq_export.cli.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            ctx.fail(f"there is no verb {args[0]!r}; {hint}the verbs are {', '.join(VERBS)}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=_VerbGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed. Start with: cloq run --demo",
+)
+@click.version_option(__version__, prog_name="cloq")
+def cli() -> None:
+    """Turn a causal language model into a 2/3/4-bit checkpoint with a CLoQ adapter, and measure it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; unexpected exceptions keep their traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
+    except CloqError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        verb = next((argument for argument in arguments if argument in VERBS), "")
+        rest = "the same command continues where it stopped" if verb in _RESUMABLE else "nothing was written"
+        click.echo(f"interrupted: {rest}.", err=True)
+        return 130
+    return outcome if isinstance(outcome, int) else 0

@@ -1,0 +1,58 @@
+"""`cloq eval`: perplexity of the float model, of the codes alone and of codes with adapter, in one table."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import click
+
+from cloq_export.cli.gates import gate_option, judge_gates, parse_gates, raise_if_missed
+from cloq_export.cli.options import json_option
+from cloq_export.recipe import FIELDS
+
+
+@click.command(name="eval")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--text", default=FIELDS["eval_text"].default, show_default=True, help="wikitext2, embedded, a file or a hub id."
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    default=FIELDS["eval_window"].default,
+    show_default=True,
+    help="Tokens in a window; each window stands on its own.",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=1),
+    default=FIELDS["eval_windows"].default,
+    show_default=True,
+    help="How many windows, from the start of the text.",
+)
+@click.option("--reference", metavar="MODEL", help="The float model; unless given, the one that the run was made from.")
+@gate_option()
+@json_option()
+def command(
+    path: Path,
+    text: str,
+    window: int,
+    windows: int,
+    reference: str | None,
+    gate_texts: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure perplexity of PATH, a run or a checkpoint, beside its float model."""
+    gates = parse_gates(gate_texts)
+
+    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.render import render_evaluation
+
+    with progress_console(as_json=as_json) as console:
+        pipeline = importlib.import_module("cloq_export.pipeline")
+        result = to_plain(pipeline.evaluate(path, text, window, windows, reference, console=console))
+    if gates:
+        result["gates"] = judge_gates(gates, result)
+    emit(result, render_evaluation, as_json=as_json)
+    raise_if_missed(result.get("gates", []))

@@ -1,0 +1,147 @@
+"""The options that verbs share, and how they become a recipe.
+
+What is typed wins over the recipe file, which wins over `--demo`, which wins over the preset, which wins over the
+defaults of `Recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from cloq_export.errors import UsageError
+from cloq_export.recipe import CHOICES, DEMO, FIELDS, PRESETS, Recipe, parse_override, parse_setting, read_recipe_file
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+# Recipe fields that have an option of their own; every other one is reached by --set.
+_NAMED = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "method",
+    "grid",
+    "rank",
+    "split",
+    "calibration",
+    "samples",
+    "seqlen",
+    "seed",
+    "device",
+    "precision",
+    "error_aware",
+    "token_weighting",
+    "blocks",
+    "format",
+)
+_METAVARS = {"calibration": "TEXT|FILE|HUB_ID", "blocks": "PATH", "device": "auto|cpu|cuda[:N]"}
+_NUMBERS = {"int": click.INT, "float": click.FLOAT}
+
+
+def recipe_option(name: str) -> Callable[[Decorated], Decorated]:
+    """Return the click option of one recipe field; unless it is typed its value is None."""
+    field = FIELDS[name]
+    flag = "--" + name.replace("_", "-")
+    shown = f"  [default: {field.default}]" if field.default != "" else ""
+    if field.type == "bool":
+        flag += "/--asymmetric" if name == "symmetric" else f"/--no-{name.replace('_', '-')}"
+        return click.option(flag, name, default=None, help=field.metadata["help"])
+    kind: Any = click.Choice(CHOICES[name]) if name in CHOICES else _NUMBERS.get(str(field.type), click.STRING)
+    return click.option(
+        flag, name, type=kind, default=None, metavar=_METAVARS.get(name), help=field.metadata["help"] + shown
+    )
+
+
+def recipe_options(function: Decorated) -> Decorated:
+    """Add the model argument and every option that makes a recipe."""
+    decorators = [
+        click.argument("model", required=False),
+        click.option(
+            "--demo",
+            is_flag=True,
+            help="A small real model and small settings; every other option still applies beside it.",
+        ),
+        *(recipe_option(name) for name in _NAMED),
+        click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that belong together."),
+        click.option(
+            "--recipe",
+            "recipe_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="YAML or JSON file of recipe options, or the run.json of another run.",
+        ),
+        set_option(),
+        click.option(
+            "--override",
+            "overrides",
+            multiple=True,
+            metavar="'PATTERN:key=value,...'",
+            help="Own bits, group_size, rank or skip for modules that match; first match wins; can be repeated.",
+        ),
+        click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="The run directory to write."),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def set_option() -> Callable[[Decorated], Decorated]:
+    """Return the option `--set KEY=VALUE`."""
+    return click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of a recipe; can be repeated."
+    )
+
+
+def json_option() -> Callable[[Decorated], Decorated]:
+    """Return the option `--json`."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
+    )
+
+
+def read_changes(named: Mapping[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
+    """Return what was typed, by named options and by --set.
+
+    Raises:
+        UsageError: one option was given in both ways, or twice by --set, with different values.
+        RecipeError: a setting cannot be read.
+    """
+    changes = {name: value for name, value in named.items() if value is not None}
+    for text in settings:
+        name, value = parse_setting(text)
+        if name in changes and changes[name] != value:
+            raise UsageError(f"{name} is given twice, as {changes[name]!r} and as {value!r}; give it once.")
+        changes[name] = value
+    return changes
+
+
+def build_recipe(options: dict[str, Any]) -> tuple[Recipe, Path]:
+    """Return the recipe and the run directory that the options of `recipe_options` ask for.
+
+    Raises:
+        UsageError: no model, or no run directory.
+        RecipeError: an option or the recipe file is wrong.
+    """
+    typed = read_changes({name: options[name] for name in ("model", *_NAMED)}, options["settings"])
+    typed_overrides = dict(parse_override(text) for text in options["overrides"])
+    from_file: dict[str, Any] = {}
+    file_preset = None
+    if options["recipe_file"] is not None:
+        from_file, file_preset = read_recipe_file(options["recipe_file"])
+    mapping: dict[str, Any] = {**(DEMO if options["demo"] else {}), **from_file, **typed}
+    recipe = Recipe.from_mapping(mapping, preset=options["preset"] or file_preset or "default")
+    if typed_overrides:
+        # Typed patterns stand first, because the first match wins.
+        kept = {pattern: own for pattern, own in recipe.overrides.items() if pattern not in typed_overrides}
+        recipe = recipe.changed({"overrides": {**typed_overrides, **kept}})
+    if not recipe.model:
+        raise UsageError("no model was given; name a Hugging Face folder, a hub id or a GGUF file, or use --demo.")
+    out = options["out"]
+    if out is None:
+        if recipe.model != DEMO["model"]:
+            raise UsageError("no run directory was given; say where the run is written with --out RUN.")
+        out = Path("runs") / f"demo-int{recipe.bits}"
+    return recipe, out

@@ -1,0 +1,48 @@
+"""Where the command line writes: results on standard output, progress and messages on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def progress_console(*, as_json: bool) -> Iterator[Console]:
+    """Give the console for progress, on standard error; with --json Python's standard output goes there too."""
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        if as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield console
+
+
+def to_plain(result: Any) -> dict[str, Any]:
+    """Return a result of the pipeline as a plain dict."""
+    mapping = result.to_mapping() if hasattr(result, "to_mapping") else result
+    return dict(mapping)
+
+
+def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console], None], *, as_json: bool) -> None:
+    """Print a result on standard output: one JSON object, or what `render` makes of it for people."""
+    if as_json:
+        click.echo(json.dumps(_jsonable(result), indent=2, allow_nan=False, default=str))
+    else:
+        render(result, Console(highlight=False))
+
+
+def _jsonable(value: Any) -> Any:
+    """Return the value with NaN and Inf as null, because JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,159 @@
+"""Results for people: rich tables out of the plain dicts that the pipeline returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_MODEL_LABELS = {"float": "float model", "quantized": "quantized", "adapter": "quantized + adapter"}
+_STORED_LABELS = {
+    "bits_per_weight_base": "bits per weight",
+    "bits_per_weight_with_adapter": "bits per weight with adapter",
+    "checkpoint_bytes": "checkpoint",
+    "adapter_bytes": "adapter",
+    "float_bytes": "float model",
+}
+
+
+def render_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the summary of `run`, `quantize`, `adapt` or `export`; parts that it lacks are left out."""
+    for note in summary.get("notes") or []:
+        _line(console, f"note: {note}")
+    if summary.get("perplexity"):
+        render_perplexity(summary["perplexity"], console)
+    facts = Table("run", "", title_justify="left", show_header=False)
+    for name in ("model", "bits", "group_size", "rank", "preset", "format"):
+        if summary.get(name) is not None:
+            facts.add_row(name.replace("_", " "), escape(str(summary[name])))
+    for name, value in (summary.get("stored") or {}).items():
+        if value is not None:
+            shown = format_bytes(value) if name.endswith("_bytes") else f"{value:.3f}"
+            facts.add_row(_STORED_LABELS.get(name, name.replace("_", " ")), shown)
+    layers = summary.get("layers") or {}
+    if layers.get("count") is not None:
+        facts.add_row("layers", str(layers["count"]))
+    if layers.get("worst_error_adapted") is not None:
+        facts.add_row(
+            "worst layer",
+            f"{escape(str(layers.get('worst_module')))}: relative error {layers['worst_error_adapted']:.4f}",
+        )
+    seconds = summary.get("seconds") or {}
+    if seconds:
+        facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
+    if summary.get("peak_memory_bytes") is not None:
+        facts.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
+    if facts.row_count:
+        console.print(facts)
+    for warning in layers.get("warnings") or []:
+        _line(console, f"warning: {warning}")
+    _paths(summary.get("files") or {}, console)
+    _commands(summary.get("next") or [], console)
+    _gates(summary.get("gates") or [], console)
+
+
+def render_evaluation(result: Mapping[str, Any], console: Console) -> None:
+    """Print the result of `eval`."""
+    render_perplexity(result, console)
+    for note in result.get("notes") or []:
+        _line(console, f"note: {note}")
+    _gates(result.get("gates") or [], console)
+
+
+def render_perplexity(result: Mapping[str, Any], console: Console) -> None:
+    """Print perplexities with their standard errors, and on what they were measured."""
+    table = Table("model", "perplexity", "± s.e.", "over float")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    reference = (result.get("float") or {}).get("perplexity")
+    for name, label in _MODEL_LABELS.items():
+        entry = result.get(name)
+        if not entry or entry.get("perplexity") is None:
+            continue
+        value, error = entry["perplexity"], entry.get("standard_error")
+        ratio = f"{value / reference:.3f}" if reference else ""
+        table.add_row(label, f"{value:.3f}", "" if error is None else f"{error:.3f}", ratio)
+    console.print(table)
+    if result.get("tokens") is not None:
+        digest = str(result.get("text_sha256") or "")[:16]
+        _line(
+            console, f"{result['tokens']} tokens of {result.get('text')}" + (f" (sha256 {digest}…)" if digest else "")
+        )
+
+
+def render_inspection(result: Mapping[str, Any], console: Console) -> None:
+    """Print what `inspect` found: facts first, then its parts one by one."""
+    _facts(result, console, title="")
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes for people, in decimal units."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{int(count)} B"
+
+
+def _facts(mapping: Mapping[str, Any], console: Console, *, title: str) -> None:
+    table = Table("", "", title=escape(title) or None, title_justify="left", show_header=False)
+    parts: list[tuple[str, Any]] = []
+    for name, value in mapping.items():
+        label = str(name).replace("_", " ")
+        if isinstance(value, Mapping) or (
+            isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value)
+        ):
+            parts.append((label, value))
+        elif isinstance(value, (list, tuple)):
+            table.add_row(escape(label), escape("\n".join(str(entry) for entry in value)) or "none")
+        elif str(name).endswith("bytes") and isinstance(value, (int, float)):
+            table.add_row(escape(label), format_bytes(value))
+        elif isinstance(value, float):
+            table.add_row(escape(label), f"{value:.6g}")
+        elif value is not None:
+            table.add_row(escape(label), escape(str(value)))
+    if table.row_count:
+        console.print(table)
+    for label, value in parts:
+        full = f"{title}, {label}" if title else label
+        if isinstance(value, Mapping):
+            _facts(value, console, title=full)
+        else:
+            _records([entry for entry in value if isinstance(entry, Mapping)], console, title=full)
+
+
+def _records(records: Sequence[Mapping[str, Any]], console: Console, *, title: str) -> None:
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    table = Table(*(str(column).replace("_", " ") for column in columns), title=escape(title), title_justify="left")
+    for record in records:
+        cells = (record.get(column, "") for column in columns)
+        table.add_row(*(f"{cell:.6g}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
+    console.print(table)
+
+
+def _paths(files: Mapping[str, Any], console: Console) -> None:
+    if files:
+        _line(console, "files:")
+        width = max(len(str(name)) for name in files)
+        for name, path in files.items():
+            _line(console, f"  {str(name).ljust(width)}  {path}")
+
+
+def _commands(commands: Sequence[str], console: Console) -> None:
+    if commands:
+        _line(console, "next:")
+        for command in commands:
+            _line(console, f"  {command}")
+
+
+def _gates(verdicts: Sequence[Mapping[str, Any]], console: Console) -> None:
+    for verdict in verdicts:
+        word = "passed" if verdict["passed"] else "missed"
+        _line(console, f"gate {word}: {verdict['metric']} {verdict['value']} (limit {verdict['limit']})")
+
+
+def _line(console: Console, text: str) -> None:
+    """Print text as it is: unwrapped and without markup, so that paths and commands can be copied."""
+    console.print(text, soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Models: read a source, find its blocks and linear layers, run the blocks in order."""

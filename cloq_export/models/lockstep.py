@@ -1,0 +1,129 @@
+"""Run one block over all batches, pausing together wherever a group of linear layers meets its input.
+
+A layer that comes later in a block should be calibrated on what the layers before it, already compressed, really put
+out. Doing that by running the block again and again up to each layer costs a multiple of the forward pass. Here every
+batch runs in a coroutine of its own that stops at the first linear of each group; when all batches wait, the caller
+collects the inputs, exchanges the weights and lets them go on. One forward pass per stream serves all groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import greenlet
+import torch
+from torch import nn
+
+from cloq_export.models.stream import BlockStream
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A batch that stands before a group: which group, and the input that it brings."""
+
+    group: int
+    inputs: torch.Tensor
+
+
+class _BatchRun(greenlet.greenlet):
+    """One batch of one stream on its way through the block."""
+
+    def __init__(self, stream: BlockStream, block_index: int, batch_index: int, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self._stream = stream
+        self._block_index = block_index
+        self._batch_index = batch_index
+        self._hidden: torch.Tensor | None = hidden
+        self.waiting: _Waiting | None = None
+        self.output: torch.Tensor | None = None
+
+    def run(self) -> None:
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        self.output = self._stream.forward_batch(self._block_index, self._batch_index, hidden)
+
+    def proceed(self) -> None:
+        """Go on to the next pause or to the end."""
+        self.waiting = None
+        self.switch()
+
+    def pause(self, group: int, inputs: torch.Tensor) -> None:
+        """Called from inside the block: hand the input over and wait."""
+        self.waiting = _Waiting(group, inputs)
+        # Matrix precision is a process-wide setting that the forward pass has changed for itself.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        assert self.parent is not None
+        self.parent.switch()
+        torch.set_float32_matmul_precision(precision)
+
+
+GroupInputs = Sequence[Mapping[int, torch.Tensor]]
+
+
+def run_in_lockstep(
+    stream: BlockStream,
+    block_index: int,
+    hidden: Sequence[Sequence[torch.Tensor]],
+    groups: Sequence[Sequence[nn.Module]],
+    install: Callable[[int], None],
+    visit: Callable[[int, GroupInputs], None],
+) -> list[list[torch.Tensor]]:
+    """Run one block over several streams of hidden states, stopping before each group of linear layers.
+
+    Args:
+        stream: the block's surroundings (masks, positions, device).
+        block_index: number of the block.
+        hidden: per stream, per batch, hidden states (batch, seqlen, hidden).
+        groups: linear layers that read the same tensor, in order of execution.
+        install: puts the weights of a stream into the block; called before that stream goes on.
+        visit: called once per group with, per stream, the inputs (..., in) of the batches that reached it, by number
+            of the batch; afterwards `install` may bring other weights for the group's layers.
+
+    Returns:
+        Per stream, per batch, the hidden states after the block.
+    """
+    visited: set[int] = set()
+
+    def watch(group: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            run = greenlet.getcurrent()
+            if isinstance(run, _BatchRun) and group not in visited:
+                run.pause(group, args[0])
+
+        return hook
+
+    handles = []
+    runs = [
+        [_BatchRun(stream, block_index, batch_index, states) for batch_index, states in enumerate(batches)]
+        for batches in hidden
+    ]
+    try:
+        for group, linears in enumerate(groups):
+            handles += [linear.register_forward_pre_hook(watch(group)) for linear in linears]
+        with stream.block_on_device(block_index):
+            going = runs
+            while True:
+                for stream_index, batch_runs in enumerate(going):
+                    if batch_runs:
+                        install(stream_index)
+                    for run in batch_runs:
+                        run.proceed()
+                waiting = [[run for run in batch_runs if run.waiting is not None] for batch_runs in runs]
+                reached = [run.waiting.group for batch_runs in waiting for run in batch_runs if run.waiting]
+                if not reached:
+                    break
+                group = min(reached)
+                # Experts are reached by some batches only: those that wait elsewhere stay where they are.
+                going = [[r for r in batch_runs if r.waiting and r.waiting.group == group] for batch_runs in waiting]
+                inputs = [
+                    {r._batch_index: r.waiting.inputs for r in batch_runs if r.waiting is not None}
+                    for batch_runs in going
+                ]
+                visit(group, inputs)
+                visited.add(group)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [[run.output for run in batch_runs if run.output is not None] for batch_runs in runs]

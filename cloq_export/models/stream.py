@@ -1,0 +1,433 @@
+"""Run the blocks of a model one after the other, with only one block in the fast memory at a time."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
+from cloq_export.models.blocks import BlockList
+
+MatmulPrecision = Literal["float32", "bfloat16"]
+
+_TORCH_PRECISION = {"float32": "highest", "bfloat16": "medium"}
+# Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
+_PROBE_TOKENS = 4
+# Hidden states stay on an accelerator while they take less than this share of its free memory.
+_STORAGE_SHARE = 0.25
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
+    """Set the precision of float32 matrix products for a while; the setting is global to the process.
+
+    "float32" multiplies in full precision. "bfloat16" rounds the operands and accumulates in float32; storage and
+    results stay float32. Where it applies: `nn.Linear`, `mm`, `addmm`, `bmm` and scaled-dot-product attention on CPUs
+    with AVX-512 or AMX (a relative error of about 2e-3 per product, about ten times faster with AMX); on NVIDIA GPUs
+    since Ampere the operands are rounded to TF32, which keeps three bits more. Other CPUs ignore it. Products whose
+    operands are already bfloat16 numbers lose nothing by it.
+
+    Args:
+        precision: "float32" or "bfloat16".
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(_TORCH_PRECISION[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def has_fast_bfloat16(device: torch.device | str) -> bool:
+    """Return whether `matmul_precision("bfloat16")` saves time on a device (AMX or AVX-512 BF16, or a GPU)."""
+    if torch.device(device).type != "cpu":
+        return True
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(bool(probe()) for probe in probes if probe is not None)
+
+
+class BlockStream:
+    """Runs windows of tokens through a model block by block, exactly as the model itself would.
+
+    On creation it calls the model once per batch with the blocks stubbed out, which costs only the embeddings, and
+    keeps what the model passes to each block: the hidden states before the first block, and every other argument
+    (masks, rotary embeddings), block by block, because they differ between sliding and global attention. It owns no
+    weights and no activations beyond `hidden`, so several streams of activations (float, and behind a compressed
+    prefix) can be run through the same object.
+
+    Args:
+        model: a causal language model, in evaluation mode afterwards.
+        blocks: its blocks, from `find_blocks`.
+        windows: token ids, (samples, seqlen) int64.
+        device: where blocks run.
+        compute: precision of matrix products: None is the model's own dtype (float32 in full precision),
+            torch.bfloat16 lets a float32 model multiply bfloat16 operands, see `matmul_precision`.
+        batch: windows per forward pass; it never changes afterwards, so results are reproducible.
+        storage: where `hidden` is kept; None keeps it on `device` while it takes a small share of the free memory,
+            and in host memory otherwise. It does not change any result.
+
+    Raises:
+        CalibrationError: windows are empty or hold ids outside the model's vocabulary.
+        UnsupportedModelError: running block by block would not equal the model's own forward pass.
+        UsageError: `compute` is a precision that the model's dtype cannot offer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: BlockList,
+        windows: torch.Tensor,
+        *,
+        device: torch.device | str,
+        compute: torch.dtype | None = None,
+        batch: int = 1,
+        storage: torch.device | str | None = None,
+    ) -> None:
+        if windows.ndim != 2 or windows.numel() == 0:
+            raise CalibrationError(
+                f"calibration windows have shape {tuple(windows.shape)}; at least one window of one token is needed. "
+                "Give more text, or fewer tokens per window with --seqlen."
+            )
+        self.model = model.eval()
+        self.blocks = blocks
+        self.device = torch.device(device)
+        self._base = getattr(model, "base_model", model)
+        self._precision = _resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
+        self._check_vocabulary(windows)
+
+        # What each kind of block returns beside the hidden states; None: nothing, not even a tuple.
+        self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
+        self._calls: list[list[_Arguments]] = []
+        self.hidden: list[torch.Tensor] = []
+        self._probe(windows[:1, :_PROBE_TOKENS])
+        batches = windows.split(batch)
+        # The same mask serves every batch of the same shape; one copy is kept.
+        pool: list[torch.Tensor] = []
+        for batch_index, ids in enumerate(batches):
+            hidden, calls = self._capture(ids)
+            shared = _Pool(pool, grows=batch_index == 0)
+            self._calls.append([call.map(shared.share) for call in calls])
+            if batch_index == 0:
+                self.storage = self._choose_storage(storage, hidden, len(batches))
+            self.hidden.append(hidden.to(self.storage))
+
+    @property
+    def batches(self) -> int:
+        """Return the number of batches, the length of `hidden`."""
+        return len(self._calls)
+
+    def forward_block(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one block over batches of hidden states, from the first batch on.
+
+        Hooks that the caller has registered on the block's linears see every batch in order. No gradient is kept.
+
+        Args:
+            index: number of the block.
+            hidden: one tensor (batch, seqlen, hidden) per batch; fewer than `batches` is allowed.
+
+        Returns:
+            list: hidden states after the block, one per given batch, on `storage`.
+
+        Raises:
+            NonFiniteError: the block's output overflows.
+        """
+        with self.block_on_device(index):
+            return [self.forward_batch(index, batch_index, states) for batch_index, states in enumerate(hidden)]
+
+    def forward_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
+        """Run one block over one batch, for callers that alternate between streams batch by batch.
+
+        Wrap the calls for one block in `block_on_device(index)`, or the block is moved for each of them.
+
+        Args:
+            index: number of the block.
+            batch_index: number of the batch that `states` belongs to.
+            states: (batch, seqlen, hidden).
+
+        Returns:
+            Tensor: hidden states after the block, same shape, on `storage`.
+
+        Raises:
+            NonFiniteError: the output overflows.
+        """
+        with self.block_on_device(index) as block, matmul_precision(self._precision), torch.no_grad():
+            call = self._calls[batch_index][index].map(self._to_device)
+            output = call.invoke(block, states.to(self.device))
+            after = output[0] if isinstance(output, (tuple, list)) else output
+            # A sum is finite only if every term is, and costs a tenth of asking each.
+            if not bool(torch.isfinite(after.sum(dtype=torch.float32))):
+                raise NonFiniteError(
+                    f"block {self.blocks.prefix(index)} gives NaN or Inf in {after.dtype}: the model overflows on the "
+                    "calibration text. Run it with --precision float32, or check the model's weights."
+                )
+            return after.to(self.storage)
+
+    @contextlib.contextmanager
+    def block_on_device(self, index: int) -> Iterator[nn.Module]:
+        """Hold one block on the device, and move it back afterwards with whatever weights it then has.
+
+        Nested uses for the same block move nothing.
+        """
+        block = self.blocks.modules[index]
+        home = _device_of(block)
+        moves = not _same_device(home, self.device)
+        if moves:
+            block.to(self.device)
+        try:
+            yield block
+        finally:
+            if moves:
+                block.to(home)
+
+    def _check_vocabulary(self, windows: torch.Tensor) -> None:
+        rows = getattr(_embeddings(self.model), "num_embeddings", None)
+        if rows is not None and (int(windows.max()) >= rows or int(windows.min()) < 0):
+            raise CalibrationError(
+                f"the calibration tokens reach id {int(windows.max())}, the model's vocabulary has {rows} entries: "
+                "tokenizer and model do not belong together. Use the tokenizer that came with the model."
+            )
+
+    def _choose_storage(self, storage: torch.device | str | None, hidden: torch.Tensor, batches: int) -> torch.device:
+        if storage is not None:
+            return torch.device(storage)
+        if self.device.type == "cuda":
+            # Two streams, each with the states before and after the block.
+            needed = 4 * batches * hidden.numel() * hidden.element_size()
+            return self.device if needed < _STORAGE_SHARE * torch.cuda.mem_get_info(self.device)[0] else _HOST
+        return self.device if self.device.type == "cpu" else _HOST
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
+
+    def _probe(self, ids: torch.Tensor) -> None:
+        """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.
+
+        Blocks may talk to each other through the hidden states only. Three other ways are looked for: arguments
+        computed from hidden states, values returned beside them and handed on, and a shared dictionary.
+        """
+        _, plain = self._capture(ids, probing=True)
+        _, shifted = self._capture(ids, shift=1.0)
+        for index, (one, other) in enumerate(zip(plain, shifted, strict=True)):
+            if one.holds(_HandedOn) or not one.equals(other):
+                raise self._refusal(index)
+
+    def _refusal(self, index: int) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"block {self.blocks.prefix(index)} of {type(self.model).__name__} receives more from other blocks than "
+            "the hidden states (such as shared keys and values); such models cannot be run block by block. Choose "
+            "another architecture."
+        )
+
+    def _capture(
+        self, ids: torch.Tensor, *, shift: float = 0.0, probing: bool = False
+    ) -> tuple[torch.Tensor, list[_Arguments]]:
+        """Call the model with its blocks stubbed out; return the first hidden states and every block's arguments.
+
+        Args:
+            ids: token ids, (batch, seqlen).
+            shift: what a stub adds to the hidden states; 0 hands on the very same tensor.
+            probing: run blocks of a kind not met before, and all blocks that are given a shared dictionary.
+        """
+        first: list[torch.Tensor] = []
+        handed_on: list[torch.Tensor] = []
+        calls: list[_Arguments | None] = [None] * len(self.blocks)
+        watched = _WatchedDict()
+
+        def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def stub(*args: Any, **kwargs: Any) -> Any:
+                states, call = _Arguments.split(args, kwargs)
+                if not first:
+                    first.append(states)
+                if calls[index] is not None or (states is not handed_on[-1] if handed_on else index > 0):
+                    raise UnsupportedModelError(
+                        f"{type(self.model).__name__} does not hand the output of one block of {self.blocks.name} "
+                        "unchanged to the next; such models cannot be run block by block. If the decoder blocks are "
+                        "elsewhere, name their list with --blocks."
+                    )
+                calls[index] = call
+                if probing and (type(block) not in self._returns or call.holds(collections.UserDict)):
+                    output = call.map(_keep, dictionary=watched).invoke(forward, states)
+                    self._returns[type(block)] = _returned_beside(output, self.blocks.prefix(index))
+                    if watched.was_read:
+                        raise self._refusal(index)
+                after = states + shift if shift else states
+                handed_on.append(after)
+                beside = self._returns[type(block)]
+                return after if beside is None else (after, *beside)
+
+            return stub
+
+        with torch.no_grad(), _replaced_forwards(self.blocks, make_stub):
+            self._base(input_ids=ids.to(_device_of(_embeddings(self.model))), use_cache=False)
+        if any(call is None for call in calls):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} did not run every block of {self.blocks.name}; name the list of decoder "
+                "blocks with --blocks, e.g. --blocks model.layers."
+            )
+        return first[0], [call for call in calls if call is not None]
+
+
+class _Arguments:
+    """What a block receives beside the hidden states."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str | None) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.keyword = keyword
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, _Arguments]:
+        if args:
+            return args[0], cls(args[1:], kwargs, None)
+        rest = dict(kwargs)
+        return rest.pop("hidden_states"), cls((), rest, "hidden_states")
+
+    def map(
+        self,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        dictionary: collections.UserDict[Any, Any] | None = None,
+    ) -> _Arguments:
+        """Return the arguments with every tensor changed, and shared dictionaries replaced (by empty ones)."""
+        args, kwargs = _map_tensors((self.args, self.kwargs), change, dictionary)
+        return _Arguments(args, kwargs, self.keyword)
+
+    def invoke(self, block: Callable[..., Any], states: torch.Tensor) -> Any:
+        if self.keyword is None:
+            return block(states, *self.args, **self.kwargs)
+        return block(**{self.keyword: states}, **self.kwargs)
+
+    def holds(self, kind: type) -> bool:
+        return any(isinstance(value, kind) for value in (*self.args, *self.kwargs.values()))
+
+    def equals(self, other: _Arguments) -> bool:
+        return _equal((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+class _Pool:
+    """Replaces a tensor by an equal one that is already kept."""
+
+    def __init__(self, kept: list[torch.Tensor], *, grows: bool) -> None:
+        self._kept = kept
+        self._grows = grows
+        # Blocks of one call mostly receive the same object; this spares comparing it again. The tensors stand in the
+        # values so that their ids are not given to others meanwhile.
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in self._seen:
+            return self._seen[id(tensor)][1]
+        found = next((kept for kept in self._kept if _equal(kept, tensor)), None)
+        if found is None:
+            found = tensor
+            if self._grows:
+                self._kept.append(tensor)
+        self._seen[id(tensor)] = (tensor, found)
+        return found
+
+
+_HOST = torch.device("cpu")
+
+
+def _resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> MatmulPrecision:
+    if compute in (None, model_dtype):
+        return "float32"
+    if model_dtype == torch.float32 and compute == torch.bfloat16:
+        return "bfloat16"
+    raise UsageError(
+        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are --precision auto, "
+        "float32 (load the model in float32) or bfloat16 (a float32 or bfloat16 model)."
+    )
+
+
+def _embeddings(model: nn.Module) -> nn.Module:
+    """Return the token embeddings, or the whole model where it does not say which they are."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    return model if find is None else find()
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
+
+
+@contextlib.contextmanager
+def _replaced_forwards(
+    blocks: BlockList, make_stub: Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make_stub(index, block, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+class _HandedOn:
+    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on."""
+
+
+def _returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
+    """Return placeholders for what a block gives beside the hidden states, None if it gives the bare tensor."""
+    if isinstance(output, torch.Tensor):
+        return None
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        return tuple(None if value is None else _HandedOn() for value in output[1:])
+    raise UnsupportedModelError(
+        f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
+        "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
+    )
+
+
+class _WatchedDict(collections.UserDict[Any, Any]):
+    """The dictionary that some models hand to every block, to see whether a block needs what another one wrote."""
+
+    was_read = False
+
+    def __getitem__(self, key: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(key)
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _map_tensors(
+    value: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    dictionary: collections.UserDict[Any, Any] | None,
+) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, collections.UserDict):
+        # A fresh one each time: what blocks write there is never read, and would keep their keys and values alive.
+        return collections.UserDict() if dictionary is None else dictionary
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change, dictionary) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change, dictionary) for item in value)
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one is other:
+            return True
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if type(one) in (tuple, list) and type(other) is type(one):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)

@@ -1,0 +1,1 @@
+"""From logits to figures that a release can be judged by."""

@@ -1,0 +1,286 @@
+"""Perplexity of a model on the first windows of a text, with its standard error, and ratios between models."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
+from cloq_export.types import Perplexity
+
+# Rows of logits that are turned to float32 log-probabilities at a time: a large vocabulary makes them expensive.
+_LOGIT_ROWS = 128
+
+
+def window_losses(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    *,
+    window: int = 512,
+    windows: int = 16,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    label: str = "perplexity",
+    console: Console | None = None,
+) -> torch.Tensor:
+    """Return the mean negative log-likelihood per predicted token of each window of a text.
+
+    `loss_i = -1/(window - 1) * sum_{t=2..window} log p(x_t | x_1..x_{t-1})`, in nats, x the tokens of window i.
+    Windows lie one behind the other from the start of the text and are read each on its own: nothing is put in front,
+    and the first token of each is not predicted. A shorter text gives fewer windows than asked.
+
+    Args:
+        model: a causal language model; called as `model(input_ids=..., use_cache=False).logits`.
+        token_ids: (tokens,) int64.
+        window: tokens in a window, at least 2.
+        windows: how many windows at most, at least 1.
+        device: where the input ids go; None means where the model's first parameter lies.
+        progress: show a bar with the time left on standard error.
+        label: what the bar is named.
+        console: the console for the bar; None means a new one on standard error.
+
+    Returns:
+        Tensor: (windows,) float64 on the CPU.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+        NonFiniteError: the model gives NaN or Inf.
+        UsageError: window or windows is too small, or the window is longer than the model's context.
+    """
+    rows = _cut_windows(token_ids, window, windows)
+    _check_context(model, window)
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    losses = torch.empty(len(rows), dtype=torch.float64)
+    with _evaluating(model), torch.no_grad(), _progress(progress, console) as bar:
+        task = bar.add_task(label, total=len(rows))
+        for index, row in enumerate(rows):
+            ids = row.to(device).unsqueeze(0)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            loss = _mean_loss(logits, ids[0, 1:])
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"the model gives NaN or Inf on window {index + 1} of {len(rows)}; run it in float32, or check "
+                    "its weights with `cloq inspect --verify`."
+                )
+            losses[index] = loss
+            bar.advance(task)
+    return losses
+
+
+def perplexity(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    *,
+    window: int = 512,
+    windows: int = 16,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> Perplexity:
+    """Return the perplexity of a model on the first windows of a text; see `window_losses` and `summarize_losses`.
+
+    Args:
+        model: a causal language model.
+        token_ids: (tokens,) int64.
+        window: tokens in a window, at least 2.
+        windows: how many windows at most, at least 1.
+        device: where the input ids go; None means where the model's first parameter lies.
+        progress: show a bar with the time left on standard error.
+        console: the console for the bar; None means a new one on standard error.
+
+    Returns:
+        Perplexity: over all predicted tokens, `window - 1` of each window.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+        NonFiniteError: the model gives NaN or Inf.
+        UsageError: window or windows is too small, or the window is longer than the model's context.
+    """
+    losses = window_losses(
+        model, token_ids, window=window, windows=windows, device=device, progress=progress, console=console
+    )
+    return summarize_losses(losses, window)
+
+
+def summarize_losses(losses: torch.Tensor, window: int) -> Perplexity:
+    """Return the perplexity that window losses amount to.
+
+    `ppl = exp(m)` with m the mean loss, and by the delta method `se(ppl) = ppl * sd(losses) / sqrt(n)`: windows are
+    separate pieces of text and stand for independent draws, tokens inside one do not.
+
+    Args:
+        losses: (windows,) mean negative log-likelihood of each window, in nats; all windows are equally long.
+        window: tokens in a window.
+
+    Returns:
+        Perplexity: its standard error is NaN if there is only one window.
+    """
+    value, error = _exponential(losses)
+    return Perplexity(value, error, losses.numel() * (window - 1))
+
+
+def ratio_of_losses(losses: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Return the ratio of two models' perplexities on the same windows, and its standard error.
+
+    `ratio = exp(mean d)` with `d = losses - reference` window by window. Taking the difference first removes how hard
+    each window is, so the error is far smaller than that of either perplexity.
+
+    Args:
+        losses: (windows,) of the model in question.
+        reference: (windows,) of the model it is compared with.
+
+    Returns:
+        (ratio, standard error), the error NaN if there is only one window.
+    """
+    return _exponential(losses - reference)
+
+
+def evaluate(
+    models: Iterable[tuple[str, nn.Module]],
+    token_ids: torch.Tensor,
+    *,
+    text: str,
+    text_sha256: str,
+    window: int = 512,
+    windows: int = 16,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure several models on the same windows and put them in one table.
+
+    Models are taken from the iterable one at a time and no reference to them is kept, so that a generator may load
+    each when it is needed, and may switch an adapter off between two items.
+
+    Args:
+        models: (name, model) pairs; the names used elsewhere are "float", "quantized" and "adapter".
+        token_ids: (tokens,) int64, what the models' common tokenizer makes of the text.
+        text: where the text is from.
+        text_sha256: hash of the text.
+        window: tokens in a window, at least 2.
+        windows: how many windows at most, at least 1.
+        device: where the input ids go; None means where the model's first parameter lies.
+        progress: show a bar with the time left on standard error.
+        console: the console for the bar; None means a new one on standard error.
+
+    Returns:
+        dict: for each name `{"perplexity", "standard_error"}`, and beside a model named "float" also
+        `{"ratio_to_float", "ratio_standard_error"}`; then "tokens" (predicted tokens), "windows", "window", "text"
+        and "text_sha256".
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+        NonFiniteError: a model gives NaN or Inf.
+        UsageError: window or windows is too small, or the window is longer than a model's context.
+    """
+    losses: dict[str, torch.Tensor] = {}
+    for name, model in models:
+        losses[name] = window_losses(
+            model,
+            token_ids,
+            window=window,
+            windows=windows,
+            device=device,
+            progress=progress,
+            label=f"perplexity, {name}",
+            console=console,
+        )
+        del model
+    table: dict[str, Any] = {}
+    for name, values in losses.items():
+        measured = summarize_losses(values, window)
+        entry = {"perplexity": measured.perplexity, "standard_error": _or_none(measured.standard_error)}
+        if "float" in losses and name != "float":
+            ratio, error = ratio_of_losses(values, losses["float"])
+            entry |= {"ratio_to_float": ratio, "ratio_standard_error": _or_none(error)}
+        table[name] = entry
+    count = len(_cut_windows(token_ids, window, windows))
+    return table | {
+        "tokens": count * (window - 1),
+        "windows": count,
+        "window": window,
+        "text": text,
+        "text_sha256": text_sha256,
+    }
+
+
+def _cut_windows(token_ids: torch.Tensor, window: int, windows: int) -> torch.Tensor:
+    """Return the windows, (windows, window) int64."""
+    if window < 2 or windows < 1:
+        raise UsageError(
+            f"{windows} windows of {window} tokens were asked for; at least 1 window of 2 tokens is needed "
+            "(--windows, --window)."
+        )
+    available = token_ids.numel()
+    if available < window:
+        raise CalibrationError(
+            f"the evaluation text has {available} tokens, one window needs {window}; give a longer text with --text, "
+            "or shorter windows with --window."
+        )
+    count = min(windows, available // window)
+    return token_ids.reshape(-1)[: count * window].view(count, window)
+
+
+def _check_context(model: nn.Module, window: int) -> None:
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(limit, int) and window > limit > 0:
+        raise UsageError(
+            f"a window has {window} tokens, but this model reads at most {limit}; choose --window {limit} or less."
+        )
+
+
+def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the mean negative log-likelihood of targets (n,) under logits (n, vocabulary), summed in float64."""
+    total = 0.0
+    for first in range(0, len(targets), _LOGIT_ROWS):
+        rows = slice(first, first + _LOGIT_ROWS)
+        terms = nn.functional.cross_entropy(logits[rows].to(torch.float32), targets[rows], reduction="none")
+        total += float(terms.sum(dtype=torch.float64))
+    return total / len(targets)
+
+
+def _exponential(values: torch.Tensor) -> tuple[float, float]:
+    """Return exp of the mean of (n,) values and its standard error by the delta method."""
+    mean = float(values.mean())
+    result = math.exp(mean) if mean < 700 else math.inf
+    if values.numel() < 2:
+        return result, math.nan
+    return result, result * float(values.std()) / math.sqrt(values.numel())
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for the block, and back on afterwards if it was on."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _progress(shown: bool, console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+        transient=True,
+        disable=not shown,
+    )

@@ -1,0 +1,249 @@
+"""Walk through the blocks of a model: collect statistics, solve, store, and carry the activations on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from cloq_export.calibrate.gram import GramAccumulator
+from cloq_export.models.blocks import find_linears
+from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
+from cloq_export.models.shared_inputs import shared_inputs
+from cloq_export.models.stream import BlockStream
+from cloq_export.pipeline.plan import ModulePlan, Plan
+from cloq_export.pipeline.solve import on_device, served_weight, solve_group
+from cloq_export.recipe import Recipe
+from cloq_export.run.directory import RunDirectory
+from cloq_export.types import LayerStats, QuantizedLayer
+
+FLOAT_STREAM, COMPRESSED_STREAM = 0, 1
+
+
+@dataclasses.dataclass
+class Seconds:
+    """Time that the walk spent, by stage."""
+
+    forward_and_statistics: float = 0.0
+    solve: float = 0.0
+    write: float = 0.0
+
+
+class BlockWalk:
+    """One walk through all blocks, storing each layer in the run directory as soon as it is finished.
+
+    In the independent mode (CLoQ section 3: H from the full-precision activations) one float forward pass serves all
+    layers. In the error-aware mode a second stream of activations runs behind the compressed prefix, layer by layer:
+    what a layer is calibrated on is what the finished layers before it, in the same block too, put out.
+
+    Layers that the run directory already holds are not solved again; their blocks are only run through, with the same
+    arithmetic, so that a resumed run ends with the same bytes.
+
+    Args:
+        model: the float model.
+        plan: what happens to each layer.
+        recipe: every option of the run.
+        directory: where finished layers go.
+        windows: calibration token ids, (samples, seqlen).
+        device: where to compute.
+        compute: precision of the forward passes, see `BlockStream`.
+        fixed: full module name -> codes that are kept (only adapters are made); None quantizes.
+        console: where the progress bar goes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        directory: RunDirectory,
+        windows: torch.Tensor,
+        *,
+        device: torch.device,
+        compute: torch.dtype | None,
+        fixed: Mapping[str, QuantizedLayer] | None,
+        console: Console,
+    ) -> None:
+        self._plan = plan
+        self._recipe = recipe
+        self._directory = directory
+        self._device = device
+        self._fixed = fixed
+        self._console = console
+        self._error_aware = recipe.error_aware > 0.0
+        self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=1)
+        self._done = directory.completed_modules()
+        self.seconds = Seconds()
+
+    def run(self) -> None:
+        """Finish every layer that is not finished yet."""
+        last = max(
+            (i for i in range(len(self._plan.blocks)) if set(self._plan.of_block(i)) - self._done), default=-1
+        )
+        if last < 0:
+            return
+        streams = [list(self._stream.hidden)]
+        if self._error_aware:
+            streams.append(list(self._stream.hidden))
+        self._stream.hidden.clear()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} blocks"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress, torch.no_grad():
+            task = progress.add_task("calibrate, quantize, adapt", total=last + 1)
+            for index in range(last + 1):
+                started, solve_before = time.perf_counter(), self.seconds.solve + self.seconds.write
+                streams = self._walk_block(index, streams)
+                spent = time.perf_counter() - started
+                self.seconds.forward_and_statistics += spent - (
+                    self.seconds.solve + self.seconds.write - solve_before
+                )
+                progress.advance(task)
+
+    def _walk_block(self, index: int, streams: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """Finish the layers of one block; return the streams behind it."""
+        block = self._plan.blocks.modules[index]
+        linears = find_linears(block, self._plan.blocks.prefix(index))
+        plans = self._plan.of_block(index)
+        with self._stream.block_on_device(index):
+            original = {name: linear.weight.data for name, linear in linears.items()}
+            compressed = dict(original)
+            if self._error_aware:
+                for name in self._done.intersection(plans):
+                    layer = self._directory.read_layer(name)
+                    weight = served_weight(on_device(layer.quantized, self._device), layer.lora)
+                    compressed[name] = weight.to(original[name].dtype)
+            groups: list[list[str]] = []
+            if not self._done.issuperset(plans):
+                found = shared_inputs(
+                    block,
+                    lambda: self._stream.forward_batch(index, 0, streams[FLOAT_STREAM][0]),
+                    self._plan.blocks.prefix(index),
+                )
+                planned = ([name for name in group if name in plans] for group in found)
+                # A group that a kill cut in two is solved again as a whole: its layers share matrix products, and
+                # those give the same bits only for the same shapes.
+                groups = [group for group in planned if not self._done.issuperset(group)]
+            try:
+                if self._error_aware:
+                    return self._walk_error_aware(index, streams, linears, plans, original, compressed, groups)
+                return self._walk_independent(index, streams, linears, plans, original, groups)
+            finally:
+                for name, linear in linears.items():
+                    linear.weight.data = original[name]
+
+    def _walk_independent(
+        self,
+        index: int,
+        streams: list[list[torch.Tensor]],
+        linears: Mapping[str, nn.Linear],
+        plans: Mapping[str, ModulePlan],
+        original: Mapping[str, torch.Tensor],
+        groups: Sequence[Sequence[str]],
+    ) -> list[list[torch.Tensor]]:
+        accumulators = [self._accumulator(linears[group[0]].in_features, cross=False) for group in groups]
+        handles = [
+            linears[group[0]].register_forward_pre_hook(
+                lambda _, args, accumulator=accumulator: accumulator.add(args[0])
+            )
+            for group, accumulator in zip(groups, accumulators, strict=True)
+        ]
+        try:
+            after = self._stream.forward_block(index, streams[FLOAT_STREAM])
+        finally:
+            for handle in handles:
+                handle.remove()
+        for group, accumulator in zip(groups, accumulators, strict=True):
+            self._solve(group, plans, original, accumulator.stats())
+        return [after]
+
+    def _walk_error_aware(
+        self,
+        index: int,
+        streams: list[list[torch.Tensor]],
+        linears: Mapping[str, nn.Linear],
+        plans: Mapping[str, ModulePlan],
+        original: Mapping[str, torch.Tensor],
+        compressed: dict[str, torch.Tensor],
+        groups: Sequence[Sequence[str]],
+    ) -> list[list[torch.Tensor]]:
+        solved: set[str] = set()
+
+        def install(stream: int) -> None:
+            weights = original if stream == FLOAT_STREAM else compressed
+            for name, linear in linears.items():
+                linear.weight.data = weights[name]
+
+        def visit(group_index: int, inputs: GroupInputs) -> None:
+            group = groups[group_index]
+            stats = self._paired_stats(linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
+            for name, weight in self._solve(group, plans, original, stats).items():
+                compressed[name] = weight.to(original[name].dtype)
+            solved.update(group)
+
+        after = run_in_lockstep(
+            self._stream,
+            index,
+            streams,
+            [[linears[name] for name in group] for group in groups],
+            install,
+            visit,
+        )
+        for group in groups:
+            if not solved.issuperset(group):
+                # Experts that no token was routed to.
+                width = linears[group[0]].in_features
+                self._solve(group, plans, original, self._accumulator(width, cross=False).stats())
+        return after
+
+    def _paired_stats(
+        self, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]
+    ) -> LayerStats:
+        """Return H of the compressed stream's inputs, with C where both streams brought every token.
+
+        An expert's tokens depend on the routing, which differs between the streams: they cannot be paired.
+        """
+        float_inputs, met = inputs[FLOAT_STREAM], inputs[COMPRESSED_STREAM]
+        paired = all(
+            batch in float_inputs
+            and float_inputs[batch].shape == met[batch].shape
+            and met[batch].numel() // in_features == hidden[batch].shape[0] * hidden[batch].shape[1]
+            for batch in met
+        )
+        accumulator = self._accumulator(in_features, cross=paired)
+        for batch in sorted(met):
+            accumulator.add(met[batch], float_inputs[batch] if paired else None)
+        return accumulator.stats()
+
+    def _accumulator(self, in_features: int, *, cross: bool) -> GramAccumulator:
+        return GramAccumulator(
+            in_features, weighting=self._recipe.token_weighting, cross=cross, device=self._device
+        )
+
+    def _solve(
+        self,
+        group: Sequence[str],
+        plans: Mapping[str, ModulePlan],
+        original: Mapping[str, torch.Tensor],
+        stats: LayerStats,
+    ) -> dict[str, torch.Tensor]:
+        """Solve and store one group; return what the layers serve."""
+        started = time.perf_counter()
+        weights = {name: original[name].to(torch.float32) for name in group}
+        solved = solve_group([plans[name] for name in group], weights, stats, self._recipe, self._fixed)
+        finished = time.perf_counter()
+        for name, layer in solved.items():
+            self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
+        self.seconds.solve += finished - started
+        self.seconds.write += time.perf_counter() - finished
+        return {name: layer.weight for name, layer in solved.items()}

@@ -1,0 +1,116 @@
+"""Decide, before anything is computed, what happens to every linear layer of a model, and refuse what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from cloq_export.errors import CloqError, RecipeError, ShapeError
+from cloq_export.formats.gptq import check_packable
+from cloq_export.models.blocks import BlockList, find_linears
+from cloq_export.recipe import Recipe
+from cloq_export.types import QuantSpec
+
+_SHOWN_FAULTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ModulePlan:
+    """What happens to one linear layer.
+
+    Args:
+        name: full module name.
+        spec: its grid.
+        rank: rank of its adapter, 0 for none.
+    """
+
+    name: str
+    spec: QuantSpec
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What happens to every linear layer of a model's blocks.
+
+    Args:
+        blocks: the decoder blocks.
+        modules: full module name -> plan, in order of blocks; layers that stay float are absent.
+        skipped: full names of the layers that stay float.
+    """
+
+    blocks: BlockList
+    modules: dict[str, ModulePlan]
+    skipped: tuple[str, ...]
+
+    def of_block(self, index: int) -> dict[str, ModulePlan]:
+        """Return the plans of one block's layers."""
+        prefix = self.blocks.prefix(index) + "."
+        return {name: plan for name, plan in self.modules.items() if name.startswith(prefix)}
+
+
+def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
+    """Return the plan of a recipe for a model.
+
+    Args:
+        blocks: the model's decoder blocks.
+        recipe: every option of the run.
+
+    Returns:
+        Plan.
+
+    Raises:
+        RecipeError: a pattern of `overrides` matches no layer, or every layer is skipped.
+        ShapeError: a group size, a width or a rank does not fit a layer; the first few are named.
+    """
+    modules: dict[str, ModulePlan] = {}
+    skipped: list[str] = []
+    faults: list[str] = []
+    for index, block in enumerate(blocks):
+        for name, linear in find_linears(block, blocks.prefix(index)).items():
+            settings = recipe.override_for(name)
+            if settings.get("skip", False):
+                skipped.append(name)
+                continue
+            spec = QuantSpec(
+                settings.get("bits", recipe.bits), settings.get("group_size", recipe.group_size), recipe.symmetric
+            )
+            plan = ModulePlan(name, spec, settings.get("rank", recipe.rank))
+            try:
+                _check_fit(linear, plan)
+            except CloqError as error:
+                faults.append(str(error))
+            modules[name] = plan
+    if faults:
+        more = f" ({len(faults) - _SHOWN_FAULTS} more layers have the same fault)" if len(faults) > _SHOWN_FAULTS else ""
+        raise ShapeError(" ".join(faults[:_SHOWN_FAULTS]) + more)
+    _check_patterns(recipe, [*modules, *skipped])
+    if not modules:
+        raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
+    return Plan(blocks, modules, tuple(skipped))
+
+
+def _check_fit(linear: nn.Linear, plan: ModulePlan) -> None:
+    try:
+        plan.spec.group_count(linear.in_features)
+    except ShapeError as error:
+        raise ShapeError(f"{plan.name}: {error} --override '{plan.name}:skip=true' leaves it in float.") from None
+    check_packable(linear.out_features, linear.in_features, plan.spec, name=plan.name)
+    largest = min(linear.in_features, linear.out_features)
+    if plan.rank > largest:
+        raise ShapeError(
+            f"{plan.name}: rank {plan.rank} is above {largest}, the smaller side of this {linear.out_features} x "
+            f"{linear.in_features} layer; lower it with --rank, or for this layer with --override "
+            f"'{plan.name}:rank={largest}'."
+        )
+
+
+def _check_patterns(recipe: Recipe, names: list[str]) -> None:
+    for pattern in recipe.overrides:
+        alone = recipe.changed({"overrides": {pattern: {"skip": True}}})
+        if not any(alone.override_for(name) for name in names):
+            raise RecipeError(
+                f"the override pattern {pattern!r} matches no linear layer; names look like {names[0]!r}, and * stands "
+                "for any characters."
+            )

@@ -1,0 +1,226 @@
+"""From the statistics of one input to the finished layers that read it: here quantize and adapt meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq
+from cloq_export.pipeline.plan import ModulePlan
+from cloq_export.quantize import (
+    DampedGram,
+    QuantizeOptions,
+    damp_gram,
+    effective_rank,
+    error_aware_target,
+    quantize_group,
+)
+from cloq_export.recipe import Recipe
+from cloq_export.types import LayerCertificate, LayerStats, LoraPair, QuantizedLayer
+
+ADAPTER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedLayer:
+    """One finished layer.
+
+    Args:
+        quantized: codes, scales, zeros, on the CPU.
+        lora: the adapter pair, or None at rank 0.
+        certificate: how good the two are.
+        weight: `Q + B A`, (out, in) float32 on the device of the solve: what the next layers meet.
+    """
+
+    quantized: QuantizedLayer
+    lora: LoraPair | None
+    certificate: LayerCertificate
+    weight: torch.Tensor
+
+
+def served_weight(quantized: QuantizedLayer, lora: LoraPair | None) -> torch.Tensor:
+    """Return `W' = Q + (alpha / rank) B A`, (out, in) float32, on the device of the codes."""
+    weight = quantized.dequantize()
+    if lora is None:
+        return weight
+    device = weight.device
+    return weight + LoraPair(lora.lora_A.to(device), lora.lora_B.to(device), lora.alpha).product()
+
+
+def solve_group(
+    plans: Sequence[ModulePlan],
+    weights: Mapping[str, torch.Tensor],
+    stats: LayerStats,
+    recipe: Recipe,
+    fixed: Mapping[str, QuantizedLayer] | None = None,
+) -> dict[str, SolvedLayer]:
+    """Quantize and adapt the layers that read one input; H is factorised once for all of them.
+
+    Args:
+        plans: the layers.
+        weights: full module name -> original W, (out, in) float32, on the device that computes.
+        stats: H (and C) of their input, on the same device.
+        recipe: every option of the run.
+        fixed: full module name -> codes that are kept; None quantizes.
+
+    Returns:
+        Full module name -> finished layer.
+
+    Raises:
+        SingularStatsError: H does not factorise with any damping.
+        NonFiniteError: a weight is NaN or Inf, or an adapter does not fit its dtype.
+    """
+    notes: list[str] = []
+    damped: DampedGram | None = None
+    if stats.tokens == 0 or float(stats.gram.diagonal().sum()) == 0.0:
+        notes.append("no calibration token reached this layer: rounded to nearest, no adapter correction")
+    else:
+        damped = damp_gram(stats.gram, recipe.damping)
+        if stats.tokens < stats.in_features:
+            notes.append(
+                f"{stats.tokens} calibration tokens for {stats.in_features} inputs: H has at most rank {stats.tokens}, "
+                "damping decides the rest"
+            )
+        if damped.increases:
+            notes.append(f"damping was raised {damped.increases} times before H factorised")
+    targets = {
+        plan.name: weights[plan.name]
+        if damped is None
+        else error_aware_target(weights[plan.name], stats, damped, recipe.error_aware)
+        for plan in plans
+    }
+    if fixed is None:
+        quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
+    else:
+        device = stats.gram.device
+        quantized = {plan.name: on_device(fixed[plan.name], device) for plan in plans}
+        quantize_notes = {}
+    shared = _SharedNumbers.of(stats, damped)
+    root = _root(stats, damped) if damped is not None else None
+    return {
+        plan.name: _finish(
+            plan,
+            weights[plan.name],
+            targets[plan.name],
+            quantized[plan.name],
+            root,
+            damped,
+            shared,
+            recipe,
+            (*notes, *quantize_notes.get(plan.name, ())),
+        )
+        for plan in plans
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _SharedNumbers:
+    """The figures of a certificate that depend on the input alone."""
+
+    tokens: int
+    condition: float
+    effective_rank: float
+    dead_columns: int
+
+    @classmethod
+    def of(cls, stats: LayerStats, damped: DampedGram | None) -> _SharedNumbers:
+        return cls(
+            tokens=stats.tokens,
+            condition=damped.condition() if damped is not None else 1.0,
+            effective_rank=effective_rank(stats.gram),
+            dead_columns=int((stats.gram.diagonal() == 0).sum()),
+        )
+
+
+def _quantize(
+    plans: Sequence[ModulePlan],
+    targets: Mapping[str, torch.Tensor],
+    damped: DampedGram | None,
+    recipe: Recipe,
+) -> tuple[dict[str, QuantizedLayer], dict[str, tuple[str, ...]]]:
+    options = QuantizeOptions(
+        method=recipe.method,
+        grid=recipe.grid,
+        magr_alpha=recipe.magr_alpha,
+        sweeps=recipe.sweeps,
+        refit=recipe.refit,
+    )
+    layers: dict[str, QuantizedLayer] = {}
+    notes: dict[str, tuple[str, ...]] = {}
+    for spec in dict.fromkeys(plan.spec for plan in plans):
+        same = [plan.name for plan in plans if plan.spec == spec]
+        group = quantize_group([targets[name] for name in same], spec, damped, options)
+        for name, layer in zip(same, group.layers, strict=True):
+            layers[name], notes[name] = layer, group.notes
+    return layers, notes
+
+
+def _root(stats: LayerStats, damped: DampedGram) -> GramRoot:
+    # Damping that only the quantizer needed must not blur the closed form: a singular H has its pseudo-inverse.
+    return eigen_root(stats.gram.to(torch.float64)) if damped.increases else cholesky_root(damped.lower)
+
+
+def on_device(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
+    """Return the layer with its tensors on a device."""
+    return QuantizedLayer(layer.codes.to(device), layer.scales.to(device), layer.zeros.to(device), layer.spec)
+
+
+def _finish(
+    plan: ModulePlan,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    quantized: QuantizedLayer,
+    root: GramRoot | None,
+    damped: DampedGram | None,
+    shared: _SharedNumbers,
+    recipe: Recipe,
+    notes: tuple[str, ...],
+) -> SolvedLayer:
+    dequantized = quantized.dequantize()
+    lora: LoraPair | None = None
+    bound = float("nan")
+    if plan.rank:
+        dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
+        if root is None:
+            # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
+            out_features, in_features = weight.shape
+            generator = torch.Generator().manual_seed(0)
+            start = torch.randn(plan.rank, in_features, generator=generator) / in_features**0.5
+            lora = LoraPair(start.to(dtype), torch.zeros(out_features, plan.rank, dtype=dtype), float(plan.rank))
+        else:
+            result = init_cloq(
+                target, dequantized, root, plan.rank, split=recipe.split, svd=recipe.svd, dtype=dtype
+            )
+            lora, bound = result.pair, result.bound
+            if result.svd_method == "full" and recipe.svd == "truncated":
+                notes = (*notes, "the truncated SVD did not settle: the full one was taken")
+    served = served_weight(quantized, lora)
+    if damped is None:
+        norm, measure = float(weight.norm()), lambda error: float(error.norm())
+    else:
+        norm, measure = damped.norm(target), damped.norm
+    norm = norm or 1.0
+    error_quantized = measure(target - dequantized) / norm
+    certificate = LayerCertificate(
+        module=plan.name,
+        method="rtn" if damped is None else recipe.method,
+        bits=plan.spec.bits,
+        group_size=plan.spec.group_size,
+        rank=plan.rank,
+        tokens=shared.tokens,
+        damping=damped.damping if damped is not None else 0.0,
+        damping_increases=damped.increases if damped is not None else 0,
+        error_quantized=error_quantized,
+        error_adapted=measure(target - served) / norm if plan.rank else error_quantized,
+        error_bound=bound / norm if bound == bound else error_quantized,
+        condition=shared.condition,
+        effective_rank=shared.effective_rank,
+        dead_columns=shared.dead_columns,
+        target="float weight" if target is weight else f"error-aware target, share {recipe.error_aware:g}",
+        notes=notes,
+    )
+    cpu = torch.device("cpu")
+    stored = LoraPair(lora.lora_A.to(cpu), lora.lora_B.to(cpu), lora.alpha) if lora is not None else None
+    return SolvedLayer(on_device(quantized, cpu), stored, certificate, served)

@@ -1,0 +1,573 @@
+"""One function per verb: open, check, walk, write, measure, and say what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from cloq_export.calibrate.data import CalibrationText, evaluation_text, load_text, sample_windows, tokenize_text
+from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
+from cloq_export.formats.gptq.codec import Version
+from cloq_export.formats.peft import write_adapter
+from cloq_export.models.blocks import find_blocks
+from cloq_export.models.source import LoadedModel, find_source, open_model, save_source_files
+from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.parity.perplexity import evaluate as measure
+from cloq_export.pipeline.compress import BlockWalk
+from cloq_export.pipeline.plan import Plan, make_plan
+from cloq_export.recipe import Recipe
+from cloq_export.run.directory import RunDirectory, natural_order
+from cloq_export.run.fingerprint import base_fingerprint
+from cloq_export.run.versions import environment
+from cloq_export.runtimes.checkpoint import checkpoint_folder, export_checkpoint
+from cloq_export.runtimes.hf import load
+from cloq_export.runtimes.inspection import describe, stored_sizes
+from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
+
+GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
+_SHOWN_WARNINGS = 5
+# ru_maxrss counts bytes on macOS and kibibytes elsewhere.
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+_EMBEDDED = "embedded"
+
+
+@dataclasses.dataclass
+class _Session:
+    """What one call of a verb works with."""
+
+    recipe: Recipe
+    console: Console
+    notes: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    loaded_memory: int = 0
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Run a piece of work and book its time."""
+        started = time.perf_counter()
+        result = work()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        return result
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+
+def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Go from a model to a measured checkpoint with its adapter, continuing what an earlier call has done.
+
+    Args:
+        recipe: every option.
+        out: the run directory.
+        demo: without WikiText-2 at hand, calibrate and measure on the text that Python itself carries.
+        console: where progress goes; None is standard error.
+
+    Returns:
+        The summary: what was measured, where the files are, what to type next.
+
+    Raises:
+        CloqError: anything a user can mend, in one line.
+    """
+    session = _Session(recipe, console or Console(stderr=True))
+    calibration, judging = _texts(session, demo=demo)
+    with _open_run(session, out) as directory:
+        model = _compress(session, directory, recipe, calibration)
+        _write_adapter(session, directory, recipe.adapter_name)
+        _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path)
+        perplexity = session.timed(
+            "measure", lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model)
+        )
+        directory.write_report("evaluation", perplexity)
+        directory.set_state("done")
+        return _summary(session, directory, perplexity)
+
+
+def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Make codes, scales and zeros for every layer, without adapters.
+
+    Args:
+        recipe: every option; its rank is kept for `adapt`.
+        out: the run directory.
+        demo: as in `run`.
+        console: where progress goes.
+
+    Returns:
+        The summary.
+
+    Raises:
+        CloqError: anything a user can mend.
+    """
+    session = _Session(recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True))
+    calibration, _ = _texts(session, demo=demo)
+    with _open_run(session, out) as directory:
+        _compress(session, directory, session.recipe, calibration)
+        directory.set_state("quantized")
+        summary = _summary(session, directory, None)
+        summary["next"] = [f"cloq adapt {out} --rank {recipe.rank or 64}", f"cloq export {out}"]
+        return summary
+
+
+def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None = None) -> dict[str, Any]:
+    """Make an adapter for the codes that a run holds, on the same calibration tokens.
+
+    Args:
+        run_path: a run whose layers are all quantized.
+        changes: recipe options that differ from the run's, e.g. rank or adapter_name.
+        console: where progress goes.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UsageError: an option would change the codes, or the rank is 0.
+        RunDirectoryError: the run is not finished, or an adapter of that name exists with other options.
+    """
+    directory = RunDirectory.open(run_path)
+    base_recipe = Recipe.from_mapping(directory.recipe)
+    asked = {"rank": 64, **changes} if base_recipe.rank == 0 else dict(changes)
+    frozen = sorted(set(asked) - set(_ADAPTER_OPTIONS))
+    if frozen:
+        raise UsageError(
+            f"{', '.join(frozen)} would change the codes, and adapt keeps them; allowed are "
+            f"{', '.join(_ADAPTER_OPTIONS)}. Make another run with: cloq run {base_recipe.model} --out OTHER"
+        )
+    recipe = base_recipe.changed(asked)
+    if recipe.rank == 0:
+        raise UsageError("the rank is 0, which makes no adapter; choose one with --rank.")
+    session = _Session(recipe, console or Console(stderr=True))
+    work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
+    target = directory.adapter_path(recipe.adapter_name)
+    if target.exists() and recipe.adapter_name == base_recipe.adapter_name and base_recipe.rank:
+        raise UsageError(
+            f"the adapter {recipe.adapter_name!r} was made together with the codes; give the new one another name with "
+            "--adapter-name."
+        )
+    with directory, RunDirectory.create_or_resume(
+        work, recipe.to_mapping(), directory.source_fingerprint, environment()
+    ) as parts:
+        loaded, plan = _open_planned(session, recipe)
+        _refuse_other_source(loaded, directory)
+        fixed = _stored_codes(directory, plan)
+        calibration, _ = _texts(session, demo=_is_embedded_run(directory))
+        _walk(session, loaded, plan, parts, recipe, calibration, fixed)
+        _write_adapter(session, directory, recipe.adapter_name, parts)
+        certificates = parts.certificates()
+        directory.write_report(f"adapter-{recipe.adapter_name}", _certificate_report(certificates))
+    shutil.rmtree(work, ignore_errors=True)
+    summary = _summary(session, directory, None, certificates, adapter=recipe.adapter_name)
+    summary["next"] = [f"cloq export {run_path}", f"cloq eval {run_path}"]
+    return summary
+
+
+def export(
+    run_path: Path, format: str, out: Path | None = None, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Write the checkpoint of a run in one layout, with the run's adapters beside it.
+
+    Args:
+        run_path: a run whose layers are all quantized.
+        format: "gptq_v2" or "gptq".
+        out: the folder to make; None is RUN/checkpoint for the run's own layout and RUN/exports/FORMAT otherwise.
+        console: where progress goes.
+
+    Returns:
+        The summary.
+
+    Raises:
+        RunDirectoryError: the run is not finished.
+        ShapeError: the layout cannot hold the layers.
+    """
+    directory = RunDirectory.open(run_path)
+    recipe = Recipe.from_mapping(directory.recipe)
+    session = _Session(recipe, console or Console(stderr=True))
+    if out is None:
+        own = format == recipe.format
+        out = directory.checkpoint_path if own else directory.path / "exports" / format
+    with directory:
+        loaded, plan = _open_planned(session, recipe)
+        _refuse_other_source(loaded, directory)
+        _refuse_unfinished(directory, plan)
+        _write_checkpoint(session, directory, loaded, format, out, plan)
+    summary = _summary(session, directory, None)
+    summary["format"] = format
+    summary["files"] = {"checkpoint": str(out), **_adapter_files(directory)}
+    summary["next"] = [f"cloq inspect {out}", f"cloq eval {out} --reference {recipe.model}"]
+    return summary
+
+
+def evaluate(
+    path: Path,
+    text: str,
+    window: int,
+    windows: int,
+    reference: str | None = None,
+    *,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure the perplexity of the float model, of Q alone and of Q with its adapter, on the same windows.
+
+    Args:
+        path: a run directory or a checkpoint folder.
+        text: "wikitext2", "embedded", a file or a hub id.
+        window: tokens in a window.
+        windows: windows from the start of the text.
+        reference: the float model; None is the run's source, and for a checkpoint none is measured.
+        console: where progress goes.
+
+    Returns:
+        dict: the JSON object that `cloq eval --json` prints.
+
+    Raises:
+        CloqError: anything a user can mend.
+    """
+    console = console or Console(stderr=True)
+    recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
+    session = _Session(recipe, console)
+    loaded: LoadedModel | None = None
+    name = reference or recipe.model
+    if name:
+        loaded = open_model(name, dtype=torch.float32)
+    result = _measure(session, path, evaluation_text(text), window, windows, loaded)
+    if loaded is None:
+        result["notes"] = ["the float model was not measured: name it with --reference"]
+    return result
+
+
+def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Say what an artefact is: layout, bits, groups, fingerprint, sizes, bits per weight.
+
+    Args:
+        path: a run, a checkpoint or an adapter folder.
+        verify: read every tensor and compute the fingerprint again.
+
+    Returns:
+        dict, ready for JSON.
+
+    Raises:
+        FormatError: nothing known is there, or it is damaged.
+    """
+    return describe(path, verify=verify)
+
+
+# What `adapt` may choose anew: none of it touches the codes.
+_ADAPTER_OPTIONS = ("rank", "split", "svd", "adapter_dtype", "adapter_name", "device", "precision")
+
+
+def _without_ranks(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    kept = {
+        pattern: {key: value for key, value in settings.items() if key != "rank"}
+        for pattern, settings in recipe.overrides.items()
+    }
+    return {pattern: settings for pattern, settings in kept.items() if settings}
+
+
+def _texts(session: _Session, *, demo: bool) -> tuple[CalibrationText, CalibrationText]:
+    """Return the calibration text and the text to measure on; only the demo may fall back, and says so."""
+    recipe = session.recipe
+    try:
+        return load_text(recipe.calibration), evaluation_text(recipe.eval_text)
+    except (CalibrationError, MissingPackageError):
+        if not demo or (recipe.calibration, recipe.eval_text) != ("wikitext2", "wikitext2"):
+            raise
+    whole = load_text(_EMBEDDED)
+    # One text serves both ends: what is measured must not have been calibrated on.
+    cut = whole.text.rfind("\n\n", 0, int(len(whole.text) * 0.8))
+    session.notes.append(
+        "WikiText-2 is not at hand, so the demo calibrates on the first four fifths of the text embedded in Python "
+        "(pydoc_data.topics) and measures on the rest: figures are not comparable with those of WikiText-2"
+    )
+    return (
+        CalibrationText.of(whole.text[:cut], f"{whole.origin}, first four fifths"),
+        CalibrationText.of(whole.text[cut:], f"{whole.origin}, last fifth"),
+    )
+
+
+def _is_embedded_run(directory: RunDirectory) -> bool:
+    return str(directory.manifest().get("calibration", {}).get("origin", "")).startswith(_EMBEDDED)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
+    return device
+
+
+def _compute(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    if recipe.precision == "float32":
+        return None
+    if recipe.precision == "bfloat16" or has_fast_bfloat16(device):
+        return torch.bfloat16
+    return None
+
+
+def _open_run(session: _Session, out: Path) -> RunDirectory:
+    source = session.timed("read model", lambda: find_source(session.recipe.model))
+    fingerprint = session.timed("read model", lambda: source.fingerprint)
+    return RunDirectory.create_or_resume(out, session.recipe.to_mapping(), fingerprint, environment())
+
+
+def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
+    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=torch.float32))
+    plan = make_plan(find_blocks(loaded.model, recipe.blocks), recipe)
+    session.loaded_memory = _peak_memory()
+    return loaded, plan
+
+
+def _compress(
+    session: _Session, directory: RunDirectory, recipe: Recipe, calibration: CalibrationText
+) -> LoadedModel:
+    loaded, plan = _open_planned(session, recipe)
+    _walk(session, loaded, plan, directory, recipe, calibration, None)
+    directory.write_report("layers", _certificate_report(directory.certificates()))
+    return loaded
+
+
+def _walk(
+    session: _Session,
+    loaded: LoadedModel,
+    plan: Plan,
+    directory: RunDirectory,
+    recipe: Recipe,
+    calibration: CalibrationText,
+    fixed: Mapping[str, QuantizedLayer] | None,
+) -> None:
+    done = directory.completed_modules()
+    if done.issuperset(plan.modules):
+        session.say("all layers are finished already")
+        return
+    if done:
+        session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
+    tokens = tokenize_text(loaded.tokenizer, calibration.text)
+    windows = sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
+    session.say(
+        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}"
+    )
+    widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
+    if windows.numel() < widest:
+        session.notes.append(
+            f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
+            "decides what they leave open; raise --samples or --seqlen"
+        )
+    device = _device(recipe)
+    walk = BlockWalk(
+        loaded.model,
+        plan,
+        recipe,
+        directory,
+        windows,
+        device=device,
+        compute=_compute(recipe, device),
+        fixed=fixed,
+        console=session.console,
+    )
+    walk.run()
+    for stage, seconds in dataclasses.asdict(walk.seconds).items():
+        session.seconds[stage.replace("_", " ")] = seconds
+
+
+def _stored_codes(directory: RunDirectory, plan: Plan) -> Mapping[str, QuantizedLayer]:
+    _refuse_unfinished(directory, plan)
+    return {name: directory.read_layer(name).quantized for name in plan.modules}
+
+
+def _refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:
+    missing = sorted(set(plan.modules) - directory.completed_modules(), key=natural_order)
+    if missing:
+        raise RunDirectoryError(
+            f"{directory.path} lacks {len(missing)} of {len(plan.modules)} layers, the first {missing[0]}; finish it "
+            f"with the command that started it, e.g. cloq run {directory.recipe['model']} --out {directory.path}"
+        )
+
+
+def _refuse_other_source(loaded: LoadedModel, directory: RunDirectory) -> None:
+    if loaded.source.fingerprint != directory.source_fingerprint:
+        raise RunDirectoryError(
+            f"{loaded.source.name} has changed since {directory.path} was made (now {loaded.source.fingerprint}, then "
+            f"{directory.source_fingerprint}); restore the model's files, or start a new run."
+        )
+
+
+def _layers(directory: RunDirectory) -> Iterator[tuple[str, QuantizedLayer]]:
+    for name in sorted(directory.completed_modules(), key=natural_order):
+        yield name, directory.read_layer(name).quantized
+
+
+def _write_adapter(
+    session: _Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None
+) -> None:
+    """Write the adapter whose pairs stand in `parts` (the run itself if None), bound to the run's base."""
+    source = parts or directory
+    pairs: dict[str, LoraPair] = {}
+    for module in sorted(source.completed_modules(), key=natural_order):
+        lora = source.read_layer(module).lora
+        if lora is not None:
+            pairs[module] = lora
+    if not pairs:
+        return
+    fingerprint = base_fingerprint(_layers(directory))
+    session.timed(
+        "write",
+        lambda: write_adapter(
+            directory.adapter_path(name), pairs, base_model=session.recipe.model, base_fingerprint=fingerprint
+        ),
+    )
+
+
+def _write_checkpoint(
+    session: _Session,
+    directory: RunDirectory,
+    loaded: LoadedModel,
+    format: str,
+    out: Path,
+    plan: Plan | None = None,
+) -> None:
+    if plan is None:
+        plan = make_plan(find_blocks(loaded.model, session.recipe.blocks), session.recipe)
+    session.timed(
+        "write",
+        lambda: export_checkpoint(
+            out,
+            loaded.model,
+            _layers(directory),
+            skipped=plan.skipped,
+            version=GPTQ_VERSIONS[format],
+            float_dtype=loaded.source.dtype,
+            max_shard_bytes=session.recipe.max_shard_bytes,
+            save_files=lambda folder: save_source_files(loaded, folder),
+        ),
+    )
+
+
+def _measure(
+    session: _Session,
+    path: Path,
+    text: CalibrationText,
+    window: int,
+    windows: int,
+    loaded: LoadedModel | None,
+) -> dict[str, Any]:
+    """Measure from the files on disk, so that what is reported is what was written."""
+    adapter = _adapter_of(session, path)
+    packed = load(path, adapter, dtype=torch.float32)
+    tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
+    tokens = tokenize_text(tokenizer, text.text)
+
+    def models() -> Iterator[tuple[str, nn.Module]]:
+        if loaded is not None:
+            yield "float", loaded.model
+        if adapter is not None:
+            packed.disable_adapters()
+        yield "quantized", packed
+        if adapter is not None:
+            packed.enable_adapters()
+            yield "adapter", packed
+
+    return measure(
+        models(),
+        tokens,
+        text=text.origin,
+        text_sha256=text.sha256,
+        window=window,
+        windows=windows,
+        console=session.console,
+    )
+
+
+def _adapter_of(session: _Session, path: Path) -> str | None:
+    """Return the adapter to measure: the recipe's own if the run has it, else the only one there is."""
+    if not RunDirectory.is_run(path):
+        return None
+    names = RunDirectory.open(path).adapters()
+    if session.recipe.adapter_name in names:
+        return session.recipe.adapter_name
+    return names[0] if len(names) == 1 else None
+
+
+def _checkpoint_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint_folder(path))
+
+
+def _certificate_report(certificates: list[LayerCertificate]) -> dict[str, Any]:
+    return {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+
+
+def _adapter_files(directory: RunDirectory) -> dict[str, str]:
+    return {f"adapter {name}": str(directory.adapter_path(name)) for name in directory.adapters()}
+
+
+def _peak_memory() -> int:
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * _MAXRSS_UNIT
+
+
+def _summary(
+    session: _Session,
+    directory: RunDirectory,
+    perplexity: dict[str, Any] | None,
+    certificates: list[LayerCertificate] | None = None,
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    recipe = session.recipe
+    certificates = directory.certificates() if certificates is None else certificates
+    worst = max(certificates, key=lambda c: c.error_adapted if math.isfinite(c.error_adapted) else math.inf)
+    warnings = [f"{c.module}: {note}" for c in certificates for note in c.notes]
+    shown = warnings[:_SHOWN_WARNINGS]
+    if len(warnings) > len(shown):
+        shown.append(f"and {len(warnings) - len(shown)} more, in {directory.path / 'reports' / 'layers.json'}")
+    adapter = adapter or (recipe.adapter_name if recipe.adapter_name in directory.adapters() else None)
+    stored: dict[str, Any] = {}
+    if directory.checkpoint_path.exists():
+        sizes = stored_sizes(directory.path, adapter)
+        stored = {
+            "bits_per_weight_base": sizes["bits_per_weight"],
+            "bits_per_weight_with_adapter": sizes["bits_per_weight_with_adapter"],
+            "checkpoint_bytes": sizes["checkpoint_bytes"],
+            "adapter_bytes": sizes["adapter_bytes"],
+            "float_bytes": sizes["float_bytes"],
+        }
+    files = {"run": str(directory.path), "recipe": str(directory.path / "run.json")}
+    if directory.checkpoint_path.exists():
+        files["checkpoint"] = str(directory.checkpoint_path)
+    files |= _adapter_files(directory)
+    load_line = f"cloq_export.load({str(directory.path)!r}" + (f", adapter={adapter!r})" if adapter else ")")
+    peak = _peak_memory()
+    return {
+        "run": str(directory.path),
+        "model": recipe.model,
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "rank": recipe.rank,
+        "preset": recipe.preset_name,
+        "perplexity": perplexity,
+        "seconds": session.seconds,
+        "peak_memory_bytes": peak,
+        "peak_memory_beyond_model_bytes": max(0, peak - session.loaded_memory) if session.loaded_memory else None,
+        "stored": stored,
+        "layers": {
+            "count": len(certificates),
+            "worst_error_adapted": worst.error_adapted,
+            "worst_module": worst.module,
+            "warnings": shown,
+        },
+        "files": files,
+        "next": [
+            f"cloq inspect {directory.path}",
+            f"cloq eval {directory.path} --windows 64",
+            f"python -c \"import cloq_export; model = {load_line}\"",
+        ],
+        "notes": session.notes,
+    }

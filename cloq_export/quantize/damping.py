@@ -1,0 +1,93 @@
+"""Make a Gram matrix safe to factorise, and say what that took."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from cloq_export.errors import SingularStatsError
+
+_GROWTH = 10.0
+_ATTEMPTS = 6
+_POWER_ITERATIONS = 24
+_LARGEST_CONDITION = 1e12
+# Damping from which on the condition number is at most in / _SAFE_FRACTION.
+_SAFE_FRACTION = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class DampedGram:
+    """A Gram matrix made safe to factorise: `H + damping * I`.
+
+    Args:
+        gram: the damped matrix, (in, in) float64.
+        lower: its Cholesky factor L, `L L^T = H + damping * I`, (in, in) float64.
+        damping: what was added to the diagonal.
+        increases: how often damping had to be raised tenfold before the factorisation succeeded.
+    """
+
+    gram: torch.Tensor
+    lower: torch.Tensor
+    damping: float
+    increases: int
+
+    def norm(self, error: torch.Tensor) -> float:
+        """Return `||E R^T||_F` with `R^T R` the damped H, for an error E (out, in) float."""
+        return float((error.to(torch.float64) @ self.lower).norm())
+
+    def condition(self) -> float:
+        """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(self.gram.shape[0], 1, generator=generator, dtype=torch.float64).to(self.gram.device)
+        largest, smallest = start, start
+        for _ in range(_POWER_ITERATIONS):
+            largest = self.gram @ (largest / largest.norm())
+            smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower)
+        return float(largest.norm() * smallest.norm())
+
+
+def damp_gram(gram: torch.Tensor, fraction: float) -> DampedGram:
+    """Return `H + lambda * I` with its Cholesky factor, `lambda = fraction * tr(H) / in` (CLoQ section 3.1).
+
+    Damping is raised tenfold, and the rise counted, while the matrix does not factorise or is singular to working
+    precision.
+
+    Args:
+        gram: H, (in, in) float, symmetric positive semi-definite.
+        fraction: damping relative to the mean of the diagonal; 0 asks for none.
+
+    Returns:
+        DampedGram on the device of `gram`.
+
+    Raises:
+        SingularStatsError: H is all zero, or does not factorise even when damped by its own diagonal.
+    """
+    exact = gram.to(torch.float64)
+    mean = float(exact.diagonal().mean())
+    if mean <= 0.0:
+        raise SingularStatsError(
+            "the Gram matrix is all zero: no calibration token reached this layer; calibrate on more text."
+        )
+    relative = fraction
+    for attempt in range(_ATTEMPTS + 1):
+        relative = fraction if attempt == 0 else max(fraction, _SAFE_FRACTION) * _GROWTH**attempt
+        damped = exact.clone()
+        damped.diagonal().add_(relative * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info):
+            continue
+        found = DampedGram(damped, lower, relative * mean, attempt)
+        # With next to no damping a singular matrix may pass by the luck of rounding: its condition number tells.
+        if relative >= _SAFE_FRACTION or found.condition() < _LARGEST_CONDITION:
+            return found
+    raise SingularStatsError(
+        f"the Gram matrix does not factorise with damping up to {relative:g} of its mean diagonal; it is not positive "
+        "semi-definite. Collect it in float32 (--precision float32), or raise --damping."
+    )
+
+
+def effective_rank(gram: torch.Tensor) -> float:
+    """Return the participation ratio of the eigenvalues of H, `tr(H)^2 / ||H||_F^2`, between 1 and `in`."""
+    squares = float(gram.square().sum(dtype=torch.float64))
+    return float(gram.diagonal().sum(dtype=torch.float64)) ** 2 / squares if squares > 0.0 else 0.0

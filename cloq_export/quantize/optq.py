@@ -1,0 +1,92 @@
+"""OPTQ: round column by column and let the columns not yet rounded absorb the error."""
+
+from __future__ import annotations
+
+import torch
+
+# Columns handled between two large matrix products; and columns whose rank-one updates stay inside one small tile.
+BLOCK_COLUMNS = 128
+TILE_COLUMNS = 32
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangular U with `U^T U = H^-1`, the factor that OPTQ walks along (OPTQ, algorithm 1).
+
+    One Cholesky factorisation of H with rows and columns reversed gives `H = V V^T` with V upper triangular, and
+    `U = V^-1`: no inverse of H is formed, so little accuracy is lost on ill-conditioned matrices.
+
+    Args:
+        gram: H, (in, in) float64, positive definite.
+
+    Returns:
+        U, (in, in) float64.
+    """
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def processing_order(gram: torch.Tensor) -> torch.Tensor:
+    """Return the column order of static act-order: descending diagonal of H, ties by position; (in,) int64."""
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+
+def optq_codes(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    max_code: int,
+    gram: torch.Tensor,
+) -> torch.Tensor:
+    """Return codes that nearly minimise `||(W - Q) H^(1/2)||_F` for fixed scales and zeros (CLoQ eq. 3, by OPTQ).
+
+    Columns are visited by descending `diag(H)` with the groups' parameters fixed beforehand, so the result is in the
+    original column order and needs no `g_idx`. Rows are independent: layers that share H may be stacked.
+
+    Args:
+        weight: W, (out, in) float32.
+        scales: per column, (out, in) float32.
+        zeros: per column, (out, in) float32 holding integers.
+        max_code: `2**bits - 1`.
+        gram: damped H, (in, in) float64, positive definite.
+
+    Returns:
+        Codes, (out, in) uint8.
+    """
+    in_features = weight.shape[1]
+    order = processing_order(gram)
+    factor = inverse_factor(gram[order][:, order]).to(torch.float32)
+    # Transposed, one visited column is one contiguous row.
+    remaining = weight.t()[order].contiguous()
+    column_scales = scales.t()[order].contiguous()
+    column_zeros = zeros.t()[order].contiguous()
+    codes = torch.empty_like(remaining)
+    errors = torch.empty_like(remaining)
+    pivots = factor.diagonal().tolist()
+    for block in range(0, in_features, BLOCK_COLUMNS):
+        block_end = min(block + BLOCK_COLUMNS, in_features)
+        for tile in range(block, block_end, TILE_COLUMNS):
+            tile_end = min(tile + TILE_COLUMNS, block_end)
+            for column in range(tile, tile_end):
+                scale, zero, current, code = (
+                    column_scales[column],
+                    column_zeros[column],
+                    remaining[column],
+                    codes[column],
+                )
+                torch.div(current, scale, out=code)
+                code.round_().add_(zero).clamp_(0, max_code)
+                error = errors[column]
+                torch.sub(code, zero, out=error)
+                error.mul_(scale).sub_(current).mul_(-1.0 / pivots[column])
+                if column + 1 < tile_end:
+                    remaining[column + 1 : tile_end].addr_(factor[column, column + 1 : tile_end], error, alpha=-1.0)
+            if tile_end < block_end:
+                remaining[tile_end:block_end].addmm_(
+                    factor[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end], alpha=-1.0
+                )
+        if block_end < in_features:
+            remaining[block_end:].addmm_(factor[block:block_end, block_end:].t(), errors[block:block_end], alpha=-1.0)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().to(torch.uint8).contiguous()

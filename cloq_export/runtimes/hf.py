@@ -1,0 +1,405 @@
+"""Transformers models from files alone: with packed linears, or dense as the float32 reference."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
+from cloq_export.formats.gptq.codec import TENSOR_NAMES, pack_layer
+from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.run.directory import RunDirectory
+from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.packed_linear import PackedLinear
+from cloq_export.types import QuantizedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tensors that other writers leave in their files and that models compute for themselves.
+_COMPUTED_BY_MODELS = (
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.bias",
+    "attention.masked_bias",
+)
+
+
+def load(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    force: bool = False,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint as a transformers model whose linears hold the packed codes and compute from them.
+
+    Quantized linears are `PackedLinear`: no dequantized copy of any of them is kept. The adapter is attached by PEFT
+    under the name "default"; it is held in float32 and switched off and on with the model's own `disable_adapters()`
+    and `enable_adapters()`.
+
+    Args:
+        path: a run directory or a checkpoint folder.
+        adapter: the name of an adapter in the run, or an adapter folder; None attaches none.
+        device: where the model is put.
+        dtype: of the float tensors and the activations; None means the one that the checkpoint is stored in. Codes
+            and scales stay as they are.
+        trainable: let gradients reach the adapter; otherwise all parameters are frozen.
+        force: attach the adapter even if it is bound to another base.
+
+    Returns:
+        PreTrainedModel: in evaluation mode.
+
+    Raises:
+        FormatError: a file is missing or damaged, or does not fit the model or the adapter.
+        BindingError: the adapter is bound to another base, or to none.
+        RunDirectoryError: the run has no adapter of that name.
+    """
+    checkpoint = Checkpoint.open(path)
+    found = _find_adapter(path, adapter)
+    read = None if found is None else _read_bound_adapter(found, checkpoint, force=force)
+    model = _build_model(checkpoint, dtype, _place_packed)
+    # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
+    model.quantization_method = "gptq"
+    if found is not None and read is not None:
+        _attach(model, found, read, trainable=trainable)
+    model.requires_grad_(False)
+    if trainable:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+    return model.to(torch.device(device)).eval()
+
+
+def dequantized_model(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    merged: bool = True,
+    force: bool = False,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint as an ordinary float32 model: the reference that every runtime is compared with.
+
+    Each quantized linear becomes a `torch.nn.Linear` with weight `Q + (alpha / rank) * B A`, computed in float32.
+    Merging rounds each weight once more than serving does, which a badly conditioned model (2 bits without training)
+    amplifies; `merged=False` leaves Q and the pair apart, the arithmetic of a runtime that serves adapters.
+
+    Args:
+        path: a run directory or a checkpoint folder.
+        adapter: the name of an adapter in the run, or an adapter folder; None takes none.
+        device: where the model is put.
+        merged: add B A to Q; False attaches the pair with PEFT as `load` does.
+        force: take the adapter even if it is bound to another base.
+
+    Returns:
+        PreTrainedModel: in evaluation mode; merged, it can be saved with `save_pretrained` like any other.
+
+    Raises:
+        FormatError: a file is missing or damaged, or does not fit the model or the adapter.
+        BindingError: the adapter is bound to another base, or to none.
+        RunDirectoryError: the run has no adapter of that name.
+    """
+    checkpoint = Checkpoint.open(path)
+    found = _find_adapter(path, adapter)
+    read = None if found is None else _read_bound_adapter(found, checkpoint, force=force)
+    model = _build_model(checkpoint, torch.float32, _place_dense)
+    del model.config.quantization_config
+    if found is not None and read is not None and not merged:
+        _attach(model, found, read, trainable=False)
+    elif found is not None and read is not None:
+        _check_pairs(model, found, read)
+        with torch.no_grad():
+            for module, pair in read.pairs.items():
+                model.get_submodule(module).weight += pair.product()
+    return model.to(torch.device(device)).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class _PackedTensors:
+    """The tensors of one quantized module as read, checked against the linear that they replace."""
+
+    checkpoint: Checkpoint
+    module: str
+    linear: nn.Linear
+    tensors: dict[str, torch.Tensor]
+
+    def layer(self) -> QuantizedLayer:
+        """Return the layer in its canonical form."""
+        return self.checkpoint.unpack(self.module, self.tensors)
+
+
+def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
+    """Return the packed linear of a module, from its words as they lie in the file."""
+    tensors, spec = packed.tensors, packed.checkpoint.specs[packed.module]
+    if packed.checkpoint.gptq.version == 1:
+        # Version 1 stores zero - 1; the kernels read zeros as they are.
+        tensors = pack_layer(packed.layer(), version=2, name=packed.module)
+    expected = torch.arange(packed.linear.in_features, dtype=torch.int32) // spec.columns_per_group(
+        packed.linear.in_features
+    )
+    if not torch.equal(tensors["g_idx"], expected):
+        raise FormatError(
+            f"g_idx is not sequential (an act-order checkpoint, or another group size than {spec.group_size}); "
+            "quantize again with desc_act=false."
+        )
+    if tensors["scales"].dtype != torch.float16:
+        raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")
+    return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
+
+
+def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
+    """Return the dense linear of a module."""
+    with torch.device("meta"):
+        dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
+    dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
+    return dense
+
+
+def _build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
+) -> PreTrainedModel:
+    """Return the model of a checkpoint, with `place` making the quantized linears."""
+    model = _empty_model(checkpoint, dtype)
+    linears = _targeted_linears(checkpoint, model)
+    waiting: dict[str, dict[str, torch.Tensor]] = {module: {} for module in linears}
+    for path, tensors in checkpoint.read_files():
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition(".")
+            if module in waiting and part in TENSOR_NAMES:
+                waiting[module][part] = tensor
+            else:
+                _place_float(checkpoint, model, name, tensor, source=path)
+        for module in [module for module, parts in waiting.items() if len(parts) == len(TENSOR_NAMES)]:
+            packed = _PackedTensors(checkpoint, module, linears[module], waiting.pop(module))
+            try:
+                placed = place(packed, model.dtype)
+            except (ShapeError, NonFiniteError, FormatError) as error:
+                text = str(error)
+                raise FormatError(text if module in text else f"{path}: {module}: {text}") from None
+            # The bias may lie in a file that comes later, so the parameter moves as it is.
+            placed.bias = model.get_submodule(module).bias
+            model.set_submodule(module, placed)
+    model.tie_weights()
+    _refuse_gaps(checkpoint, model)
+    _read_generation_config(checkpoint, model)
+    return model
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return the model that config.json describes, with parameters that hold no memory and buffers that do."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = checkpoint.folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        wanted = dtype or _stored_dtype(config)
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a malformed configuration leads to
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FormatError(
+            f"{source} does not describe a causal language model that transformers can build ({reason}); check the "
+            "file, or update transformers."
+        ) from error
+    return model
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float32
+
+
+def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return the linears that the checkpoint quantizes, after checking the shapes that its headers give."""
+    linears: dict[str, nn.Linear] = {}
+    for module, spec in checkpoint.specs.items():
+        try:
+            linear: nn.Module | None = model.get_submodule(module)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
+                "config.json and the weights belong to different models."
+            )
+        seen = checkpoint.headers[f"{module}.qweight"][1]
+        expected = (linear.in_features * spec.bits // 32, linear.out_features)
+        if seen != expected or linear.in_features * spec.bits % 32:
+            raise FormatError(
+                f"{checkpoint.files[f'{module}.qweight']}: {module}.qweight has shape {seen}; a layer with "
+                f"{linear.in_features} inputs and {linear.out_features} outputs at {spec.bits} bits needs {expected}."
+            )
+        linears[module] = linear
+    return linears
+
+
+def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
+    """Put a tensor that is not quantized where its name says."""
+    owner_name, _, part = name.rpartition(".")
+    try:
+        owner: nn.Module | None = model.get_submodule(owner_name)
+    except AttributeError:
+        owner = None
+    held: torch.Tensor | None = None
+    if owner is not None:
+        held = owner._parameters.get(part)
+        if held is None and part not in owner._non_persistent_buffers_set:
+            held = owner._buffers.get(part)
+    if owner is None or held is None:
+        if not checkpoint.is_ours or name.endswith(_COMPUTED_BY_MODELS):
+            return
+        raise FormatError(
+            f"{source} holds {name}, for which {type(model).__name__} has no place; config.json and the weights belong "
+            "to different models."
+        )
+    if held.shape != tensor.shape:
+        raise FormatError(
+            f"{source}: {name} has shape {tuple(tensor.shape)}; {type(model).__name__} needs {tuple(held.shape)}."
+        )
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise FormatError(f"{source}: {name} holds NaN or Inf; fetch or write the file again.")
+    cast = tensor.to(held.dtype)
+    if isinstance(held, nn.Parameter):
+        owner._parameters[part] = nn.Parameter(cast, requires_grad=held.requires_grad)
+    else:
+        owner._buffers[part] = cast
+
+
+def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FormatError(
+            f"{checkpoint.folder} lacks the tensor {missing[0]}{more}, which {type(model).__name__} needs; fetch or "
+            "write the checkpoint again."
+        )
+
+
+def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    from transformers import GenerationConfig
+
+    if (checkpoint.folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise FormatError(
+                f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "
+                "fetch the file again, or delete it."
+            ) from None
+
+
+def _find_adapter(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None) -> Path | None:
+    """Return the folder of an adapter given by name or by path."""
+    if adapter is None:
+        return None
+    if RunDirectory.is_run(path):
+        run = RunDirectory.open(path)
+        if isinstance(adapter, str) and adapter in run.adapters():
+            return run.adapter_path(adapter)
+        if not Path(adapter).is_dir():
+            names = ", ".join(run.adapters()) or "none"
+            raise RunDirectoryError(
+                f"{path} has no adapter {os.fspath(adapter)!r}; it has {names}. Give one of these, or an adapter "
+                "folder."
+            )
+    folder = Path(adapter)
+    if not is_adapter(folder):
+        raise FormatError(
+            f"{folder} is no adapter folder; give the folder that holds adapter_config.json, or give the run "
+            "directory as the path to name one of its adapters."
+        )
+    return folder
+
+
+def _read_bound_adapter(folder: Path, checkpoint: Checkpoint, *, force: bool) -> Adapter:
+    """Return the adapter of a folder, refusing one that belongs to another base."""
+    read = read_adapter(folder)
+    if force:
+        return read
+    base = checkpoint.fingerprint()
+    if read.base_fingerprint is None:
+        raise BindingError(
+            f"{folder} does not say which quantized base it belongs to; {checkpoint.folder} is {base}. Only if it was "
+            "trained on this base, load it with force=True."
+        )
+    if read.base_fingerprint != base:
+        raise BindingError(
+            f"{folder} is bound to the base {read.base_fingerprint}, but {checkpoint.folder} is {base}; an adapter is "
+            "wrong on any other quantization. Make one for this base with `cloq adapt`, or load it with force=True."
+        )
+    return read
+
+
+def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None:
+    for module, pair in adapter.pairs.items():
+        try:
+            linear: nn.Module | None = model.get_submodule(module)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise FormatError(
+                f"{folder} adapts {module}, which is no linear layer of {type(model).__name__}; it belongs to another "
+                "model."
+            )
+        if (pair.lora_B.shape[0], pair.lora_A.shape[1]) != (linear.out_features, linear.in_features):
+            raise FormatError(
+                f"{folder}: A {tuple(pair.lora_A.shape)} and B {tuple(pair.lora_B.shape)} do not fit {module} with "
+                f"{linear.in_features} inputs and {linear.out_features} outputs; it belongs to another model."
+            )
+
+
+def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
+    """Let PEFT wrap the adapted linears, and fill in A and B as they are stored."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    _check_pairs(model, folder, adapter)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.target_modules = set(adapter.pairs)
+    config.inference_mode = not trainable
+    # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(config, "default")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # As PEFT's own loader does: float16 factors in a bfloat16 model would lose three bits.
+            module.lora_A.to(torch.float32)
+            module.lora_B.to(torch.float32)
+    state = {}
+    for name, pair in adapter.pairs.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = pair.lora_A
+        state[f"base_model.model.{name}.lora_B.weight"] = pair.lora_B
+    outcome = set_peft_model_state_dict(model, state, adapter_name="default")
+    unplaced = list(outcome.unexpected_keys) + [key for key in outcome.missing_keys if ".lora_" in key]
+    if unplaced:
+        raise FormatError(
+            f"PEFT found no place for {unplaced[0]} of {folder}; update peft, or write the adapter again."
+        )
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Give the model with its adapters switched off, and switch them on again afterwards.
+
+    Args:
+        model: a model from `load` with an adapter.
+
+    Returns:
+        A context whose value is the same model, serving Q alone.
+    """
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()

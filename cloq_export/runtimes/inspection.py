@@ -1,0 +1,228 @@
+"""What an artefact is and what it weighs, from its headers alone."""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cloq_export.errors import FormatError
+from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
+from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.run.directory import RunDirectory
+from cloq_export.run.safe_tensors import read_safetensors_header
+from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint
+
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+_PARTS = {"qweight": "code_bytes", "scales": "scale_bytes", "qzeros": "zero_bytes", "g_idx": "index_bytes"}
+
+
+def stored_sizes(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Return what a checkpoint and one of its adapters take on disk.
+
+    `bits_per_weight` counts codes, scales and zeros over the weights of the quantized linears; the index `g_idx`,
+    which says nothing in this layout, is left out of it and stands in "index_bytes". With the adapter, its A and B are
+    added, over the same weights.
+
+    Args:
+        path: a run directory or a checkpoint folder.
+        adapter: an adapter folder, or the name of an adapter in the run; None counts none.
+
+    Returns:
+        dict: "quantized_weights" (their number), "code_bytes", "scale_bytes", "zero_bytes", "index_bytes",
+        "float_part_bytes" (tensors that are not quantized), "checkpoint_bytes" (all of these), "adapter_bytes" (None
+        without one), "float_bytes" (the same model unquantized, in the dtype of its float part),
+        "bits_per_weight", "bits_per_weight_with_adapter" (None without one).
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    folder = None
+    if adapter is not None:
+        folder = Path(adapter)
+        if RunDirectory.is_run(path) and isinstance(adapter, str) and adapter in RunDirectory.open(path).adapters():
+            folder = RunDirectory.open(path).adapter_path(adapter)
+    return _sizes(Checkpoint.open(path), folder)
+
+
+def describe(path: str | os.PathLike[str], *, verify: bool = False) -> dict[str, Any]:
+    """Say what an artefact is: a run directory, a checkpoint or adapter of ours, or somebody else's.
+
+    Args:
+        path: the folder.
+        verify: read every tensor, and compute the fingerprint of the base again.
+
+    Returns:
+        dict: "kind" ("run", "checkpoint" or "adapter"), "path", "ours", and the facts of that kind, ready for JSON.
+
+    Raises:
+        FormatError: there is nothing that is known at the path, or a file of it is missing or damaged.
+        RunDirectoryError: the run cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FormatError(f"{folder} {what}; give the folder of a run, a checkpoint or an adapter.")
+    if RunDirectory.is_run(folder):
+        return _describe_run(folder, verify=verify)
+    if is_adapter(folder):
+        return _describe_adapter(folder)
+    if (folder / CONFIG_NAME).is_file():
+        return _describe_checkpoint(Checkpoint.open(folder), verify=verify)
+    raise FormatError(
+        f"{folder} holds no run.json, config.json or adapter_config.json, so it is no run, checkpoint or adapter; "
+        "check the path."
+    )
+
+
+def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
+    run = RunDirectory.open(folder)
+    recipe = run.recipe
+    damaged = run.damaged_layers()
+    facts: dict[str, Any] = {
+        "kind": "run",
+        "path": str(folder),
+        "ours": True,
+        "state": run.state,
+        "model": recipe.get("model"),
+        "source_fingerprint": run.source_fingerprint,
+        "finished_layers": len(run.completed_modules()),
+        "damaged_layers": sorted(damaged.values()),
+        "reports": run.reports(),
+        "adapters": [],
+        "checkpoint": None,
+        "recipe": recipe,
+        "versions": run.manifest()["versions"],
+    }
+    checkpoint = None
+    if run.checkpoint_path.is_dir():
+        checkpoint = Checkpoint.open(run.checkpoint_path)
+        facts["checkpoint"] = _describe_checkpoint(checkpoint, verify=verify)
+    for name in run.adapters():
+        adapter = _describe_adapter(run.adapter_path(name))
+        if checkpoint is not None:
+            sizes = _sizes(checkpoint, run.adapter_path(name))
+            adapter["bits_per_weight_with_adapter"] = sizes["bits_per_weight_with_adapter"]
+            adapter["bound_to_this_base"] = adapter["base_fingerprint"] == checkpoint.fingerprint()
+        facts["adapters"].append({"name": name, **adapter})
+    return facts
+
+
+def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
+    specs = collections.Counter(checkpoint.specs.values())
+    grids = [
+        {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "modules": count}
+        for spec, count in sorted(specs.items(), key=lambda item: (-item[1], item[0].bits, item[0].group_size))
+    ]
+    main = checkpoint.gptq.default
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.folder),
+        "ours": checkpoint.is_ours,
+        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or [])) or None,
+        "layout": {1: "gptq", 2: "gptq_v2"}[checkpoint.gptq.version],
+        "bits": main.bits,
+        "group_size": main.group_size,
+        "symmetric": main.symmetric,
+        "quantized_modules": len(checkpoint.specs),
+        "base_fingerprint": checkpoint.gptq.base_fingerprint,
+        "files": [path.name for path in sorted(set(checkpoint.files.values()))],
+        **_sizes(checkpoint, None),
+    }
+    facts = {name: value for name, value in facts.items() if not name.endswith("_with_adapter") or value is not None}
+    facts.pop("adapter_bytes")
+    if len(grids) > 1:
+        facts["grids"] = grids
+    if verify:
+        computed = checkpoint.computed_fingerprint()
+        recorded = checkpoint.gptq.base_fingerprint
+        if recorded is not None and recorded != computed:
+            raise FormatError(
+                f"{checkpoint.folder} says its base is {recorded}, but its tensors are {computed}; the files were "
+                "changed or damaged: fetch or write the checkpoint again."
+            )
+        facts["base_fingerprint"] = computed
+        facts["verified"] = True
+    return facts
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+    adapter = read_adapter(folder)
+    ranks = collections.Counter(pair.rank for pair in adapter.pairs.values())
+    dtypes = sorted({str(pair.lora_A.dtype).removeprefix("torch.") for pair in adapter.pairs.values()})
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "ours": adapter.base_fingerprint is not None,
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "base_fingerprint": adapter.base_fingerprint,
+        "modules": len(adapter.pairs),
+        "ranks": _counted(ranks),
+        "dtype": ", ".join(dtypes),
+        "parameters": _parameters(adapter),
+        "adapter_bytes": _bytes_of(read_safetensors_header(folder / ADAPTER_WEIGHTS_NAME)[0].values()),
+    }
+
+
+def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
+    sizes = dict.fromkeys((*_PARTS.values(), "float_part_bytes"), 0)
+    weights = 0
+    float_codes: collections.Counter[str] = collections.Counter()
+    for name, header in checkpoint.headers.items():
+        module, _, part = name.rpartition(".")
+        size = _bytes_of([header])
+        if module in checkpoint.specs and part in _PARTS:
+            sizes[_PARTS[part]] += size
+            if part == "qweight":
+                # 32 codes take as many words as a code has bits.
+                weights += math.prod(header[1]) * 32 // checkpoint.specs[module].bits
+        else:
+            sizes["float_part_bytes"] += size
+            float_codes[header[0]] += size
+    coded = sizes["code_bytes"] + sizes["scale_bytes"] + sizes["zero_bytes"]
+    float_bits = _DTYPE_BITS[float_codes.most_common(1)[0][0]] if float_codes else 16
+    adapter_bytes = None
+    if adapter is not None:
+        adapter_bytes = _bytes_of(read_safetensors_header(adapter / ADAPTER_WEIGHTS_NAME)[0].values())
+    return {
+        "quantized_weights": weights,
+        **sizes,
+        "checkpoint_bytes": coded + sizes["index_bytes"] + sizes["float_part_bytes"],
+        "adapter_bytes": adapter_bytes,
+        "float_bytes": sizes["float_part_bytes"] + weights * float_bits // 8,
+        "bits_per_weight": 8 * coded / weights,
+        "bits_per_weight_with_adapter": None if adapter_bytes is None else 8 * (coded + adapter_bytes) / weights,
+    }
+
+
+def _bytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    # An unknown dtype is one byte or less (the eight-bit floats).
+    return sum(math.prod(shape) * _DTYPE_BITS.get(code, 8) // 8 for code, shape in headers)
+
+
+def _counted(counts: Mapping[int, int]) -> str:
+    """Return "64" or, where they differ, "64 (200 modules), 16 (10 modules)"."""
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} ({count} modules)" for value, count in sorted(counts.items(), reverse=True))
+
+
+def _parameters(adapter: Adapter) -> int:
+    return sum(pair.lora_A.numel() + pair.lora_B.numel() for pair in adapter.pairs.values())

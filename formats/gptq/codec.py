@@ -1,0 +1,369 @@
+"""Pack and unpack the GPTQ layout; the rules stand in SPEC.md.
+
+Packing works on bytes: the bit stream of SPEC.md section 2 is byte-aligned every `8 / gcd(8, bits)` codes, so uint8
+arithmetic builds it and a little-endian view makes the int32 words. No tensor larger than the codes is ever made.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
+from cloq_export.run.safe_tensors import require_tensor
+from cloq_export.types import QuantizedLayer, QuantSpec
+
+Version = Literal[1, 2]
+
+FORMAT_VERSION = 1
+TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
+
+_WORD_BITS = 32
+_LAYOUT_NAMES: dict[int, str] = {1: "gptq", 2: "gptq_v2"}
+_EXACT_PATTERN = re.compile(r"[+-]:\^(?P<name>(?:[\w-]|\\[.\-])+)\$")
+
+
+def layout_name(version: int) -> str:
+    """Return the `checkpoint_format` of a version: 1 is "gptq", 2 is "gptq_v2".
+
+    Raises:
+        FormatError: there is no such version.
+    """
+    name = _LAYOUT_NAMES.get(version)
+    if name is None:
+        raise FormatError(f"GPTQ layout version {version!r} is unknown; allowed are 1 (gptq) and 2 (gptq_v2).")
+    return name
+
+
+def check_packable(out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
+    """Refuse a shape that the layout cannot hold.
+
+    Args:
+        out_features: output channels.
+        in_features: input channels.
+        spec: the grid.
+        name: the layer, for the message.
+
+    Raises:
+        ShapeError: a side does not fill whole 32-bit words, or groups do not divide the input.
+    """
+    codes_per_step = _WORD_BITS // math.gcd(_WORD_BITS, spec.bits)
+    for side, size in (("inputs", in_features), ("outputs", out_features)):
+        if size <= 0 or size % codes_per_step:
+            raise ShapeError(
+                f"{name} has {size} {side}; the GPTQ layout stores {spec.bits}-bit codes in whole 32-bit words, so "
+                f"{side} must be a multiple of {codes_per_step}. Give this layer other bits, or leave it out, with an "
+                "override in the recipe."
+            )
+    spec.group_count(in_features)
+
+
+def pack_layer(layer: QuantizedLayer, *, version: Version = 2, name: str = "layer") -> dict[str, torch.Tensor]:
+    """Pack one layer.
+
+    Args:
+        layer: codes (out, in) uint8, scales (out, groups) float16, zeros (out, groups) uint8, on any device.
+        version: 1 stores `zero - 1`, 2 stores `zero`.
+        name: the layer, for messages.
+
+    Returns:
+        qweight (in * bits / 32, out) int32, qzeros (groups, out * bits / 32) int32, scales (groups, out) float16,
+        g_idx (in) int32; contiguous, on the layer's device.
+
+    Raises:
+        ShapeError: the shape does not fill whole words.
+        FormatError: version 1 is asked for a layer with a zero of 0, or a symmetric layer has another zero than the
+            middle.
+    """
+    layout_name(version)
+    spec = layer.spec
+    check_packable(layer.out_features, layer.in_features, spec, name=name)
+    _check_symmetric(layer.zeros, spec, name)
+    zeros = layer.zeros
+    if version == 1:
+        if int(zeros.min()) == 0:
+            raise FormatError(
+                f"{name} has a zero of 0, which the layout gptq (version 1) cannot hold because it stores zero - 1; "
+                "write it as gptq_v2 (--format gptq_v2)."
+            )
+        zeros = zeros - 1
+    return {
+        "qweight": _pack_rows(layer.codes, spec.bits).t().contiguous(),
+        "qzeros": _pack_rows(zeros.t(), spec.bits),
+        "scales": layer.scales.t().contiguous(),
+        "g_idx": _group_index(layer.in_features, spec, layer.codes.device),
+    }
+
+
+def unpack_layer(
+    tensors: Mapping[str, torch.Tensor], spec: QuantSpec, *, version: Version = 2, name: str = "layer"
+) -> QuantizedLayer:
+    """Unpack one layer, trusting nothing about it.
+
+    Args:
+        tensors: qweight, qzeros, scales and g_idx as `pack_layer` makes them.
+        spec: the grid that the checkpoint's config gives the layer.
+        version: 1 stores `zero - 1`, 2 stores `zero`.
+        name: the layer, for messages.
+
+    Returns:
+        The layer, on the tensors' device.
+
+    Raises:
+        FormatError: a tensor is missing, has another dtype or shape, or holds what the layout does not allow.
+    """
+    layout = layout_name(version)
+    qweight = require_tensor(tensors, "qweight", source=name, dtype=torch.int32, ndim=2)
+    bits = spec.bits
+    if qweight.numel() == 0 or (qweight.shape[0] * _WORD_BITS) % bits:
+        raise FormatError(
+            f"{name}: qweight has shape {tuple(qweight.shape)}, which does not hold whole {bits}-bit codes; the "
+            "config and the tensors disagree about bits."
+        )
+    in_features, out_features = qweight.shape[0] * _WORD_BITS // bits, qweight.shape[1]
+    try:
+        check_packable(out_features, in_features, spec, name=name)
+    except ShapeError as error:
+        raise FormatError(str(error)) from None
+    groups = spec.group_count(in_features)
+    words = out_features * bits // _WORD_BITS
+    qzeros = require_tensor(tensors, "qzeros", source=name, dtype=torch.int32, shape=(groups, words))
+    scales = require_tensor(tensors, "scales", source=name, dtype=torch.float16, shape=(groups, out_features))
+    g_idx = require_tensor(tensors, "g_idx", source=name, dtype=torch.int32, shape=(in_features,))
+    if not torch.equal(g_idx, _group_index(in_features, spec, g_idx.device)):
+        raise FormatError(
+            f"{name}: g_idx is not sequential (an act-order checkpoint, or another group size than "
+            f"{spec.group_size}); quantize again with desc_act=false."
+        )
+    zeros = _unpack_rows(qzeros, bits)
+    if version == 1:
+        if int(zeros.max()) == spec.max_code:
+            raise FormatError(
+                f"{name}: a stored zero has all bits set, which readers of {layout} take for 0 or for "
+                f"{spec.max_code + 1}; quantize again and write gptq_v2."
+            )
+        zeros = zeros + 1
+    zeros = zeros.t().contiguous()
+    _check_symmetric(zeros, spec, name)
+    codes = _unpack_rows(qweight.t().contiguous(), bits)
+    try:
+        return QuantizedLayer(codes=codes, scales=scales.t().contiguous(), zeros=zeros, spec=spec)
+    except (ShapeError, NonFiniteError) as error:
+        raise FormatError(f"{name}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class GptqConfig:
+    """What a checkpoint's `quantization_config` says.
+
+    Args:
+        version: 1 or 2.
+        default: the grid of every module that is not named.
+        overrides: exact module name -> its own grid, or None for a module that stays float.
+        modules: the quantized modules, sorted; None if the config does not list them.
+        base_fingerprint: of the quantized base; None if the config does not carry one.
+    """
+
+    version: Version
+    default: QuantSpec
+    overrides: Mapping[str, QuantSpec | None]
+    modules: tuple[str, ...] | None
+    base_fingerprint: str | None
+
+    def spec_for(self, module: str) -> QuantSpec | None:
+        """Return the grid of a module, or None if it stays float."""
+        if module in self.overrides:
+            return self.overrides[module]
+        return self.default if self.modules is None or module in self.modules else None
+
+
+def quantization_config(
+    specs: Mapping[str, QuantSpec],
+    *,
+    version: Version = 2,
+    base_fingerprint: str,
+    skipped: Iterable[str] = (),
+    producer: str = "",
+) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json; SPEC.md section 4.
+
+    Args:
+        specs: quantized module -> its grid, at least one.
+        version: layout version of the tensors.
+        base_fingerprint: of the quantized base.
+        skipped: linear modules of the same kind that stay float, so that other readers do not look for codes.
+        producer: "name:version" of the program that writes, kept in `meta`.
+
+    Returns:
+        A JSON object.
+
+    Raises:
+        FormatError: there is no module, or a name cannot be written as a pattern.
+    """
+    layout = layout_name(version)
+    if not specs:
+        raise FormatError("a GPTQ checkpoint needs at least one quantized module; the recipe skips all of them.")
+    counts = collections.Counter(specs.values())
+    default = min(counts, key=lambda spec: (-counts[spec], spec.bits, spec.group_size, spec.symmetric))
+    dynamic: dict[str, dict[str, Any]] = {}
+    for module in sorted(specs):
+        spec = specs[module]
+        if spec != default:
+            dynamic[_exact_pattern("+", module)] = {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "sym": spec.symmetric,
+            }
+    for module in sorted(set(skipped) - set(specs)):
+        dynamic[_exact_pattern("-", module)] = {}
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": layout,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "sym": default.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "cloq": {
+            "format_version": FORMAT_VERSION,
+            "layout": layout,
+            "base_fingerprint": base_fingerprint,
+            "modules": sorted(specs),
+        },
+    }
+    if dynamic:
+        config["dynamic"] = dynamic
+    if producer:
+        config["meta"] = {"quantizer": [producer]}
+    return config
+
+
+def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quantization_config") -> GptqConfig:
+    """Read a `quantization_config`, ours or a plain one of the same layout.
+
+    Args:
+        config: the JSON object.
+        source: the file, for messages.
+
+    Returns:
+        What it says.
+
+    Raises:
+        FormatError: it is of another method or format version, asks for act-order, or is damaged.
+    """
+    if config.get("quant_method") != "gptq":
+        raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r}; this reader knows 'gptq'.")
+    layout = config.get("checkpoint_format", "gptq")
+    versions: dict[Any, Version] = {"gptq": 1, "gptq_v2": 2}
+    if not isinstance(layout, str) or layout not in versions:
+        raise FormatError(f"{source}: checkpoint_format is {layout!r}; this reader knows 'gptq' and 'gptq_v2'.")
+    if config.get("desc_act", False) is not False:
+        raise FormatError(f"{source}: desc_act is {config['desc_act']!r}; only sequential groups are read.")
+    default = _read_spec(config, {}, source)
+    overrides: dict[str, QuantSpec | None] = {}
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise FormatError(f"{source}: dynamic is a {type(dynamic).__name__}; expected an object.")
+    for pattern, values in dynamic.items():
+        match = _EXACT_PATTERN.fullmatch(pattern) if isinstance(pattern, str) else None
+        if match is None or not isinstance(values, Mapping):
+            raise FormatError(
+                f"{source}: the dynamic rule {str(pattern)[:80]!r} is not an exact module name of the form '+:^name$'; "
+                "general patterns are not read."
+            )
+        module = re.sub(r"\\(.)", r"\1", match["name"])
+        overrides[module] = None if pattern.startswith("-") else _read_spec(config, values, source)
+    ours = config.get("cloq")
+    if ours is None:
+        return GptqConfig(versions[layout], default, overrides, None, None)
+    if not isinstance(ours, Mapping) or ours.get("format_version") != FORMAT_VERSION:
+        seen = ours.get("format_version") if isinstance(ours, Mapping) else ours
+        raise FormatError(
+            f"{source}: format version {seen!r} of cloq is unknown; this program reads {FORMAT_VERSION}. Update "
+            "cloq_export."
+        )
+    if ours.get("layout") != layout:
+        raise FormatError(f"{source}: cloq.layout is {ours.get('layout')!r} but checkpoint_format is {layout!r}.")
+    modules, fingerprint = ours.get("modules"), ours.get("base_fingerprint")
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise FormatError(f"{source}: cloq.modules is not a list of names; the config is damaged.")
+    if not isinstance(fingerprint, str):
+        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r}; the config is damaged.")
+    return GptqConfig(versions[layout], default, overrides, tuple(sorted(modules)), fingerprint)
+
+
+def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -> QuantSpec:
+    bits = values.get("bits", config.get("bits"))
+    group_size = values.get("group_size", config.get("group_size"))
+    symmetric = values.get("sym", config.get("sym"))
+    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
+        raise FormatError(
+            f"{source}: bits {bits!r}, group_size {group_size!r}, sym {symmetric!r}; expected two whole numbers and "
+            "true or false."
+        )
+    try:
+        return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+    except CloqError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def _exact_pattern(sign: str, module: str) -> str:
+    pattern = f"{sign}:^{re.escape(module)}$"
+    if _EXACT_PATTERN.fullmatch(pattern) is None:
+        raise FormatError(f"the module name {module!r} holds characters other than letters, digits, '_', '-' and '.'.")
+    return pattern
+
+
+def _check_symmetric(zeros: torch.Tensor, spec: QuantSpec, name: str) -> None:
+    # Readers of a symmetric checkpoint ignore the stored zeros, so another zero would be served wrongly.
+    middle = 2 ** (spec.bits - 1)
+    if spec.symmetric and not bool((zeros == middle).all()):
+        raise FormatError(f"{name} is marked symmetric but has a zero other than {middle}; mark it asymmetric.")
+
+
+def _group_index(in_features: int, spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    columns = torch.arange(in_features, dtype=torch.int32, device=device)
+    return columns // spec.columns_per_group(in_features)
+
+
+def _step(bits: int) -> tuple[int, int]:
+    """Return (codes, bytes) of the shortest run of codes that fills whole bytes."""
+    common = math.gcd(8, bits)
+    return 8 // common, bits // common
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the bit stream of each row, (rows, columns) uint8 -> (rows, columns * bits / 32) int32."""
+    codes_per_step, bytes_per_step = _step(bits)
+    rows, columns = codes.shape
+    steps = codes.reshape(rows, columns // codes_per_step, codes_per_step)
+    packed = torch.zeros(rows, columns // codes_per_step, bytes_per_step, dtype=torch.uint8, device=codes.device)
+    for index in range(codes_per_step):
+        byte, shift = divmod(index * bits, 8)
+        packed[..., byte] |= steps[..., index] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= steps[..., index] >> (8 - shift)
+    return packed.view(rows, -1).view(torch.int32)
+
+
+def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes of each row, (rows, words) int32 -> (rows, words * 32 / bits) uint8."""
+    codes_per_step, bytes_per_step = _step(bits)
+    rows = words.shape[0]
+    stream = words.contiguous().view(torch.uint8).view(rows, -1, bytes_per_step)
+    codes = torch.empty(rows, stream.shape[1], codes_per_step, dtype=torch.uint8, device=words.device)
+    mask = 2**bits - 1
+    for index in range(codes_per_step):
+        byte, shift = divmod(index * bits, 8)
+        code = stream[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | (stream[..., byte + 1] << (8 - shift))
+        codes[..., index] = code & mask
+    return codes.view(rows, -1)

@@ -1,0 +1,28 @@
+"""Compute kernels: `reference` is the truth that every other one is tested against.
+
+A kernel receives plain tensors in the GPTQ order and knows nothing of the rest of the package. The two operators
+below are registered with torch, so that a faster implementation for one device is added with
+`packed_linear_op.register_kernel(device)` without any caller changing.
+"""
+
+from __future__ import annotations
+
+from cloq_export.kernels.reference.linear import (
+    check_packed,
+    dequantize,
+    packed_linear,
+    packed_linear_input_grad_op,
+    packed_linear_op,
+    unpack_codes,
+    unpack_zeros,
+)
+
+__all__ = [
+    "check_packed",
+    "dequantize",
+    "packed_linear",
+    "packed_linear_input_grad_op",
+    "packed_linear_op",
+    "unpack_codes",
+    "unpack_zeros",
+]

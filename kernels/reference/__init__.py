@@ -1,0 +1,1 @@
+"""Plain torch implementations on every device: slow, short, and the definition of what is right."""

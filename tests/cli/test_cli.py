@@ -1,0 +1,401 @@
+"""The command line against a pipeline that only records how it was called."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cloq_export
+from cloq_export.cli import VERBS, main
+from cloq_export.errors import SourceError
+from cloq_export.recipe import Recipe
+
+PERPLEXITY = {
+    "float": {"perplexity": 29.5, "standard_error": 0.5},
+    "quantized": {"perplexity": 90.25, "standard_error": 2.0},
+    "adapter": {"perplexity": 45.125, "standard_error": 1.0},
+    "tokens": 8176,
+    "text": "wikitext2",
+    "text_sha256": "0123456789abcdef" * 4,
+}
+
+
+def summary_of(recipe: Recipe, out: Path) -> dict[str, Any]:
+    return {
+        "run": str(out),
+        "model": recipe.model,
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "rank": recipe.rank,
+        "preset": recipe.preset_name,
+        "perplexity": PERPLEXITY,
+        "seconds": {"calibrate": 1.25, "quantize": 2.0},
+        "peak_memory_bytes": 1_500_000_000,
+        "stored": {
+            "bits_per_weight_base": 2.28125,
+            "bits_per_weight_with_adapter": 5.5,
+            "checkpoint_bytes": 60_000_000,
+            "adapter_bytes": 20_000_000,
+            "float_bytes": 500_000_000,
+        },
+        "layers": {
+            "count": 210,
+            "worst_error_adapted": 0.25,
+            "worst_module": "model.layers.0.mlp.down_proj",
+            "warnings": ["few tokens [red]here[/red]"],
+        },
+        "files": {"checkpoint": f"{out}/checkpoint", "adapter": f"{out}/adapters/cloq"},
+        "next": [f"cloq eval {out}"],
+        "notes": ["calibrated on the embedded text"],
+    }
+
+
+class RecordingPipeline(types.ModuleType):
+    """Stands in for cloq_export.pipeline; prints to standard output, as careless libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__("cloq_export.pipeline")
+        self.calls: list[tuple[Any, ...]] = []
+        self.raises: BaseException | None = None
+        self.perplexity: dict[str, Any] = PERPLEXITY
+
+    def _record(self, *call: Any) -> None:
+        print("noise")
+        self.calls.append(call)
+        if self.raises is not None:
+            raise self.raises
+
+    def run(self, recipe: Recipe, out: Path, *, demo: bool, console: Any) -> dict[str, Any]:
+        console.print("progress")
+        self._record("run", recipe, out, demo)
+        return {**summary_of(recipe, out), "perplexity": self.perplexity}
+
+    def quantize(self, recipe: Recipe, out: Path, *, demo: bool, console: Any) -> dict[str, Any]:
+        self._record("quantize", recipe, out, demo)
+        return {"run": str(out), "model": recipe.model, "bits": recipe.bits}
+
+    def adapt(self, run_path: Path, changes: dict[str, Any], *, console: Any) -> Any:
+        self._record("adapt", run_path, changes)
+        return types.SimpleNamespace(to_mapping=lambda: {"run": str(run_path), **changes})
+
+    def export(self, run_path: Path, format: str, out: Path | None, *, console: Any) -> dict[str, Any]:
+        self._record("export", run_path, format, out)
+        return {"run": str(run_path), "format": format, "files": {"checkpoint": str(out)}}
+
+    def evaluate(
+        self, path: Path, text: str, window: int, windows: int, reference: str | None, *, console: Any
+    ) -> dict[str, Any]:
+        self._record("evaluate", path, text, window, windows, reference)
+        return self.perplexity
+
+    def inspect(self, path: Path, verify: bool) -> dict[str, Any]:
+        self._record("inspect", path, verify)
+        return {
+            "kind": "checkpoint",
+            "bits": 2,
+            "sizes": {"checkpoint_bytes": 1234567},
+            "layers": [{"module": "a", "bits": 2}, {"module": "b", "bits": 4}],
+            "bits_per_weight": 2.28125,
+        }
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> RecordingPipeline:
+    fake = RecordingPipeline()
+    monkeypatch.setitem(sys.modules, "cloq_export.pipeline", fake)
+    return fake
+
+
+def recipe_of(pipeline: RecordingPipeline) -> Recipe:
+    return pipeline.calls[-1][1]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["--version"], ["runn"]])
+def test_no_torch_is_imported_for_help_and_misuse(arguments):
+    finished = run_python(
+        f"import sys\nfrom cloq_export.cli import main\ncode = main({arguments!r})\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)\nassert not heavy, heavy\nprint(code)"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == ("2" if arguments == ["runn"] else "0")
+
+
+def test_python_dash_m_is_the_same_command():
+    finished = subprocess.run(
+        [sys.executable, "-m", "cloq_export", "--version"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0
+    assert cloq_export.__version__ in finished.stdout
+
+
+def test_every_verb_has_its_help(capsys):
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for verb, line in VERBS.items():
+        assert f"  {verb} " in listed
+        assert line.split()[0] in listed
+        assert main([verb, "--help"]) == 0
+        assert f"cloq {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Usage: cloq"),
+        (["rum"], "there is no verb 'rum'; did you mean `run`?"),
+        (["run", "m", "--out", "x", "--bitz", "3"], "--bitz"),
+        (["run", "m", "--out", "x", "--bits", "three"], "'three' is not a valid integer"),
+        (["run", "m", "--out", "x", "--method", "gptq"], "'gptq' is not one of"),
+        (["eval"], "Missing argument 'PATH'"),
+        (["eval", "x", "--window", "1"], "--window"),
+        (["export", "x", "--format", "zip"], "'zip' is not one of"),
+        (["run", "m", "--out", "x", "--bits", "5"], "error: bits is 5; allowed are 2, 3, 4 and 8."),
+        (["run", "m", "--out", "x", "--set", "nope=1"], "error: 'nope' is not an option of a recipe"),
+        (["run", "m", "--out", "x", "--override", "*.q"], "error: '*.q' is not an override"),
+        (["run", "m", "--out", "x", "--recipe", "absent.yaml"], "error: the recipe file absent.yaml cannot be read"),
+        (["run", "m", "--out", "x", "--bits", "3", "--set", "bits=2"], "error: bits is given twice, as 3 and as 2"),
+        (["adapt", "x", "--set", "rank=4", "--set", "rank=8"], "error: rank is given twice, as 4 and as 8"),
+        (["run", "m"], "error: no run directory was given; say where the run is written with --out RUN."),
+        (["run", "--out", "x"], "error: no model was given; name a Hugging Face folder"),
+        (["run", "--demo", "--gate", "speed=3"], "error: --gate speed=3: 'speed' is not measured; allowed are float_"),
+        (["run", "--demo", "--gate", "ratio"], "error: --gate ratio: the limit must be a positive number"),
+        (["run", "--demo", "--gate", "ratio=nan"], "error: --gate ratio=nan: the limit must be a positive number"),
+        (["run", "--demo", "--rank", "0", "--gate", "adapter=3"], "needs an adapter, and rank is 0"),
+    ],
+)
+def test_misuse_ends_with_two_and_says_what_is_wrong(pipeline, capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + (captured.out if not arguments else "")
+    assert "Traceback" not in captured.err
+    assert pipeline.calls == []
+
+
+def test_options_beat_the_file_beats_the_demo_beats_the_preset(pipeline, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("bits: 3\nsamples: 7\nmethod: rtn\nmodel: from-file\n")
+    arguments = [
+        "run",
+        "--demo",
+        "--preset",
+        "paper",
+        "--recipe",
+        str(path),
+        "--bits",
+        "4",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main(arguments) == 0
+    recipe = recipe_of(pipeline)
+    assert recipe.bits == 4  # typed
+    assert (recipe.samples, recipe.model) == (7, "from-file")  # the file, over the demo
+    assert recipe.method == "rtn"  # the file, over the preset
+    assert recipe.seqlen == 1024  # the demo
+    assert recipe.grid == "minmax"  # the preset
+    assert recipe.rank == Recipe().rank
+    assert pipeline.calls[-1][3] is True
+
+
+def test_the_preset_of_a_file_holds_unless_another_is_typed(pipeline, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("preset: paper\n")
+    base = ["quantize", "m", "--out", "x", "--recipe", str(path)]
+    assert main(base) == 0
+    assert recipe_of(pipeline).preset_name == "paper"
+    assert main([*base, "--preset", "default"]) == 0
+    assert recipe_of(pipeline).preset_name == "default"
+
+
+def test_every_option_reaches_its_field(pipeline):
+    arguments = (
+        "run some/model --bits 3 --group-size -1 --symmetric --method magr --grid minmax --rank 8 --split balanced "
+        "--calibration text.txt --samples 5 --seqlen 64 --seed 9 --device cpu --precision bfloat16 --error-aware 0.5 "
+        "--token-weighting inverse_norm --blocks model.layers --format gptq --set damping=0.02 --set refit=yes "
+        "--set adapter-name=mine --override *.q_proj:bits=8 --override *.o_proj:skip --out here"
+    )
+    assert main(arguments.split()) == 0
+    verb, recipe, out, demo = pipeline.calls[-1]
+    assert (verb, out, demo) == ("run", Path("here"), False)
+    assert recipe == Recipe(
+        model="some/model",
+        bits=3,
+        group_size=-1,
+        symmetric=True,
+        method="magr",
+        grid="minmax",
+        rank=8,
+        split="balanced",
+        calibration="text.txt",
+        samples=5,
+        seqlen=64,
+        seed=9,
+        device="cpu",
+        precision="bfloat16",
+        error_aware=0.5,
+        token_weighting="inverse_norm",
+        blocks="model.layers",
+        format="gptq",
+        damping=0.02,
+        refit=True,
+        adapter_name="mine",
+        overrides={"*.q_proj": {"bits": 8}, "*.o_proj": {"skip": True}},
+    )
+
+
+def test_asymmetric_can_be_typed_over_a_file(pipeline, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("symmetric: true\n")
+    assert main(["run", "m", "--out", "x", "--recipe", str(path), "--asymmetric"]) == 0
+    assert recipe_of(pipeline).symmetric is False
+
+
+def test_typed_overrides_stand_before_those_of_the_file(pipeline, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text('overrides:\n  "*": {rank: 4}\n  "*.q": {bits: 8}\n')
+    assert main(["run", "m", "--out", "x", "--recipe", str(path), "--override", "*.q:bits=3"]) == 0
+    assert list(recipe_of(pipeline).overrides.items()) == [("*.q", {"bits": 3}), ("*", {"rank": 4})]
+
+
+def test_the_demo_chooses_model_and_run_directory(pipeline):
+    assert main(["run", "--demo"]) == 0
+    _, recipe, out, demo = pipeline.calls[-1]
+    assert (recipe.model, recipe.bits, recipe.group_size, recipe.rank) == ("smollm2-demo", 2, 64, 64)
+    assert (out, demo) == (Path("runs/demo-int2"), True)
+    assert main(["run", "--demo", "--bits", "3"]) == 0
+    assert pipeline.calls[-1][2] == Path("runs/demo-int3")
+
+
+def test_json_is_one_object_and_everything_else_goes_to_standard_error(pipeline, capsys):
+    assert main(["run", "--demo", "--json", "--gate", "ratio=2"]) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert printed["perplexity"] == PERPLEXITY
+    assert printed["gates"] == [{"metric": "ratio", "limit": 2.0, "value": 45.125 / 29.5, "passed": True}]
+    assert "noise" in captured.err
+    assert "progress" in captured.err
+
+
+def test_eval_json_has_the_fields_of_the_issue(pipeline, capsys):
+    assert main(["eval", "x", "--text", "embedded", "--windows", "3", "--reference", "m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == PERPLEXITY
+    assert pipeline.calls[-1] == ("evaluate", Path("x"), "embedded", 512, 3, "m")
+
+
+def test_what_is_not_a_number_becomes_null(pipeline, capsys):
+    pipeline.perplexity = {"float": {"perplexity": float("inf"), "standard_error": float("nan")}, "tokens": 3}
+    assert main(["eval", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["float"] == {"perplexity": None, "standard_error": None}
+
+
+def test_the_summary_for_people(pipeline, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    long_run = "/very/long/" + "folder/" * 12 + "run"
+    assert main(["run", "--demo", "--out", long_run]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("29.500", "90.250", "45.125", "1.530", "2.281", "60.00 MB", "1.50 GB", "210", "8176 tokens"):
+        assert expected in shown
+    assert "few tokens [red]here[/red]" in shown
+    assert "note: calibrated on the embedded text" in shown
+    # Paths and commands are never wrapped, so that they can be copied.
+    assert f"{long_run}/adapters/cloq\n" in shown
+    assert f"  cloq eval {long_run}\n" in shown
+
+
+def test_adapt_export_and_inspect(pipeline, capsys):
+    assert main(["adapt", "x", "--rank", "16", "--split", "balanced", "--set", "damping=0.5", "--json"]) == 0
+    assert pipeline.calls[-1] == ("adapt", Path("x"), {"rank": 16, "split": "balanced", "damping": 0.5})
+    assert json.loads(capsys.readouterr().out)["rank"] == 16
+
+    assert main(["export", "x", "--format", "gptq", "--out", "there"]) == 0
+    assert pipeline.calls[-1] == ("export", Path("x"), "gptq", Path("there"))
+    assert main(["export", "x"]) == 0
+    assert pipeline.calls[-1] == ("export", Path("x"), "gptq_v2", None)
+
+    capsys.readouterr()
+    assert main(["inspect", "x", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert pipeline.calls[-1] == ("inspect", Path("x"), True)
+    for expected in ("checkpoint", "2.28125", "1.23 MB", "layers", "bits per weight"):
+        assert expected in shown
+    assert main(["inspect", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("gates", "code", "message"),
+    [
+        (["adapter_perplexity=45.125", "quantized=100", "float-perplexity=30"], 0, ""),
+        (["adapter_perplexity=45.1249999"], 3, "adapter_perplexity is 45.125, at most 45.1249999 is allowed"),
+        (["ratio=1.5"], 3, "ratio is 1.529"),
+        (["ratio=1.6", "quantized_perplexity=10"], 3, "quantized_perplexity is 90.25, at most 10.0 is allowed"),
+    ],
+)
+def test_gates(pipeline, capsys, gates, code, message):
+    options = [part for gate in gates for part in ("--gate", gate)]
+    for verb in (["run", "--demo"], ["eval", "x"]):
+        assert main([*verb, *options]) == code
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "45.125" in captured.out  # the results are printed also when a gate is missed
+
+
+@pytest.mark.parametrize(
+    "perplexity",
+    [{"float": {"perplexity": 29.5}}, {}, {"adapter": {"perplexity": None}}, {"adapter": {"perplexity": float("nan")}}],
+)
+def test_a_missing_metric_misses_its_gate(pipeline, capsys, perplexity):
+    pipeline.perplexity = perplexity
+    assert main(["eval", "x", "--gate", "adapter_perplexity=1e9", "--json"]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("noise\nerror: gate missed: adapter_perplexity ")
+    assert json.loads(captured.out)["gates"][0]["passed"] is False
+
+
+def test_without_an_adapter_the_ratio_is_that_of_the_codes(pipeline, capsys):
+    pipeline.perplexity = {"float": {"perplexity": 10.0}, "quantized": {"perplexity": 15.0}}
+    assert main(["eval", "x", "--gate", "ratio=1.5"]) == 0
+    assert main(["eval", "x", "--gate", "ratio=1.49"]) == 3
+
+
+def test_an_error_of_ours_is_one_line(pipeline, capsys):
+    pipeline.raises = SourceError("model.safetensors is truncated;\n  fetch it again")
+    assert main(["run", "--demo", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "error: model.safetensors is truncated; fetch it again"
+    assert captured.out == ""
+
+
+def test_an_unexpected_error_keeps_its_traceback(pipeline):
+    pipeline.raises = ZeroDivisionError("a mistake of ours")
+    with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
+        main(["run", "--demo"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--demo"], "interrupted: the same command continues where it stopped."),
+        (["eval", "x"], "interrupted: nothing was written."),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(pipeline, capsys, arguments, message):
+    pipeline.raises = KeyboardInterrupt()
+    assert main(arguments) == 130
+    assert message in capsys.readouterr().err
+
+
+def test_the_entry_point_returns_the_exit_code():
+    entry = next(iter(importlib.metadata.entry_points(group="console_scripts", name="cloq")))
+    assert entry.value == "cloq_export.cli:main"

@@ -1,0 +1,130 @@
+"""The packed linear as other code meets it: a linear layer without a weight that anyone could change."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from cloq_export.errors import NonFiniteError, ShapeError
+from cloq_export.runtimes.packed_linear import PackedLinear, PackedWeight
+
+
+def packed_tensors(bits=3, in_features=64, out_features=96, groups=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def words(*shape):
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+    return (
+        words(in_features * bits // 32, out_features),
+        words(groups, out_features * bits // 32),
+        (0.1 + torch.rand(groups, out_features, generator=generator)).to(torch.float16),
+    )
+
+
+@pytest.fixture
+def layer() -> PackedLinear:
+    return PackedLinear(*packed_tensors(), bits=3, bias=torch.linspace(-1, 1, 96))
+
+
+def test_it_is_a_linear_layer(layer):
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features, layer.group_size) == (64, 96, 32)
+    assert "bits=3, group_size=32" in repr(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "bias"}
+    x = torch.randn(3, 64)
+    dense = nn.functional.linear(x, layer.dequantize(), layer.bias)
+    torch.testing.assert_close(layer(x), dense)
+
+
+def test_weight_tells_shape_dtype_and_device_without_computing(layer, monkeypatch):
+    monkeypatch.setattr(PackedLinear, "dequantize", lambda self: pytest.fail("the weight was computed"))
+    weight = layer.weight
+    assert isinstance(weight, PackedWeight)
+    assert weight.shape == (96, 64)
+    assert weight.dtype == torch.float32
+    assert weight.device == torch.device("cpu")
+    assert weight.data.detach().ndim == 2
+    assert "bits=3" in repr(weight)
+    assert layer.bfloat16().weight.dtype == torch.bfloat16
+
+
+def test_weight_computes_when_it_is_used(layer):
+    weight = layer.dequantize()
+    assert torch.equal(layer.weight + 0, weight)
+    assert type(layer.weight.t()) is torch.Tensor
+    assert torch.equal(layer.weight.clone(), weight)
+    assert torch.equal(layer.weight.to(torch.float64), weight.to(torch.float64))
+    assert torch.equal(nn.functional.linear(torch.eye(64), layer.weight), weight.t())
+    assert torch.equal(layer.bfloat16().weight.clone(), weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.weight.add_(1),
+        lambda layer: layer.weight.zero_(),
+        lambda layer: layer.weight.copy_(torch.zeros(96, 64)),
+        lambda layer: layer.weight.data.mul_(2),
+        lambda layer: nn.init.normal_(layer.weight),
+        lambda layer: setattr(layer.weight, "data", torch.zeros(96, 64)),
+        lambda layer: torch.add(torch.zeros(96, 64), 1, out=layer.weight),
+    ],
+)
+def test_writing_into_the_weight_is_refused(layer, write):
+    before = layer.dequantize()
+    with pytest.raises(ShapeError, match=r"cannot be changed or merged into.*use cloq_export\.dequantized_model"):
+        write(layer)
+    assert torch.equal(layer.dequantize(), before)
+
+
+def test_replacing_the_weight_is_refused(layer):
+    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
+        layer.weight = nn.Parameter(torch.zeros(96, 64))
+    with pytest.raises(AttributeError):
+        layer.weight = torch.zeros(96, 64)
+
+
+def test_casting_keeps_scales_and_codes(layer):
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    scales = layer.scales.clone()
+    for dtype in (torch.bfloat16, torch.float64, torch.float16):
+        layer.to(dtype)
+        assert layer.scales.dtype == torch.float16
+        assert layer.compute_dtype == layer.bias.dtype == layer.weight.dtype == dtype
+    layer.float()
+    assert torch.equal(layer.scales, scales)
+    assert layer.qweight.dtype == torch.int32
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-3)  # the bias went through bfloat16
+
+
+def test_it_copies_and_reloads(layer):
+    x = torch.randn(3, 64)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = PackedLinear(
+        *(torch.zeros_like(t) if t.dtype == torch.int32 else t for t in packed_tensors()), bits=3, bias=torch.zeros(96)
+    )
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x), layer(x))
+
+
+def test_tensors_that_do_not_belong_together_are_refused():
+    qweight, qzeros, scales = packed_tensors()
+    with pytest.raises(ShapeError, match="disagree; allowed are"):
+        PackedLinear(qweight[:-1], qzeros, scales, bits=3)
+    with pytest.raises(ShapeError, match="qzeros is"):
+        PackedLinear(qweight, qzeros[:, :-1], scales, bits=3)
+    for bad in (torch.nan, torch.inf, 0.0, -1.0):
+        broken = scales.clone()
+        broken[0, 0] = bad
+        with pytest.raises(NonFiniteError, match="a scale is NaN, Inf, zero or negative"):
+            PackedLinear(qweight, qzeros, broken, bits=3)
