@@ -75,32 +75,33 @@ class LayerStats:
 
     `gram` is `H = sum_t w_t * x_t x_t^T` over calibration tokens (CLoQ section 3, H = X^T X), with token weights
     `w_t` that are 1 unless weighting is asked for. In the error-aware mode x is the input that the layer meets behind
-    the already compressed prefix, and `cross` is `C = sum_t w_t * x_t f_t^T` with f the same token's input in the
-    float model; in the independent mode `cross` is None.
+    the already compressed prefix, and `drift` is `D = sum_t w_t * x_t (f_t - x_t)^T` with f the same token's input in
+    the float model; in the independent mode `drift` is None. D is summed as such, and not as the difference of two
+    large sums, because it is small beside H.
 
     Args:
         gram: H, (in, in) float32 or float64, symmetric.
         tokens: number of tokens that were summed.
-        cross: C, (in, in), same dtype, or None.
+        drift: D, (in, in), same dtype, or None.
 
     Raises:
-        ShapeError: gram is not square or cross has another shape.
-        NonFiniteError: gram or cross holds NaN or Inf.
+        ShapeError: gram is not square or drift has another shape.
+        NonFiniteError: gram or drift holds NaN or Inf.
     """
 
     gram: torch.Tensor
     tokens: int
-    cross: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
             raise ShapeError(f"a Gram matrix is square; this one has shape {tuple(self.gram.shape)}.")
-        if self.cross is not None and self.cross.shape != self.gram.shape:
+        if self.drift is not None and self.drift.shape != self.gram.shape:
             raise ShapeError(
-                f"the cross Gram has shape {tuple(self.cross.shape)}, the Gram {tuple(self.gram.shape)}; "
+                f"the drift has shape {tuple(self.drift.shape)}, the Gram {tuple(self.gram.shape)}; "
                 "both must be collected from the same layer."
             )
-        for name, matrix in (("Gram", self.gram), ("cross Gram", self.cross)):
+        for name, matrix in (("Gram", self.gram), ("drift", self.drift)):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):
                 raise NonFiniteError(
                     f"the {name} matrix holds NaN or Inf: the model overflows on the calibration text. "

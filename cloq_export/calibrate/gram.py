@@ -13,17 +13,19 @@ from cloq_export.types import LayerStats
 
 Weighting = Literal["none", "inverse_norm"]
 
-# Panels of the upper triangle: eight cost 0.56 of the full product and are still wide enough for full speed.
-_PANELS = 8
+# Panels of the upper triangle: eight cost 0.56 of the full product and are still wide enough for full speed; where
+# the product first rounds its operands, each panel rounds them again, and three do best.
+_PANELS, _ROUNDED_PANELS = 8, 3
 _SMALLEST_PANEL = 64
 
 
 class GramAccumulator:
-    """Sums `H = sum_t w_t x_t x_t^T` and, on request, `C = sum_t w_t x_t f_t^T` over the tokens of one layer.
+    """Sums `H = sum_t w_t x_t x_t^T` and, on request, `D = sum_t w_t x_t (f_t - x_t)^T` over the tokens of one layer.
 
     The sums are float32 and independent of any enclosing autocast or reduced matrix-product precision: a product of
     rounded activations is not positive definite (design section 3). Only the panels on and above the diagonal of H are
-    computed, then mirrored, so H is symmetric to the last bit.
+    computed, then mirrored, so H is symmetric to the last bit. D, a correction that is small beside H and need not be
+    definite, multiplies operands rounded to bfloat16 where the CPU has fast instructions for it (TF32 on GPUs).
 
     Weighting "inverse_norm" takes `w_t = 1 / ||x_t||`, not normalised: it depends on the token alone, so neither the
     order nor the size of batches matters, and the scale of H cancels in everything built on it because damping is
@@ -32,7 +34,7 @@ class GramAccumulator:
     Args:
         in_features: width of the inputs.
         weighting: "none" or "inverse_norm".
-        cross: also sum C; `add` then needs the float model's inputs.
+        drift: also sum D; `add` then needs the float model's inputs.
         device: where the sums live and are computed.
     """
 
@@ -41,7 +43,7 @@ class GramAccumulator:
         in_features: int,
         *,
         weighting: Weighting = "none",
-        cross: bool = False,
+        drift: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.in_features = in_features
@@ -49,7 +51,7 @@ class GramAccumulator:
         self.device = torch.device(device)
         self.tokens = 0
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
-        self._cross = torch.zeros_like(self._gram) if cross else None
+        self._drift = torch.zeros_like(self._gram) if drift else None
 
     def add(
         self,
@@ -61,7 +63,7 @@ class GramAccumulator:
 
         Args:
             inputs: x, (..., in), any float dtype; all leading dimensions are tokens.
-            float_inputs: f, the same tokens' inputs in the float model, same shape; needed with `cross`.
+            float_inputs: f, the same tokens' inputs in the float model, same shape; needed with `drift`.
             weights: further token weights >= 0, of the shape of `inputs` without its last dimension; they multiply
                 those of the weighting.
 
@@ -69,38 +71,39 @@ class GramAccumulator:
             ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or unasked.
         """
         self._check(inputs, float_inputs, weights)
-        lossless = _survives_rounding(inputs, self.device) and (
-            float_inputs is None or _survives_rounding(float_inputs, self.device)
-        )
-        with torch.no_grad(), _exact_products(self.device, lossless=lossless and not self._weighted(weights)):
-            tokens = self._rows(inputs)
+        lossless = _survives_rounding(inputs, self.device) and not self._weighted(weights)
+        with torch.no_grad(), torch.autocast(device_type=self.device.type, enabled=False):
+            plain = tokens = self._rows(inputs)
             if self._weighted(weights):
                 root = self._token_weights(tokens, weights).sqrt_().unsqueeze_(1)
                 # Both factors carry the root, so that H stays a sum of squares under rounding.
-                tokens = tokens * root
-            self._add_gram(tokens)
-            if self._cross is not None and float_inputs is not None:
+                tokens = plain * root
+            with _products(rounded=lossless):
+                self._add_gram(tokens, _ROUNDED_PANELS if lossless else _PANELS)
+            if self._drift is not None and float_inputs is not None:
+                away = self._rows(float_inputs) - plain
                 if self._weighted(weights):
-                    tokens.mul_(root)
-                self._cross.addmm_(tokens.T, self._rows(float_inputs))
+                    away.mul_(root)
+                with _products(rounded=True):
+                    self._drift.addmm_(tokens.T, away)
             self.tokens += tokens.shape[0]
 
     def stats(self) -> LayerStats:
         """Return the sums so far; the accumulator may go on afterwards.
 
         Returns:
-            LayerStats: H (in, in) float32 symmetric, the token count, and C or None.
+            LayerStats: H (in, in) float32 symmetric, the token count, and D or None.
 
         Raises:
             NonFiniteError: an input was NaN or Inf.
         """
         gram = self._gram.triu()
         gram += self._gram.triu(1).T
-        cross = None if self._cross is None else self._cross.clone()
-        return LayerStats(gram=gram, tokens=self.tokens, cross=cross)
+        drift = None if self._drift is None else self._drift.clone()
+        return LayerStats(gram=gram, tokens=self.tokens, drift=drift)
 
-    def _add_gram(self, tokens: torch.Tensor) -> None:
-        panel = max(_SMALLEST_PANEL, -(-self.in_features // _PANELS))
+    def _add_gram(self, tokens: torch.Tensor, panels: int) -> None:
+        panel = max(_SMALLEST_PANEL, -(-self.in_features // panels))
         for start in range(0, self.in_features, panel):
             rows = slice(start, min(start + panel, self.in_features))
             # In place into a strided view: BLAS writes with H's row stride, nothing is copied.
@@ -128,12 +131,12 @@ class GramAccumulator:
                 f"inputs have shape {tuple(inputs.shape)}; this Gram matrix takes (..., {self.in_features}). "
                 "Use one accumulator per distinct input."
             )
-        if (float_inputs is None) != (self._cross is None):
+        if (float_inputs is None) != (self._drift is None):
             raise ShapeError(
-                "the float model's inputs are missing; a cross Gram needs both."
+                "the float model's inputs are missing; the drift needs both."
                 if float_inputs is None
-                else "the float model's inputs were given, but this accumulator sums no cross Gram; "
-                "create it with cross=True."
+                else "the float model's inputs were given, but this accumulator sums no drift; "
+                "create it with drift=True."
             )
         if float_inputs is not None and float_inputs.shape != inputs.shape:
             raise ShapeError(
@@ -153,11 +156,11 @@ def _survives_rounding(tensor: torch.Tensor, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _exact_products(device: torch.device, *, lossless: bool) -> Iterator[None]:
+def _products(*, rounded: bool) -> Iterator[None]:
+    """Multiply float32 matrices exactly, or with operands rounded where that is fast; process-wide for a while."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if lossless else "highest")
+    torch.set_float32_matmul_precision("medium" if rounded else "highest")
     try:
-        with torch.autocast(device_type=device.type, enabled=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)

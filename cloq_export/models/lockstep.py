@@ -51,12 +51,13 @@ class _BatchRun(greenlet.greenlet):
     def pause(self, group: int, inputs: torch.Tensor) -> None:
         """Called from inside the block: hand the input over and wait."""
         self.waiting = _Waiting(group, inputs)
-        # Matrix precision is a process-wide setting that the forward pass has changed for itself.
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        # Autocast is a setting of the whole thread that the forward pass has changed for itself only.
+        kind = inputs.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, False)
         assert self.parent is not None
         self.parent.switch()
-        torch.set_float32_matmul_precision(precision)
+        torch.set_autocast_enabled(kind, autocast)
 
 
 GroupInputs = Sequence[Mapping[int, torch.Tensor]]

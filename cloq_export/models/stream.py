@@ -13,9 +13,8 @@ from torch import nn
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
 from cloq_export.models.blocks import BlockList
 
-MatmulPrecision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 
-_TORCH_PRECISION = {"float32": "highest", "bfloat16": "medium"}
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
 # Hidden states stay on an accelerator while they take less than this share of its free memory.
@@ -23,28 +22,30 @@ _STORAGE_SHARE = 0.25
 
 
 @contextlib.contextmanager
-def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
-    """Set the precision of float32 matrix products for a while; the setting is global to the process.
+def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
+    """Set the arithmetic of forward passes for a while, whatever is set outside.
 
-    "float32" multiplies in full precision. "bfloat16" rounds the operands and accumulates in float32; storage and
-    results stay float32. Where it applies: `nn.Linear`, `mm`, `addmm`, `bmm` and scaled-dot-product attention on CPUs
-    with AVX-512 or AMX (a relative error of about 2e-3 per product, about ten times faster with AMX); on NVIDIA GPUs
-    since Ampere the operands are rounded to TF32, which keeps three bits more. Other CPUs ignore it. Products whose
-    operands are already bfloat16 numbers lose nothing by it.
+    "float32" computes in the model's own dtype, with full-precision products. "bfloat16" lets a float32 model multiply
+    in bfloat16 by torch's autocast: the residual stream and the norms stay float32, which costs a relative error of
+    about 1e-2 in a block's output and, with AMX, a third of the time.
 
     Args:
         precision: "float32" or "bfloat16".
+        device: where the forward pass runs.
     """
+    kind = torch.device(device).type
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_TORCH_PRECISION[precision])
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        # No cache: it would keep the rounded copy of a weight that has been exchanged since.
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:
-    """Return whether `matmul_precision("bfloat16")` saves time on a device (AMX or AVX-512 BF16, or a GPU)."""
+    """Return whether `forward_precision("bfloat16")` saves time on a device (AMX or AVX-512 BF16, or a GPU)."""
     if torch.device(device).type != "cpu":
         return True
     probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -66,7 +67,7 @@ class BlockStream:
         windows: token ids, (samples, seqlen) int64.
         device: where blocks run.
         compute: precision of matrix products: None is the model's own dtype (float32 in full precision),
-            torch.bfloat16 lets a float32 model multiply bfloat16 operands, see `matmul_precision`.
+            torch.bfloat16 lets a float32 model multiply in bfloat16, see `forward_precision`.
         batch: windows per forward pass; it never changes afterwards, so results are reproducible.
         storage: where `hidden` is kept; None keeps it on `device` while it takes a small share of the free memory,
             and in host memory otherwise. It does not change any result.
@@ -121,6 +122,10 @@ class BlockStream:
         """Return the number of batches, the length of `hidden`."""
         return len(self._calls)
 
+    def as_multiplied(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return a linear layer's input as its product takes it: rounded to bfloat16 where that is the arithmetic."""
+        return inputs.to(torch.bfloat16) if self._precision == "bfloat16" else inputs
+
     def forward_block(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one block over batches of hidden states, from the first batch on.
 
@@ -155,7 +160,8 @@ class BlockStream:
         Raises:
             NonFiniteError: the output overflows.
         """
-        with self.block_on_device(index) as block, matmul_precision(self._precision), torch.no_grad():
+        arithmetic = forward_precision(self._precision, self.device)
+        with self.block_on_device(index) as block, arithmetic, torch.no_grad():
             call = self._calls[batch_index][index].map(self._to_device)
             output = call.invoke(block, states.to(self.device))
             after = output[0] if isinstance(output, (tuple, list)) else output
@@ -333,7 +339,7 @@ class _Pool:
 _HOST = torch.device("cpu")
 
 
-def _resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> MatmulPrecision:
+def _resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> Precision:
     if compute in (None, model_dtype):
         return "float32"
     if model_dtype == torch.float32 and compute == torch.bfloat16:

@@ -24,6 +24,9 @@ from cloq_export.types import LayerStats, QuantizedLayer
 
 FLOAT_STREAM, COMPRESSED_STREAM = 0, 1
 
+# Tokens of one forward pass: enough to amortise casting the weights, few enough that temporaries stay small.
+TOKENS_PER_BATCH = 4096
+
 
 @dataclasses.dataclass
 class Seconds:
@@ -76,15 +79,14 @@ class BlockWalk:
         self._fixed = fixed
         self._console = console
         self._error_aware = recipe.error_aware > 0.0
-        self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=1)
+        batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=batch)
         self._done = directory.completed_modules()
         self.seconds = Seconds()
 
     def run(self) -> None:
         """Finish every layer that is not finished yet."""
-        last = max(
-            (i for i in range(len(self._plan.blocks)) if set(self._plan.of_block(i)) - self._done), default=-1
-        )
+        last = max((i for i in range(len(self._plan.blocks)) if set(self._plan.of_block(i)) - self._done), default=-1)
         if last < 0:
             return
         streams = [list(self._stream.hidden)]
@@ -105,9 +107,7 @@ class BlockWalk:
                 started, solve_before = time.perf_counter(), self.seconds.solve + self.seconds.write
                 streams = self._walk_block(index, streams)
                 spent = time.perf_counter() - started
-                self.seconds.forward_and_statistics += spent - (
-                    self.seconds.solve + self.seconds.write - solve_before
-                )
+                self.seconds.forward_and_statistics += spent - (self.seconds.solve + self.seconds.write - solve_before)
                 progress.advance(task)
 
     def _walk_block(self, index: int, streams: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
@@ -151,10 +151,10 @@ class BlockWalk:
         original: Mapping[str, torch.Tensor],
         groups: Sequence[Sequence[str]],
     ) -> list[list[torch.Tensor]]:
-        accumulators = [self._accumulator(linears[group[0]].in_features, cross=False) for group in groups]
+        accumulators = [self._accumulator(linears[group[0]].in_features, drift=False) for group in groups]
         handles = [
             linears[group[0]].register_forward_pre_hook(
-                lambda _, args, accumulator=accumulator: accumulator.add(args[0])
+                lambda _, args, accumulator=accumulator: accumulator.add(self._stream.as_multiplied(args[0]))
             )
             for group, accumulator in zip(groups, accumulators, strict=True)
         ]
@@ -203,13 +203,11 @@ class BlockWalk:
             if not solved.issuperset(group):
                 # Experts that no token was routed to.
                 width = linears[group[0]].in_features
-                self._solve(group, plans, original, self._accumulator(width, cross=False).stats())
+                self._solve(group, plans, original, self._accumulator(width, drift=False).stats())
         return after
 
-    def _paired_stats(
-        self, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]
-    ) -> LayerStats:
-        """Return H of the compressed stream's inputs, with C where both streams brought every token.
+    def _paired_stats(self, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]) -> LayerStats:
+        """Return H of the compressed stream's inputs, with D where both streams brought every token.
 
         An expert's tokens depend on the routing, which differs between the streams: they cannot be paired.
         """
@@ -220,15 +218,14 @@ class BlockWalk:
             and met[batch].numel() // in_features == hidden[batch].shape[0] * hidden[batch].shape[1]
             for batch in met
         )
-        accumulator = self._accumulator(in_features, cross=paired)
+        accumulator = self._accumulator(in_features, drift=paired)
         for batch in sorted(met):
-            accumulator.add(met[batch], float_inputs[batch] if paired else None)
+            seen = self._stream.as_multiplied
+            accumulator.add(seen(met[batch]), seen(float_inputs[batch]) if paired else None)
         return accumulator.stats()
 
-    def _accumulator(self, in_features: int, *, cross: bool) -> GramAccumulator:
-        return GramAccumulator(
-            in_features, weighting=self._recipe.token_weighting, cross=cross, device=self._device
-        )
+    def _accumulator(self, in_features: int, *, drift: bool) -> GramAccumulator:
+        return GramAccumulator(in_features, weighting=self._recipe.token_weighting, drift=drift, device=self._device)
 
     def _solve(
         self,

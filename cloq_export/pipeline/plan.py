@@ -83,7 +83,9 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
                 faults.append(str(error))
             modules[name] = plan
     if faults:
-        more = f" ({len(faults) - _SHOWN_FAULTS} more layers have the same fault)" if len(faults) > _SHOWN_FAULTS else ""
+        more = (
+            f" ({len(faults) - _SHOWN_FAULTS} more layers have the same fault)" if len(faults) > _SHOWN_FAULTS else ""
+        )
         raise ShapeError(" ".join(faults[:_SHOWN_FAULTS]) + more)
     _check_patterns(recipe, [*modules, *skipped])
     if not modules:

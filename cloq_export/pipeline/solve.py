@@ -61,7 +61,7 @@ def solve_group(
     Args:
         plans: the layers.
         weights: full module name -> original W, (out, in) float32, on the device that computes.
-        stats: H (and C) of their input, on the same device.
+        stats: H (and D) of their input, on the same device.
         recipe: every option of the run.
         fixed: full module name -> codes that are kept; None quantizes.
 
@@ -190,9 +190,7 @@ def _finish(
             start = torch.randn(plan.rank, in_features, generator=generator) / in_features**0.5
             lora = LoraPair(start.to(dtype), torch.zeros(out_features, plan.rank, dtype=dtype), float(plan.rank))
         else:
-            result = init_cloq(
-                target, dequantized, root, plan.rank, split=recipe.split, svd=recipe.svd, dtype=dtype
-            )
+            result = init_cloq(target, dequantized, root, plan.rank, split=recipe.split, svd=recipe.svd, dtype=dtype)
             lora, bound = result.pair, result.bound
             if result.svd_method == "full" and recipe.svd == "truncated":
                 notes = (*notes, "the truncated SVD did not settle: the full one was taken")

@@ -107,7 +107,9 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     Raises:
         CloqError: anything a user can mend.
     """
-    session = _Session(recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True))
+    session = _Session(
+        recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True)
+    )
     calibration, _ = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _compress(session, directory, session.recipe, calibration)
@@ -152,9 +154,10 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
             f"the adapter {recipe.adapter_name!r} was made together with the codes; give the new one another name with "
             "--adapter-name."
         )
-    with directory, RunDirectory.create_or_resume(
-        work, recipe.to_mapping(), directory.source_fingerprint, environment()
-    ) as parts:
+    with (
+        directory,
+        RunDirectory.create_or_resume(work, recipe.to_mapping(), directory.source_fingerprint, environment()) as parts,
+    ):
         loaded, plan = _open_planned(session, recipe)
         _refuse_other_source(loaded, directory)
         fixed = _stored_codes(directory, plan)
@@ -169,9 +172,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     return summary
 
 
-def export(
-    run_path: Path, format: str, out: Path | None = None, *, console: Console | None = None
-) -> dict[str, Any]:
+def export(run_path: Path, format: str, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
     """Write the checkpoint of a run in one layout, with the run's adapters beside it.
 
     Args:
@@ -306,11 +307,8 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _compute(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    if recipe.precision == "float32":
-        return None
-    if recipe.precision == "bfloat16" or has_fast_bfloat16(device):
-        return torch.bfloat16
-    return None
+    fast = device.type == "cpu" and has_fast_bfloat16(device)
+    return torch.bfloat16 if recipe.precision == "bfloat16" or (recipe.precision == "auto" and fast) else None
 
 
 def _open_run(session: _Session, out: Path) -> RunDirectory:
@@ -320,15 +318,15 @@ def _open_run(session: _Session, out: Path) -> RunDirectory:
 
 
 def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
-    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=torch.float32))
+    # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
+    dtype: Any = torch.float32 if _device(recipe).type == "cpu" else "auto"
+    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
     plan = make_plan(find_blocks(loaded.model, recipe.blocks), recipe)
     session.loaded_memory = _peak_memory()
     return loaded, plan
 
 
-def _compress(
-    session: _Session, directory: RunDirectory, recipe: Recipe, calibration: CalibrationText
-) -> LoadedModel:
+def _compress(session: _Session, directory: RunDirectory, recipe: Recipe, calibration: CalibrationText) -> LoadedModel:
     loaded, plan = _open_planned(session, recipe)
     _walk(session, loaded, plan, directory, recipe, calibration, None)
     directory.write_report("layers", _certificate_report(directory.certificates()))
@@ -352,9 +350,7 @@ def _walk(
         session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
     tokens = tokenize_text(loaded.tokenizer, calibration.text)
     windows = sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
-    session.say(
-        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}"
-    )
+    session.say(f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}")
     widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
     if windows.numel() < widest:
         session.notes.append(
@@ -405,9 +401,7 @@ def _layers(directory: RunDirectory) -> Iterator[tuple[str, QuantizedLayer]]:
         yield name, directory.read_layer(name).quantized
 
 
-def _write_adapter(
-    session: _Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None
-) -> None:
+def _write_adapter(session: _Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
     """Write the adapter whose pairs stand in `parts` (the run itself if None), bound to the run's base."""
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
@@ -567,7 +561,7 @@ def _summary(
         "next": [
             f"cloq inspect {directory.path}",
             f"cloq eval {directory.path} --windows 64",
-            f"python -c \"import cloq_export; model = {load_line}\"",
+            f'python -c "import cloq_export; model = {load_line}"',
         ],
         "notes": session.notes,
     }

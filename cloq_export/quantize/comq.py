@@ -50,7 +50,7 @@ def sweep_codes(
             block_end = min(block + BLOCK_COLUMNS, in_features)
             moves = torch.zeros_like(gradient[block:block_end])
             for column in range(block, block_end):
-                scale, zero, code = column_scales[column], column_zeros[column], current_codes[column]
+                scale, code = column_scales[column], current_codes[column]
                 wanted = gradient[column] / diagonal[column]
                 new_code = wanted.div_(scale).add_(code).round_().clamp_(0, max_code)
                 move = moves[column - block]

@@ -10,7 +10,7 @@ from cloq_export.errors import SingularStatsError
 
 _GROWTH = 10.0
 _ATTEMPTS = 6
-_POWER_ITERATIONS = 24
+_POWER_ITERATIONS = 16
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -34,7 +34,7 @@ class DampedGram:
 
     def norm(self, error: torch.Tensor) -> float:
         """Return `||E R^T||_F` with `R^T R` the damped H, for an error E (out, in) float."""
-        return float((error.to(torch.float64) @ self.lower).norm())
+        return float((error.to(torch.float32) @ self.lower.to(torch.float32)).norm(dtype=torch.float64))
 
     def condition(self) -> float:
         """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""

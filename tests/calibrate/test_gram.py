@@ -35,21 +35,31 @@ def test_gram_equals_float64(width: int, weighting: str) -> None:
     assert relative_error(stats.gram, (x * w[:, None]).T @ x) < 1e-6
     assert torch.equal(stats.gram, stats.gram.T)
     assert stats.tokens == 558
-    assert stats.cross is None
+    assert stats.drift is None
 
 
 @pytest.mark.parametrize("weighting", ["none", "inverse_norm"])
-def test_cross_gram_has_the_layers_own_input_on_the_left(weighting: str) -> None:
+def test_drift_has_the_layers_own_input_on_the_left(weighting: str) -> None:
     x, f = correlated(400, 96, 1), correlated(400, 96, 2)
-    sums = GramAccumulator(96, weighting=weighting, cross=True)
+    sums = GramAccumulator(96, weighting=weighting, drift=True)
     sums.add(x[:150], f[:150])
     sums.add(x[150:], f[150:])
     stats = sums.stats()
     w = 1 / x.double().norm(dim=1) if weighting == "inverse_norm" else torch.ones(400, dtype=torch.float64)
-    expected = (x.double() * w[:, None]).T @ f.double()
-    assert stats.cross is not None
-    assert relative_error(stats.cross, expected) < 1e-6
-    assert relative_error(stats.cross, expected.T) > 0.1
+    expected = (x.double() * w[:, None]).T @ (f - x).double()
+    assert stats.drift is not None
+    # Both operands may be rounded to bfloat16 (relative 2^-9 each), the sums are not.
+    assert relative_error(stats.drift, expected) < 2.0**-8
+    assert relative_error(stats.drift, expected.T) > 0.1
+
+
+def test_drift_of_equal_streams_is_exactly_zero() -> None:
+    x = correlated(400, 96)
+    sums = GramAccumulator(96, drift=True)
+    sums.add(x, x.clone())
+    drift = sums.stats().drift
+    assert drift is not None
+    assert not drift.any()
 
 
 def test_given_weights_multiply_the_weighting() -> None:
@@ -82,9 +92,9 @@ def test_no_token_gives_zeros() -> None:
 @pytest.mark.parametrize("ambient", ["autocast", "medium"])
 def test_enclosing_reduced_precision_does_not_reach_the_sums(ambient: str) -> None:
     x, f = correlated(900, 160, 1), correlated(900, 160, 2)
-    plain = GramAccumulator(160, cross=True)
+    plain = GramAccumulator(160, drift=True)
     plain.add(x, f)
-    guarded = GramAccumulator(160, cross=True)
+    guarded = GramAccumulator(160, drift=True)
     before = torch.get_float32_matmul_precision()
     try:
         if ambient == "medium":
@@ -96,9 +106,9 @@ def test_enclosing_reduced_precision_does_not_reach_the_sums(ambient: str) -> No
         torch.set_float32_matmul_precision(before)
     one, other = plain.stats(), guarded.stats()
     assert torch.equal(one.gram, other.gram)
-    assert one.cross is not None
-    assert other.cross is not None
-    assert torch.equal(one.cross, other.cross)
+    assert one.drift is not None
+    assert other.drift is not None
+    assert torch.equal(one.drift, other.drift)
     # What autocast would have done: a Gram matrix that no Cholesky takes, and one that ours does.
     torch.linalg.cholesky(other.gram.double())
 
@@ -127,7 +137,7 @@ def test_batches_may_come_in_any_shape_and_size() -> None:
 def test_inputs_are_left_as_they_are() -> None:
     x = correlated(30, 24)
     kept = x.clone()
-    sums = GramAccumulator(24, weighting="inverse_norm", cross=True)
+    sums = GramAccumulator(24, weighting="inverse_norm", drift=True)
     sums.add(x, x)
     assert torch.equal(x, kept)
 
@@ -166,10 +176,10 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"takes \(\.\.\., 9\)"):
         GramAccumulator(9).add(x)
     with pytest.raises(ShapeError, match="float model's inputs are missing"):
-        GramAccumulator(8, cross=True).add(x)
-    with pytest.raises(ShapeError, match="create it with cross=True"):
+        GramAccumulator(8, drift=True).add(x)
+    with pytest.raises(ShapeError, match="create it with drift=True"):
         GramAccumulator(8).add(x, x)
     with pytest.raises(ShapeError, match="same tokens"):
-        GramAccumulator(8, cross=True).add(x, x[:2])
+        GramAccumulator(8, drift=True).add(x, x[:2])
     with pytest.raises(ShapeError, match=r"token weights have shape \(3,\)"):
         GramAccumulator(8).add(x, weights=torch.ones(3))
