@@ -177,8 +177,12 @@ def init_cloq(
     found = truncated_svd(root.matrix @ residual, min(rank, root.matrix.shape[0]), svd)
     left, right = split_factors(found, split)
     lora_a = root.solve(left).t()
-    if lora_a.shape[0] < rank:  # H has a smaller rank than asked for: the rest of the pair stays zero
-        lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, rank - lora_a.shape[0]))
-        right = torch.nn.functional.pad(right, (0, rank - right.shape[1]))
+    missing = rank - lora_a.shape[0]
+    if missing:
+        # H has a smaller rank than asked for. The rest of A is zero; B goes on orthonormally, or it could not train.
+        generator = torch.Generator().manual_seed(0)
+        more = torch.randn(out_features, missing, generator=generator, dtype=right.dtype).to(right.device)
+        lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))
+        right = torch.cat([right, torch.linalg.qr(torch.cat([right, more], dim=1)).Q[:, -missing:]], dim=1)
     pair = LoraPair(lora_a.to(dtype).contiguous(), right.to(dtype).contiguous(), alpha=float(rank))
     return CloqResult(pair, found.tail, found.residual, found.method)

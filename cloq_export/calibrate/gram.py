@@ -22,8 +22,8 @@ _SMALLEST_PANEL = 64
 class GramAccumulator:
     """Sums `H = sum_t w_t x_t x_t^T` and, on request, `D = sum_t w_t x_t (f_t - x_t)^T` over the tokens of one layer.
 
-    The sums are float32 and independent of any enclosing autocast or reduced matrix-product precision: a product of
-    rounded activations is not positive definite (design section 3). Only the panels on and above the diagonal of H are
+    The sums are float32 and independent of any enclosing autocast or reduced matrix-product precision: a Gram matrix
+    whose sums are rounded is not positive definite. Only the panels on and above the diagonal of H are
     computed, then mirrored, so H is symmetric to the last bit. D, a correction that is small beside H and need not be
     definite, multiplies operands rounded to bfloat16 where the CPU has fast instructions for it (TF32 on GPUs).
 
@@ -35,6 +35,9 @@ class GramAccumulator:
         in_features: width of the inputs.
         weighting: "none" or "inverse_norm".
         drift: also sum D; `add` then needs the float model's inputs.
+        rounded: the layers multiply their inputs rounded to bfloat16, so H is summed over the rounded inputs too: it
+            is then exactly the Gram matrix of what the products take, in float32 sums. CPUs without bfloat16
+            instructions sum the unrounded inputs.
         device: where the sums live and are computed.
     """
 
@@ -44,10 +47,12 @@ class GramAccumulator:
         *,
         weighting: Weighting = "none",
         drift: bool = False,
+        rounded: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.in_features = in_features
         self.weighting = weighting
+        self.rounded = rounded
         self.device = torch.device(device)
         self.tokens = 0
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
@@ -71,15 +76,15 @@ class GramAccumulator:
             ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or unasked.
         """
         self._check(inputs, float_inputs, weights)
-        lossless = _survives_rounding(inputs, self.device) and not self._weighted(weights)
+        rounded = (self.rounded or _survives_rounding(inputs, self.device)) and not self._weighted(weights)
         with torch.no_grad(), torch.autocast(device_type=self.device.type, enabled=False):
             plain = tokens = self._rows(inputs)
             if self._weighted(weights):
                 root = self._token_weights(tokens, weights).sqrt_().unsqueeze_(1)
                 # Both factors carry the root, so that H stays a sum of squares under rounding.
                 tokens = plain * root
-            with _products(rounded=lossless):
-                self._add_gram(tokens, _ROUNDED_PANELS if lossless else _PANELS)
+            with _products(rounded=rounded):
+                self._add_gram(tokens, _ROUNDED_PANELS if rounded else _PANELS)
             if self._drift is not None and float_inputs is not None:
                 away = self._rows(float_inputs) - plain
                 if self._weighted(weights):

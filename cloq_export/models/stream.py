@@ -122,9 +122,10 @@ class BlockStream:
         """Return the number of batches, the length of `hidden`."""
         return len(self._calls)
 
-    def as_multiplied(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return a linear layer's input as its product takes it: rounded to bfloat16 where that is the arithmetic."""
-        return inputs.to(torch.bfloat16) if self._precision == "bfloat16" else inputs
+    @property
+    def rounds_inputs(self) -> bool:
+        """Return whether linear layers multiply their inputs rounded to bfloat16."""
+        return self._precision == "bfloat16"
 
     def forward_block(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one block over batches of hidden states, from the first batch on.

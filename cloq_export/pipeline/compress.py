@@ -154,7 +154,7 @@ class BlockWalk:
         accumulators = [self._accumulator(linears[group[0]].in_features, drift=False) for group in groups]
         handles = [
             linears[group[0]].register_forward_pre_hook(
-                lambda _, args, accumulator=accumulator: accumulator.add(self._stream.as_multiplied(args[0]))
+                lambda _, args, accumulator=accumulator: accumulator.add(args[0])
             )
             for group, accumulator in zip(groups, accumulators, strict=True)
         ]
@@ -220,12 +220,17 @@ class BlockWalk:
         )
         accumulator = self._accumulator(in_features, drift=paired)
         for batch in sorted(met):
-            seen = self._stream.as_multiplied
-            accumulator.add(seen(met[batch]), seen(float_inputs[batch]) if paired else None)
+            accumulator.add(met[batch], float_inputs[batch] if paired else None)
         return accumulator.stats()
 
     def _accumulator(self, in_features: int, *, drift: bool) -> GramAccumulator:
-        return GramAccumulator(in_features, weighting=self._recipe.token_weighting, drift=drift, device=self._device)
+        return GramAccumulator(
+            in_features,
+            weighting=self._recipe.token_weighting,
+            drift=drift,
+            rounded=self._stream.rounds_inputs,
+            device=self._device,
+        )
 
     def _solve(
         self,

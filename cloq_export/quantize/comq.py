@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cloq_export.quantize.optq import BLOCK_COLUMNS
+from cloq_export.quantize.optq import BLOCK_COLUMNS, tile_columns
 
 
 def sweep_codes(
@@ -42,24 +42,30 @@ def sweep_codes(
     current_codes = codes.t()[order].to(torch.float32)
     weight = target.t()[order].contiguous()
     diagonal = metric.diagonal().tolist()
+    moves = torch.empty_like(weight)
+    tile_width = tile_columns(weight.shape[1])
     for _ in range(sweeps):
         # The gradient is formed anew each sweep so that rounding errors do not build up.
         residual = weight - (current_codes - column_zeros) * column_scales
         gradient = metric @ residual
         for block in range(0, in_features, BLOCK_COLUMNS):
             block_end = min(block + BLOCK_COLUMNS, in_features)
-            moves = torch.zeros_like(gradient[block:block_end])
-            for column in range(block, block_end):
-                scale, code = column_scales[column], current_codes[column]
-                wanted = gradient[column] / diagonal[column]
-                new_code = wanted.div_(scale).add_(code).round_().clamp_(0, max_code)
-                move = moves[column - block]
-                torch.sub(new_code, code, out=move)
-                move.mul_(scale)
-                code.copy_(new_code)
-                gradient[column:block_end].addr_(metric[column, column:block_end], move, alpha=-1.0)
+            for tile in range(block, block_end, tile_width):
+                tile_end = min(tile + tile_width, block_end)
+                for column in range(tile, tile_end):
+                    scale, code, move = column_scales[column], current_codes[column], moves[column]
+                    new_code = torch.div(gradient[column], scale * diagonal[column])
+                    new_code.add_(code).round_().clamp_(0, max_code)
+                    torch.sub(new_code, code, out=move)
+                    move.mul_(scale)
+                    code.copy_(new_code)
+                    gradient[column:tile_end].addr_(metric[column, column:tile_end], move, alpha=-1.0)
+                if tile_end < block_end:
+                    gradient[tile_end:block_end].addmm_(
+                        metric[tile:tile_end, tile_end:block_end].t(), moves[tile:tile_end], alpha=-1.0
+                    )
             if block_end < in_features:
-                gradient[block_end:].addmm_(metric[block:block_end, block_end:].t(), moves, alpha=-1.0)
+                gradient[block_end:].addmm_(metric[block:block_end, block_end:].t(), moves[block:block_end], alpha=-1.0)
     result = torch.empty_like(current_codes)
     result[order] = current_codes
     return result.t().to(torch.uint8).contiguous()

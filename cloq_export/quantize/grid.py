@@ -10,11 +10,11 @@ from cloq_export.types import QuantSpec
 # The search judges a grid by the sum of |error|^2.5: between the mean square, which lets rare large weights pass,
 # and the maximum, which serves nothing else. 2.5 and not the 2.4 of GPTQ's own search because x^2 * sqrt(x) costs a
 # tenth of a general power and measures the same.
-SEARCH_RANGE_FRACTIONS = tuple(1.0 - 0.04 * step for step in range(20))
-SEARCH_REFINEMENT = (-0.02, 0.02, -0.01, 0.01)
+SEARCH_RANGE_FRACTIONS = tuple(1.0 - 0.06 * step for step in range(12))
+SEARCH_REFINEMENT = (-0.03, 0.03, -0.015, 0.015)
 
 # Elements that one pass of the search touches: small enough that its temporaries stay in the cache.
-SEARCH_CHUNK_ELEMENTS = 1 << 16
+SEARCH_CHUNK_ELEMENTS = 1 << 17
 
 _SMALLEST_SCALE = 2.0**-14
 _LARGEST_SCALE = 65504.0

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import torch
 
-# Columns handled between two large matrix products; and columns whose rank-one updates stay inside one small tile.
+# Columns handled between two large matrix products; and the elements of a tile inside which columns are updated one
+# by one: few enough that torch keeps them on one thread, which is quicker than sharing them out.
 BLOCK_COLUMNS = 128
-TILE_COLUMNS = 32
+TILE_ELEMENTS = (1 << 15) - 1
+
+
+def tile_columns(out_features: int) -> int:
+    """Return how many columns of a layer with that many rows make a tile, between 4 and 32."""
+    return min(32, max(4, TILE_ELEMENTS // max(1, out_features)))
 
 
 def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
@@ -63,10 +69,11 @@ def optq_codes(
     codes = torch.empty_like(remaining)
     errors = torch.empty_like(remaining)
     pivots = factor.diagonal().tolist()
+    tile_width = tile_columns(weight.shape[0])
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)
-        for tile in range(block, block_end, TILE_COLUMNS):
-            tile_end = min(tile + TILE_COLUMNS, block_end)
+        for tile in range(block, block_end, tile_width):
+            tile_end = min(tile + tile_width, block_end)
             for column in range(tile, tile_end):
                 scale, zero, current, code = (
                     column_scales[column],

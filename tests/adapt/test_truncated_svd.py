@@ -29,7 +29,7 @@ def decompose(matrix: torch.Tensor, rank: int, path: str, monkeypatch) -> Trunca
 
 @pytest.mark.parametrize("path", ["full", "gram", "subspace"])
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(90, 60, 8), (60, 90, 1), (60, 90, 59), (40, 40, 40), (1, 9, 1)])
-@pytest.mark.parametrize("decay", [0.3, 4.0])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 4.0])
 def test_it_captures_what_the_full_one_captures(decay, rows, columns, rank, path, monkeypatch) -> None:
     matrix = draw(rows, columns, decay)
     found = decompose(matrix, rank, path, monkeypatch)

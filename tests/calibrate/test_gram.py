@@ -50,7 +50,7 @@ def test_drift_has_the_layers_own_input_on_the_left(weighting: str) -> None:
     assert stats.drift is not None
     # Both operands may be rounded to bfloat16 (relative 2^-9 each), the sums are not.
     assert relative_error(stats.drift, expected) < 2.0**-8
-    assert relative_error(stats.drift, expected.T) > 0.1
+    assert relative_error(stats.drift, expected.T) > 0.05
 
 
 def test_drift_of_equal_streams_is_exactly_zero() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from cloq_export.errors import NonFiniteError, ShapeError
 from cloq_export.quantize import DampedGram, QuantizeOptions, damp_gram, layers, quantize_group
+from cloq_export.quantize.comq import refit_scales, sweep_codes
 from cloq_export.quantize.grid import fit_grid
 from cloq_export.quantize.magr import reduce_magnitude
 from cloq_export.types import QuantizedLayer, QuantSpec
@@ -110,6 +111,29 @@ def test_sweeps_and_refits_serve_the_original_weight(method, targets, damped) ->
     assert (swept < plain).all()
     assert (refitted < plain).all()
     assert (both < np.minimum(swept, refitted)).all()
+
+
+@pytest.mark.parametrize("method", ["optq", "magr"])
+def test_refit_and_sweep_follow_each_other_on_the_original_weight(method, targets, damped) -> None:
+    spec, target = QuantSpec(2, 64), targets[0]
+
+    def solve(sweeps: int, refit: bool) -> QuantizedLayer:
+        return quantize_group([target], spec, damped, QuantizeOptions(method, sweeps=sweeps, refit=refit)).layers[0]
+
+    def sweep(layer: QuantizedLayer) -> torch.Tensor:
+        return sweep_codes(target, layer.codes, *spread(layer), spec.max_code, damped.gram, 1)
+
+    layer = solve(0, False)
+    assert torch.equal(solve(1, False).codes, sweep(layer))
+    for sweeps in (1, 2):
+        scales = refit_scales(target, layer.codes, layer.scales, layer.zeros, damped.gram)
+        layer = QuantizedLayer(layer.codes, scales, layer.zeros, spec)
+        if sweeps == 1:
+            assert torch.equal(solve(0, True).scales, scales)
+        layer = QuantizedLayer(sweep(layer), scales, layer.zeros, spec)
+        together = solve(sweeps, True)
+        assert torch.equal(together.scales, layer.scales)
+        assert torch.equal(together.codes, layer.codes)
 
 
 def test_magr_quantizes_the_smoothed_weight(targets, damped, eliminate) -> None:

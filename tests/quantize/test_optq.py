@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cloq_export.quantize.grid import fit_grid, round_to_grid
-from cloq_export.quantize.optq import BLOCK_COLUMNS, TILE_COLUMNS, inverse_factor, optq_codes, processing_order
+from cloq_export.quantize.optq import BLOCK_COLUMNS, inverse_factor, optq_codes, processing_order, tile_columns
 from cloq_export.types import QuantSpec
 
 
@@ -48,7 +48,7 @@ def test_codes_equal_the_column_by_column_elimination(
 
 
 def test_the_sizes_above_cross_tiles_and_blocks() -> None:
-    assert (TILE_COLUMNS, BLOCK_COLUMNS) == (32, 128), "choose the sizes of this file anew around tiles and blocks"
+    assert (tile_columns(17), BLOCK_COLUMNS) == (32, 128), "choose the sizes of this file anew around tiles and blocks"
 
 
 def test_the_elimination_itself_lets_the_rest_answer_optimally(correlated_gram, eliminate) -> None:
