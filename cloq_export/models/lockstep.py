@@ -26,15 +26,48 @@ class _Waiting:
     inputs: torch.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class _Arithmetic:
+    """The settings of the thread and the process that a forward pass changes for itself only."""
+
+    device: str
+    autocast: bool
+    autocast_dtype: torch.dtype
+    autocast_cache: bool
+    matmul_precision: str
+    gradients: bool
+
+    @classmethod
+    def now(cls, device: str) -> _Arithmetic:
+        return cls(
+            device,
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_cache_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(),
+        )
+
+    def restore(self) -> None:
+        torch.set_autocast_enabled(self.device, self.autocast)
+        torch.set_autocast_dtype(self.device, self.autocast_dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.set_grad_enabled(self.gradients)
+
+
 class _BatchRun(greenlet.greenlet):
     """One batch of one stream on its way through the block."""
 
-    def __init__(self, stream: BlockStream, block_index: int, batch_index: int, hidden: torch.Tensor) -> None:
+    def __init__(
+        self, stream: BlockStream, block_index: int, batch_index: int, hidden: torch.Tensor, outside: _Arithmetic
+    ) -> None:
         super().__init__()
         self._stream = stream
         self._block_index = block_index
         self._batch_index = batch_index
         self._hidden: torch.Tensor | None = hidden
+        self._outside = outside
         self.waiting: _Waiting | None = None
         self.output: torch.Tensor | None = None
 
@@ -51,13 +84,14 @@ class _BatchRun(greenlet.greenlet):
     def pause(self, group: int, inputs: torch.Tensor) -> None:
         """Called from inside the block: hand the input over and wait."""
         self.waiting = _Waiting(group, inputs)
-        # Autocast is a setting of the whole thread that the forward pass has changed for itself only.
-        kind = inputs.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        torch.set_autocast_enabled(kind, False)
         assert self.parent is not None
-        self.parent.switch()
-        torch.set_autocast_enabled(kind, autocast)
+        # Forward passes that overlap in time would each take the other's settings for what stood there before.
+        inside = _Arithmetic.now(self._outside.device)
+        self._outside.restore()
+        try:
+            self.parent.switch()
+        finally:
+            inside.restore()
 
 
 GroupInputs = Sequence[Mapping[int, torch.Tensor]]
@@ -96,8 +130,9 @@ def run_in_lockstep(
         return hook
 
     handles = []
+    outside = _Arithmetic.now(stream.device.type)
     runs = [
-        [_BatchRun(stream, block_index, batch_index, states) for batch_index, states in enumerate(batches)]
+        [_BatchRun(stream, block_index, batch_index, states, outside) for batch_index, states in enumerate(batches)]
         for batches in hidden
     ]
     try:
@@ -127,4 +162,7 @@ def run_in_lockstep(
     finally:
         for handle in handles:
             handle.remove()
+        for started in (run for batch_runs in runs for run in batch_runs if not run.dead):
+            started.throw()  # ends it where it waits; after an exception it would otherwise live as long as that does
+        outside.restore()
     return [[run.output for run in batch_runs if run.output is not None] for batch_runs in runs]

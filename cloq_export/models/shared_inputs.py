@@ -16,8 +16,8 @@ def shared_inputs(block: nn.Module, run: Callable[[], object], prefix: str = "")
 
     Two layers share an input when they receive the same memory, not merely equal numbers: q, k and v of an attention
     layer do, and gate and up of a gated MLP. A layer that is called several times shares only with layers that
-    receive the same sequence of tensors. Layers that `run` does not reach (experts without a token) follow at the end,
-    each alone.
+    receive the same sequence of tensors. Layers that `run` does not reach (experts without a token) stand each alone
+    where they would be executed: beside their sibling experts, as these are defined.
 
     Args:
         block: one decoder block.
@@ -49,7 +49,31 @@ def shared_inputs(block: nn.Module, run: Callable[[], object], prefix: str = "")
     groups: dict[tuple[tuple[object, ...], ...], list[str]] = {}
     for name, identities in received.items():
         groups.setdefault(tuple(identities), []).append(name)
-    return [*groups.values(), *([name] for name in linears if name not in received)]
+    return _with_unreached(list(groups.values()), list(linears))
+
+
+def _with_unreached(groups: list[list[str]], defined: list[str]) -> list[list[str]]:
+    """Return groups in order of execution, the linears that are in none put beside the closest relative."""
+    ordered = list(groups)
+    place = {name: group for group in groups for name in group}
+    for number, name in enumerate(defined):
+        if name in place:
+            continue
+        before = defined[number - 1] if number else None
+        after = next((other for other in defined[number:] if other in place), None)
+        alone = [name]
+        if after is not None and (before is None or _kinship(name, after) > _kinship(name, before)):
+            ordered.insert(ordered.index(place[after]), alone)
+        else:
+            ordered.insert(ordered.index(place[before]) + 1 if before is not None else 0, alone)
+        place[name] = alone
+    return ordered
+
+
+def _kinship(one: str, other: str) -> int:
+    """Return how many leading parts two dotted paths share."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return next((count for count, (left, right) in enumerate(pairs) if left != right), len(one.split(".")))
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -15,6 +15,10 @@ from torch import nn
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.types import Perplexity
 
+# Logits that one forward pass may make: windows are read several at a time, so that packed weights are unpacked less
+# often, as long as their logits stay below half a gigabyte in float32.
+_BATCH_LOGITS = 1 << 27
+
 # Rows of logits that are turned to float32 log-probabilities at a time: a large vocabulary makes them expensive.
 _LOGIT_ROWS = 128
 
@@ -61,18 +65,28 @@ def window_losses(
     losses = torch.empty(len(rows), dtype=torch.float64)
     with _evaluating(model), torch.no_grad(), _progress(progress, console) as bar:
         task = bar.add_task(label, total=len(rows))
-        for index, row in enumerate(rows):
-            ids = row.to(device).unsqueeze(0)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            loss = _mean_loss(logits, ids[0, 1:])
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"the model gives NaN or Inf on window {index + 1} of {len(rows)}; run it in float32, or check "
-                    "its weights with `cloq inspect --verify`."
-                )
-            losses[index] = loss
-            bar.advance(task)
+        start = 0
+        for batch in rows.split(_windows_per_batch(model, window)):
+            ids = batch.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            for index, (predicted, row) in enumerate(zip(logits, ids, strict=True), start):
+                loss = _mean_loss(predicted[:-1], row[1:])
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"the model gives NaN or Inf on window {index + 1} of {len(rows)}; run it in float32, or check "
+                        "its weights with `cloq inspect --verify`."
+                    )
+                losses[index] = loss
+                bar.advance(task)
+            start += len(ids)
     return losses
+
+
+def _windows_per_batch(model: nn.Module, window: int) -> int:
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    vocabulary = getattr(text_config, "vocab_size", None) or _BATCH_LOGITS
+    return max(1, _BATCH_LOGITS // (vocabulary * window))
 
 
 def perplexity(

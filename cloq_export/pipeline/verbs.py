@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
@@ -16,11 +17,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.calibrate.data import CalibrationText, evaluation_text, load_text, sample_windows, tokenize_text
+from cloq_export.calibrate.data import (
+    EMBEDDED,
+    WIKITEXT2,
+    CalibrationText,
+    evaluation_text,
+    load_text,
+    sample_windows,
+    tokenize_text,
+)
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.gptq.codec import Version
 from cloq_export.formats.peft import write_adapter
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.host_memory import keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model, save_source_files
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import evaluate as measure
@@ -39,7 +49,8 @@ GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 _SHOWN_WARNINGS = 5
 # ru_maxrss counts bytes on macOS and kibibytes elsewhere.
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-_EMBEDDED = "embedded"
+# Which text a run was calibrated on; the recipe names it, and the content behind a name may change.
+_TEXT_REPORT = "calibration"
 
 
 @dataclasses.dataclass
@@ -81,6 +92,7 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     session = _Session(recipe, console or Console(stderr=True))
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
+        _bind_text(directory, calibration)
         model = _compress(session, directory, recipe, calibration)
         _write_adapter(session, directory, recipe.adapter_name)
         _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path)
@@ -110,8 +122,9 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     session = _Session(
         recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True)
     )
-    calibration, _ = _texts(session, demo=demo)
+    calibration = _calibration_text(session, demo=demo)
     with _open_run(session, out) as directory:
+        _bind_text(directory, calibration)
         _compress(session, directory, session.recipe, calibration)
         directory.set_state("quantized")
         summary = _summary(session, directory, None)
@@ -156,12 +169,13 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         )
     with (
         directory,
-        RunDirectory.create_or_resume(work, recipe.to_mapping(), directory.source_fingerprint, environment()) as parts,
+        _started(work, recipe, directory.source_fingerprint) as parts,
     ):
         loaded, plan = _open_planned(session, recipe)
         _refuse_other_source(loaded, directory)
         fixed = _stored_codes(directory, plan)
-        calibration, _ = _texts(session, demo=_is_embedded_run(directory))
+        calibration = _calibration_text_of(session, directory)
+        _bind_text(directory, calibration)
         _walk(session, loaded, plan, parts, recipe, calibration, fixed)
         _write_adapter(session, directory, recipe.adapter_name, parts)
         certificates = parts.certificates()
@@ -278,9 +292,31 @@ def _texts(session: _Session, *, demo: bool) -> tuple[CalibrationText, Calibrati
     try:
         return load_text(recipe.calibration), evaluation_text(recipe.eval_text)
     except (CalibrationError, MissingPackageError):
-        if not demo or (recipe.calibration, recipe.eval_text) != ("wikitext2", "wikitext2"):
+        if not demo or (recipe.calibration, recipe.eval_text) != (WIKITEXT2, WIKITEXT2):
             raise
-    whole = load_text(_EMBEDDED)
+    return _embedded_texts(session)
+
+
+def _calibration_text(session: _Session, *, demo: bool) -> CalibrationText:
+    """Return the calibration text alone, for steps that measure nothing."""
+    try:
+        return load_text(session.recipe.calibration)
+    except (CalibrationError, MissingPackageError):
+        if not demo or session.recipe.calibration != WIKITEXT2:
+            raise
+    return _embedded_texts(session)[0]
+
+
+def _calibration_text_of(session: _Session, directory: RunDirectory) -> CalibrationText:
+    """Return the text that a run was calibrated on, the one that its demo fell back to if it did."""
+    if session.recipe.calibration == WIKITEXT2 and _TEXT_REPORT in directory.reports():
+        if str(directory.read_report(_TEXT_REPORT).get("origin", "")).startswith(EMBEDDED):
+            return _embedded_texts(session)[0]
+    return load_text(session.recipe.calibration)
+
+
+def _embedded_texts(session: _Session) -> tuple[CalibrationText, CalibrationText]:
+    whole = load_text(EMBEDDED)
     # One text serves both ends: what is measured must not have been calibrated on.
     cut = whole.text.rfind("\n\n", 0, int(len(whole.text) * 0.8))
     session.notes.append(
@@ -293,8 +329,22 @@ def _texts(session: _Session, *, demo: bool) -> tuple[CalibrationText, Calibrati
     )
 
 
-def _is_embedded_run(directory: RunDirectory) -> bool:
-    return str(directory.manifest().get("calibration", {}).get("origin", "")).startswith(_EMBEDDED)
+def _bind_text(directory: RunDirectory, calibration: CalibrationText) -> None:
+    """Note which text a run is calibrated on, and refuse to go on with another one under the same name.
+
+    Raises:
+        RunDirectoryError: the text differs from the run's.
+    """
+    if _TEXT_REPORT not in directory.reports():
+        directory.write_report(_TEXT_REPORT, {"origin": calibration.origin, "sha256": calibration.sha256})
+        return
+    held = directory.read_report(_TEXT_REPORT)
+    if held.get("sha256") != calibration.sha256:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run that was calibrated on another text: {held.get('origin')} (sha256 "
+            f"{str(held.get('sha256'))[:12]}…) in the run, {calibration.origin} (sha256 {calibration.sha256[:12]}…) "
+            "now. Restore the text to continue the run, or choose another folder with --out."
+        )
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -311,10 +361,21 @@ def _compute(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if recipe.precision == "bfloat16" or (recipe.precision == "auto" and fast) else None
 
 
-def _open_run(session: _Session, out: Path) -> RunDirectory:
+def _open_run(session: _Session, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
     source = session.timed("read model", lambda: find_source(session.recipe.model))
     fingerprint = session.timed("read model", lambda: source.fingerprint)
-    return RunDirectory.create_or_resume(out, session.recipe.to_mapping(), fingerprint, environment())
+    return _started(out, session.recipe, fingerprint)
+
+
+@contextlib.contextmanager
+def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirectory]:
+    """Hold a run open; if it fails before its first layer, nothing stays that would refuse the corrected command."""
+    with RunDirectory.create_or_resume(path, recipe.to_mapping(), fingerprint, environment()) as directory:
+        try:
+            yield directory
+        except Exception:
+            directory.discard_if_empty()
+            raise
 
 
 def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
@@ -358,6 +419,7 @@ def _walk(
             "decides what they leave open; raise --samples or --seqlen"
         )
     device = _device(recipe)
+    keep_freed_memory()
     walk = BlockWalk(
         loaded.model,
         plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -10,7 +11,7 @@ from cloq_export.errors import SingularStatsError
 
 _GROWTH = 10.0
 _ATTEMPTS = 6
-_POWER_ITERATIONS = 16
+_POWER_ITERATIONS = 12
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -32,19 +33,24 @@ class DampedGram:
     damping: float
     increases: int
 
+    @functools.cached_property
+    def lower_float32(self) -> torch.Tensor:
+        """Return L in float32, for everything that only has to be as good as the weights."""
+        return self.lower.to(torch.float32)
+
     def norm(self, error: torch.Tensor) -> float:
         """Return `||E R^T||_F` with `R^T R` the damped H, for an error E (out, in) float."""
-        return float((error.to(torch.float32) @ self.lower.to(torch.float32)).norm(dtype=torch.float64))
+        return float((error.to(torch.float32) @ self.lower_float32).norm(dtype=torch.float64))
 
     def condition(self) -> float:
         """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(self.gram.shape[0], 1, generator=generator, dtype=torch.float64).to(self.gram.device)
-        largest, smallest = start, start
+        largest = torch.randn(self.gram.shape[0], 1, generator=generator).to(self.gram.device)
+        smallest, gram = largest, self.gram.to(torch.float32)
         for _ in range(_POWER_ITERATIONS):
-            largest = self.gram @ (largest / largest.norm())
-            smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower)
-        return float(largest.norm() * smallest.norm())
+            largest = gram @ (largest / largest.norm())
+            smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower_float32)
+        return float(largest.norm()) * float(smallest.norm())
 
 
 def damp_gram(gram: torch.Tensor, fraction: float) -> DampedGram:

@@ -28,5 +28,5 @@ def error_aware_target(weight: torch.Tensor, stats: LayerStats, damped: DampedGr
         return weight
     pull = stats.drift.to(torch.float32) @ weight.t()
     # float32 is enough for a correction, and halves the time of the two triangular solves.
-    move = torch.cholesky_solve(pull, damped.lower.to(torch.float32))
+    move = torch.cholesky_solve(pull, damped.lower_float32)
     return weight + share * move.t()

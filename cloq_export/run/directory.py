@@ -167,6 +167,26 @@ class RunDirectory:
             self._lock_file.close()
             self._lock_file = None
 
+    def discard_if_empty(self) -> None:
+        """Remove the run, folder included if nothing else is in it, unless a layer was ever written.
+
+        There is nothing to continue then, and a manifest would only refuse another recipe. It gives the lock back.
+        """
+        if _entries(self.path / "layers"):
+            return
+        self._lock()
+        with contextlib.suppress(OSError):
+            # The manifest goes first: without it the rest is no run.
+            (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+            for report in _entries(self.path / "reports"):
+                report.unlink()
+            for folder in ("layers", "reports"):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.path / folder).rmdir()
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+            self.path.rmdir()
+        self.close()
+
     def __enter__(self) -> RunDirectory:
         """Return the run."""
         return self

@@ -44,7 +44,7 @@ def test_groups_of_a_decoder_block(family: str, build_model: Callable[[str], Any
     assert found == [[f"{blocks.prefix(1)}.{name}" for name in group] for group in GROUPS[family]]
 
 
-def test_experts_of_one_token_set_share_and_unreached_ones_stand_alone(
+def test_experts_of_one_token_set_share_and_unreached_ones_stand_alone_in_their_place(
     build_model: Callable[[str], Any], token_windows: torch.Tensor
 ) -> None:
     model = build_model("plain-moe")
@@ -57,7 +57,11 @@ def test_experts_of_one_token_set_share_and_unreached_ones_stand_alone(
     assert sorted(name for group in groups for name in group) == sorted(
         name for name, module in mixture.named_modules() if isinstance(module, nn.Linear) and name[-4:] != "gate"
     )
-    assert all(len(group) == 1 for group in groups[-9:])
+    # The shared expert runs first; those without a token stand among the others as they would be executed.
+    assert [group[0].split(".")[0] for group in groups[:2]] == ["shared_expert"] * 2
+    experts = [group[0] for group in groups[2:]]
+    assert len(experts) == 4 * 3 - 1
+    assert experts == sorted(experts, key=lambda name: int(name.split(".")[1]))
 
 
 class Wired(nn.Module):

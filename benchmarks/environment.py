@@ -1,0 +1,80 @@
+"""What the benchmarks share: the machine in words, and the measured model as a folder that any tool can read.
+
+The module needs nothing beyond the standard library until a function is called, because the other side of a comparison
+runs in an environment without this package.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+# Instruction sets that decide the speed of matrix products, as /proc/cpuinfo names them (x86, then Arm).
+_ISA_FLAGS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
+)
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return CPU model, cores that this process may use, memory, and the instruction sets that matter.
+
+    Returns:
+        dict: "cpu", "cores", "memory_bytes" (None where it cannot be told) and "isa".
+    """
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, colon, value = line.partition(":")
+            if colon:
+                fields.setdefault(key.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory: int | None = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        memory = None
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "isa": [flag for flag in _ISA_FLAGS if flag in flags],
+    }
+
+
+def hardware_line(hardware: dict[str, Any]) -> str:
+    """Return the hardware in one line."""
+    memory = hardware["memory_bytes"]
+    parts = [str(hardware["cpu"]), f"{hardware['cores']} cores"]
+    if memory:
+        parts.append(f"{memory / 2**30:.0f} GiB")
+    return ", ".join(parts) + (f" ({' '.join(hardware['isa'])})" if hardware["isa"] else "")
+
+
+def model_folder(name: str, spare: Path) -> Path:
+    """Return a folder in Hugging Face form that holds a model: where it lies already, or `spare`, written from GGUF.
+
+    Args:
+        name: as `cloq run` takes it.
+        spare: a folder that does not exist yet; written only if the model's source is a GGUF file.
+
+    Returns:
+        Path: config.json, safetensors and tokenizer stand there.
+    """
+    from cloq_export.models.source import find_source, load_source, quiet_transformers, save_source_files
+
+    source = find_source(name)
+    if source.kind == "folder":
+        return source.folder.resolve()
+    loaded = load_source(source)
+    spare.mkdir(parents=True)
+    with quiet_transformers():
+        # A dequantized model still calls itself quantized, which would make its folder unreadable as a float one.
+        loaded.model.hf_quantizer = None
+        loaded.model.is_quantized = False
+        vars(loaded.model.config).pop("quantization_config", None)
+        loaded.model.save_pretrained(spare)
+    save_source_files(loaded, spare)
+    return spare.resolve()
