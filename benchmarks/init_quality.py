@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from environment import describe_hardware, hardware_line, model_folder
+from environment import describe_hardware, hardware_line, model_folder, put_into
 
 from cloq_export.errors import CloqError
 from cloq_export.recipe import PRESETS, Recipe
@@ -96,7 +96,6 @@ _NOT_OF_A_SETTING = ("model", "bits", "seed", "samples", "seqlen", "calibration"
 # What the pipeline's own evaluation is cut down to: here everything is measured afterwards.
 _HARDLY_EVALUATED = {"eval_text": "embedded", "eval_window": 2, "eval_windows": 1}
 MODELS = ("float", "quantized", "adapter")
-TABLE_BEGIN, TABLE_END = "<!-- init_quality table: begin -->", "<!-- init_quality table: end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,19 +463,6 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_markdown(result_file: Path, page: Path | None) -> None:
-    """Print the tables, or put them between the marks of a page."""
-    text = markdown(json.loads(result_file.read_text(encoding="utf-8")))
-    if page is None:
-        print(text)
-        return
-    before, begin, rest = page.read_text(encoding="utf-8").partition(TABLE_BEGIN)
-    _, end, after = rest.partition(TABLE_END)
-    if not begin or not end:
-        raise SystemExit(f"{page} lacks the lines {TABLE_BEGIN} and {TABLE_END}, between which the table belongs.")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
-
-
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -521,9 +507,14 @@ def main() -> int:
             print(f"{name}: preset {preset}" + "".join(f", {key}={value}" for key, value in fields.items()))
         return 0
     if options.markdown:
-        write_markdown(options.markdown, options.into)
+        content = json.loads(options.markdown.read_text(encoding="utf-8"))
+        put_into(options.into, "init_quality", markdown(content))
         return 0
-    return run_benchmark(options)
+    try:
+        return run_benchmark(options)
+    except CloqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

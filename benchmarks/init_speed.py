@@ -27,13 +27,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-from environment import describe_hardware, hardware_line, model_folder
+from environment import describe_hardware, hardware_line, model_folder, put_into
 
 PEER = "GPTQModel"
 PEER_VERSION = "7.3.2"
 TORCH = "torch==2.13.0"
 ROOT = Path(__file__).resolve().parents[1]
 PEER_VENV = ROOT / ".venv-gptqmodel"
+# Options of the command line that say nothing about what was measured.
+_NOT_MEASURED = ("json", "worker", "markdown", "into", "peer_python")
 
 
 class Stopwatch:
@@ -247,9 +249,9 @@ def call_worker(name: str, python: str, job: dict[str, Any], folder: Path) -> di
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on the CPU
     command = [python, str(Path(__file__).resolve()), "--worker", name, str(job_file), str(result_file)]
+    cwd = folder if name == "peer" else None  # GPTQModel leaves a folder of logs wherever it is called
     with log_file.open("w", encoding="utf-8") as log:
-        # GPTQModel leaves its logs in the current folder.
-        code = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code or not result_file.exists():
         tail = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
         raise SystemExit("\n".join([f"the worker {name!r} failed with exit code {code}; its last lines:", *tail]))
@@ -282,7 +284,7 @@ def paired_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "preset": preset,
             "bits": bits,
-            "seconds": statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in found),
+            "median": statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in found),
             "smallest": min(ours["seconds"] / theirs["seconds"] for ours, theirs in found),
             "largest": max(ours["seconds"] / theirs["seconds"] for ours, theirs in found),
             "pairs": len(found),
@@ -291,35 +293,66 @@ def paired_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows: medians over the repeats of each engine, preset and width."""
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["bits"], row["engine"], row["preset"]), []).append(row)
+    ratios = {(ratio["bits"], ratio["preset"]): ratio for ratio in report["ratio"]}
+    headings = ["engine", "preset", "bits", "seconds", "range", "runs", "of the peer's", "MiB beyond the model"]
+    lines = []
+    for (bits, engine, preset), rows in sorted(groups.items()):
+        seconds = [row["seconds"] for row in rows]
+        peaks = [row["peak_bytes_beyond_model"] for row in rows if row["peak_bytes_beyond_model"] is not None]
+        ratio = ratios.get((bits, preset)) if engine != PEER else None
+        lines.append(
+            [
+                engine,
+                preset,
+                str(bits),
+                f"{statistics.median(seconds):.1f}",
+                f"{min(seconds):.1f} to {max(seconds):.1f}",
+                str(len(rows)),
+                f"{ratio['median']:.3f}" if ratio else "",
+                f"{statistics.median(peaks) / 2**20:.0f}" if peaks else "",
+            ]
+        )
+    return headings, lines
+
+
 def show(report: dict[str, Any]) -> None:
-    """Print the table of medians."""
+    """Print the table."""
     from rich.console import Console
     from rich.table import Table
 
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in report["rows"]:
-        groups.setdefault((row["engine"], row["preset"], row["bits"]), []).append(row)
-    ratios = {(ratio["preset"], ratio["bits"]): ratio for ratio in report["ratio"]}
+    headings, lines = table_of(report)
     table = Table(title=f"calibrate + quantize + adapt, {report['rows'][0]['tokens']} tokens of {report['model']}")
-    for heading in ("engine", "preset", "bits", "seconds", "range", "runs", "of peer's", "extra MiB"):
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("engine", "preset") else "right")
-    for (engine, preset, bits), rows in sorted(groups.items(), key=lambda group: (group[0][2], group[0][0])):
-        seconds = [row["seconds"] for row in rows]
-        peaks = [row["peak_bytes_beyond_model"] for row in rows if row["peak_bytes_beyond_model"] is not None]
-        ratio = ratios.get((preset, bits)) if engine != PEER else None
-        table.add_row(
-            engine,
-            preset,
-            str(bits),
-            f"{statistics.median(seconds):.1f}",
-            f"{min(seconds):.1f} to {max(seconds):.1f}",
-            str(len(rows)),
-            f"{ratio['seconds']:.3f}" if ratio else "",
-            f"{statistics.median(peaks) / 2**20:.0f}" if peaks else "",
-        )
+    for line in lines:
+        table.add_row(*line)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(hardware_line(report["hardware"]), highlight=False)
     console.print(table)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table of a result file as markdown."""
+    ours, theirs = report["versions"]["ours"], report["versions"]["peer"]
+    arithmetic = {row["engine"]: row["arithmetic"] for row in report["rows"]}
+    about = ", ".join(f"{engine} in {kind}" for engine, kind in arithmetic.items())
+    headings, lines = table_of(report)
+    return "\n".join(
+        [
+            f"{hardware_line(report['hardware'])}; cloq_export {ours['cloq_export']} with torch {ours['torch']}, "
+            f"gptqmodel {theirs['gptqmodel']} with torch {theirs['torch']}. Model: {report['model']}, "
+            f"{report['rows'][0]['tokens']} tokens of {report['calibration']['text']}. Forward passes: {about}.",
+            "",
+            f"| {' | '.join(headings)} |",
+            "|---|---|" + "--:|" * (len(headings) - 2),
+            *(f"| {' | '.join(line)} |" for line in lines),
+        ]
+    )
 
 
 def _listed(text: str) -> list[str]:
@@ -344,6 +377,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: its own")
     parser.add_argument("--peer-batch", type=int, default=4, help="windows in its forward pass (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="render a result file and end")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --markdown: put it between the page's marks")
     parser.add_argument("--worker", nargs=3, metavar=("NAME", "JOB", "RESULT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -367,11 +402,10 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
             "versions": {"ours": given.pop("versions"), "peer": theirs},
             "model": options.model,
             "calibration": given["calibration"],
-            "options": {name: value for name, value in vars(options).items() if name not in ("json", "worker")},
+            "options": {name: value for name, value in vars(options).items() if name not in _NOT_MEASURED},
             "rows": [],
             "ratio": [],
         }
-        report["options"].pop("peer_python")
         turns = [("cloq_export", preset) for preset in _listed(options.presets)]
         turns.insert(1, (PEER, "its defaults"))  # next to as many of ours as possible
         for repeat in range(options.repeats):
@@ -406,6 +440,9 @@ def main() -> None:
         name, job_file, result_file = options.worker
         result = WORKERS[name](json.loads(Path(job_file).read_text(encoding="utf-8")))
         Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+        return
+    if options.markdown:
+        put_into(options.into, "init_speed", markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
         return
     show(run_benchmark(options))
 

@@ -64,7 +64,7 @@ class Recipe:
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "Dtype in which A and B are stored.")
     error_aware: float = _option(
-        0.0, "Share by which targets move to mend the error of the blocks before; 0 (independent layers) to 1."
+        0.5, "Share by which targets move to mend the error of the layers before; 0 (independent layers) to 1."
     )
     token_weighting: Literal["none", "inverse_norm"] = _option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."

@@ -58,8 +58,8 @@ def window_losses(
         NonFiniteError: the model gives NaN or Inf.
         UsageError: window or windows is too small, or the window is longer than the model's context.
     """
+    check_windows(model, token_ids, window=window, windows=windows)
     rows = _cut_windows(token_ids, window, windows)
-    _check_context(model, window)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     losses = torch.empty(len(rows), dtype=torch.float64)
@@ -122,6 +122,36 @@ def perplexity(
         model, token_ids, window=window, windows=windows, device=device, progress=progress, console=console
     )
     return summarize_losses(losses, window)
+
+
+def check_windows(model: nn.Module, token_ids: torch.Tensor, *, window: int, windows: int) -> None:
+    """Check that a model can be measured on a text, which is cheap, before anything that is not.
+
+    Args:
+        model: a causal language model.
+        token_ids: (tokens,) int64.
+        window: tokens in a window, at least 2.
+        windows: how many windows at most, at least 1.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+        UsageError: window or windows is too small, or the window is longer than the model's context.
+    """
+    _cut_windows(token_ids, window, windows)
+    limit = context_length(model)
+    if limit is not None and window > limit:
+        raise UsageError(
+            f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose --window {limit} "
+            "or less (eval_window in a recipe)."
+        )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens a model reads at most, None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    limit = getattr(text_config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def summarize_losses(losses: torch.Tensor, window: int) -> Perplexity:
@@ -237,20 +267,10 @@ def _cut_windows(token_ids: torch.Tensor, window: int, windows: int) -> torch.Te
     if available < window:
         raise CalibrationError(
             f"the evaluation text has {available} tokens, one window needs {window}; give a longer text with --text, "
-            "or shorter windows with --window."
+            "or shorter windows with --window (eval_text and eval_window in a recipe)."
         )
     count = min(windows, available // window)
     return token_ids.reshape(-1)[: count * window].view(count, window)
-
-
-def _check_context(model: nn.Module, window: int) -> None:
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(limit, int) and window > limit > 0:
-        raise UsageError(
-            f"a window has {window} tokens, but this model reads at most {limit}; choose --window {limit} or less."
-        )
 
 
 def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:

@@ -117,12 +117,12 @@ class BlockWalk:
         plans = self._plan.of_block(index)
         with self._stream.block_on_device(index):
             original = {name: linear.weight.data for name, linear in linears.items()}
-            compressed = dict(original)
+            compressed = {name: self._multiplied(weight) for name, weight in original.items()}
             if self._error_aware:
                 for name in self._done.intersection(plans):
                     layer = self._directory.read_layer(name)
                     weight = served_weight(on_device(layer.quantized, self._device), layer.lora)
-                    compressed[name] = weight.to(original[name].dtype)
+                    compressed[name] = self._multiplied(weight.to(original[name].dtype))
             groups: list[list[str]] = []
             if not self._done.issuperset(plans):
                 found = shared_inputs(
@@ -178,9 +178,10 @@ class BlockWalk:
         groups: Sequence[Sequence[str]],
     ) -> list[list[torch.Tensor]]:
         solved: set[str] = set()
+        floating = {name: self._multiplied(weight) for name, weight in original.items()}
 
         def install(stream: int) -> None:
-            weights = original if stream == FLOAT_STREAM else compressed
+            weights = floating if stream == FLOAT_STREAM else compressed
             for name, linear in linears.items():
                 linear.weight.data = weights[name]
 
@@ -188,7 +189,7 @@ class BlockWalk:
             group = groups[group_index]
             stats = self._paired_stats(linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
             for name, weight in self._solve(group, plans, original, stats).items():
-                compressed[name] = weight.to(original[name].dtype)
+                compressed[name] = self._multiplied(weight.to(original[name].dtype))
             solved.update(group)
 
         after = run_in_lockstep(
@@ -222,6 +223,10 @@ class BlockWalk:
         for batch in sorted(met):
             accumulator.add(met[batch], float_inputs[batch] if paired else None)
         return accumulator.stats()
+
+    def _multiplied(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight as products take it: rounding it once here spares autocast from doing so for every batch."""
+        return weight.to(torch.bfloat16) if self._stream.rounds_inputs else weight
 
     def _accumulator(self, in_features: int, *, drift: bool) -> GramAccumulator:
         return GramAccumulator(

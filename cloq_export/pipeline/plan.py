@@ -83,9 +83,8 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
                 faults.append(str(error))
             modules[name] = plan
     if faults:
-        more = (
-            f" ({len(faults) - _SHOWN_FAULTS} more layers have the same fault)" if len(faults) > _SHOWN_FAULTS else ""
-        )
+        hidden = len(faults) - _SHOWN_FAULTS
+        more = f" Layers that do not fit either: {hidden} more." if hidden > 0 else ""
         raise ShapeError(" ".join(faults[:_SHOWN_FAULTS]) + more)
     _check_patterns(recipe, [*modules, *skipped])
     if not modules:

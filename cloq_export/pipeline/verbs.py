@@ -33,6 +33,7 @@ from cloq_export.models.blocks import find_blocks
 from cloq_export.models.host_memory import keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model, save_source_files
 from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.pipeline.compress import BlockWalk
 from cloq_export.pipeline.plan import Plan, make_plan
@@ -93,7 +94,7 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        model = _compress(session, directory, recipe, calibration)
+        model = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
         _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path)
         perplexity = session.timed(
@@ -309,9 +310,9 @@ def _calibration_text(session: _Session, *, demo: bool) -> CalibrationText:
 
 def _calibration_text_of(session: _Session, directory: RunDirectory) -> CalibrationText:
     """Return the text that a run was calibrated on, the one that its demo fell back to if it did."""
-    if session.recipe.calibration == WIKITEXT2 and _TEXT_REPORT in directory.reports():
-        if str(directory.read_report(_TEXT_REPORT).get("origin", "")).startswith(EMBEDDED):
-            return _embedded_texts(session)[0]
+    noted = directory.read_report(_TEXT_REPORT) if _TEXT_REPORT in directory.reports() else {}
+    if session.recipe.calibration == WIKITEXT2 and str(noted.get("origin", "")).startswith(EMBEDDED):
+        return _embedded_texts(session)[0]
     return load_text(session.recipe.calibration)
 
 
@@ -387,8 +388,17 @@ def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]
     return loaded, plan
 
 
-def _compress(session: _Session, directory: RunDirectory, recipe: Recipe, calibration: CalibrationText) -> LoadedModel:
+def _compress(
+    session: _Session,
+    directory: RunDirectory,
+    recipe: Recipe,
+    calibration: CalibrationText,
+    judging: CalibrationText | None = None,
+) -> LoadedModel:
     loaded, plan = _open_planned(session, recipe)
+    if judging is not None:
+        tokens = tokenize_text(loaded.tokenizer, judging.text)
+        check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
     _walk(session, loaded, plan, directory, recipe, calibration, None)
     directory.write_report("layers", _certificate_report(directory.certificates()))
     return loaded
@@ -410,6 +420,12 @@ def _walk(
     if done:
         session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
     tokens = tokenize_text(loaded.tokenizer, calibration.text)
+    limit = context_length(loaded.model)
+    if limit is not None and recipe.seqlen > limit:
+        raise UsageError(
+            f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
+            f"{limit} or less."
+        )
     windows = sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
     session.say(f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}")
     widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)

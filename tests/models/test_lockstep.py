@@ -68,7 +68,7 @@ class Walk:
 
         handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in self.linears.items()]
         after = []
-        for batch, states in enumerate(self.hidden[stream]):  # noqa: B007 (the hooks read it)
+        for batch, states in enumerate(self.hidden[stream]):
             after.append(self.stream.forward_batch(self.index, batch, states))
         for handle in handles:
             handle.remove()

@@ -113,8 +113,9 @@ def test_what_is_loaded_is_what_was_computed(
         assert str(layer.lora.lora_A.dtype) == f"torch.{recipe.adapter_dtype}"
 
     served = cloq_export.load(run.path, adapter="cloq")
-    assert {name.removesuffix(".base_layer") for name, module in served.named_modules()
-            if isinstance(module, PackedLinear)} == set(layers)
+    assert {
+        name.removesuffix(".base_layer") for name, module in served.named_modules() if isinstance(module, PackedLinear)
+    } == set(layers)
     adapted = reference_model(recipe, layers, adapted=True)
     assert_close(served, adapted)
     assert_close(dequantized_model(run.path, "cloq", merged=False), adapted)
@@ -129,7 +130,10 @@ def test_what_is_loaded_is_what_was_computed(
     assert summary["perplexity"] == run.read_report("evaluation")
     assert summary["perplexity"]["tokens"] == 4 * 15
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.checkpoint_path)
-    assert tokenizer("w1 w2")["input_ids"] == transformers.AutoTokenizer.from_pretrained(recipe.model)("w1 w2")["input_ids"]
+    assert (
+        tokenizer("w1 w2")["input_ids"]
+        == transformers.AutoTokenizer.from_pretrained(recipe.model)("w1 w2")["input_ids"]
+    )
 
 
 def calibration_windows(recipe: Recipe) -> torch.Tensor:
@@ -280,7 +284,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_says_so(
         certificate, lora, quantized = layers[module].certificate, layers[module].lora, layers[module].quantized
         assert certificate is not None
         assert lora is not None
-        assert certificate.notes == ("no calibration token reached this layer: rounded to nearest, no adapter correction",)
+        assert certificate.notes == (
+            "no calibration token reached this layer: rounded to nearest, no adapter correction",
+        )
         assert (certificate.method, certificate.tokens, certificate.damping) == ("rtn", 0, 0.0)
         assert certificate.error_adapted == certificate.error_quantized < 0.2
         assert not lora.lora_B.any()
