@@ -68,6 +68,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "default+error-aware-0.5": ("default", {"error_aware": 0.5}),
     "default+error-aware-0.75": ("default", {"error_aware": 0.75}),
     "default+error-aware-1.0": ("default", {"error_aware": 1.0}),
+    "default+float-share-1": ("default", {"float_share": 1.0}),
     "default+no-weighting": ("default", {"token_weighting": "none"}),
     "default+inverse-norm": ("default", {"token_weighting": "inverse_norm"}),
     "default+no-refit": ("default", {"refit": False}),

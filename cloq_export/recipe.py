@@ -66,6 +66,9 @@ class Recipe:
     error_aware: float = _option(
         0.5, "Share by which targets move to mend the error of the layers before; 0 (independent layers) to 1."
     )
+    float_share: float = _option(
+        0.5, "Share of the calibration windows that also run through the float model, to tell what error_aware mends."
+    )
     token_weighting: Literal["none", "inverse_norm"] = _option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."
     )
@@ -231,7 +234,7 @@ _MINIMUM: dict[str, int] = {
     "eval_window": 2,
     "eval_windows": 1,
 }
-_SHARES = ("damping", "magr_alpha", "error_aware")
+_SHARES = ("damping", "magr_alpha", "error_aware", "float_share")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")

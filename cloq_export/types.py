@@ -77,31 +77,37 @@ class LayerStats:
     `w_t` that are 1 unless weighting is asked for. In the error-aware mode x is the input that the layer meets behind
     the already compressed prefix, and `drift` is `D = sum_t w_t * x_t (f_t - x_t)^T` with f the same token's input in
     the float model; in the independent mode `drift` is None. D is summed as such, and not as the difference of two
-    large sums, because it is small beside H.
+    large sums, because it is small beside H. It may be summed over a part of the tokens only; `drift_gram` is H over
+    that part.
 
     Args:
         gram: H, (in, in) float32 or float64, symmetric.
         tokens: number of tokens that were summed.
         drift: D, (in, in), same dtype, or None.
+        drift_gram: H over the tokens of D, (in, in), same dtype; None together with `drift`.
 
     Raises:
-        ShapeError: gram is not square or drift has another shape.
-        NonFiniteError: gram or drift holds NaN or Inf.
+        ShapeError: gram is not square, drift has another shape, or only one of drift and drift_gram is given.
+        NonFiniteError: a matrix holds NaN or Inf.
     """
 
     gram: torch.Tensor
     tokens: int
     drift: torch.Tensor | None = None
+    drift_gram: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
             raise ShapeError(f"a Gram matrix is square; this one has shape {tuple(self.gram.shape)}.")
-        if self.drift is not None and self.drift.shape != self.gram.shape:
-            raise ShapeError(
-                f"the drift has shape {tuple(self.drift.shape)}, the Gram {tuple(self.gram.shape)}; "
-                "both must be collected from the same layer."
-            )
-        for name, matrix in (("Gram", self.gram), ("drift", self.drift)):
+        if (self.drift is None) != (self.drift_gram is None):
+            raise ShapeError("the drift and the Gram matrix of its tokens belong together; give both or neither.")
+        for matrix in (self.drift, self.drift_gram):
+            if matrix is not None and matrix.shape != self.gram.shape:
+                raise ShapeError(
+                    f"the drift has shape {tuple(matrix.shape)}, the Gram {tuple(self.gram.shape)}; "
+                    "both must be collected from the same layer."
+                )
+        for name, matrix in (("Gram", self.gram), ("drift", self.drift), ("drift's Gram", self.drift_gram)):
             if matrix is not None and not bool(torch.isfinite(matrix).all()):
                 raise NonFiniteError(
                     f"the {name} matrix holds NaN or Inf: the model overflows on the calibration text. "

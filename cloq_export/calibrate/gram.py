@@ -105,7 +105,7 @@ class GramAccumulator:
         gram = self._gram.triu()
         gram += self._gram.triu(1).T
         drift = None if self._drift is None else self._drift.clone()
-        return LayerStats(gram=gram, tokens=self.tokens, drift=drift)
+        return LayerStats(gram=gram, tokens=self.tokens, drift=drift, drift_gram=None if drift is None else gram)
 
     def _add_gram(self, tokens: torch.Tensor, panels: int) -> None:
         panel = max(_SMALLEST_PANEL, -(-self.in_features // panels))

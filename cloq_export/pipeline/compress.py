@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -91,7 +92,10 @@ class BlockWalk:
             return
         streams = [list(self._stream.hidden)]
         if self._error_aware:
-            streams.append(list(self._stream.hidden))
+            # What the float model says is a correction that enters with a share itself: a part of the tokens tells
+            # most of it, and the float stream costs as much as the other one.
+            paired = max(1, math.ceil(self._recipe.float_share * len(self._stream.hidden)))
+            streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
         self._stream.hidden.clear()
         columns = (
             TextColumn("{task.description}"),
@@ -213,16 +217,26 @@ class BlockWalk:
         An expert's tokens depend on the routing, which differs between the streams: they cannot be paired.
         """
         float_inputs, met = inputs[FLOAT_STREAM], inputs[COMPRESSED_STREAM]
-        paired = all(
-            batch in float_inputs
+        paired = [
+            batch
+            for batch, states in enumerate(hidden)
+            if batch in met
+            and batch in float_inputs
             and float_inputs[batch].shape == met[batch].shape
-            and met[batch].numel() // in_features == hidden[batch].shape[0] * hidden[batch].shape[1]
-            for batch in met
-        )
-        accumulator = self._accumulator(in_features, drift=paired)
-        for batch in sorted(met):
-            accumulator.add(met[batch], float_inputs[batch] if paired else None)
-        return accumulator.stats()
+            and met[batch].numel() // in_features == states.shape[0] * states.shape[1]
+        ]
+        if len(paired) < len(hidden):
+            paired = []
+        both = self._accumulator(in_features, drift=bool(paired))
+        rest = both if not paired else self._accumulator(in_features, drift=False)
+        for batch in paired:
+            both.add(met[batch], float_inputs[batch])
+        for batch in sorted(set(met).difference(paired)):
+            rest.add(met[batch])
+        stats = both.stats()
+        if rest is both or not rest.tokens:
+            return stats
+        return dataclasses.replace(stats, gram=stats.gram + rest.stats().gram, tokens=both.tokens + rest.tokens)
 
     def _multiplied(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as products take it: rounding it once here spares autocast from doing so for every batch."""

@@ -85,12 +85,13 @@ def solve_group(
             )
         if damped.increases:
             notes.append(f"damping was raised {damped.increases} times before H factorised")
-    targets = {
-        plan.name: weights[plan.name]
-        if damped is None
-        else error_aware_target(weights[plan.name], stats, damped, recipe.error_aware)
-        for plan in plans
-    }
+    targets = {plan.name: weights[plan.name] for plan in plans}
+    if damped is not None and stats.drift_gram is not None:
+        whole = stats.drift_gram is stats.gram
+        of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping)
+        targets = {
+            name: error_aware_target(weight, stats, of_drift, recipe.error_aware) for name, weight in targets.items()
+        }
     if fixed is None:
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
     else:

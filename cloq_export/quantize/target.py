@@ -17,8 +17,8 @@ def error_aware_target(weight: torch.Tensor, stats: LayerStats, damped: DampedGr
 
     Args:
         weight: W, (out, in) float32.
-        stats: H and D of the layer's input; without D the weight itself is the target.
-        damped: the damped H with its Cholesky factor.
+        stats: the statistics of the layer's input; without D the weight itself is the target.
+        damped: the damped H over the tokens of D.
         share: 0 keeps W, 1 moves all the way.
 
     Returns:

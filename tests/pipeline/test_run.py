@@ -20,6 +20,7 @@ from cloq_export import pipeline
 from cloq_export.calibrate.data import sample_windows, tokenize_text
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
 from cloq_export.models.source import open_model
+from cloq_export.pipeline.compress import FLOAT_SHARE
 from cloq_export.quantize.grid import fit_grid, round_to_grid
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, StoredLayer
@@ -172,13 +173,17 @@ def test_certificates_hold_on_what_the_layers_really_meet(
     exact = inputs_met(source, layers, windows)
     # In the error-aware mode a layer is calibrated behind the compressed layers before it, which is where it serves.
     met = inputs_met(reference_model(recipe, layers, adapted=True), layers, windows) if recipe.error_aware else exact
+    paired = 64 * math.ceil(2 * FLOAT_SHARE)
     for module, layer in layers.items():
         weight = source.get_submodule(module).weight.detach().double()
         gram = met[module].T @ met[module]
         damping = recipe.damping * gram.diagonal().mean()
         damped = gram + damping * torch.eye(len(gram), dtype=torch.float64)
-        drift = met[module].T @ (exact[module] - met[module])
-        target = weight + recipe.error_aware * torch.linalg.solve(damped, drift @ weight.T).T
+        # The drift is told by the tokens that run through the float model too, the first batches.
+        told, away = met[module][:paired], (exact[module] - met[module])[:paired]
+        told_gram = told.T @ told
+        told_gram += recipe.damping * told_gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        target = weight + recipe.error_aware * torch.linalg.solve(told_gram, told.T @ away @ weight.T).T
         root = torch.linalg.cholesky(damped)
 
         def error_of(difference: torch.Tensor, root: torch.Tensor = root, target: torch.Tensor = target) -> float:
@@ -197,15 +202,16 @@ def test_certificates_hold_on_what_the_layers_really_meet(
             "damping": float(damping),
             "effective_rank": float(gram.trace() ** 2 / gram.square().sum()),
         }
-        assert {key: getattr(certificate, key) for key in expected} == pytest.approx(expected, rel=2e-3), module
+        # The drift may be summed from operands rounded to bfloat16, eight bits.
+        tolerance = 1e-2 if recipe.error_aware else 2e-3
+        assert {key: getattr(certificate, key) for key in expected} == pytest.approx(expected, rel=tolerance), module
         assert certificate.error_bound <= certificate.error_adapted * (1 + 1e-6)
         assert certificate.error_adapted <= 1.01 * certificate.error_bound
         assert certificate.error_adapted < certificate.error_quantized
         assert certificate.tokens == windows.numel()
         assert certificate.rank == 4
         assert certificate.notes == ()
-        moved = recipe.error_aware > 0 and not torch.equal(met[module], exact[module])
-        assert certificate.target == ("error-aware target, share 0.5" if moved else certificate.target)
+        assert certificate.target == ("error-aware target, share 0.5" if recipe.error_aware else "float weight")
     report = run.read_report("layers")["layers"]
     assert [entry["module"] for entry in report] == [certificate.module for certificate in run.certificates()]
 
@@ -432,12 +438,13 @@ def test_a_second_adapter_for_the_same_codes(
     assert summary["files"]["adapter wide"] == str(run.adapter_path("wide"))
     layers = stored_layers(run)
     assert all(torch.equal(layers[m].lora.lora_A, lora.lora_A) for m, lora in first.items())  # type: ignore[union-attr]
-    wide, narrow = cloq_export.load(run.path, adapter="wide"), cloq_export.load(run.path, adapter="cloq")
+    wide, cloq = cloq_export.load(run.path, adapter="wide"), cloq_export.load(run.path, adapter="cloq")
     assert wide.model.layers[0].mlp.up_proj.lora_A["default"].weight.shape == (16, 64)
     errors = [entry["error_adapted"] for entry in run.read_report("adapter-wide")["layers"]]
-    assert all(error < c.error_adapted for error, c in zip(errors, run.certificates(), strict=True)) or mode
+    if not recipe.error_aware:  # there each adapter has targets of its own
+        assert all(error < narrow.error_adapted for error, narrow in zip(errors, run.certificates(), strict=True))
     exact = log_probabilities(open_model(recipe.model).model)
-    distance = [float((log_probabilities(model) - exact).square().mean()) for model in (wide, narrow)]
+    distance = [float((log_probabilities(model) - exact).square().mean()) for model in (wide, cloq)]
     assert distance[0] < distance[1]
 
 

@@ -24,7 +24,8 @@ def streams(correlated_inputs):
 def collect(clean, changed, token_weights=1.0) -> LayerStats:
     root = np.sqrt(np.broadcast_to(token_weights, TOKENS))[:, None]
     met, away = root * changed, root * (clean - changed)
-    return LayerStats(torch.from_numpy(met.T @ met), TOKENS, torch.from_numpy(met.T @ away))
+    gram = torch.from_numpy(met.T @ met)
+    return LayerStats(gram, TOKENS, torch.from_numpy(met.T @ away), gram)
 
 
 def assert_same_outputs(target, expected, weight, inputs) -> None:
