@@ -45,7 +45,9 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     if seconds:
         facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
     if summary.get("peak_memory_bytes") is not None:
-        facts.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]))
+        beyond = summary.get("peak_memory_beyond_model_bytes")
+        more = "" if beyond is None else f", {format_bytes(beyond)} beyond the loaded model"
+        facts.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]) + more)
     if facts.row_count:
         console.print(facts)
     for warning in layers.get("warnings") or []:

@@ -1,9 +1,15 @@
-"""Keep the host allocator from handing memory back to the system between two forward passes."""
+"""Host memory: keep the allocator from handing it back between two forward passes, and measure what is used."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import platform
+import sys
+from pathlib import Path
+
+if sys.platform != "win32":
+    import resource
 
 # The parameters of glibc's mallopt that say how much free memory is kept, and from which size on memory is mapped anew.
 _M_TRIM_THRESHOLD = -1
@@ -24,3 +30,54 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """Host memory of one piece of work.
+
+    Args:
+        peak: highest resident memory of the process up to the end of the work, bytes.
+        beyond_start: highest resident memory during the work less what was resident before it, bytes; None where the
+            system cannot tell (anything but Linux).
+    """
+
+    peak: int
+    beyond_start: int | None
+
+
+class MemoryWatch:
+    """Measures the host memory of the work between its creation and `stop`."""
+
+    def __init__(self) -> None:
+        self._peak_before = _peak_bytes()
+        self._start = _status_bytes("VmRSS")
+        try:
+            # Linux forgets the peak so far, so that what came before does not count.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            self._start = None
+
+    def stop(self) -> MemoryUse:
+        """Return what was used since the creation."""
+        peak = _peak_bytes()
+        return MemoryUse(max(peak, self._peak_before), None if self._start is None else max(0, peak - self._start))
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def _peak_bytes() -> int:
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    if sys.platform == "win32":
+        return 0
+    # ru_maxrss counts bytes on macOS and kibibytes elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

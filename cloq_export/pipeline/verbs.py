@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +28,7 @@ from cloq_export.errors import CalibrationError, MissingPackageError, RunDirecto
 from cloq_export.formats.gptq.codec import Version
 from cloq_export.formats.peft import write_adapter
 from cloq_export.models.blocks import find_blocks
-from cloq_export.models.host_memory import keep_freed_memory
+from cloq_export.models.host_memory import MemoryUse, MemoryWatch, keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model, save_source_files
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import check_windows, context_length
@@ -48,8 +46,6 @@ from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 _SHOWN_WARNINGS = 5
-# ru_maxrss counts bytes on macOS and kibibytes elsewhere.
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 # Which text a run was calibrated on; the recipe names it, and the content behind a name may change.
 _TEXT_REPORT = "calibration"
 
@@ -62,7 +58,7 @@ class _Session:
     console: Console
     notes: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    loaded_memory: int = 0
+    memory: MemoryUse | None = None
 
     def timed(self, stage: str, work: Callable[[], Any]) -> Any:
         """Run a piece of work and book its time."""
@@ -384,7 +380,6 @@ def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]
     dtype: Any = torch.float32 if _device(recipe).type == "cpu" else "auto"
     loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
     plan = make_plan(find_blocks(loaded.model, recipe.blocks), recipe)
-    session.loaded_memory = _peak_memory()
     return loaded, plan
 
 
@@ -436,6 +431,7 @@ def _walk(
         )
     device = _device(recipe)
     keep_freed_memory()
+    watch = MemoryWatch()
     walk = BlockWalk(
         loaded.model,
         plan,
@@ -448,6 +444,7 @@ def _walk(
         console=session.console,
     )
     walk.run()
+    session.memory = watch.stop()
     for stage, seconds in dataclasses.asdict(walk.seconds).items():
         session.seconds[stage.replace("_", " ")] = seconds
 
@@ -582,10 +579,6 @@ def _adapter_files(directory: RunDirectory) -> dict[str, str]:
     return {f"adapter {name}": str(directory.adapter_path(name)) for name in directory.adapters()}
 
 
-def _peak_memory() -> int:
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * _MAXRSS_UNIT
-
-
 def _summary(
     session: _Session,
     directory: RunDirectory,
@@ -616,7 +609,6 @@ def _summary(
         files["checkpoint"] = str(directory.checkpoint_path)
     files |= _adapter_files(directory)
     load_line = f"cloq_export.load({str(directory.path)!r}" + (f", adapter={adapter!r})" if adapter else ")")
-    peak = _peak_memory()
     return {
         "run": str(directory.path),
         "model": recipe.model,
@@ -626,8 +618,8 @@ def _summary(
         "preset": recipe.preset_name,
         "perplexity": perplexity,
         "seconds": session.seconds,
-        "peak_memory_bytes": peak,
-        "peak_memory_beyond_model_bytes": max(0, peak - session.loaded_memory) if session.loaded_memory else None,
+        "peak_memory_bytes": session.memory.peak if session.memory else None,
+        "peak_memory_beyond_model_bytes": session.memory.beyond_start if session.memory else None,
         "stored": stored,
         "layers": {
             "count": len(certificates),

@@ -163,7 +163,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session")
 def recipe_for(model_folder: Callable[..., Path], texts: dict[str, str]) -> Callable[..., Recipe]:
-    """Return a function from a family's name and options to a small recipe."""
+    """Return a function from a family's name and options to a small recipe, independent layers unless asked."""
 
     def recipe(family: str = "llama", **options: Any) -> Recipe:
         small: dict[str, Any] = {
@@ -173,6 +173,8 @@ def recipe_for(model_folder: Callable[..., Path], texts: dict[str, str]) -> Call
             "samples": 4,
             "seqlen": 32,
             "precision": "float32",
+            "error_aware": 0.0,
+            "token_weighting": "none",
             "eval_window": 16,
             "eval_windows": 4,
         }

@@ -20,7 +20,6 @@ from cloq_export import pipeline
 from cloq_export.calibrate.data import sample_windows, tokenize_text
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
 from cloq_export.models.source import open_model
-from cloq_export.pipeline.compress import FLOAT_SHARE
 from cloq_export.quantize.grid import fit_grid, round_to_grid
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, StoredLayer
@@ -173,17 +172,13 @@ def test_certificates_hold_on_what_the_layers_really_meet(
     exact = inputs_met(source, layers, windows)
     # In the error-aware mode a layer is calibrated behind the compressed layers before it, which is where it serves.
     met = inputs_met(reference_model(recipe, layers, adapted=True), layers, windows) if recipe.error_aware else exact
-    paired = 64 * math.ceil(2 * FLOAT_SHARE)
     for module, layer in layers.items():
         weight = source.get_submodule(module).weight.detach().double()
         gram = met[module].T @ met[module]
         damping = recipe.damping * gram.diagonal().mean()
         damped = gram + damping * torch.eye(len(gram), dtype=torch.float64)
-        # The drift is told by the tokens that run through the float model too, the first batches.
-        told, away = met[module][:paired], (exact[module] - met[module])[:paired]
-        told_gram = told.T @ told
-        told_gram += recipe.damping * told_gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        target = weight + recipe.error_aware * torch.linalg.solve(told_gram, told.T @ away @ weight.T).T
+        drift = met[module].T @ (exact[module] - met[module])
+        target = weight + recipe.error_aware * torch.linalg.solve(damped, drift @ weight.T).T
         root = torch.linalg.cholesky(damped)
 
         def error_of(difference: torch.Tensor, root: torch.Tensor = root, target: torch.Tensor = target) -> float:
