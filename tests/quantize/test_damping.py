@@ -90,7 +90,8 @@ def test_the_norm_is_the_error_on_the_tokens(correlated_inputs) -> None:
 def test_the_condition_number_is_about_right(features, correlated_gram) -> None:
     damped = damp_gram(correlated_gram(features, fraction=0.0), 0.01)
     exact = np.linalg.cond(damped.gram.numpy())
-    assert 0.6 * exact <= damped.condition() <= exact * (1 + 1e-9)
+    # The power iterations run in float32.
+    assert 0.6 * exact <= damped.condition() <= exact * (1 + 1e-6)
     assert damped.condition() == damped.condition()
 
 
