@@ -163,7 +163,7 @@ class BlockStream:
         """
         arithmetic = forward_precision(self._precision, self.device)
         with self.block_on_device(index) as block, arithmetic, torch.no_grad():
-            call = self._calls[batch_index][index].map(self._to_device)
+            call = self._calls[batch_index][index].map(self._as_argument)
             output = call.invoke(block, states.to(self.device))
             after = output[0] if isinstance(output, (tuple, list)) else output
             # A sum is finite only if every term is, and costs a tenth of asking each.
@@ -208,8 +208,11 @@ class BlockStream:
             return self.device if needed < _STORAGE_SHARE * torch.cuda.mem_get_info(self.device)[0] else _HOST
         return self.device if self.device.type == "cpu" else _HOST
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device)
+    def _as_argument(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Rotary tables and masks in the dtype of the products, as a bfloat16 model has them: float32 tables would turn
+        # queries and keys back to float32.
+        narrow = self.rounds_inputs and tensor.dtype == torch.float32
+        return tensor.to(self.device, torch.bfloat16 if narrow else tensor.dtype)
 
     def _probe(self, ids: torch.Tensor) -> None:
         """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
+from cloq_export.errors import NonFiniteError
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
@@ -83,6 +84,7 @@ class BlockWalk:
         batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=batch)
         self._done = directory.completed_modules()
+        self._groups_of_build: dict[tuple[object, ...], list[list[str]]] = {}
         self.seconds = Seconds()
 
     def run(self) -> None:
@@ -129,11 +131,7 @@ class BlockWalk:
                     compressed[name] = self._multiplied(weight.to(original[name].dtype))
             groups: list[list[str]] = []
             if not self._done.issuperset(plans):
-                found = shared_inputs(
-                    block,
-                    lambda: self._stream.forward_batch(index, 0, streams[FLOAT_STREAM][0]),
-                    self._plan.blocks.prefix(index),
-                )
+                found = self._groups(index, block, linears, streams[FLOAT_STREAM][0])
                 planned = ([name for name in group if name in plans] for group in found)
                 # A group that a kill cut in two is solved again as a whole: its layers share matrix products, and
                 # those give the same bits only for the same shapes.
@@ -145,6 +143,30 @@ class BlockWalk:
             finally:
                 for name, linear in linears.items():
                     linear.weight.data = original[name]
+
+    def _groups(
+        self, index: int, block: nn.Module, linears: Mapping[str, nn.Linear], states: torch.Tensor
+    ) -> list[list[str]]:
+        """Return the groups of linears that share an input; blocks built alike share them alike."""
+        prefix = self._plan.blocks.prefix(index)
+        build = (type(block), *((name.removeprefix(prefix), linear.weight.shape) for name, linear in linears.items()))
+        known = self._groups_of_build.get(build)
+        if known is not None:
+            return [[prefix + name for name in group] for group in known]
+        reached: set[str] = set()
+        handles = [
+            linear.register_forward_pre_hook(lambda _, __, name=name: reached.add(name))
+            for name, linear in linears.items()
+        ]
+        try:
+            found = shared_inputs(block, lambda: self._stream.forward_batch(index, 0, states), prefix)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if reached.issuperset(linears):
+            # Where experts were missed, another block may miss others.
+            self._groups_of_build[build] = [[name.removeprefix(prefix) for name in group] for group in found]
+        return found
 
     def _walk_independent(
         self,
@@ -168,7 +190,7 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         for group, accumulator in zip(groups, accumulators, strict=True):
-            self._solve(group, plans, original, accumulator.stats())
+            self._solve(group, plans, original, _stats_of(group[0], accumulator))
         return [after]
 
     def _walk_error_aware(
@@ -191,7 +213,7 @@ class BlockWalk:
 
         def visit(group_index: int, inputs: GroupInputs) -> None:
             group = groups[group_index]
-            stats = self._paired_stats(linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
+            stats = self._paired_stats(group[0], linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
             for name, weight in self._solve(group, plans, original, stats).items():
                 compressed[name] = self._multiplied(weight.to(original[name].dtype))
             solved.update(group)
@@ -211,7 +233,9 @@ class BlockWalk:
                 self._solve(group, plans, original, self._accumulator(width, drift=False).stats())
         return after
 
-    def _paired_stats(self, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]) -> LayerStats:
+    def _paired_stats(
+        self, name: str, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]
+    ) -> LayerStats:
         """Return H of the compressed stream's inputs, with D where both streams brought every token.
 
         An expert's tokens depend on the routing, which differs between the streams: they cannot be paired.
@@ -233,10 +257,12 @@ class BlockWalk:
             both.add(met[batch], float_inputs[batch])
         for batch in sorted(set(met).difference(paired)):
             rest.add(met[batch])
-        stats = both.stats()
+        stats = _stats_of(name, both)
         if rest is both or not rest.tokens:
             return stats
-        return dataclasses.replace(stats, gram=stats.gram + rest.stats().gram, tokens=both.tokens + rest.tokens)
+        return dataclasses.replace(
+            stats, gram=stats.gram + _stats_of(name, rest).gram, tokens=both.tokens + rest.tokens
+        )
 
     def _multiplied(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as products take it: rounding it once here spares autocast from doing so for every batch."""
@@ -268,3 +294,10 @@ class BlockWalk:
         self.seconds.solve += finished - started
         self.seconds.write += time.perf_counter() - finished
         return {name: layer.weight for name, layer in solved.items()}
+
+
+def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:
+    try:
+        return accumulator.stats()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"the input of {name}: {error}") from None

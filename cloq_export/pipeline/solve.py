@@ -88,7 +88,8 @@ def solve_group(
     targets = {plan.name: weights[plan.name] for plan in plans}
     if damped is not None and stats.drift_gram is not None:
         whole = stats.drift_gram is stats.gram
-        of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping)
+        # float32 is enough for a correction.
+        of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping, torch.float32)
         targets = {
             name: error_aware_target(weight, stats, of_drift, recipe.error_aware) for name, weight in targets.items()
         }

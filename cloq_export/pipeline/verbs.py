@@ -141,8 +141,8 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         The summary.
 
     Raises:
-        UsageError: an option would change the codes, or the rank is 0.
-        RunDirectoryError: the run is not finished, or an adapter of that name exists with other options.
+        UsageError: an option would change the codes, the rank is 0, or an adapter of that name exists.
+        RunDirectoryError: the run is not finished, or an interrupted call used other options.
     """
     directory = RunDirectory.open(run_path)
     base_recipe = Recipe.from_mapping(directory.recipe)
@@ -164,6 +164,10 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
             f"the adapter {recipe.adapter_name!r} was made together with the codes; give the new one another name with "
             "--adapter-name."
         )
+    if target.exists() and not work.exists():
+        raise UsageError(
+            f"{target} exists already; choose another name with --adapter-name, or delete that folder first."
+        )
     with (
         directory,
         _started(work, recipe, directory.source_fingerprint) as parts,
@@ -177,7 +181,13 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         _write_adapter(session, directory, recipe.adapter_name, parts)
         certificates = parts.certificates()
         directory.write_report(f"adapter-{recipe.adapter_name}", _certificate_report(certificates))
-    shutil.rmtree(work, ignore_errors=True)
+    # Renamed first: a kill halfway through the removal must not leave what looks like an interrupted call.
+    finished = work.with_name(f".{work.name}.finished")
+    shutil.rmtree(finished, ignore_errors=True)
+    work.rename(finished)
+    shutil.rmtree(finished, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another adapter may be in the making there
+        work.parent.rmdir()
     summary = _summary(session, directory, None, certificates, adapter=recipe.adapter_name)
     summary["next"] = [f"cloq export {run_path}", f"cloq eval {run_path}"]
     return summary

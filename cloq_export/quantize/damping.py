@@ -11,7 +11,7 @@ from cloq_export.errors import SingularStatsError
 
 _GROWTH = 10.0
 _ATTEMPTS = 6
-_POWER_ITERATIONS = 12
+_POWER_ITERATIONS = 8
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -53,7 +53,7 @@ class DampedGram:
         return float(largest.norm()) * float(smallest.norm())
 
 
-def damp_gram(gram: torch.Tensor, fraction: float) -> DampedGram:
+def damp_gram(gram: torch.Tensor, fraction: float, dtype: torch.dtype = torch.float64) -> DampedGram:
     """Return `H + lambda * I` with its Cholesky factor, `lambda = fraction * tr(H) / in` (CLoQ section 3.1).
 
     Damping is raised tenfold, and the rise counted, while the matrix does not factorise or is singular to working
@@ -62,6 +62,7 @@ def damp_gram(gram: torch.Tensor, fraction: float) -> DampedGram:
     Args:
         gram: H, (in, in) float, symmetric positive semi-definite.
         fraction: damping relative to the mean of the diagonal; 0 asks for none.
+        dtype: of the factorisation.
 
     Returns:
         DampedGram on the device of `gram`.
@@ -69,7 +70,7 @@ def damp_gram(gram: torch.Tensor, fraction: float) -> DampedGram:
     Raises:
         SingularStatsError: H is all zero, or does not factorise even when damped by its own diagonal.
     """
-    exact = gram.to(torch.float64)
+    exact = gram.to(dtype)
     mean = float(exact.diagonal().mean())
     if mean <= 0.0:
         raise SingularStatsError(

@@ -13,6 +13,7 @@ from cloq_export.errors import FormatError
 from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.safe_tensors import read_safetensors_header
 from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint
 
@@ -115,6 +116,8 @@ def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
     if run.checkpoint_path.is_dir():
         checkpoint = Checkpoint.open(run.checkpoint_path)
         facts["checkpoint"] = _describe_checkpoint(checkpoint, verify=verify)
+        if verify:
+            _refuse_other_layers(run, facts["checkpoint"]["base_fingerprint"])
     for name in run.adapters():
         adapter = _describe_adapter(run.adapter_path(name))
         if checkpoint is not None:
@@ -123,6 +126,17 @@ def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
             adapter["bound_to_this_base"] = adapter["base_fingerprint"] == checkpoint.fingerprint()
         facts["adapters"].append({"name": name, **adapter})
     return facts
+
+
+def _refuse_other_layers(run: RunDirectory, packed: str) -> None:
+    """Check that the layers of a run are those that its checkpoint packs."""
+    names = sorted(run.completed_modules())
+    kept = base_fingerprint((name, run.read_layer(name).quantized) for name in names)
+    if kept != packed:
+        raise FormatError(
+            f"the layers of {run.path} are {kept}, but its checkpoint packs {packed}; write the checkpoint again with: "
+            f"cloq export {run.path}"
+        )
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:

@@ -259,7 +259,9 @@ def test_a_model_that_overflows(tmp_path: Path, refused: Callable[..., str], bro
     # The first block is finished by then, so the run stays and says that it is not done.
     out = tmp_path / "kept"
     message = refused(model=broken(edit), after_progress=True, out=out)
-    assert "block model.layers.1 gives NaN or Inf in torch.float32: the model overflows on the calibration" in message
+    assert (
+        "the input of model.layers.1.self_attn.q_proj: the Gram matrix holds NaN or Inf: the model overflows" in message
+    )
     run = RunDirectory.open(out)
     assert run.state == "running"
     assert len(run.completed_modules()) == 7
