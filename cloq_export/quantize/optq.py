@@ -15,21 +15,22 @@ def tile_columns(out_features: int) -> int:
     return min(32, max(4, TILE_ELEMENTS // max(1, out_features)))
 
 
-def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Return the upper triangular U with `U^T U = H^-1`, the factor that OPTQ walks along (OPTQ, algorithm 1).
+def feedback_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return the unit upper triangular M with `H = M diag(d) M^T`: column k mends `sum_(j<k) e_j M_jk` of the others.
 
-    One Cholesky factorisation of H with rows and columns reversed gives `H = V V^T` with V upper triangular, and
-    `U = V^-1`: no inverse of H is formed, so little accuracy is lost on ill-conditioned matrices.
+    OPTQ (algorithm 1) walks along the Cholesky factor of H^-1. The same codes follow from H itself, because
+    `||e H^(1/2)||^2 = sum_k d_k (e_k + sum_(j<k) e_j M_jk)^2` (OPTQ equals LDLQ, Chee et al., QuIP). One
+    Cholesky factorisation of H with rows and columns reversed gives M: nothing is inverted, which is quicker and loses
+    no accuracy on ill-conditioned matrices.
 
     Args:
         gram: H, (in, in) float64, positive definite.
 
     Returns:
-        U, (in, in) float64.
+        M, (in, in) float64.
     """
     upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    return upper / upper.diagonal()
 
 
 def processing_order(gram: torch.Tensor) -> torch.Tensor:
@@ -61,34 +62,34 @@ def optq_codes(
     """
     in_features = weight.shape[1]
     order = processing_order(gram)
-    factor = inverse_factor(gram[order][:, order])
-    # Divided by its pivot, a row moves the plain rounding error of its column, so no column has to divide its own.
-    moves = (factor / factor.diagonal().unsqueeze(1)).to(torch.float32)
+    moves = feedback_factor(gram[order][:, order]).to(torch.float32)
     # Transposed, one visited column is one contiguous row. Shifted by zero * scale, the grid starts at 0.
     column_scales = scales.t()[order].contiguous()
-    remaining = torch.addcmul(weight.t()[order], zeros.t()[order], column_scales)
+    original = torch.addcmul(weight.t()[order], zeros.t()[order], column_scales)
+    remaining = original.clone()
     codes = torch.empty_like(remaining)
     errors = torch.empty_like(remaining)
     # Row views made once: indexing a tensor costs as much as the arithmetic on a row.
-    columns = list(zip(remaining.unbind(0), column_scales.unbind(0), codes.unbind(0), errors.unbind(0), strict=True))
+    rows = (remaining, original, column_scales, codes, errors)
+    columns = list(zip(*(tensor.unbind(0) for tensor in rows), strict=True))
     tile_width = tile_columns(weight.shape[0])
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)
         for tile in range(block, block_end, tile_width):
             tile_end = min(tile + tile_width, block_end)
             for column in range(tile, tile_end):
-                current, scale, code, error = columns[column]
-                torch.div(current, scale, out=code)
+                wanted, exact, scale, code, error = columns[column]
+                torch.div(wanted, scale, out=code)
                 code.round_().clamp_(0, max_code)
-                torch.addcmul(current, code, scale, value=-1.0, out=error)
+                torch.addcmul(exact, code, scale, value=-1.0, out=error)
                 if column + 1 < tile_end:
-                    remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error, alpha=-1.0)
+                    remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error)
             if tile_end < block_end:
                 remaining[tile_end:block_end].addmm_(
-                    moves[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end], alpha=-1.0
+                    moves[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end]
                 )
         if block_end < in_features:
-            remaining[block_end:].addmm_(moves[block:block_end, block_end:].t(), errors[block:block_end], alpha=-1.0)
+            remaining[block_end:].addmm_(moves[block:block_end, block_end:].t(), errors[block:block_end])
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().to(torch.uint8).contiguous()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cloq_export.quantize.grid import fit_grid, round_to_grid
-from cloq_export.quantize.optq import BLOCK_COLUMNS, inverse_factor, optq_codes, processing_order, tile_columns
+from cloq_export.quantize.optq import BLOCK_COLUMNS, feedback_factor, optq_codes, processing_order, tile_columns
 from cloq_export.types import QuantSpec
 
 
@@ -122,13 +122,15 @@ def test_columns_are_visited_by_falling_diagonal_and_ties_by_position() -> None:
 
 
 @pytest.mark.parametrize("in_features", [1, 2, 65])
-def test_inverse_factor_is_the_upper_root_of_the_inverse(in_features, correlated_gram) -> None:
+def test_feedback_factor_is_unit_triangular_and_splits_the_gram(in_features, correlated_gram) -> None:
     gram = correlated_gram(in_features, seed=2)
-    factor = inverse_factor(gram)
+    factor = feedback_factor(gram)
     assert torch.equal(factor, factor.triu())
-    assert bool((factor.diagonal() > 0).all())
-    identity = torch.eye(in_features, dtype=torch.float64)
-    torch.testing.assert_close(factor.t() @ factor @ gram, identity, rtol=0, atol=1e-10)
+    assert torch.equal(factor.diagonal(), torch.ones(in_features, dtype=torch.float64))
+    inverse = torch.linalg.inv(factor)
+    inner = inverse @ gram @ inverse.t()
+    assert bool((inner.diagonal() > 0).all())
+    torch.testing.assert_close(inner, inner.diagonal().diag(), rtol=0, atol=1e-9 * float(gram.diagonal().max()))
 
 
 def test_inputs_are_left_as_they_were(correlated_gram) -> None:
