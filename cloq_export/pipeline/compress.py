@@ -123,12 +123,6 @@ class BlockWalk:
         plans = self._plan.of_block(index)
         with self._stream.block_on_device(index):
             original = {name: linear.weight.data for name, linear in linears.items()}
-            compressed = {name: self._multiplied(weight) for name, weight in original.items()}
-            if self._error_aware:
-                for name in self._done.intersection(plans):
-                    layer = self._directory.read_layer(name)
-                    weight = served_weight(on_device(layer.quantized, self._device), layer.lora)
-                    compressed[name] = self._multiplied(weight.to(original[name].dtype))
             groups: list[list[str]] = []
             if not self._done.issuperset(plans):
                 found = self._groups(index, block, linears, streams[FLOAT_STREAM][0])
@@ -138,7 +132,7 @@ class BlockWalk:
                 groups = [group for group in planned if not self._done.issuperset(group)]
             try:
                 if self._error_aware:
-                    return self._walk_error_aware(index, streams, linears, plans, original, compressed, groups)
+                    return self._walk_error_aware(index, streams, linears, plans, original, groups)
                 return self._walk_independent(index, streams, linears, plans, original, groups)
             finally:
                 for name, linear in linears.items():
@@ -200,11 +194,15 @@ class BlockWalk:
         linears: Mapping[str, nn.Linear],
         plans: Mapping[str, ModulePlan],
         original: Mapping[str, torch.Tensor],
-        compressed: dict[str, torch.Tensor],
         groups: Sequence[Sequence[str]],
     ) -> list[list[torch.Tensor]]:
         solved: set[str] = set()
         floating = {name: self._multiplied(weight) for name, weight in original.items()}
+        compressed = dict(floating)
+        for name in self._done.intersection(plans):
+            layer = self._directory.read_layer(name)
+            weight = served_weight(on_device(layer.quantized, self._device), layer.lora)
+            compressed[name] = self._multiplied(weight.to(original[name].dtype))
 
         def install(stream: int) -> None:
             weights = floating if stream == FLOAT_STREAM else compressed

@@ -90,9 +90,9 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        model = _compress(session, directory, recipe, calibration, judging)
+        model, plan = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
-        _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path)
+        _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path, plan)
         perplexity = session.timed(
             "measure", lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model)
         )
@@ -399,14 +399,14 @@ def _compress(
     recipe: Recipe,
     calibration: CalibrationText,
     judging: CalibrationText | None = None,
-) -> LoadedModel:
+) -> tuple[LoadedModel, Plan]:
     loaded, plan = _open_planned(session, recipe)
     if judging is not None:
         tokens = tokenize_text(loaded.tokenizer, judging.text)
         check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
     _walk(session, loaded, plan, directory, recipe, calibration, None)
     directory.write_report("layers", _certificate_report(directory.certificates()))
-    return loaded
+    return loaded, plan
 
 
 def _walk(
@@ -511,10 +511,8 @@ def _write_checkpoint(
     loaded: LoadedModel,
     format: str,
     out: Path,
-    plan: Plan | None = None,
+    plan: Plan,
 ) -> None:
-    if plan is None:
-        plan = make_plan(find_blocks(loaded.model, session.recipe.blocks), session.recipe)
     session.timed(
         "write",
         lambda: export_checkpoint(
