@@ -26,8 +26,8 @@ def forward_precision(precision: Precision, device: torch.device | str) -> Itera
     """Set the arithmetic of forward passes for a while, whatever is set outside.
 
     "float32" computes in the model's own dtype, with full-precision products. "bfloat16" lets a float32 model multiply
-    in bfloat16 by torch's autocast: the residual stream and the norms stay float32, which costs a relative error of
-    about 1e-2 in a block's output and, with AMX, a third of the time.
+    in bfloat16 by torch's autocast: the residual stream and the norms stay float32. It costs some accuracy in every
+    product and, with AMX, far less time.
 
     Args:
         precision: "float32" or "bfloat16".

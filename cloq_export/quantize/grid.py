@@ -8,8 +8,8 @@ from cloq_export.errors import NonFiniteError
 from cloq_export.types import QuantSpec
 
 # The search judges a grid by the sum of |error|^2.5: between the mean square, which lets rare large weights pass,
-# and the maximum, which serves nothing else. 2.5 and not the 2.4 of GPTQ's own search because x^2 * sqrt(x) costs a
-# tenth of a general power and measures the same.
+# and the maximum, which serves nothing else. 2.5 and not the 2.4 of GPTQ's own search because x^2 * sqrt(x) costs far
+# less than a general power.
 SEARCH_RANGE_FRACTIONS = tuple(1.0 - 0.06 * step for step in range(12))
 SEARCH_REFINEMENT = (-0.03, 0.03, -0.015, 0.015)
 
