@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     """Let glibc reuse freed blocks up to 1 GiB; return whether the allocator took it.
 
     The activations of a batch are tens of megabytes. By default glibc maps each anew and unmaps it when it is freed,
-    and the page faults are a large part of a forward pass on a CPU. Elsewhere (macOS, Windows, musl) nothing is changed.
+    and the page faults slow a forward pass on a CPU. Elsewhere (macOS, Windows, musl) nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
