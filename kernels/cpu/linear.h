@@ -1,0 +1,98 @@
+// What the linear kernels of all instruction sets share: the layer in the layout of cloq_cpu.h, and their table.
+#pragma once
+
+#include <stdint.h>
+
+namespace cloq {
+
+constexpr int kLanes = 16;  // output channels of a block
+constexpr int kUnit = 32;   // input channels of a unit
+constexpr int kMaxTokens = 12;
+
+constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+constexpr int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
+
+// Codes in a byte, and words of a unit before those of 3 bits are squeezed.
+constexpr int slots(int bits) { return bits == 3 ? 2 : 8 / bits; }
+constexpr int virtual_words(int bits) { return kUnit / (4 * slots(bits)); }
+// The code that tables and sign extensions turn into 0, so that sums stay small.
+constexpr int middle(int bits) { return 1 << (bits - 1); }
+
+struct Layer {
+    const uint32_t* words;
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    int64_t out_features, in_features, groups, bits;
+
+    int64_t blocks() const { return ceil_div(out_features, kLanes); }
+    int64_t group_size() const { return in_features / groups; }
+    int64_t units_per_group() const { return ceil_div(group_size(), kUnit); }
+    int64_t units() const { return groups * units_per_group(); }
+    int64_t padded_in() const { return units() * kUnit; }
+    const uint32_t* block_words(int64_t block) const { return words + block * units() * bits * kLanes; }
+    const uint16_t* block_scales(int64_t block) const { return scales + block * groups * kLanes; }
+    const uint8_t* block_zeros(int64_t block) const { return zeros + block * groups * kLanes; }
+};
+
+// One block of output channels for `width` tokens (a width that the table lists).
+//
+// x: input channels in their order, padded as the layer's, `width` tokens side by side: float (channels, width), or
+// four int8 (channels / 4, width) in the order of the words' bytes.
+// sums: (groups, width), what x adds up to in each group. y: (width, 16), overwritten.
+using BlockKernel = void (*)(const Layer& layer, int64_t block, const void* x, const float* sums, float* y);
+
+// Rows of bfloat16 tiles by a panel of blocks; see linear_bf16_amx.cpp.
+struct TileWork {
+    const Layer* layer;
+    int64_t block, blocks;  // at most kTileBlocks
+    const uint16_t* x;      // (row tiles, units, 16, 32) bfloat16
+    int64_t row_tiles;      // at most kTileRows / 16
+    float* y;               // (row_tiles * 16, kTileBlocks * 16), overwritten
+    uint16_t* panel;        // kTilePanel entries
+};
+constexpr int kTileBlocks = 16;
+constexpr int kTileRows = 1024;
+constexpr int kTileUnits = 16;
+constexpr int kTilePanel = kTileBlocks * kTileUnits * kLanes * kUnit;
+
+struct LinearKernels {
+    // Index of `widths` -> the kernel of that many tokens; null where the instruction set has none for these bits.
+    const int* widths;  // rising, ends with 0
+    const BlockKernel* float32;
+    const BlockKernel* int8;
+    // One token and 2 bits: two neighbouring codes of a byte look up what both channels add. `tables` makes the sixteen
+    // tables (of sixteen) of a unit's 32 activations; the kernel takes them as x. Null elsewhere.
+    void (*tables)(const float* x, float* to);
+    BlockKernel by_table;
+    // Q of one unit of a block, (32, 16).
+    void (*decode)(const Layer& layer, int64_t block, int64_t unit, float* q);
+    void (*tiles)(const TileWork& work);
+    int64_t tiles_from;  // tokens from which tiles are the faster way
+};
+
+// Conversions and dot products whose speed matters for one token. dtype is a cloq_dtype.
+struct RowKernels {
+    void (*to_float)(const void* from, int dtype, int64_t count, float* to);
+    void (*from_float)(const float* from, int dtype, int64_t count, void* to);
+    // to[r * to_pitch + i] = sum_k a[r * length + k] * x[i * pitch + k] for r < rows and i < count
+    void (*dots)(const void* a, int dtype, int64_t rows, int64_t length, const float* x, int64_t pitch, int64_t count,
+                 float* to, int64_t to_pitch);
+    // y[i * y_pitch + n] += sum_r z[r * pitch + i] * b[r * 16 + n] for i < count and n < 16
+    void (*add_low_rank)(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
+                         int64_t y_pitch);
+};
+
+// Defined where the instruction set was built; dispatch.cpp knows.
+const LinearKernels* linear_scalar(int bits);
+const RowKernels* rows_scalar();
+const LinearKernels* linear_avx2(int bits);
+const RowKernels* rows_avx2();
+const LinearKernels* linear_avx512(int bits);
+const RowKernels* rows_avx512();
+const LinearKernels* linear_amx(int bits);
+
+// In dispatch.cpp: the tables of the instruction set in use.
+const LinearKernels* linear_kernels(int bits);
+const RowKernels* row_kernels();
+
+}  // namespace cloq

@@ -1,0 +1,261 @@
+// The linear kernels on AVX-512 with VBMI and VNNI: the sixteen lanes are one vector.
+//
+// bfloat16 activations are widened to float32 here. The instruction that multiplies pairs of bfloat16 saves the decoding
+// of half the weights, but it takes two cycles where a multiply-add of float32 takes half of one: no gain for one token,
+// a loss for several.
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "cloq_cpu.h"
+#include "linear.h"
+#include "vector_avx512.h"
+
+#include "linear_fp32.h"
+
+namespace {
+
+// 8-bit activations: four codes of a word meet four activations in one instruction, in whole numbers.
+template <int bits, int width>
+struct Int8Block {
+    static constexpr int kChains = width == 1 ? 4 : width == 2 ? 2 : 1;
+    static constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);
+
+    static void run(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {
+        const int* x = static_cast<const int*>(activations);
+        const uint32_t* words = layer.block_words(block);
+        const uint16_t* scales = layer.block_scales(block);
+        const uint8_t* zeros = layer.block_zeros(block);
+        const int64_t units = layer.units_per_group();
+        const Codes<bits> codes;
+        const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+        __m512 total[width];
+        for (int m = 0; m < width; ++m) total[m] = _mm512_setzero_ps();
+        for (int64_t group = 0; group < layer.groups; ++group) {
+            __m512i sum[width * kChains];
+            for (int i = 0; i < width * kChains; ++i) sum[i] = _mm512_setzero_si512();
+            for (int64_t unit = 0; unit < units; ++unit) {
+                __m512i unpacked[kWords];
+                codes.load_plain(words, unpacked);
+#pragma GCC unroll 8
+                for (int v = 0; v < kWords; ++v) {
+#pragma GCC unroll 4
+                    for (int slot = 0; slot < kSlots; ++slot) {
+                        const int quad = v * kSlots + slot;
+                        const __m512i four = _mm512_and_si512(_mm512_srli_epi32(unpacked[v], bits * slot), mask);
+#pragma GCC unroll 12
+                        for (int m = 0; m < width; ++m) {
+                            __m512i& to = sum[quad % kChains * width + m];
+                            to = _mm512_dpbusd_epi32(to, four, _mm512_set1_epi32(x[quad * width + m]));
+                        }
+                    }
+                }
+                words += bits * cloq::kLanes;
+                x += cloq::kUnit / 4 * width;
+            }
+            const Vector scale = Vector::half(scales + group * cloq::kLanes);
+            const Vector zero = Vector::bytes(zeros + group * cloq::kLanes);
+            for (int m = 0; m < width; ++m) {
+                __m512i all = sum[m];
+                for (int chain = 1; chain < kChains; ++chain) all = _mm512_add_epi32(all, sum[chain * width + m]);
+                const __m512 centred =
+                    _mm512_fnmadd_ps(zero.v, _mm512_set1_ps(sums[group * width + m]), _mm512_cvtepi32_ps(all));
+                total[m] = _mm512_fmadd_ps(scale.v, centred, total[m]);
+            }
+        }
+        for (int m = 0; m < width; ++m) _mm512_storeu_ps(y + m * cloq::kLanes, total[m]);
+    }
+};
+
+// One token and 2 bits: a permutation reads four bits, which are two codes, so a table of what two channels add for
+// each of their sixteen pairs of codes halves the work. Table order is that of the codes: words, bytes, slots.
+void pair_tables(const float* x, float* to) {
+    const __m512 first = _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1);
+    const __m512 second = _mm512_setr_ps(-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1);
+    for (int v = 0; v < 2; ++v) {
+        for (int byte = 0; byte < 4; ++byte) {
+            for (int slot = 0; slot < 4; slot += 2, to += 16) {
+                const float* here = x + 2 * ((v * 2 + byte % 2) * 4 + slot) + byte / 2;
+                const __m512 part = _mm512_mul_ps(second, _mm512_set1_ps(here[2]));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(first, _mm512_set1_ps(here[0]), part));
+            }
+        }
+    }
+}
+
+void multiply_by_table(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {
+    const float* tables = static_cast<const float*>(activations);
+    const uint32_t* words = layer.block_words(block);
+    const uint16_t* scales = layer.block_scales(block);
+    const uint8_t* zeros = layer.block_zeros(block);
+    const int64_t units = layer.units_per_group();
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t group = 0; group < layer.groups; ++group) {
+        __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t unit = 0; unit < units; ++unit) {
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                const __m512i codes = _mm512_loadu_si512(words + v * cloq::kLanes);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) {
+                    const __m512 table = _mm512_loadu_ps(tables + (v * 8 + i) * 16);
+                    const __m512i pair = _mm512_srli_epi32(codes, 4 * i);
+                    sum[i % 4] = _mm512_add_ps(sum[i % 4], _mm512_permutexvar_ps(pair, table));
+                }
+            }
+            words += 2 * cloq::kLanes;
+            tables += 256;
+        }
+        const Vector scale = Vector::half(scales + group * cloq::kLanes);
+        const Vector zero = Vector::bytes(zeros + group * cloq::kLanes) - Vector::all(cloq::middle(2));
+        __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+        all = _mm512_fnmadd_ps(zero.v, _mm512_set1_ps(sums[group]), all);
+        total = _mm512_fmadd_ps(scale.v, all, total);
+    }
+    _mm512_storeu_ps(y, total);
+}
+
+inline __m512 load_row(const void* row, int dtype, int64_t k, __mmask16 mask) {
+    if (dtype == CLOQ_FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + k);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k);
+    if (dtype == CLOQ_FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __mmask16 mask_of(int64_t count) {
+    return static_cast<__mmask16>(count >= cloq::kLanes ? 0xffff : (1u << count) - 1);
+}
+
+void to_float(const void* from, int dtype, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k += cloq::kLanes) {
+        const __mmask16 mask = mask_of(count - k);
+        _mm512_mask_storeu_ps(to + k, mask, load_row(from, dtype, k, mask));
+    }
+}
+
+void from_float(const float* from, int dtype, int64_t count, void* to) {
+    for (int64_t k = 0; k < count; k += cloq::kLanes) {
+        const __mmask16 mask = mask_of(count - k);
+        const __m512 value = _mm512_maskz_loadu_ps(mask, from + k);
+        if (dtype == CLOQ_FLOAT32) {
+            _mm512_mask_storeu_ps(static_cast<float*>(to) + k, mask, value);
+            continue;
+        }
+        const __m256i half = dtype == CLOQ_FLOAT16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat(value);
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + k, mask, half);
+    }
+}
+
+template <int rows, int width>
+void dots_of(const char* row, int64_t row_bytes, int dtype, int64_t length, const float* x, int64_t pitch, float* to,
+             int64_t to_pitch) {
+    __m512 sum[rows][width];
+    for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < width; ++i) sum[r][i] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < length; k += cloq::kLanes) {
+        const __mmask16 mask = mask_of(length - k);
+        __m512 here[rows];
+        for (int r = 0; r < rows; ++r) here[r] = load_row(row + r * row_bytes, dtype, k, mask);
+        for (int i = 0; i < width; ++i) {
+            const __m512 activation = _mm512_maskz_loadu_ps(mask, x + i * pitch + k);
+            for (int r = 0; r < rows; ++r) sum[r][i] = _mm512_fmadd_ps(here[r], activation, sum[r][i]);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < width; ++i) to[r * to_pitch + i] = _mm512_reduce_add_ps(sum[r][i]);
+    }
+}
+
+template <int rows>
+void dots_of_rows(const char* row, int64_t row_bytes, int dtype, int64_t length, const float* x, int64_t pitch,
+                  int64_t count, float* to, int64_t to_pitch) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        dots_of<rows, 4>(row, row_bytes, dtype, length, x + i * pitch, pitch, to + i, to_pitch);
+    }
+    for (; i < count; ++i) dots_of<rows, 1>(row, row_bytes, dtype, length, x + i * pitch, pitch, to + i, to_pitch);
+}
+
+void dots(const void* a, int dtype, int64_t rows, int64_t length, const float* x, int64_t pitch, int64_t count, float* to,
+          int64_t to_pitch) {
+    const int64_t row_bytes = length * (dtype == CLOQ_FLOAT32 ? 4 : 2);
+    const char* row = static_cast<const char*>(a);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        dots_of_rows<4>(row + r * row_bytes, row_bytes, dtype, length, x, pitch, count, to + r * to_pitch, to_pitch);
+    }
+    for (; r < rows; ++r) {
+        dots_of_rows<1>(row + r * row_bytes, row_bytes, dtype, length, x, pitch, count, to + r * to_pitch, to_pitch);
+    }
+}
+
+template <int width>
+void add_low_rank_of(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, float* y, int64_t y_pitch) {
+    // One token alone needs several sums side by side to hide the latency of the multiply-add.
+    constexpr int kChains = width == 1 ? 4 : 1;
+    __m512 sum[kChains][width];
+    for (int i = 0; i < width; ++i) {
+        sum[0][i] = _mm512_loadu_ps(y + i * y_pitch);
+        for (int chain = 1; chain < kChains; ++chain) sum[chain][i] = _mm512_setzero_ps();
+    }
+    for (int64_t r = 0; r < rank; r += kChains) {
+        for (int chain = 0; chain < kChains && r + chain < rank; ++chain) {
+            const __m512 row = load_row(b, dtype, (r + chain) * cloq::kLanes, 0xffff);
+            for (int i = 0; i < width; ++i) {
+                sum[chain][i] = _mm512_fmadd_ps(row, _mm512_set1_ps(z[(r + chain) * pitch + i]), sum[chain][i]);
+            }
+        }
+    }
+    for (int i = 0; i < width; ++i) {
+        for (int chain = 1; chain < kChains; ++chain) sum[0][i] = _mm512_add_ps(sum[0][i], sum[chain][i]);
+        _mm512_storeu_ps(y + i * y_pitch, sum[0][i]);
+    }
+}
+
+void add_low_rank(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
+                  int64_t y_pitch) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) add_low_rank_of<8>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
+    for (; i + 4 <= count; i += 4) add_low_rank_of<4>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
+    for (; i < count; ++i) add_low_rank_of<1>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
+}
+
+template <int bits, int... widths>
+struct Int8Table {
+    static constexpr cloq::BlockKernel kernels[] = {Int8Block<bits, widths>::run...};
+};
+
+}  // namespace
+
+namespace cloq {
+
+template <int bits>
+static const LinearKernels* table() {
+    using Floats = Float32Table<bits, 1, 2, 4, 8, 12>;
+    using Int8s = Int8Table<bits, 1, 2, 4, 8, 12>;
+    static constexpr LinearKernels kernels = {Floats::kWidths,
+                                              Floats::kernels,
+                                              Int8s::kernels,
+                                              bits == 2 ? pair_tables : nullptr,
+                                              bits == 2 ? multiply_by_table : nullptr,
+                                              decode_unit<bits>,
+                                              nullptr,
+                                              0};
+    return &kernels;
+}
+
+const LinearKernels* linear_avx512(int bits) {
+    switch (bits) {
+        case 2: return table<2>();
+        case 3: return table<3>();
+        case 4: return table<4>();
+        default: return table<8>();
+    }
+}
+
+const RowKernels* rows_avx512() {
+    static constexpr RowKernels kernels = {to_float, from_float, dots, add_low_rank};
+    return &kernels;
+}
+
+}  // namespace cloq

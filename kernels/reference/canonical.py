@@ -1,0 +1,60 @@
+"""The operations of `cloq_export.kernels.cpu.linear` in plain torch, from the canonical form of a layer.
+
+`codes` are (out, in) uint8, `scales` (out, groups) float and `zeros` (out, groups) uint8; Q = scales * (codes - zeros).
+Everything is computed in the dtype of the scales, so float64 scales give a truth to compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return Q, (out, in), in the dtype of the scales."""
+    grouped = codes.view(*scales.shape, -1).to(scales.dtype)
+    return ((grouped - zeros.to(scales.dtype).unsqueeze(-1)) * scales.unsqueeze(-1)).view(codes.shape)
+
+
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """Return x with every token rounded to 255 steps between minus and plus its largest absolute value."""
+    step = x.abs().amax(dim=-1, keepdim=True) / 127
+    return torch.where(step > 0, torch.round(x / step) * step, x)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    *,
+    int8_activations: bool = False,
+) -> torch.Tensor:
+    """Return `x Q^T + bias + scaling_i (x A_i^T) B_i^T`, with an adapter i for every token.
+
+    Args:
+        x: (..., in).
+        weight: Q, (out, in).
+        bias: (out), or None.
+        lora_a: (adapters, rank, in), or None.
+        lora_b: (adapters, out, rank); with `lora_a`.
+        scaling: (adapters); with `lora_a`.
+        index: one adapter per token, of the leading shape of x, -1 for none; None means adapter 0 for all.
+        int8_activations: meet Q with rounded activations; the low-rank term takes them as they are.
+
+    Returns:
+        torch.Tensor: (..., out), the dtype of the weight.
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    y = (round_activations(rows) if int8_activations else rows) @ weight.t()
+    if bias is not None:
+        y = y + bias.to(weight.dtype)
+    if lora_a is not None and lora_b is not None and scaling is not None:
+        which = torch.zeros(rows.shape[0], dtype=torch.int64) if index is None else index.reshape(-1)
+        for adapter in range(lora_a.shape[0]):
+            a, b = lora_a[adapter].to(weight.dtype), lora_b[adapter].to(weight.dtype)
+            term = rows @ a.t() @ b.t() * scaling[adapter].to(weight.dtype)
+            y = y + torch.where((which == adapter).unsqueeze(-1), term, 0)
+    return y.view(*x.shape[:-1], weight.shape[0])

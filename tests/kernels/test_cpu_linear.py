@@ -1,0 +1,367 @@
+"""The packed linear layers of the CPU library against plain torch in float64, on every instruction set here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cloq_export.kernels import cpu
+from cloq_export.kernels.cpu import linear as kernel
+from cloq_export.kernels.reference import canonical
+
+pytestmark = [
+    pytest.mark.parametrize("isa", cpu.runnable_isas(), indirect=True),
+    pytest.mark.usefixtures("_nan_outputs"),
+]
+
+BITS = (2, 3, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (out, in, group): whole blocks and units, blocks and groups that need padding, one group, groups of odd size.
+SHAPES = [
+    (48, 64, 32),
+    (17, 128, 64),
+    (100, 384, 128),
+    (33, 72, 24),
+    (160, 200, 200),
+    (1, 40, 8),
+    (300, 544, 32),
+    (16, 7, 7),
+]
+
+
+@pytest.fixture
+def _nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every new tensor with ones, which is NaN in floats, so that what is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.numel():
+            tensor.view(torch.uint8).fill_(0xFF)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make_layer(out: int, columns: int, group: int, bits: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return codes, scales, zeros and Q in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(out, columns // group, generator=generator) * 0.1 + 0.01).to(torch.float16)
+    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.uint8, generator=generator)
+    return codes, scales, zeros, canonical.dequantize(codes, scales.to(torch.float64), zeros)
+
+
+def make_lora(adapters: int, rank: int, out: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(adapters)
+    a = torch.randn(adapters, rank, columns, generator=generator) / columns**0.5
+    b = torch.randn(adapters, out, rank, generator=generator)
+    return a.to(dtype), b.to(dtype), torch.linspace(0.5, 2.0, adapters)
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_as_good_as_torch(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, largest: float) -> None:
+    """The error is at most twice that of torch in the same dtype, both against float64.
+
+    The slack is for float32: sums in another order may differ by some units in the last place of what was summed.
+    """
+    assert result.dtype == plain.dtype
+    assert result.shape == plain.shape
+    if not result.numel():
+        return
+    error, allowed = ((value.to(torch.float64) - truth).square().mean().sqrt() for value in (result, plain))
+    assert error <= 2 * allowed + 1e-6 * largest, (float(error), float(allowed))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layout_comes_back_and_dequantizes_exactly(isa, shape, bits):
+    codes, scales, zeros, q = make_layer(*shape, bits)
+    weight = kernel.pack_weight(codes, scales, zeros, bits)
+    for given, back in zip((codes, scales, zeros), kernel.unpack_weight(weight), strict=True):
+        assert back.is_contiguous()
+        assert torch.equal(given, back)
+    # A code of at most 8 bits times an 11-bit mantissa fits float32: no rounding at all.
+    assert torch.equal(kernel.dequantize(weight).to(torch.float64), q)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(kernel.dequantize(weight, dtype), q.to(torch.float32).to(dtype))
+    if shape[0] > 32:
+        assert torch.equal(kernel.dequantize(weight, first_row=16, rows=17).to(torch.float64), q[16:33])
+
+
+def test_the_layout_is_the_one_that_the_header_describes(isa):
+    """One output channel at a time, from the words of cloq_cpu.h's text."""
+    for bits in BITS:
+        codes, scales, zeros, _ = make_layer(3, 64, 64, bits, seed=bits)
+        weight = kernel.pack_weight(codes, scales, zeros, bits)
+        slots = 2 if bits == 3 else 8 // bits
+        for row in range(3):
+            for unit in range(2):
+                stored = weight.words[0, unit * bits : (unit + 1) * bits, row].tolist()
+                words = [word & 0xFFFFFFFF for word in stored]
+                if bits == 3:
+                    words.append(sum((word >> 6 & 0x03030303) << 2 * v for v, word in enumerate(words)))
+                for v, word in enumerate(words):
+                    for byte in range(4):
+                        for slot in range(slots):
+                            k = 32 * unit + 2 * (v * 2 * slots + byte % 2 * slots + slot) + byte // 2
+                            assert word >> (8 * byte + bits * slot) & (2**bits - 1) == codes[row, k]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(isa, shape, bits, dtype):
+    codes, scales, zeros, q = make_layer(*shape, bits)
+    weight = kernel.pack_weight(codes, scales, zeros, bits)
+    bias = random_input(shape[0], dtype=dtype, seed=2)
+    for leading in [(), (2,), (0,), (2, 3), (13,), (33,)]:
+        x = random_input(*leading, shape[1], dtype=dtype)
+        truth = canonical.lora_linear(x, q, bias)
+        largest = float((x.to(torch.float64).abs() @ q.t().abs()).max()) if x.numel() else 0.0
+        plain = torch.nn.functional.linear(x, q.to(dtype), bias)
+        assert_as_good_as_torch(kernel.linear(x, weight, bias), plain, truth, largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_tokens_than_one_pass(isa, dtype):
+    codes, scales, zeros, q = make_layer(40, 96, 32, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    x = random_input(1024 + 37, 96, dtype=dtype)
+    plain = torch.nn.functional.linear(x, q.to(dtype))
+    assert_as_good_as_torch(kernel.linear(x, weight), plain, canonical.lora_linear(x, q), 10.0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_activations_are_rounded_activations(isa, shape, bits):
+    codes, scales, zeros, q = make_layer(*shape, bits)
+    weight = kernel.pack_weight(codes, scales, zeros, bits)
+    for tokens in (1, 2, 3, 7, 12, 29):
+        x = random_input(tokens, shape[1])
+        x[tokens // 2] *= 100.0
+        truth = canonical.lora_linear(x, q, int8_activations=True)
+        result = kernel.linear(x, weight, precision="int8")
+        # Activations that lie at the middle of two steps may go either way in float32 and float64.
+        step = float(x.abs().max()) / 127 * float(q.abs().max())
+        torch.testing.assert_close(result.to(torch.float64), truth, rtol=1e-4, atol=1.01 * step)
+        assert float((result - truth).square().mean().sqrt()) <= 0.1 * step
+    zero = kernel.linear(torch.zeros(2, shape[1]), weight, precision="int8")
+    assert torch.equal(zero, torch.zeros(2, shape[0]))
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize(("shape", "rank"), [((33, 72, 24), 5), ((17, 128, 64), 64)])
+def test_lora(isa, shape, rank, dtype, adapter_dtype, precision):
+    codes, scales, zeros, q = make_layer(*shape, 2)
+    weight = kernel.pack_weight(codes, scales, zeros, 2)
+    a, b, scaling = make_lora(3, rank, shape[0], shape[1], adapter_dtype)
+    lora = kernel.pack_lora(a, b, scaling)
+    bias = random_input(shape[0], seed=2)
+    for tokens in (1, 2, 9, 40):
+        x = random_input(tokens, shape[1], dtype=dtype)
+        mixed = torch.randint(-1, 3, (tokens,), dtype=torch.int32, generator=torch.Generator().manual_seed(tokens))
+        for index in (None, mixed, torch.full((tokens,), -1, dtype=torch.int32)):
+            truth = canonical.lora_linear(x, q, bias, a, b, scaling, index, int8_activations=precision == "int8")
+            result = kernel.lora_linear(x, weight, bias, lora, index, precision=precision)
+            tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            if precision == "int8":
+                tolerance += 3e-3
+            torch.testing.assert_close(
+                result.to(torch.float64), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max())
+            )
+
+
+def test_tokens_without_an_adapter_get_the_base(isa):
+    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    lora = kernel.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
+    x = random_input(6, 64)
+    index = torch.tensor([-1, 0, -1, 1, 1, -1], dtype=torch.int32)
+    result, base = kernel.lora_linear(x, weight, None, lora, index), kernel.linear(x, weight)
+    assert torch.equal(result[index < 0], base[index < 0])
+    assert bool((result[index >= 0] != base[index >= 0]).any(dim=1).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(isa, dtype):
+    codes, scales, zeros, _ = make_layer(330, 256, 64, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    lora = kernel.pack_lora(*make_lora(2, 8, 330, 256, torch.bfloat16))
+    before = torch.get_num_threads()
+    try:
+        for tokens in (1, 6, 300):
+            x = random_input(tokens, 256, dtype=dtype)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(kernel.lora_linear(x, weight, None, lora))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_one_instruction_set_packed_another_reads(isa):
+    codes, scales, zeros, q = make_layer(50, 96, 32, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    x = random_input(3, 96)
+    for other in cpu.runnable_isas():
+        with cpu.select_isa(other):
+            assert torch.equal(kernel.unpack_weight(weight)[0], codes)
+            torch.testing.assert_close(kernel.linear(x, weight), (x.to(torch.float64) @ q.t()).to(torch.float32))
+
+
+def test_inputs_need_not_be_contiguous_or_aligned(isa):
+    codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
+    weight = kernel.pack_weight(codes, scales, zeros, 4)
+    x = random_input(5, 64)
+    expected = kernel.linear(x, weight)
+    assert torch.equal(kernel.linear(x.t().contiguous().t(), weight), expected)
+    shifted = torch.zeros(5 * 64 + 1)[1:].view(5, 64).copy_(x)
+    assert torch.equal(kernel.linear(shifted, weight), expected)
+    transposed = kernel.pack_weight(codes.t().contiguous().t(), scales, zeros, 4)
+    assert torch.equal(transposed.words, weight.words)
+
+
+def test_not_a_number_stays_with_its_token(isa):
+    codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
+    weight = kernel.pack_weight(codes, scales, zeros, 4)
+    for dtype in DTYPES:
+        for tokens in (3, 20):
+            x = random_input(tokens, 64, dtype=dtype)
+            clean = kernel.linear(x, weight)
+            x[1, 5] = torch.nan
+            result = kernel.linear(x, weight)
+            assert bool(result[1].isnan().all())
+            kept = torch.arange(tokens) != 1
+            assert torch.equal(result[kept], clean[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(isa, dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "_BLOCK_ELEMENTS", 32 * 96)
+    codes, scales, zeros, q = make_layer(100, 96, 32, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    a, b, scaling = make_lora(2, 8, 100, 96, torch.float32)
+    lora = kernel.pack_lora(a, b, scaling)
+    index = torch.tensor([[0, -1, 1], [1, 1, 0]], dtype=torch.int32)
+    x = random_input(2, 3, 96, dtype=dtype).requires_grad_()
+    bias = torch.zeros(100, dtype=dtype, requires_grad=True)
+    upstream = random_input(2, 3, 100, dtype=dtype, seed=5)
+    kernel.lora_linear(x, weight, bias, lora, index).backward(upstream)
+    dense_x = x.detach().to(torch.float64).requires_grad_()
+    dense_bias = bias.detach().to(torch.float64).requires_grad_()
+    canonical.lora_linear(dense_x, q, dense_bias, a, b, scaling, index).backward(upstream.to(torch.float64))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for ours, theirs in ((x.grad, dense_x.grad), (bias.grad, dense_bias.grad)):
+        assert ours is not None
+        assert theirs is not None
+        atol = tolerance * float(theirs.abs().max())
+        torch.testing.assert_close(ours.to(torch.float64), theirs, rtol=tolerance, atol=atol)
+    with pytest.raises(RuntimeError, match="8-bit activations have no gradient"):
+        kernel.linear(x, weight, precision="int8")
+
+
+def test_operators_satisfy_the_rules_of_torch(isa):
+    if isa != cpu.runnable_isas()[-1]:
+        pytest.skip("one instruction set is enough for the registration")
+    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
+    w = kernel.pack_weight(codes, scales, zeros, 3)
+    lora = kernel.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
+    index = torch.tensor([0, -1], dtype=torch.int32)
+    layer = (w.words, w.scales, w.zeros, 3, 48, 64)
+    x = torch.randn(2, 64, requires_grad=True)
+    bias = torch.randn(48, requires_grad=True)
+    adapters = (lora.a, lora.b, lora.scaling, index)
+    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, bias, *adapters, False))
+    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, None, None, None, None, None, False))
+    torch.library.opcheck(kernel.cpu_linear_input_grad_op, (torch.randn(2, 48), *layer, *adapters))
+
+
+def test_export_holds_the_operator(isa):
+    if isa != cpu.runnable_isas()[-1]:
+        pytest.skip("one instruction set is enough for the registration")
+    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return kernel.linear(x, weight)
+
+    x = torch.randn(3, 64)
+    program = torch.export.export(Layer(), (x,))
+    assert "cloq_export.cpu_linear" in str(program.graph)
+    assert torch.equal(program.module()(x), kernel.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"codes": torch.zeros(4, 64)}, TypeError, r"codes must be torch\.uint8; got torch\.float32"),
+        ({"scales": torch.ones(4, 2)}, TypeError, r"scales must be torch\.float16; got torch\.float32"),
+        ({"zeros": torch.zeros(8, dtype=torch.uint8)}, ValueError, r"zeros must be a matrix on the CPU; got \(8,\)"),
+        ({"codes": torch.full((4, 64), 8, dtype=torch.uint8)}, ValueError, "largest of codes is 8; 3 bits hold 0..7"),
+        ({"zeros": torch.full((4, 2), 9, dtype=torch.uint8)}, ValueError, "largest of zeros is 9; 3 bits hold 0..7"),
+        ({"zeros": torch.zeros(4, 1, dtype=torch.uint8)}, ValueError, "disagree; allowed are"),
+        ({"bits": 5}, ValueError, "bits is 5; allowed are 2, 3, 4 and 8"),
+        ({"codes": torch.zeros(4, 63, dtype=torch.uint8)}, ValueError, "with groups dividing in"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(isa, change, error, message):
+    parts = {
+        "codes": torch.zeros(4, 64, dtype=torch.uint8),
+        "scales": torch.ones(4, 2, dtype=torch.float16),
+        "zeros": torch.zeros(4, 2, dtype=torch.uint8),
+        "bits": 3,
+    }
+    with pytest.raises(error, match=message):
+        kernel.pack_weight(**(parts | change))
+
+
+def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
+    codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
+    weight = kernel.pack_weight(codes, scales, zeros, 4)
+    lora = kernel.pack_lora(*make_lora(2, 4, 20, 64, torch.float32))
+    x = random_input(3, 64)
+    with pytest.raises(ValueError, match=r"the input is \(3, 63\) .*; this layer takes \(\.\.\., 64\)"):
+        kernel.linear(x[:, :63], weight)
+    with pytest.raises(ValueError, match=r"the input is \(3, 64\) torch.float64"):
+        kernel.linear(x.to(torch.float64), weight)
+    with pytest.raises(ValueError, match=r"the bias is \(19,\) torch.float32; this layer takes \(20,\)"):
+        kernel.linear(x, weight, torch.zeros(19))
+    with pytest.raises(ValueError, match="the precision is 'fast'; allowed are"):
+        kernel.linear(x, weight, precision="fast")
+    with pytest.raises(ValueError, match="names 2; there are 2 adapters"):
+        kernel.lora_linear(x, weight, None, lora, torch.tensor([0, 2, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"the adapter index is \(2,\) torch.int32; allowed is \(3,\) int32"):
+        kernel.lora_linear(x, weight, None, lora, torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="an adapter index was given, but no adapters"):
+        kernel.lora_linear(x, weight, None, None, torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"this layer has 64 inputs and 2 blocks"):
+        kernel.lora_linear(x, weight, None, kernel.pack_lora(*make_lora(1, 4, 40, 64, torch.float32)))
+    with pytest.raises(ValueError, match="disagree about the rank or the dtype"):
+        kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 5), torch.ones(1))
+    with pytest.raises(ValueError, match=r"scaling is \(2,\) torch.float32; allowed is \(1,\)"):
+        kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=r"words are \(1, 4, 16\) torch.int32; this layer has contiguous \(2, 8, 16\)"):
+        kernel.CpuWeight(weight.words[:1, :4], weight.scales, weight.zeros, 4, 20, 64)
+    with pytest.raises(
+        ValueError, match="rows 8 to 12 were asked for; allowed are a first row that is a multiple of 16"
+    ):
+        kernel.dequantize(weight, first_row=8, rows=4)
+    with pytest.raises(ValueError, match=r"Q is made in float32, bfloat16 or float16; got torch.float64"):
+        kernel.dequantize(weight, torch.float64)
+
+
+def test_without_a_library_packing_says_so(isa, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu.library, "load", lambda: None)
+    codes, scales, zeros, _ = make_layer(4, 32, 32, 2)
+    with pytest.raises(RuntimeError, match="CPU kernels: "):
+        kernel.pack_weight(codes, scales, zeros, 2)
