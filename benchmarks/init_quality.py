@@ -248,6 +248,8 @@ def measure_setting(
     from cloq_export.runtimes.hf import dequantized_model, load
 
     kinds = [("quantized", None), ("adapter", recipe.adapter_name)] if has_adapter(recipe) else [("quantized", None)]
+    # Q alone is what a setting without an adapter has; elsewhere it is not what is optimised, and can be left out.
+    kinds = [kind for kind in kinds if options.models == "all" or kind == kinds[-1]]
     identity = {"setting": name, "bits": recipe.bits, "seed": recipe.seed}
     missing = {
         kind: [text for text in texts if not report.has(**identity, model=kind, text=text.name)] for kind, _ in kinds
@@ -487,6 +489,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens in a judged window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=16, help="of wikitext2 and gsm8k (default: %(default)s)")
     parser.add_argument("--rest-windows", type=int, default=48, help="of the rest of wikitext2 (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        default="all",
+        choices=("all", "served"),
+        help="measure Q alone beside Q with its adapter, or only what is served (default: %(default)s)",
+    )
     parser.add_argument(
         "--runtime",
         default="dequantized",

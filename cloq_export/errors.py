@@ -65,5 +65,9 @@ class RunDirectoryError(CloqError):
     """A run directory belongs to another recipe or source, or cannot be written."""
 
 
+class HubError(CloqError):
+    """The hub cannot be reached, or refuses what was asked of it."""
+
+
 class MissingPackageError(CloqError):
     """An optional package is needed; the message names the extra that installs it."""

@@ -86,8 +86,13 @@ class Recipe:
         hash=False,
         metadata={"help": "Module-name pattern to its own bits, group_size, rank or skip; the first match wins."},
     )
+    codes_from: str = _option(
+        "", "Quantized checkpoint of the same model whose codes are kept, so that only the adapter is made."
+    )
     adapter_name: str = _option("cloq", "Name of the adapter, the folder RUN/adapters/NAME.")
-    format: Literal["gptq_v2", "gptq"] = _option("gptq_v2", "Layout of the checkpoint.")
+    format: Literal["gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"] = _option(
+        "gptq_v2", "Layout of the checkpoint."
+    )
     max_shard_size: str = _option("5GB", "Largest weight file of the checkpoint, e.g. 500MB or 5GB.")
     eval_text: str = _option(
         "wikitext2", "Text on which perplexity is measured: wikitext2, embedded, a file, a hub id."
@@ -222,8 +227,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter_dtype": ("float16", "bfloat16", "float32"),
     "token_weighting": ("none", "inverse_norm"),
     "precision": ("auto", "float32", "bfloat16"),
-    "format": ("gptq_v2", "gptq"),
+    "format": ("gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"),
 }
+
+# What `cloq export` writes: a layout, or one of two things that hold no codes.
+EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft")
 
 _MINIMUM: dict[str, int] = {
     "sweeps": 0,

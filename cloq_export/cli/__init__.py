@@ -20,10 +20,12 @@ from cloq_export.errors import CloqError
 VERBS = {
     "run": "From a model to a measured checkpoint with its adapter, in one go.",
     "quantize": "Calibrate, and make codes, scales and zeros for every linear layer.",
-    "adapt": "Make another adapter for the codes of a run.",
-    "export": "Write the checkpoint of a run in a layout.",
+    "adapt": "Make an adapter for the codes of a run, or of another tool's checkpoint.",
+    "export": "Write a deployable folder: a layout, adapters, certificate, model card.",
+    "convert": "Turn any quantized checkpoint that is read into another layout.",
+    "push": "Upload an export to the model hub.",
     "eval": "Measure perplexity: float, quantized, quantized with adapter.",
-    "inspect": "Explain a run, a checkpoint or an adapter.",
+    "inspect": "Explain a run, an export, an adapter, or a foreign checkpoint.",
 }
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.

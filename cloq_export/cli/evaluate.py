@@ -32,6 +32,10 @@ from cloq_export.recipe import FIELDS
     help="How many windows, from the start of the text.",
 )
 @click.option("--reference", metavar="MODEL", help="The float model; unless given, the one that the run was made from.")
+@click.option(
+    "--adapter", metavar="NAME|FOLDER", help="Adapter to measure; unless given, the run's own or the only one there is."
+)
+@click.option("--force", is_flag=True, help="Take an adapter of another base; the result says so.")
 @gate_option()
 @json_option()
 def command(
@@ -40,6 +44,8 @@ def command(
     window: int,
     windows: int,
     reference: str | None,
+    adapter: str | None,
+    force: bool,
     gate_texts: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -51,7 +57,10 @@ def command(
 
     with progress_console(as_json=as_json) as console:
         pipeline = importlib.import_module("cloq_export.pipeline")
-        result = to_plain(pipeline.evaluate(path, text, window, windows, reference, console=console))
+        measured = pipeline.evaluate(
+            path, text, window, windows, reference, adapter=adapter, force=force, console=console
+        )
+        result = to_plain(measured)
     if gates:
         result["gates"] = judge_gates(gates, result)
     emit(result, render_evaluation, as_json=as_json)

@@ -1,39 +1,26 @@
-"""`cloq export`: the codes of a run as a checkpoint that an engine reads."""
+"""`cloq export`: the codes of a run as a folder that an engine reads."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option
-from cloq_export.recipe import CHOICES, FIELDS
+from cloq_export.cli.options import export_options, json_option
 
 
 @click.command(name="export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(CHOICES["format"]),
-    default=FIELDS["format"].default,
-    show_default=True,
-    help=FIELDS["format"].metadata["help"],
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Folder to write; unless given it lies in the run.",
-)
+@export_options("it lies in RUN/exports")
 @json_option()
-def command(run: Path, format_name: str, out: Path | None, as_json: bool) -> None:
-    """Write the checkpoint of RUN in a layout."""
+def command(run: Path, as_json: bool, **named: Any) -> None:
+    """Write a deployable folder from RUN: checkpoint, adapters, certificate and model card."""
     from cloq_export.cli.output import emit, progress_console, to_plain
-    from cloq_export.cli.render import render_summary
+    from cloq_export.cli.render import render_export
 
     with progress_console(as_json=as_json) as console:
         pipeline = importlib.import_module("cloq_export.pipeline")
-        summary = to_plain(pipeline.export(run, format_name, out, console=console))
-    emit(summary, render_summary, as_json=as_json)
+        summary = to_plain(pipeline.export(run, pipeline.ExportOptions(**named), console=console))
+    emit(summary, render_export, as_json=as_json)

@@ -12,14 +12,24 @@ from cloq_export.cli.options import json_option
 
 @click.command(name="inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every tensor and compute the fingerprint again.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read every tensor, compute the fingerprint again, and repeat the certificate where there is one.",
+)
+@click.option(
+    "--adapter",
+    metavar="NAME|FOLDER",
+    help="Check that this adapter belongs to the base at PATH.",
+)
+@click.option("--force", is_flag=True, help="With --adapter: report an adapter of another base instead of refusing it.")
 @json_option()
-def command(path: Path, verify: bool, as_json: bool) -> None:
-    """Explain PATH: a run, a checkpoint or an adapter."""
+def command(path: Path, verify: bool, adapter: str | None, force: bool, as_json: bool) -> None:
+    """Explain PATH: a run, an export, an adapter, or a checkpoint of another tool."""
     from cloq_export.cli.output import emit, progress_console, to_plain
     from cloq_export.cli.render import render_inspection
 
     with progress_console(as_json=as_json):
         pipeline = importlib.import_module("cloq_export.pipeline")
-        result = to_plain(pipeline.inspect(path, verify))
+        result = to_plain(pipeline.inspect(path, verify, adapter=adapter, force=force))
     emit(result, render_inspection, as_json=as_json)

@@ -13,7 +13,17 @@ from typing import Any, TypeVar
 import click
 
 from cloq_export.errors import UsageError
-from cloq_export.recipe import CHOICES, DEMO, FIELDS, PRESETS, Recipe, parse_override, parse_setting, read_recipe_file
+from cloq_export.recipe import (
+    CHOICES,
+    DEMO,
+    EXPORT_FORMATS,
+    FIELDS,
+    PRESETS,
+    Recipe,
+    parse_override,
+    parse_setting,
+    read_recipe_file,
+)
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -86,6 +96,56 @@ def recipe_options(function: Decorated) -> Decorated:
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
+
+
+def export_options(place: str) -> Callable[[Decorated], Decorated]:
+    """Return the options that say what an export is; `place` tells where it goes unless --out is given."""
+    decorators = [
+        click.option(
+            "--format",
+            type=click.Choice(EXPORT_FORMATS),
+            help="A layout, merged (plain 16-bit weights) or peft (adapters alone); unless given, the target's best, "
+            "or the layout of the source.",
+        ),
+        click.option(
+            "--target",
+            metavar="ENGINE[==VERSION]",
+            help="Check that this engine can read the export, e.g. vllm==0.33, transformers, gptqmodel, sglang.",
+        ),
+        click.option(
+            "--device", type=click.Choice(["any", "cpu", "cuda"]), default="any", help="Where the target runs."
+        ),
+        click.option(
+            "--adapter",
+            "adapters",
+            multiple=True,
+            metavar="NAME|FOLDER",
+            help="Adapter to put in; can be repeated. Unless given, all that the source has.",
+        ),
+        click.option(
+            "--split",
+            type=click.Choice(["stored", "balanced"]),
+            default="stored",
+            help="How A and B share their product: as stored, or evenly, for engines that compute in float16.",
+        ),
+        click.option("--pad-rank", type=click.IntRange(min=1), help="Pad every pair with zeros to this rank."),
+        click.option(
+            "--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", help="Of a merged export."
+        ),
+        click.option(
+            "--force", is_flag=True, help="Take an adapter of another base; the export and its card will say so."
+        ),
+        click.option(
+            "--out", type=click.Path(path_type=Path), metavar="FOLDER", help=f"Folder to write; unless given, {place}."
+        ),
+    ]
+
+    def decorate(function: Decorated) -> Decorated:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
 
 
 def set_option() -> Callable[[Decorated], Decorated]:

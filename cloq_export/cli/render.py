@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_MODEL_LABELS = {"float": "float model", "quantized": "quantized", "adapter": "quantized + adapter"}
+_MODEL_LABELS = {"float": "float model", "quantized": "quantized", "adapter": "quantized + adapter", "merged": "merged"}
 _STORED_LABELS = {
     "bits_per_weight_base": "bits per weight",
     "bits_per_weight_with_adapter": "bits per weight with adapter",
@@ -55,6 +55,26 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     _paths(summary.get("files") or {}, console)
     _commands(summary.get("next") or [], console)
     _gates(summary.get("gates") or [], console)
+
+
+def render_export(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the result of `export` or `convert`."""
+    for note in summary.get("notes") or []:
+        _line(console, f"note: {note}")
+    facts = Table("export", "", title_justify="left", show_header=False)
+    for name in ("format", "target", "base_fingerprint"):
+        if summary.get(name) is not None:
+            facts.add_row(name.replace("_", " "), escape(str(summary[name])))
+    for adapter in summary.get("adapters") or []:
+        more = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in adapter.items() if key != "name")
+        facts.add_row("adapter", escape(f"{adapter['name']}: {more}"))
+    seconds = summary.get("seconds") or {}
+    if seconds:
+        facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
+    console.print(facts)
+    _line(console, "read back from disk and compared bit for bit; the certificate is in the folder")
+    _paths(summary.get("files") or {}, console)
+    _commands(summary.get("next") or [], console)
 
 
 def render_evaluation(result: Mapping[str, Any], console: Console) -> None:

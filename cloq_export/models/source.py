@@ -53,7 +53,8 @@ _COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_HUB_FILES = ("config.json", "model*.safetensors", _INDEX_FILE, *_COMPANIONS)
+# The model's card is read for the licence, and not passed on: it describes another model than ours.
+_HUB_FILES = ("config.json", "README.md", "model*.safetensors", _INDEX_FILE, *_COMPANIONS)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -87,6 +88,16 @@ class ModelSource:
             SourceError: a file cannot be read.
         """
         return file_fingerprint([*self.weights, *self.companions])
+
+    @functools.cached_property
+    def gguf_license(self) -> str | None:
+        """Return the licence that the header of a GGUF file names; None if it names none, or for a folder."""
+        if self.kind != "gguf":
+            return None
+        import gguf
+
+        field = gguf.GGUFReader(self.weights[0]).get_field("general.license")
+        return str(field.contents()) if field is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,8 +330,16 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
             f"{name} is already quantized (method {method}); only float weights can be quantized. Give the "
             "full-precision model it was made from."
         )
-    companions = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return ModelSource(name, "folder", folder, weights, (config_path, *sorted(companions)), dtype)
+    return ModelSource(name, "folder", folder, weights, (config_path, *companion_files(folder)), dtype)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder beside its config and weights: tokenizer, generation settings, licence.
+
+    Args:
+        folder: the model's folder.
+    """
+    return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def _what_else(folder: Path) -> str:

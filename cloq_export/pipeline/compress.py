@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -57,7 +57,7 @@ class BlockWalk:
         windows: calibration token ids, (samples, seqlen).
         device: where to compute.
         compute: precision of the forward passes, see `BlockStream`.
-        fixed: full module name -> codes that are kept (only adapters are made); None quantizes.
+        kept_codes: gives the codes that a module keeps (only adapters are made); None quantizes.
         console: where the progress bar goes.
     """
 
@@ -71,14 +71,14 @@ class BlockWalk:
         *,
         device: torch.device,
         compute: torch.dtype | None,
-        fixed: Mapping[str, QuantizedLayer] | None,
+        kept_codes: Callable[[str], QuantizedLayer] | None,
         console: Console,
     ) -> None:
         self._plan = plan
         self._recipe = recipe
         self._directory = directory
         self._device = device
-        self._fixed = fixed
+        self._kept_codes = kept_codes
         self._console = console
         self._error_aware = recipe.error_aware > 0.0
         batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
@@ -285,7 +285,7 @@ class BlockWalk:
         """Solve and store one group; return what the layers serve."""
         started = time.perf_counter()
         weights = {name: original[name].to(torch.float32) for name in group}
-        solved = solve_group([plans[name] for name in group], weights, stats, self._recipe, self._fixed)
+        solved = solve_group([plans[name] for name in group], weights, stats, self._recipe, self._kept_codes)
         finished = time.perf_counter()
         for name, layer in solved.items():
             self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)

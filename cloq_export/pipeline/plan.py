@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import nn
 
 from cloq_export.errors import CloqError, RecipeError, ShapeError
-from cloq_export.formats.gptq import check_packable
+from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import BlockList, find_linears
 from cloq_export.recipe import Recipe
 from cloq_export.types import QuantSpec
@@ -78,7 +79,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
             )
             plan = ModulePlan(name, spec, settings.get("rank", recipe.rank))
             try:
-                _check_fit(linear, plan)
+                _check_fit(linear, plan, recipe.format)
             except CloqError as error:
                 faults.append(str(error))
             modules[name] = plan
@@ -92,12 +93,57 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
     return Plan(blocks, modules, tuple(skipped))
 
 
-def _check_fit(linear: nn.Linear, plan: ModulePlan) -> None:
+def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Plan:
+    """Return the plan that keeps the codes of a checkpoint and only gives its layers adapters.
+
+    Args:
+        blocks: the model's decoder blocks.
+        specs: quantized module of the checkpoint -> its grid.
+        recipe: every option of the run; its grid is not looked at.
+
+    Returns:
+        Plan.
+
+    Raises:
+        RecipeError: the checkpoint quantizes what is no linear layer of the blocks, or an override would change codes.
+        ShapeError: a rank does not fit a layer.
+    """
+    linears = {
+        name: linear
+        for index, block in enumerate(blocks)
+        for name, linear in find_linears(block, blocks.prefix(index)).items()
+    }
+    strange = sorted(set(specs) - set(linears))
+    if strange:
+        raise RecipeError(
+            f"the checkpoint of codes_from quantizes {strange[0]}, which is no linear layer of the model's decoder "
+            "blocks; it belongs to another model, or its head or embeddings are quantized, which is not supported."
+        )
+    modules: dict[str, ModulePlan] = {}
+    for name in (name for name in linears if name in specs):
+        settings = recipe.override_for(name)
+        frozen = sorted(set(settings) - {"rank"})
+        if frozen:
+            raise RecipeError(
+                f"the override of {frozen[0]} for {name} would change the codes, and codes_from keeps them; only rank "
+                "can be overridden."
+            )
+        modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
+        _check_rank(linears[name], modules[name])
+    _check_patterns(recipe, list(modules))
+    return Plan(blocks, modules, tuple(name for name in linears if name not in specs))
+
+
+def _check_fit(linear: nn.Linear, plan: ModulePlan, format: str) -> None:
     try:
         plan.spec.group_count(linear.in_features)
     except ShapeError as error:
         raise ShapeError(f"{plan.name}: {error} --override '{plan.name}:skip=true' leaves it in float.") from None
-    check_packable(linear.out_features, linear.in_features, plan.spec, name=plan.name)
+    LAYOUTS[format].check_packable(linear.out_features, linear.in_features, plan.spec, name=plan.name)
+    _check_rank(linear, plan)
+
+
+def _check_rank(linear: nn.Linear, plan: ModulePlan) -> None:
     largest = min(linear.in_features, linear.out_features)
     if plan.rank > largest:
         raise ShapeError(

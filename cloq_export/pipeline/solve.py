@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -54,7 +54,7 @@ def solve_group(
     weights: Mapping[str, torch.Tensor],
     stats: LayerStats,
     recipe: Recipe,
-    fixed: Mapping[str, QuantizedLayer] | None = None,
+    kept_codes: Callable[[str], QuantizedLayer] | None = None,
 ) -> dict[str, SolvedLayer]:
     """Quantize and adapt the layers that read one input; H is factorised once for all of them.
 
@@ -63,7 +63,7 @@ def solve_group(
         weights: full module name -> original W, (out, in) float32, on the device that computes.
         stats: H (and D) of their input, on the same device.
         recipe: every option of the run.
-        fixed: full module name -> codes that are kept; None quantizes.
+        kept_codes: gives the codes that a module keeps; None quantizes.
 
     Returns:
         Full module name -> finished layer.
@@ -93,11 +93,11 @@ def solve_group(
         targets = {
             name: error_aware_target(weight, stats, of_drift, recipe.error_aware) for name, weight in targets.items()
         }
-    if fixed is None:
+    if kept_codes is None:
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
     else:
         device = stats.gram.device
-        quantized = {plan.name: on_device(fixed[plan.name], device) for plan in plans}
+        quantized = {plan.name: on_device(kept_codes(plan.name), device) for plan in plans}
         quantize_notes = {}
     shared = _SharedNumbers.of(stats, damped)
     root = _root(stats, damped) if damped is not None else None

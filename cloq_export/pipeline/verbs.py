@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,50 +25,37 @@ from cloq_export.calibrate.data import (
     tokenize_text,
 )
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
-from cloq_export.formats.gptq.codec import Version
-from cloq_export.formats.peft import write_adapter
-from cloq_export.models.blocks import find_blocks
-from cloq_export.models.host_memory import MemoryUse, MemoryWatch, keep_freed_memory
-from cloq_export.models.source import LoadedModel, find_source, open_model, save_source_files
-from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.formats.peft import read_adapter, write_adapter
+from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
+from cloq_export.models.source import LoadedModel, find_source, open_model
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.pipeline.compress import BlockWalk
-from cloq_export.pipeline.plan import Plan, make_plan
+from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
+from cloq_export.pipeline.plan import Plan
+from cloq_export.pipeline.session import (
+    Session,
+    compute_dtype,
+    device_of,
+    layers_of,
+    open_planned,
+    refuse_other_source,
+    refuse_unfinished,
+    source_fingerprint,
+)
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.versions import environment
-from cloq_export.runtimes.checkpoint import checkpoint_folder, export_checkpoint
-from cloq_export.runtimes.hf import load
+from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
+from cloq_export.runtimes.hf import find_adapter, load
 from cloq_export.runtimes.inspection import describe, stored_sizes
+from cloq_export.runtimes.merged import is_merged
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
-GPTQ_VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 _SHOWN_WARNINGS = 5
 # Which text a run was calibrated on; the recipe names it, and the content behind a name may change.
 _TEXT_REPORT = "calibration"
-
-
-@dataclasses.dataclass
-class _Session:
-    """What one call of a verb works with."""
-
-    recipe: Recipe
-    console: Console
-    notes: list[str] = dataclasses.field(default_factory=list)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    memory: MemoryUse | None = None
-
-    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Run a piece of work and book its time."""
-        started = time.perf_counter()
-        result = work()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        return result
-
-    def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
 
 
 def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -86,13 +73,14 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     Raises:
         CloqError: anything a user can mend, in one line.
     """
-    session = _Session(recipe, console or Console(stderr=True))
+    recipe = _with_grid_of_codes(recipe)
+    session = Session(recipe, console or Console(stderr=True))
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        model, plan = _compress(session, directory, recipe, calibration, judging)
+        model = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
-        _write_checkpoint(session, directory, model, recipe.format, directory.checkpoint_path, plan)
+        write_run_checkpoint(session, directory, model)
         perplexity = session.timed(
             "measure", lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model)
         )
@@ -116,13 +104,12 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     Raises:
         CloqError: anything a user can mend.
     """
-    session = _Session(
-        recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True)
-    )
+    session = Session(recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True))
     calibration = _calibration_text(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        _compress(session, directory, session.recipe, calibration)
+        model = _compress(session, directory, session.recipe, calibration)
+        write_run_checkpoint(session, directory, model)
         directory.set_state("quantized")
         summary = _summary(session, directory, None)
         summary["next"] = [f"cloq adapt {out} --rank {recipe.rank or 64}", f"cloq export {out}"]
@@ -156,7 +143,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     recipe = base_recipe.changed(asked)
     if recipe.rank == 0:
         raise UsageError("the rank is 0, which makes no adapter; choose one with --rank.")
-    session = _Session(recipe, console or Console(stderr=True))
+    session = Session(recipe, console or Console(stderr=True))
     work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
     target = directory.adapter_path(recipe.adapter_name)
     if target.exists() and recipe.adapter_name == base_recipe.adapter_name and base_recipe.rank:
@@ -168,16 +155,25 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         raise UsageError(
             f"{target} exists already; choose another name with --adapter-name, or delete that folder first."
         )
+    if RunDirectory.is_run(work):
+        begun = Recipe.from_mapping(RunDirectory.open(work).recipe)
+        differing = begun.difference(recipe)
+        if differing:
+            raise UsageError(
+                f"the adapter {recipe.adapter_name!r} was begun with other options and not finished "
+                f"({'; '.join(differing)}); give the same ones to finish it, choose another --adapter-name, or delete "
+                f"{work}."
+            )
     with (
         directory,
         _started(work, recipe, directory.source_fingerprint) as parts,
     ):
-        loaded, plan = _open_planned(session, recipe)
-        _refuse_other_source(loaded, directory)
-        fixed = _stored_codes(directory, plan)
+        loaded, plan = open_planned(session, recipe)
+        refuse_other_source(loaded, directory)
+        refuse_unfinished(directory, plan)
         calibration = _calibration_text_of(session, directory)
         _bind_text(directory, calibration)
-        _walk(session, loaded, plan, parts, recipe, calibration, fixed)
+        _walk(session, loaded, plan, parts, recipe, calibration, _codes_of(directory))
         _write_adapter(session, directory, recipe.adapter_name, parts)
         certificates = parts.certificates()
         directory.write_report(f"adapter-{recipe.adapter_name}", _certificate_report(certificates))
@@ -193,38 +189,24 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     return summary
 
 
-def export(run_path: Path, format: str, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Write the checkpoint of a run in one layout, with the run's adapters beside it.
+def adapt_checkpoint(checkpoint: Path, recipe: Recipe, out: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Make a CLoQ adapter for a quantized checkpoint that another tool made, and measure what it mends.
+
+    The result is a run like any other: its codes are the checkpoint's, bit for bit.
 
     Args:
-        run_path: a run whose layers are all quantized.
-        format: "gptq_v2" or "gptq".
-        out: the folder to make; None is RUN/checkpoint for the run's own layout and RUN/exports/FORMAT otherwise.
+        checkpoint: a folder in any layout that is read.
+        recipe: model is the float original; what concerns codes is not looked at.
+        out: the run directory.
         console: where progress goes.
 
     Returns:
-        The summary.
+        The summary of `run`.
 
     Raises:
-        RunDirectoryError: the run is not finished.
-        ShapeError: the layout cannot hold the layers.
+        CloqError: anything a user can mend.
     """
-    directory = RunDirectory.open(run_path)
-    recipe = Recipe.from_mapping(directory.recipe)
-    session = _Session(recipe, console or Console(stderr=True))
-    if out is None:
-        own = format == recipe.format
-        out = directory.checkpoint_path if own else directory.path / "exports" / format
-    with directory:
-        loaded, plan = _open_planned(session, recipe)
-        _refuse_other_source(loaded, directory)
-        _refuse_unfinished(directory, plan)
-        _write_checkpoint(session, directory, loaded, format, out, plan)
-    summary = _summary(session, directory, None)
-    summary["format"] = format
-    summary["files"] = {"checkpoint": str(out), **_adapter_files(directory)}
-    summary["next"] = [f"cloq inspect {out}", f"cloq eval {out} --reference {recipe.model}"]
-    return summary
+    return run(recipe.changed({"codes_from": str(checkpoint)}), out, console=console)
 
 
 def evaluate(
@@ -234,16 +216,20 @@ def evaluate(
     windows: int,
     reference: str | None = None,
     *,
+    adapter: str | None = None,
+    force: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of the float model, of Q alone and of Q with its adapter, on the same windows.
 
     Args:
-        path: a run directory or a checkpoint folder.
+        path: a run directory, an export or a checkpoint folder.
         text: "wikitext2", "embedded", a file or a hub id.
         window: tokens in a window.
         windows: windows from the start of the text.
         reference: the float model; None is the run's source, and for a checkpoint none is measured.
+        adapter: name or folder; None takes the recipe's own if the run has it, else the only one there is.
+        force: take an adapter of another base; the result says so.
         console: where progress goes.
 
     Returns:
@@ -254,31 +240,36 @@ def evaluate(
     """
     console = console or Console(stderr=True)
     recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
-    session = _Session(recipe, console)
+    session = Session(recipe, console)
     loaded: LoadedModel | None = None
     name = reference or recipe.model
     if name:
         loaded = open_model(name, dtype=torch.float32)
-    result = _measure(session, path, evaluation_text(text), window, windows, loaded)
+    result = _measure(session, path, evaluation_text(text), window, windows, loaded, adapter=adapter, force=force)
     if loaded is None:
-        result["notes"] = ["the float model was not measured: name it with --reference"]
+        session.notes.append("the float model was not measured: name it with --reference")
+    if session.notes:
+        result["notes"] = session.notes
     return result
 
 
-def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
+def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, force: bool = False) -> dict[str, Any]:
     """Say what an artefact is: layout, bits, groups, fingerprint, sizes, bits per weight.
 
     Args:
-        path: a run, a checkpoint or an adapter folder.
-        verify: read every tensor and compute the fingerprint again.
+        path: a run, an export, a checkpoint or an adapter folder.
+        verify: read every tensor, compute the fingerprint again, and repeat the certificate where there is one.
+        adapter: an adapter that is to be served on this base.
+        force: describe an adapter of another base instead of refusing it.
 
     Returns:
         dict, ready for JSON.
 
     Raises:
         FormatError: nothing known is there, or it is damaged.
+        BindingError: the adapter belongs to another base.
     """
-    return describe(path, verify=verify)
+    return describe(path, verify=verify, adapter=adapter, force=force)
 
 
 # What `adapt` may choose anew: none of it touches the codes.
@@ -293,7 +284,7 @@ def _without_ranks(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {pattern: settings for pattern, settings in kept.items() if settings}
 
 
-def _texts(session: _Session, *, demo: bool) -> tuple[CalibrationText, CalibrationText]:
+def _texts(session: Session, *, demo: bool) -> tuple[CalibrationText, CalibrationText]:
     """Return the calibration text and the text to measure on; only the demo may fall back, and says so."""
     recipe = session.recipe
     try:
@@ -304,7 +295,7 @@ def _texts(session: _Session, *, demo: bool) -> tuple[CalibrationText, Calibrati
     return _embedded_texts(session)
 
 
-def _calibration_text(session: _Session, *, demo: bool) -> CalibrationText:
+def _calibration_text(session: Session, *, demo: bool) -> CalibrationText:
     """Return the calibration text alone, for steps that measure nothing."""
     try:
         return load_text(session.recipe.calibration)
@@ -314,7 +305,7 @@ def _calibration_text(session: _Session, *, demo: bool) -> CalibrationText:
     return _embedded_texts(session)[0]
 
 
-def _calibration_text_of(session: _Session, directory: RunDirectory) -> CalibrationText:
+def _calibration_text_of(session: Session, directory: RunDirectory) -> CalibrationText:
     """Return the text that a run was calibrated on, the one that its demo fell back to if it did."""
     noted = directory.read_report(_TEXT_REPORT) if _TEXT_REPORT in directory.reports() else {}
     if session.recipe.calibration == WIKITEXT2 and str(noted.get("origin", "")).startswith(EMBEDDED):
@@ -322,7 +313,7 @@ def _calibration_text_of(session: _Session, directory: RunDirectory) -> Calibrat
     return load_text(session.recipe.calibration)
 
 
-def _embedded_texts(session: _Session) -> tuple[CalibrationText, CalibrationText]:
+def _embedded_texts(session: Session) -> tuple[CalibrationText, CalibrationText]:
     whole = load_text(EMBEDDED)
     # One text serves both ends: what is measured must not have been calibrated on.
     cut = whole.text.rfind("\n\n", 0, int(len(whole.text) * 0.8))
@@ -354,23 +345,9 @@ def _bind_text(directory: RunDirectory, calibration: CalibrationText) -> None:
         )
 
 
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
-    return device
-
-
-def _compute(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    fast = device.type == "cpu" and has_fast_bfloat16(device)
-    return torch.bfloat16 if recipe.precision == "bfloat16" or (recipe.precision == "auto" and fast) else None
-
-
-def _open_run(session: _Session, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
+def _open_run(session: Session, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
     source = session.timed("read model", lambda: find_source(session.recipe.model))
-    fingerprint = session.timed("read model", lambda: source.fingerprint)
+    fingerprint = session.timed("read model", lambda: source_fingerprint(session.recipe, source.fingerprint))
     return _started(out, session.recipe, fingerprint)
 
 
@@ -385,38 +362,45 @@ def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirect
             raise
 
 
-def _open_planned(session: _Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
-    # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
-    dtype: Any = torch.float32 if _device(recipe).type == "cpu" else "auto"
-    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
-    plan = make_plan(find_blocks(loaded.model, recipe.blocks), recipe)
-    return loaded, plan
-
-
 def _compress(
-    session: _Session,
+    session: Session,
     directory: RunDirectory,
     recipe: Recipe,
     calibration: CalibrationText,
     judging: CalibrationText | None = None,
-) -> tuple[LoadedModel, Plan]:
-    loaded, plan = _open_planned(session, recipe)
+) -> LoadedModel:
+    loaded, plan = open_planned(session, recipe)
     if judging is not None:
         tokens = tokenize_text(loaded.tokenizer, judging.text)
         check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
-    _walk(session, loaded, plan, directory, recipe, calibration, None)
+    codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
+    _walk(session, loaded, plan, directory, recipe, calibration, codes)
+    directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
     directory.write_report("layers", _certificate_report(directory.certificates()))
-    return loaded, plan
+    return loaded
+
+
+def _with_grid_of_codes(recipe: Recipe) -> Recipe:
+    """Return the recipe with the grid that most layers of the checkpoint have whose codes it keeps."""
+    if not recipe.codes_from:
+        return recipe
+    grids = collections.Counter(Checkpoint.open(recipe.codes_from).specs.values())
+    spec = grids.most_common(1)[0][0]
+    return recipe.changed({"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric})
+
+
+def _codes_of(directory: RunDirectory) -> Callable[[str], QuantizedLayer]:
+    return lambda name: directory.read_layer(name).quantized
 
 
 def _walk(
-    session: _Session,
+    session: Session,
     loaded: LoadedModel,
     plan: Plan,
     directory: RunDirectory,
     recipe: Recipe,
     calibration: CalibrationText,
-    fixed: Mapping[str, QuantizedLayer] | None,
+    kept_codes: Callable[[str], QuantizedLayer] | None,
 ) -> None:
     done = directory.completed_modules()
     if done.issuperset(plan.modules):
@@ -439,7 +423,7 @@ def _walk(
             f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
             "decides what they leave open; raise --samples or --seqlen"
         )
-    device = _device(recipe)
+    device = device_of(recipe)
     keep_freed_memory()
     watch = MemoryWatch()
     walk = BlockWalk(
@@ -449,8 +433,8 @@ def _walk(
         directory,
         windows,
         device=device,
-        compute=_compute(recipe, device),
-        fixed=fixed,
+        compute=compute_dtype(recipe, device),
+        kept_codes=kept_codes,
         console=session.console,
     )
     walk.run()
@@ -459,34 +443,7 @@ def _walk(
         session.seconds[stage.replace("_", " ")] = seconds
 
 
-def _stored_codes(directory: RunDirectory, plan: Plan) -> Mapping[str, QuantizedLayer]:
-    _refuse_unfinished(directory, plan)
-    return {name: directory.read_layer(name).quantized for name in plan.modules}
-
-
-def _refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:
-    missing = sorted(set(plan.modules) - directory.completed_modules(), key=natural_order)
-    if missing:
-        raise RunDirectoryError(
-            f"{directory.path} lacks {len(missing)} of {len(plan.modules)} layers, the first {missing[0]}; finish it "
-            f"with the command that started it, e.g. cloq run {directory.recipe['model']} --out {directory.path}"
-        )
-
-
-def _refuse_other_source(loaded: LoadedModel, directory: RunDirectory) -> None:
-    if loaded.source.fingerprint != directory.source_fingerprint:
-        raise RunDirectoryError(
-            f"{loaded.source.name} has changed since {directory.path} was made (now {loaded.source.fingerprint}, then "
-            f"{directory.source_fingerprint}); restore the model's files, or start a new run."
-        )
-
-
-def _layers(directory: RunDirectory) -> Iterator[tuple[str, QuantizedLayer]]:
-    for name in sorted(directory.completed_modules(), key=natural_order):
-        yield name, directory.read_layer(name).quantized
-
-
-def _write_adapter(session: _Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
+def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
     """Write the adapter whose pairs stand in `parts` (the run itself if None), bound to the run's base."""
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
@@ -496,7 +453,7 @@ def _write_adapter(session: _Session, directory: RunDirectory, name: str, parts:
             pairs[module] = lora
     if not pairs:
         return
-    fingerprint = base_fingerprint(_layers(directory))
+    fingerprint = base_fingerprint(layers_of(directory))
     session.timed(
         "write",
         lambda: write_adapter(
@@ -505,52 +462,38 @@ def _write_adapter(session: _Session, directory: RunDirectory, name: str, parts:
     )
 
 
-def _write_checkpoint(
-    session: _Session,
-    directory: RunDirectory,
-    loaded: LoadedModel,
-    format: str,
-    out: Path,
-    plan: Plan,
-) -> None:
-    session.timed(
-        "write",
-        lambda: export_checkpoint(
-            out,
-            loaded.model,
-            _layers(directory),
-            skipped=plan.skipped,
-            version=GPTQ_VERSIONS[format],
-            float_dtype=loaded.source.dtype,
-            max_shard_bytes=session.recipe.max_shard_bytes,
-            save_files=lambda folder: save_source_files(loaded, folder),
-        ),
-    )
-
-
 def _measure(
-    session: _Session,
+    session: Session,
     path: Path,
     text: CalibrationText,
     window: int,
     windows: int,
     loaded: LoadedModel | None,
+    *,
+    adapter: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Measure from the files on disk, so that what is reported is what was written."""
-    adapter = _adapter_of(session, path)
-    packed = load(path, adapter, dtype=torch.float32)
+    adapter = adapter or _adapter_of(session, path)
+    merged = is_merged(path)
+    if merged and adapter is not None:
+        raise UsageError(f"{path} is a merged export and takes no adapter; leave --adapter out.")
+    served = open_model(str(path), dtype=torch.float32).model if merged else _served(session, path, adapter, force)
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
     tokens = tokenize_text(tokenizer, text.text)
 
     def models() -> Iterator[tuple[str, nn.Module]]:
         if loaded is not None:
             yield "float", loaded.model
+        if merged:
+            yield "merged", served
+            return
         if adapter is not None:
-            packed.disable_adapters()
-        yield "quantized", packed
+            served.disable_adapters()
+        yield "quantized", served
         if adapter is not None:
-            packed.enable_adapters()
-            yield "adapter", packed
+            served.enable_adapters()
+            yield "adapter", served
 
     return measure(
         models(),
@@ -563,11 +506,21 @@ def _measure(
     )
 
 
-def _adapter_of(session: _Session, path: Path) -> str | None:
-    """Return the adapter to measure: the recipe's own if the run has it, else the only one there is."""
-    if not RunDirectory.is_run(path):
-        return None
-    names = RunDirectory.open(path).adapters()
+def _served(session: Session, path: Path, adapter: str | None, force: bool) -> Any:
+    """Return the packed model with its adapter, noting an adapter that was taken by force."""
+    if adapter is not None and force:
+        checkpoint, bound = Checkpoint.open(path), read_adapter(find_adapter(path, adapter)).base_fingerprint
+        if bound != checkpoint.fingerprint():
+            session.notes.append(
+                f"the adapter {adapter} is bound to {bound or 'no base'}, not to {checkpoint.fingerprint()}; it was "
+                "taken by force"
+            )
+    return load(path, adapter, dtype=torch.float32, force=force)
+
+
+def _adapter_of(session: Session, path: Path) -> str | None:
+    """Return the adapter to measure: the recipe's own if it is there, else the only one."""
+    names = RunDirectory.open(path).adapters() if RunDirectory.is_run(path) else adapters_in(path)
     if session.recipe.adapter_name in names:
         return session.recipe.adapter_name
     return names[0] if len(names) == 1 else None
@@ -588,7 +541,7 @@ def _adapter_files(directory: RunDirectory) -> dict[str, str]:
 
 
 def _summary(
-    session: _Session,
+    session: Session,
     directory: RunDirectory,
     perplexity: dict[str, Any] | None,
     certificates: list[LayerCertificate] | None = None,

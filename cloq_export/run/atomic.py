@@ -49,6 +49,23 @@ _SAFETENSORS_CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+_CODE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -84,9 +101,6 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file whole or not at all, one tensor in memory at a time.
 
-    The library's own writer orders the metadata by hash, so two runs differ; here everything is sorted: tensors by
-    descending element size (so that each is aligned), then by name.
-
     Args:
         path: the file; its folder exists.
         tensors: name -> tensor of any shape, on any device.
@@ -96,29 +110,129 @@ def write_safetensors(
         ShapeError: a tensor has a dtype that safetensors cannot hold.
         RunDirectoryError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        code = _SAFETENSORS_CODES.get(str(tensor.dtype).removeprefix("torch."))
-        if code is None:
-            raise ShapeError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold; convert it first.")
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    with TensorFileWriter(path, {name: tensor_header(name, tensors[name]) for name in tensors}, metadata) as writer:
+        for name in writer.names:
+            writer.write(name, tensors[name])
 
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little")
-        yield text
-        for name in names:
-            yield tensor_bytes(tensors[name])
 
-    _write_pieces(Path(path), pieces())
+def tensor_header(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return (dtype code of safetensors, shape) of a tensor.
+
+    Raises:
+        ShapeError: safetensors cannot hold its dtype.
+    """
+    code = _SAFETENSORS_CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise ShapeError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold; convert it first.")
+    return code, tuple(tensor.shape)
+
+
+def header_bytes(header: tuple[str, tuple[int, ...]]) -> int:
+    """Return how many bytes a tensor with this header takes."""
+    return math.prod(header[1]) * _CODE_BYTES[header[0]]
+
+
+class TensorFileWriter:
+    """A safetensors file whose tensors come one at a time and in any order, whole in the end or not there at all.
+
+    The library's own writer wants all tensors at once and orders the metadata by hash, so two runs differ; here
+    everything is sorted: tensors by descending element size (so that each is aligned), then by name.
+
+    Args:
+        path: the file; its folder exists.
+        headers: name -> (dtype code of safetensors, shape) of every tensor that will come.
+        metadata: text to keep in the header.
+
+    Raises:
+        RunDirectoryError: the disk is full, or the folder cannot be written; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        headers: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.names = sorted(headers, key=lambda name: (-_CODE_BYTES[headers[name][0]], name))
+        self._headers = headers
+        self._missing = set(headers)
+        content: dict[str, Any] = {}
+        if metadata:
+            content["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+        offset = 0
+        for name in self.names:
+            code, shape = headers[name]
+            end = offset + header_bytes(headers[name])
+            content[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        self._offsets = {name: 8 + len(text) + content[name]["data_offsets"][0] for name in self.names}
+        self._partial = _partial_path(self.path)
+        with translate_os_errors(self.path):
+            self._descriptor = os.open(
+                self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+            )
+        try:
+            with translate_os_errors(self.path):
+                _write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor into its place.
+
+        Raises:
+            ShapeError: it is not the tensor that was announced.
+            RunDirectoryError: the disk is full.
+        """
+        header = tensor_header(name, tensor)
+        if name not in self._missing or self._headers[name] != header:
+            raise ShapeError(f"tensor {name!r} {header} was not announced for {self.path}, or comes twice.")
+        with translate_os_errors(self.path):
+            os.lseek(self._descriptor, self._offsets[name], os.SEEK_SET)
+            _write_all(self._descriptor, tensor_bytes(tensor))
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            ShapeError: an announced tensor did not come.
+            RunDirectoryError: the disk is full.
+        """
+        if self._missing:
+            raise ShapeError(f"tensor {min(self._missing)!r} of {self.path} was announced and did not come.")
+        with translate_os_errors(self.path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            os.replace(self._partial, self.path)
+            _sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            try:
+                self.close()
+            except BaseException:
+                self.discard()
+                raise
+        else:
+            self.discard()
 
 
 @contextlib.contextmanager

@@ -328,6 +328,23 @@ class RunDirectory:
                     )
         return StoredLayer(quantized, lora, certificate)
 
+    def layer_header(self, module: str) -> tuple[QuantSpec, tuple[int, int]]:
+        """Return the grid and the shape (out, in) of one finished layer, without reading its numbers.
+
+        Args:
+            module: full module name.
+
+        Raises:
+            FormatError: the layer is missing or damaged.
+        """
+        path = self.layer_path(module)
+        with _remedy(path):
+            spec = _read_layer_header(path, module)[0]
+            shape = read_safetensors_header(path)[0]["codes"][1]
+            if len(shape) != 2:
+                raise FormatError(f"{path}: codes have shape {shape}; expected (out, in).")
+        return spec, (shape[0], shape[1])
+
     def completed_modules(self) -> set[str]:
         """Return the modules whose layer is finished and whole; `damaged_layers` tells of the others."""
         return self._check_layers()[0]

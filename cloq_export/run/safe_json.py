@@ -27,6 +27,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # A pipe would be waited for without end.
+            raise FormatError(f"{path} is no ordinary file; expected a JSON file.")
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
@@ -49,13 +52,23 @@ def parse_json(data: bytes | str, source: str) -> dict[str, Any]:
         The object.
 
     Raises:
-        FormatError: the text is not JSON, or holds something else than an object.
+        FormatError: the text is not JSON, names a key twice, or holds something else than an object.
     """
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise FormatError(f"{source} is not valid JSON ({reason}); it is damaged or of another kind.") from None
     if not isinstance(value, dict):
         raise FormatError(f"{source} holds a JSON {type(value).__name__}; expected an object.")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, refusing a key that stands there twice: readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    return found

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
-from cloq_export.formats.gptq.codec import TENSOR_NAMES, pack_layer
+from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.run.directory import RunDirectory
-from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
+from cloq_export.runtimes.checkpoint_writer import linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import QuantizedLayer
 
@@ -66,8 +67,8 @@ def load(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = _find_adapter(path, adapter)
-    read = None if found is None else _read_bound_adapter(found, checkpoint, force=force)
+    found = None if adapter is None else find_adapter(path, adapter)
+    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     model = _build_model(checkpoint, dtype, _place_packed)
     # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
     model.quantization_method = "gptq"
@@ -110,8 +111,8 @@ def dequantized_model(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = _find_adapter(path, adapter)
-    read = None if found is None else _read_bound_adapter(found, checkpoint, force=force)
+    found = None if adapter is None else find_adapter(path, adapter)
+    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     model = _build_model(checkpoint, torch.float32, _place_dense)
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
@@ -139,11 +140,10 @@ class _PackedTensors:
 
 
 def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
-    """Return the packed linear of a module, from its words as they lie in the file."""
+    """Return the packed linear of a module; words in the kernels' own order are taken as they lie in the file."""
     tensors, spec = packed.tensors, packed.checkpoint.specs[packed.module]
-    if packed.checkpoint.gptq.version == 1:
-        # Version 1 stores zero - 1; the kernels read zeros as they are.
-        tensors = pack_layer(packed.layer(), version=2, name=packed.module)
+    if packed.checkpoint.grids.layout is not GPTQ_V2:
+        tensors = GPTQ_V2.pack_layer(packed.layer(), name=packed.module)
     expected = torch.arange(packed.linear.in_features, dtype=torch.int32) // spec.columns_per_group(
         packed.linear.in_features
     )
@@ -170,25 +170,18 @@ def _build_model(
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
     model = _empty_model(checkpoint, dtype)
-    linears = _targeted_linears(checkpoint, model)
-    waiting: dict[str, dict[str, torch.Tensor]] = {module: {} for module in linears}
-    for path, tensors in checkpoint.read_files():
-        for name, tensor in tensors.items():
-            module, _, part = name.rpartition(".")
-            if module in waiting and part in TENSOR_NAMES:
-                waiting[module][part] = tensor
-            else:
-                _place_float(checkpoint, model, name, tensor, source=path)
-        for module in [module for module, parts in waiting.items() if len(parts) == len(TENSOR_NAMES)]:
-            packed = _PackedTensors(checkpoint, module, linears[module], waiting.pop(module))
-            try:
-                placed = place(packed, model.dtype)
-            except (ShapeError, NonFiniteError, FormatError) as error:
-                text = str(error)
-                raise FormatError(text if module in text else f"{path}: {module}: {text}") from None
-            # The bias may lie in a file that comes later, so the parameter moves as it is.
-            placed.bias = model.get_submodule(module).bias
-            model.set_submodule(module, placed)
+    for module, linear in _targeted_linears(checkpoint, model).items():
+        try:
+            packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
+            placed = place(packed, model.dtype)
+        except (ShapeError, NonFiniteError, FormatError) as error:
+            text = str(error)
+            raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
+        # Its numbers come with the float part.
+        placed.bias = linear.bias
+        model.set_submodule(module, placed)
+    for name in checkpoint.float_names():
+        _place_float(checkpoint, model, name, checkpoint.read(name), source=checkpoint.files[name].path)
     model.tie_weights()
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
@@ -215,6 +208,15 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
+def unquantized_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the linear modules that a checkpoint leaves in float, the head left out, sorted.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    return linears_beside(_empty_model(checkpoint, None), checkpoint.specs)
+
+
 def _stored_dtype(config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float32
@@ -233,13 +235,17 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
             )
-        seen = checkpoint.headers[f"{module}.qweight"][1]
-        expected = (linear.in_features * spec.bits // 32, linear.out_features)
-        if seen != expected or linear.in_features * spec.bits % 32:
-            raise FormatError(
-                f"{checkpoint.files[f'{module}.qweight']}: {module}.qweight has shape {seen}; a layer with "
-                f"{linear.in_features} inputs and {linear.out_features} outputs at {spec.bits} bits needs {expected}."
-            )
+        try:
+            expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
+        except ShapeError as error:
+            raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
+        for part, (_, shape) in expected.items():
+            seen = checkpoint.headers[f"{module}.{part}"][1]
+            if seen != shape:
+                raise FormatError(
+                    f"{checkpoint.files[f'{module}.{part}'].path}: {module}.{part} has shape {seen}; a layer with "
+                    f"{linear.in_features} inputs and {linear.out_features} outputs at {spec.bits} bits needs {shape}."
+                )
         linears[module] = linear
     return linears
 
@@ -299,10 +305,20 @@ def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> N
             ) from None
 
 
-def _find_adapter(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None) -> Path | None:
-    """Return the folder of an adapter given by name or by path."""
-    if adapter is None:
-        return None
+def find_adapter(path: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Path:
+    """Return the folder of an adapter.
+
+    Args:
+        path: a run directory or a checkpoint folder.
+        adapter: the name of an adapter in it, or an adapter folder.
+
+    Raises:
+        RunDirectoryError: the run has no adapter of that name.
+        FormatError: there is no adapter.
+    """
+    inside = Path(path) / ADAPTERS_NAME / os.fspath(adapter)
+    if isinstance(adapter, str) and Path(adapter).name == adapter and is_adapter(inside):
+        return inside
     if RunDirectory.is_run(path):
         run = RunDirectory.open(path)
         if isinstance(adapter, str) and adapter in run.adapters():
@@ -322,8 +338,18 @@ def _find_adapter(path: str | os.PathLike[str], adapter: str | os.PathLike[str] 
     return folder
 
 
-def _read_bound_adapter(folder: Path, checkpoint: Checkpoint, *, force: bool) -> Adapter:
-    """Return the adapter of a folder, refusing one that belongs to another base."""
+def read_bound_adapter(folder: Path, checkpoint: Checkpoint, *, force: bool) -> Adapter:
+    """Return the adapter of a folder, refusing one that belongs to another base.
+
+    Args:
+        folder: the adapter folder.
+        checkpoint: the base that it is to be served on.
+        force: take it whatever it is bound to.
+
+    Raises:
+        BindingError: it is bound to another base, or to none.
+        FormatError: a file is missing or damaged.
+    """
     read = read_adapter(folder)
     if force:
         return read

@@ -14,8 +14,14 @@ from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.fingerprint import base_fingerprint
+from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_tensors import read_safetensors_header
-from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.runtimes.certificate import CERTIFICATE_NAME, verify_certificate
+from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
+from cloq_export.runtimes.checkpoint_writer import is_ours
+from cloq_export.runtimes.detective import examine
+from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
+from cloq_export.runtimes.merged import MERGED_NAME, is_merged
 
 _DTYPE_BITS = {
     "BOOL": 8,
@@ -32,15 +38,15 @@ _DTYPE_BITS = {
     "I64": 64,
     "F64": 64,
 }
-_PARTS = {"qweight": "code_bytes", "scales": "scale_bytes", "qzeros": "zero_bytes", "g_idx": "index_bytes"}
+_SIZES = {"codes": "code_bytes", "scales": "scale_bytes", "zeros": "zero_bytes", "index": "index_bytes"}
 
 
 def stored_sizes(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Return what a checkpoint and one of its adapters take on disk.
 
-    `bits_per_weight` counts codes, scales and zeros over the weights of the quantized linears; the index `g_idx`,
-    which says nothing in this layout, is left out of it and stands in "index_bytes". With the adapter, its A and B are
-    added, over the same weights.
+    `bits_per_weight` counts codes, scales and zeros over the weights of the quantized linears; an index such as
+    `g_idx`, which says nothing in the layouts here, is left out of it and stands in "index_bytes". With the adapter,
+    its A and B are added, over the same weights.
 
     Args:
         path: a run directory or a checkpoint folder.
@@ -63,12 +69,21 @@ def stored_sizes(path: str | os.PathLike[str], adapter: str | os.PathLike[str] |
     return _sizes(Checkpoint.open(path), folder)
 
 
-def describe(path: str | os.PathLike[str], *, verify: bool = False) -> dict[str, Any]:
-    """Say what an artefact is: a run directory, a checkpoint or adapter of ours, or somebody else's.
+def describe(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Say what an artefact is: a run directory, an export, a checkpoint or adapter of ours, or somebody else's.
 
     Args:
         path: the folder.
-        verify: read every tensor, and compute the fingerprint of the base again.
+        verify: read every tensor, compute the fingerprint of the base again, and repeat the certificate if there is
+            one.
+        adapter: an adapter that is to be served on this base: its name in the folder, or a folder of its own.
+        force: describe an adapter of another base instead of refusing it; the answer says so.
 
     Returns:
         dict: "kind" ("run", "checkpoint" or "adapter"), "path", "ours", and the facts of that kind, ready for JSON.
@@ -76,17 +91,41 @@ def describe(path: str | os.PathLike[str], *, verify: bool = False) -> dict[str,
     Raises:
         FormatError: there is nothing that is known at the path, or a file of it is missing or damaged.
         RunDirectoryError: the run cannot be read.
+        BindingError: the adapter belongs to another base, and `force` is not given.
     """
     folder = Path(path)
+    facts = _describe(folder, verify=verify)
+    if adapter is not None:
+        facts["checked_adapter"] = _describe_bound(folder, adapter, force=force)
+    return facts
+
+
+def _describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FormatError(f"{folder} {what}; give the folder of a run, a checkpoint or an adapter.")
     if RunDirectory.is_run(folder):
         return _describe_run(folder, verify=verify)
     if is_adapter(folder):
-        return _describe_adapter(folder)
+        facts = _describe_adapter(folder)
+        if verify and (folder / CERTIFICATE_NAME).is_file():
+            facts["certificate"] = _verified(folder)
+        return facts
+    if is_merged(folder):
+        return _describe_merged(folder, verify=verify)
     if (folder / CONFIG_NAME).is_file():
-        return _describe_checkpoint(Checkpoint.open(folder), verify=verify)
+        if not is_ours(folder):
+            return _describe_foreign(folder, verify=verify)
+        facts = _describe_checkpoint(Checkpoint.open(folder), verify=verify)
+        home = folder / ADAPTERS_NAME
+        if home.is_dir():
+            base = facts["base_fingerprint"]
+            found = [_describe_adapter(place) for place in sorted(home.iterdir()) if is_adapter(place)]
+            facts["adapters"] = [
+                {"name": Path(each["path"]).name, **each, "bound_to_this_base": each["base_fingerprint"] == base}
+                for each in found
+            ]
+        return facts
     raise FormatError(
         f"{folder} holds no run.json, config.json or adapter_config.json, so it is no run, checkpoint or adapter; "
         "check the path."
@@ -128,6 +167,44 @@ def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
     return facts
 
 
+def _describe_foreign(folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Describe a checkpoint of another tool: what it is by label and by content, and what is suspicious."""
+    found = examine(folder)
+    facts: dict[str, Any] = {"kind": "checkpoint", "path": str(folder), "ours": False}
+    if found.readable:
+        facts = _describe_checkpoint(Checkpoint.open(folder), verify=verify)
+    elif verify and found.refusal:
+        raise FormatError(found.refusal)
+    return {**facts, "examination": found.facts()}
+
+
+def _describe_bound(folder: Path, adapter: str | os.PathLike[str], *, force: bool) -> dict[str, Any]:
+    """Describe an adapter beside the base that it is to be served on, refusing one of another base."""
+    checkpoint = Checkpoint.open(folder)
+    found = find_adapter(folder, adapter)
+    read_bound_adapter(found, checkpoint, force=force)
+    facts = _describe_adapter(found)
+    bound = facts["base_fingerprint"] == checkpoint.fingerprint()
+    return {**facts, "bound_to_this_base": bound, "forced": not bound}
+
+
+def _describe_merged(folder: Path, *, verify: bool) -> dict[str, Any]:
+    record = read_json(folder / MERGED_NAME)
+    facts: dict[str, Any] = {"kind": "merged export", "path": str(folder), "ours": True, **record}
+    facts["modules"] = len(record.get("modules") or [])
+    if verify:
+        facts["certificate"] = _verified(folder)
+        facts["verified"] = True
+    return facts
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """Repeat a certificate and say what that covered."""
+    repeated = verify_certificate(folder)
+    certificate = repeated.pop("certificate")
+    return {"layout": certificate["layout"], "forced": certificate.get("forced", []), **repeated}
+
+
 def _refuse_other_layers(run: RunDirectory, packed: str) -> None:
     """Check that the layers of a run are those that its checkpoint packs."""
     names = sorted(run.completed_modules())
@@ -145,19 +222,19 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
         {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "modules": count}
         for spec, count in sorted(specs.items(), key=lambda item: (-item[1], item[0].bits, item[0].group_size))
     ]
-    main = checkpoint.gptq.default
+    main = checkpoint.grids.default
     facts: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.folder),
         "ours": checkpoint.is_ours,
-        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or [])) or None,
-        "layout": {1: "gptq", 2: "gptq_v2"}[checkpoint.gptq.version],
+        "architecture": _architecture(checkpoint.config),
+        "layout": checkpoint.grids.layout.name,
         "bits": main.bits,
         "group_size": main.group_size,
         "symmetric": main.symmetric,
         "quantized_modules": len(checkpoint.specs),
-        "base_fingerprint": checkpoint.gptq.base_fingerprint,
-        "files": [path.name for path in sorted(set(checkpoint.files.values()))],
+        "base_fingerprint": checkpoint.grids.base_fingerprint,
+        "files": sorted({file.path.name for file in checkpoint.files.values()}),
         **_sizes(checkpoint, None),
     }
     facts = {name: value for name, value in facts.items() if not name.endswith("_with_adapter") or value is not None}
@@ -166,7 +243,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
         facts["grids"] = grids
     if verify:
         computed = checkpoint.computed_fingerprint()
-        recorded = checkpoint.gptq.base_fingerprint
+        recorded = checkpoint.grids.base_fingerprint
         if recorded is not None and recorded != computed:
             raise FormatError(
                 f"{checkpoint.folder} says its base is {recorded}, but its tensors are {computed}; the files were "
@@ -174,7 +251,17 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
             )
         facts["base_fingerprint"] = computed
         facts["verified"] = True
+        if (checkpoint.folder / CERTIFICATE_NAME).is_file():
+            facts["certificate"] = _verified(checkpoint.folder)
+        elif checkpoint.is_ours:
+            facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
     return facts
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    known = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return ", ".join(known) or None
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
@@ -196,22 +283,19 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
-    sizes = dict.fromkeys((*_PARTS.values(), "float_part_bytes"), 0)
-    weights = 0
+    sizes = dict.fromkeys((*_SIZES.values(), "float_part_bytes"), 0)
     float_codes: collections.Counter[str] = collections.Counter()
+    floats, roles = set(checkpoint.float_names()), checkpoint.grids.layout.roles
     for name, header in checkpoint.headers.items():
-        module, _, part = name.rpartition(".")
         size = _bytes_of([header])
-        if module in checkpoint.specs and part in _PARTS:
-            sizes[_PARTS[part]] += size
-            if part == "qweight":
-                # 32 codes take as many words as a code has bits.
-                weights += math.prod(header[1]) * 32 // checkpoint.specs[module].bits
-        else:
+        if name in floats:
             sizes["float_part_bytes"] += size
             float_codes[header[0]] += size
+        else:
+            sizes[_SIZES[roles[name.rpartition(".")[2]]]] += size
+    weights = sum(math.prod(checkpoint.features(module)) for module in checkpoint.specs)
     coded = sizes["code_bytes"] + sizes["scale_bytes"] + sizes["zero_bytes"]
-    float_bits = _DTYPE_BITS[float_codes.most_common(1)[0][0]] if float_codes else 16
+    float_bits = _DTYPE_BITS.get(float_codes.most_common(1)[0][0], 8) if float_codes else 16
     adapter_bytes = None
     if adapter is not None:
         adapter_bytes = _bytes_of(read_safetensors_header(adapter / ADAPTER_WEIGHTS_NAME)[0].values())

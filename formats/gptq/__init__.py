@@ -1,7 +1,9 @@
 """The GPTQ layout, versions 1 and 2; see SPEC.md."""
 
 from cloq_export.formats.gptq.codec import (
-    GptqConfig,
+    GPTQ_V1,
+    GPTQ_V2,
+    GptqLayout,
     check_packable,
     layout_name,
     pack_layer,
@@ -11,7 +13,9 @@ from cloq_export.formats.gptq.codec import (
 )
 
 __all__ = [
-    "GptqConfig",
+    "GPTQ_V1",
+    "GPTQ_V2",
+    "GptqLayout",
     "check_packable",
     "layout_name",
     "pack_layer",

@@ -1,21 +1,21 @@
 """Pack and unpack the GPTQ layout; the rules stand in SPEC.md.
 
-Packing works on bytes: the bit stream of SPEC.md section 2 is byte-aligned every `8 / gcd(8, bits)` codes, so uint8
-arithmetic builds it and a little-endian view makes the int32 words. No tensor larger than the codes is ever made.
+The bit stream of SPEC.md section 2 is that of `cloq_export.kernels.bitpack`. No tensor larger than the codes is made.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 
 from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
+from cloq_export.formats.layout import Headers, Layout, Role, StoredGrids
+from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.run.safe_tensors import require_tensor
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -94,8 +94,8 @@ def pack_layer(layer: QuantizedLayer, *, version: Version = 2, name: str = "laye
             )
         zeros = zeros - 1
     return {
-        "qweight": _pack_rows(layer.codes, spec.bits).t().contiguous(),
-        "qzeros": _pack_rows(zeros.t(), spec.bits),
+        "qweight": pack_columns(layer.codes, spec.bits),
+        "qzeros": pack_rows(zeros.t(), spec.bits),
         "scales": layer.scales.t().contiguous(),
         "g_idx": _group_index(layer.in_features, spec, layer.codes.device),
     }
@@ -141,7 +141,7 @@ def unpack_layer(
             f"{name}: g_idx is not sequential (an act-order checkpoint, or another group size than "
             f"{spec.group_size}); quantize again with desc_act=false."
         )
-    zeros = _unpack_rows(qzeros, bits)
+    zeros = unpack_rows(qzeros, bits)
     if version == 1:
         if int(zeros.max()) == spec.max_code:
             raise FormatError(
@@ -151,36 +151,11 @@ def unpack_layer(
         zeros = zeros + 1
     zeros = zeros.t().contiguous()
     _check_symmetric(zeros, spec, name)
-    codes = _unpack_rows(qweight.t().contiguous(), bits)
+    codes = unpack_columns(qweight, bits)
     try:
         return QuantizedLayer(codes=codes, scales=scales.t().contiguous(), zeros=zeros, spec=spec)
     except (ShapeError, NonFiniteError) as error:
         raise FormatError(f"{name}: {error}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class GptqConfig:
-    """What a checkpoint's `quantization_config` says.
-
-    Args:
-        version: 1 or 2.
-        default: the grid of every module that is not named.
-        overrides: exact module name -> its own grid, or None for a module that stays float.
-        modules: the quantized modules, sorted; None if the config does not list them.
-        base_fingerprint: of the quantized base; None if the config does not carry one.
-    """
-
-    version: Version
-    default: QuantSpec
-    overrides: Mapping[str, QuantSpec | None]
-    modules: tuple[str, ...] | None
-    base_fingerprint: str | None
-
-    def spec_for(self, module: str) -> QuantSpec | None:
-        """Return the grid of a module, or None if it stays float."""
-        if module in self.overrides:
-            return self.overrides[module]
-        return self.default if self.modules is None or module in self.modules else None
 
 
 def quantization_config(
@@ -245,7 +220,7 @@ def quantization_config(
     return config
 
 
-def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quantization_config") -> GptqConfig:
+def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quantization_config") -> StoredGrids:
     """Read a `quantization_config`, ours or a plain one of the same layout.
 
     Args:
@@ -259,13 +234,13 @@ def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quant
         FormatError: it is of another method or format version, asks for act-order, or is damaged.
     """
     if config.get("quant_method") != "gptq":
-        raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r}; this reader knows 'gptq'.")
+        raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r:.80}; this reader knows 'gptq'.")
     layout = config.get("checkpoint_format", "gptq")
     versions: dict[Any, Version] = {"gptq": 1, "gptq_v2": 2}
     if not isinstance(layout, str) or layout not in versions:
-        raise FormatError(f"{source}: checkpoint_format is {layout!r}; this reader knows 'gptq' and 'gptq_v2'.")
+        raise FormatError(f"{source}: checkpoint_format is {layout!r:.80}; this reader knows 'gptq' and 'gptq_v2'.")
     if config.get("desc_act", False) is not False:
-        raise FormatError(f"{source}: desc_act is {config['desc_act']!r}; only sequential groups are read.")
+        raise FormatError(f"{source}: desc_act is {config['desc_act']!r:.80}; only sequential groups are read.")
     default = _read_spec(config, {}, source)
     overrides: dict[str, QuantSpec | None] = {}
     dynamic = config.get("dynamic") or {}
@@ -282,21 +257,99 @@ def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quant
         overrides[module] = None if pattern.startswith("-") else _read_spec(config, values, source)
     ours = config.get("cloq")
     if ours is None:
-        return GptqConfig(versions[layout], default, overrides, None, None)
+        return StoredGrids(_LAYOUTS[versions[layout]], default, overrides, None, None)
     if not isinstance(ours, Mapping) or ours.get("format_version") != FORMAT_VERSION:
         seen = ours.get("format_version") if isinstance(ours, Mapping) else ours
         raise FormatError(
-            f"{source}: format version {seen!r} of cloq is unknown; this program reads {FORMAT_VERSION}. Update "
+            f"{source}: format version {seen!r:.80} of cloq is unknown; this program reads {FORMAT_VERSION}. Update "
             "cloq_export."
         )
     if ours.get("layout") != layout:
-        raise FormatError(f"{source}: cloq.layout is {ours.get('layout')!r} but checkpoint_format is {layout!r}.")
+        raise FormatError(f"{source}: cloq.layout is {ours.get('layout')!r:.80} but checkpoint_format is {layout!r}.")
     modules, fingerprint = ours.get("modules"), ours.get("base_fingerprint")
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise FormatError(f"{source}: cloq.modules is not a list of names; the config is damaged.")
     if not isinstance(fingerprint, str):
-        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r}; the config is damaged.")
-    return GptqConfig(versions[layout], default, overrides, tuple(sorted(modules)), fingerprint)
+        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r:.80}; the config is damaged.")
+    return StoredGrids(_LAYOUTS[versions[layout]], default, overrides, tuple(sorted(modules)), fingerprint)
+
+
+class GptqLayout(Layout):
+    """The GPTQ layout in one of its two versions.
+
+    Args:
+        version: 1 stores `zero - 1`, 2 stores `zero`.
+    """
+
+    quant_method = "gptq"
+    roles: Mapping[str, Role] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales", "g_idx": "index"}
+
+    def __init__(self, version: Version) -> None:
+        self.name = layout_name(version)
+        self.version: Version = version
+
+    def parts(self, spec: QuantSpec) -> tuple[str, ...]:
+        """Return the parts, the same for every grid."""
+        return TENSOR_NAMES
+
+    def check_packable(self, out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
+        """Refuse what `check_packable` refuses."""
+        check_packable(out_features, in_features, spec, name=name)
+
+    def headers(self, out_features: int, in_features: int, spec: QuantSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return part -> (dtype code, shape); SPEC.md section 1."""
+        groups = spec.group_count(in_features)
+        return {
+            "qweight": ("I32", (in_features * spec.bits // _WORD_BITS, out_features)),
+            "qzeros": ("I32", (groups, out_features * spec.bits // _WORD_BITS)),
+            "scales": ("F16", (groups, out_features)),
+            "g_idx": ("I32", (in_features,)),
+        }
+
+    def features(
+        self,
+        headers: Headers,
+        spec: QuantSpec,
+        *,
+        name: str = "layer",
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> tuple[int, int]:
+        """Return (out, in): the words of a channel hold exactly its codes."""
+        shape = headers["qweight"][1]
+        if len(shape) != 2 or (shape[0] * _WORD_BITS) % spec.bits:
+            raise FormatError(
+                f"{name}: qweight has shape {shape}, which does not hold whole {spec.bits}-bit codes; the config and "
+                "the tensors disagree about bits."
+            )
+        return shape[1], shape[0] * _WORD_BITS // spec.bits
+
+    def pack_layer(self, layer: QuantizedLayer, *, name: str = "layer") -> dict[str, torch.Tensor]:
+        """Return the parts of a layer; see `pack_layer`."""
+        return pack_layer(layer, version=self.version, name=name)
+
+    def unpack_layer(
+        self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, *, name: str = "layer"
+    ) -> QuantizedLayer:
+        """Return the layer; see `unpack_layer`."""
+        return unpack_layer(tensors, spec, version=self.version, name=name)
+
+    def quantization_config(
+        self,
+        specs: Mapping[str, QuantSpec],
+        *,
+        base_fingerprint: str,
+        skipped: Iterable[str] = (),
+        producer: str = "",
+    ) -> dict[str, Any]:
+        """Return the config; see `quantization_config`."""
+        return quantization_config(
+            specs, version=self.version, base_fingerprint=base_fingerprint, skipped=skipped, producer=producer
+        )
+
+
+GPTQ_V1 = GptqLayout(1)
+GPTQ_V2 = GptqLayout(2)
+_LAYOUTS: dict[Version, GptqLayout] = {1: GPTQ_V1, 2: GPTQ_V2}
 
 
 def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -> QuantSpec:
@@ -305,13 +358,14 @@ def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str
     symmetric = values.get("sym", config.get("sym"))
     if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
         raise FormatError(
-            f"{source}: bits {bits!r}, group_size {group_size!r}, sym {symmetric!r}; expected two whole numbers and "
+            f"{source}: bits {bits!r:.80}, group_size {group_size!r:.80}, sym {symmetric!r:.80}; expected two whole "
+            "numbers and "
             "true or false."
         )
     try:
         return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     except CloqError as error:
-        raise FormatError(f"{source}: {error}") from None
+        raise FormatError(f"{source}: {error!s:.400}") from None
 
 
 def _exact_pattern(sign: str, module: str) -> str:
@@ -331,39 +385,3 @@ def _check_symmetric(zeros: torch.Tensor, spec: QuantSpec, name: str) -> None:
 def _group_index(in_features: int, spec: QuantSpec, device: torch.device) -> torch.Tensor:
     columns = torch.arange(in_features, dtype=torch.int32, device=device)
     return columns // spec.columns_per_group(in_features)
-
-
-def _step(bits: int) -> tuple[int, int]:
-    """Return (codes, bytes) of the shortest run of codes that fills whole bytes."""
-    common = math.gcd(8, bits)
-    return 8 // common, bits // common
-
-
-def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the bit stream of each row, (rows, columns) uint8 -> (rows, columns * bits / 32) int32."""
-    codes_per_step, bytes_per_step = _step(bits)
-    rows, columns = codes.shape
-    steps = codes.reshape(rows, columns // codes_per_step, codes_per_step)
-    packed = torch.zeros(rows, columns // codes_per_step, bytes_per_step, dtype=torch.uint8, device=codes.device)
-    for index in range(codes_per_step):
-        byte, shift = divmod(index * bits, 8)
-        packed[..., byte] |= steps[..., index] << shift
-        if shift + bits > 8:
-            packed[..., byte + 1] |= steps[..., index] >> (8 - shift)
-    return packed.view(rows, -1).view(torch.int32)
-
-
-def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes of each row, (rows, words) int32 -> (rows, words * 32 / bits) uint8."""
-    codes_per_step, bytes_per_step = _step(bits)
-    rows = words.shape[0]
-    stream = words.contiguous().view(torch.uint8).view(rows, -1, bytes_per_step)
-    codes = torch.empty(rows, stream.shape[1], codes_per_step, dtype=torch.uint8, device=words.device)
-    mask = 2**bits - 1
-    for index in range(codes_per_step):
-        byte, shift = divmod(index * bits, 8)
-        code = stream[..., byte] >> shift
-        if shift + bits > 8:
-            code = code | (stream[..., byte + 1] << (8 - shift))
-        codes[..., index] = code & mask
-    return codes.view(rows, -1)

@@ -16,6 +16,7 @@ import torch
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.run.atomic import write_folder, write_json, write_safetensors
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.safe_paths import require_inside
 from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.types import LoraPair
 
@@ -28,10 +29,12 @@ FORMAT_VERSION = 1
 _KEY_PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FINGERPRINT_KEY = "cloq_base_fingerprint"
-_OUR_FILES = {CONFIG_NAME, WEIGHTS_NAME, BINDING_NAME, "README.md"}
+_OUR_FILES = {CONFIG_NAME, WEIGHTS_NAME, BINDING_NAME, "README.md", "cloq_certificate.json"}
 
 # PEFT's other initialisations change the base weights when an adapter is loaded; these only set A and B.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_LARGEST = 1e9
+_LONGEST_FINGERPRINT = 128
 _PLAIN_PATTERN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])+\$?")
 
 
@@ -43,11 +46,13 @@ class Adapter:
         pairs: full module name -> LoRA pair, whose alpha gives the scaling that PEFT would use.
         config: the content of adapter_config.json.
         base_fingerprint: of the quantized base that it is bound to; None if it names none.
+        extra: how the adapter was made, as its writer recorded it; empty if it recorded nothing.
     """
 
     pairs: Mapping[str, LoraPair]
     config: Mapping[str, Any]
     base_fingerprint: str | None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write_adapter(
@@ -56,6 +61,7 @@ def write_adapter(
     *,
     base_model: str,
     base_fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all; upstream PEFT loads it unchanged.
 
@@ -64,6 +70,7 @@ def write_adapter(
         pairs: full module name -> LoRA pair, at least one.
         base_model: name or path of the model that the base was made from.
         base_fingerprint: of the quantized base that the adapter belongs to.
+        extra: what else a reader may want to know, e.g. {"split": "balanced", "padded_from": 60}; JSON values.
 
     Raises:
         FormatError: there is no pair.
@@ -80,7 +87,7 @@ def write_adapter(
         "format_version": FORMAT_VERSION,
         "base_fingerprint": base_fingerprint,
         "base_model": base_model,
-    }
+    } | ({"extra": dict(extra)} if extra else {})
     metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
     with write_folder(folder, owned=_holds_only_an_adapter) as filling:
         # The order of the patterns matters (the first match wins), so the keys are not sorted.
@@ -104,10 +111,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder} is not a folder; give the folder that holds {CONFIG_NAME}.")
-    config = read_json(folder / CONFIG_NAME)
+    config = read_json(require_inside(folder, folder / CONFIG_NAME))
     source = str(folder / CONFIG_NAME)
     _check_config(config, source)
-    tensors, metadata = read_safetensors(folder / WEIGHTS_NAME)
+    tensors, metadata = read_safetensors(require_inside(folder, folder / WEIGHTS_NAME))
     weights = str(folder / WEIGHTS_NAME)
     sides: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
     for key, tensor in tensors.items():
@@ -129,8 +136,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             if side not in pair:
                 raise FormatError(f"{weights} lacks lora_{side} of {module}; the adapter is damaged.")
         rank, alpha = _rank_and_alpha(config, module)
-        if rank < 1:
-            raise FormatError(f"{source} gives {module} rank {rank}; a rank is 1 or more.")
+        if rank < 1 or rank != int(rank):
+            raise FormatError(f"{source} gives {module} rank {rank}; a rank is 1 or more, and whole.")
         if pair["A"].ndim != 2 or pair["A"].shape[0] != rank:
             raise FormatError(
                 f"{weights}: lora_A of {module} has shape {tuple(pair['A'].shape)}, but {CONFIG_NAME} gives rank "
@@ -140,7 +147,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             pairs[module] = LoraPair(lora_A=pair["A"], lora_B=pair["B"], alpha=alpha)
         except (ShapeError, NonFiniteError) as error:
             raise FormatError(f"{weights}: {module}: {error}") from None
-    return Adapter(pairs, config, _read_binding(folder, metadata))
+    return Adapter(pairs, config, *_read_binding(folder, metadata))
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -182,7 +189,7 @@ def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
 
 
 def _number(value: float) -> float:
-    # vLLM and older PEFT declare lora_alpha as an integer.
+    # vLLM and PEFT declare lora_alpha as an integer; neither refuses another number.
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -193,16 +200,17 @@ def _holds_only_an_adapter(folder: Path) -> bool:
 
 def _check_config(config: Mapping[str, Any], source: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"{source}: peft_type is {config.get('peft_type')!r}; only 'LORA' is read.")
+        raise FormatError(f"{source}: peft_type is {config.get('peft_type')!r:.80}; only 'LORA' is read.")
     for option, allowed in (("bias", ("none", None)), ("modules_to_save", (None, []))):
         if config.get(option) not in allowed:
-            raise FormatError(f"{source}: {option} is {config[option]!r}; only plain LoRA matrices are read.")
+            raise FormatError(f"{source}: {option} is {config[option]!r:.80}; only plain LoRA matrices are read.")
     for option in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora"):
         if config.get(option):
-            raise FormatError(f"{source}: {option} is {config[option]!r}; only plain LoRA is read.")
+            raise FormatError(f"{source}: {option} is {config[option]!r:.80}; only plain LoRA is read.")
     if config.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise FormatError(
-            f"{source}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights; convert "
+            f"{source}: init_lora_weights is {config['init_lora_weights']!r:.80}, which changes the base weights; "
+            "convert "
             "the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
     for option in ("rank_pattern", "alpha_pattern"):
@@ -213,25 +221,27 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
             # A general regular expression in a file that nobody vouches for can run for ever.
             if _PLAIN_PATTERN.fullmatch(pattern) is None or not _is_number(value):
                 raise FormatError(
-                    f"{source}: {option} maps {pattern[:80]!r} to {value!r}; only module names and numbers are read."
+                    f"{source}: {option} maps {pattern[:80]!r} to {value!r:.80}; only module names and numbers are "
+                    "read."
                 )
     if not _is_number(config.get("r")) or not _is_number(config.get("lora_alpha")):
         raise FormatError(
-            f"{source}: r is {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}; expected numbers."
+            f"{source}: r is {config.get('r')!r:.80} and lora_alpha {config.get('lora_alpha')!r:.80}; expected numbers."
         )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    # Compared first: a whole number beyond every float is none that math takes.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
-def _rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+def _rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[float, float]:
     rank = _matched(config.get("rank_pattern"), module, config["r"])
     alpha = float(_matched(config.get("alpha_pattern"), module, config["lora_alpha"]))
     if config.get("use_rslora"):
         # rsLoRA scales by alpha / sqrt(rank) where LoRA scales by alpha / rank.
         alpha *= math.sqrt(rank)
-    return int(rank), alpha
+    return rank, alpha
 
 
 def _matched(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
@@ -241,23 +251,35 @@ def _matched(patterns: Mapping[str, float] | None, module: str, default: float) 
     return default
 
 
-def _read_binding(folder: Path, metadata: Mapping[str, str]) -> str | None:
+def _is_fingerprint(text: str) -> bool:
+    # Messages carry it, and a text that runs over lines or screens would hide what they say.
+    return 0 < len(text) <= _LONGEST_FINGERPRINT and text.isprintable()
+
+
+def _read_binding(folder: Path, metadata: Mapping[str, str]) -> tuple[str | None, Mapping[str, Any]]:
+    """Return the base fingerprint and what else the writer recorded."""
     inside = metadata.get(_FINGERPRINT_KEY)
+    if inside is not None and not _is_fingerprint(inside):
+        raise FormatError(f"{folder / WEIGHTS_NAME}: {_FINGERPRINT_KEY} is {inside!r:.80}; the file is damaged.")
     path = folder / BINDING_NAME
     if not path.exists():
-        return inside
-    binding = read_json(path)
+        return inside, {}
+    binding = read_json(require_inside(folder, path))
     if binding.get("format") != BINDING_FORMAT or binding.get("format_version") != FORMAT_VERSION:
         raise FormatError(
-            f"{path} says format {binding.get('format')!r}, version {binding.get('format_version')!r}; this program "
-            f"reads {BINDING_FORMAT!r}, version {FORMAT_VERSION}. Update cloq_export."
+            f"{path} says format {binding.get('format')!r:.80}, version "
+            f"{binding.get('format_version')!r:.80}; this program reads {BINDING_FORMAT!r}, version "
+            f"{FORMAT_VERSION}. Update cloq_export."
         )
     beside = binding.get("base_fingerprint")
-    if not isinstance(beside, str):
-        raise FormatError(f"{path}: base_fingerprint is {beside!r}; the file is damaged.")
+    if not isinstance(beside, str) or not _is_fingerprint(beside):
+        raise FormatError(f"{path}: base_fingerprint is {beside!r:.80}; the file is damaged.")
+    extra = binding.get("extra", {})
+    if not isinstance(extra, dict):
+        raise FormatError(f"{path}: extra is a {type(extra).__name__}; expected an object: the file is damaged.")
     if inside is not None and inside != beside:
         raise FormatError(
             f"{path} names the base {beside[:19]}… but {WEIGHTS_NAME} names {inside[:19]}…; the files come from two "
             "adapters: copy both again from one."
         )
-    return beside
+    return beside, extra

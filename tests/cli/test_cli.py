@@ -85,18 +85,44 @@ class RecordingPipeline(types.ModuleType):
         self._record("adapt", run_path, changes)
         return types.SimpleNamespace(to_mapping=lambda: {"run": str(run_path), **changes})
 
-    def export(self, run_path: Path, format: str, out: Path | None, *, console: Any) -> dict[str, Any]:
-        self._record("export", run_path, format, out)
-        return {"run": str(run_path), "format": format, "files": {"checkpoint": str(out)}}
+    def adapt_checkpoint(self, checkpoint: Path, recipe: Recipe, out: Path, *, console: Any) -> dict[str, Any]:
+        self._record("adapt_checkpoint", checkpoint, recipe, out)
+        return {"run": str(out)}
+
+    def ExportOptions(self, **named: Any) -> dict[str, Any]:  # noqa: N802: the name of a class
+        return named
+
+    def export(self, run_path: Path, options: dict[str, Any], *, console: Any) -> dict[str, Any]:
+        self._record("export", run_path, options)
+        return {"format": options["format"], "files": {"export": str(options["out"])}, "adapters": [{"name": "a"}]}
+
+    def convert(self, source: Path, options: dict[str, Any], *, read_as: str | None, console: Any) -> dict[str, Any]:
+        self._record("convert", source, options, read_as)
+        return {"format": options["format"], "files": {"export": str(options["out"])}}
+
+    def push(
+        self, folder: Path, repo_id: str, *, private: bool, token: str | None, revision: str | None
+    ) -> dict[str, Any]:
+        self._record("push", folder, repo_id, private, token, revision)
+        return {"url": f"hub/{repo_id}"}
 
     def evaluate(
-        self, path: Path, text: str, window: int, windows: int, reference: str | None, *, console: Any
+        self,
+        path: Path,
+        text: str,
+        window: int,
+        windows: int,
+        reference: str | None,
+        *,
+        adapter: str | None,
+        force: bool,
+        console: Any,
     ) -> dict[str, Any]:
-        self._record("evaluate", path, text, window, windows, reference)
+        self._record("evaluate", path, text, window, windows, reference, adapter, force)
         return self.perplexity
 
-    def inspect(self, path: Path, verify: bool) -> dict[str, Any]:
-        self._record("inspect", path, verify)
+    def inspect(self, path: Path, verify: bool, *, adapter: str | None, force: bool) -> dict[str, Any]:
+        self._record("inspect", path, verify, adapter, force)
         return {
             "kind": "checkpoint",
             "bits": 2,
@@ -165,6 +191,12 @@ def test_every_verb_has_its_help(capsys):
         (["run", "m", "--out", "x", "--override", "*.q"], "error: '*.q' is not an override"),
         (["run", "m", "--out", "x", "--recipe", "absent.yaml"], "error: the recipe file absent.yaml cannot be read"),
         (["run", "m", "--out", "x", "--bits", "3", "--set", "bits=2"], "error: bits is given twice, as 3 and as 2"),
+        (
+            ["adapt", "x", "--out", "y"],
+            "--out belongs to a checkpoint of another tool; name its float model with --orig",
+        ),
+        (["adapt", "x", "--samples", "3"], "--samples belongs to a checkpoint of another tool"),
+        (["adapt", "x", "--original", "m"], "no run directory was given; say where the run is written with --out RUN"),
         (["adapt", "x", "--set", "rank=4", "--set", "rank=8"], "error: rank is given twice, as 4 and as 8"),
         (["run", "m"], "error: no run directory was given; say where the run is written with --out RUN."),
         (["run", "--out", "x"], "error: no model was given; name a Hugging Face folder"),
@@ -290,7 +322,7 @@ def test_json_is_one_object_and_everything_else_goes_to_standard_error(pipeline,
 def test_eval_json_has_the_fields_of_the_issue(pipeline, capsys):
     assert main(["eval", "x", "--text", "embedded", "--windows", "3", "--reference", "m", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PERPLEXITY
-    assert pipeline.calls[-1] == ("evaluate", Path("x"), "embedded", 512, 3, "m")
+    assert pipeline.calls[-1] == ("evaluate", Path("x"), "embedded", 512, 3, "m", None, False)
 
 
 def test_what_is_not_a_number_becomes_null(pipeline, capsys):
@@ -318,19 +350,49 @@ def test_adapt_export_and_inspect(pipeline, capsys):
     assert pipeline.calls[-1] == ("adapt", Path("x"), {"rank": 16, "split": "balanced", "damping": 0.5})
     assert json.loads(capsys.readouterr().out)["rank"] == 16
 
-    assert main(["export", "x", "--format", "gptq", "--out", "there"]) == 0
-    assert pipeline.calls[-1] == ("export", Path("x"), "gptq", Path("there"))
-    assert main(["export", "x"]) == 0
-    assert pipeline.calls[-1] == ("export", Path("x"), "gptq_v2", None)
+    assert main(["adapt", "x", "--original", "m", "--out", "r", "--rank", "8", "--calibration", "embedded"]) == 0
+    recipe = Recipe.from_mapping({"model": "m", "rank": 8, "calibration": "embedded"})
+    assert pipeline.calls[-1] == ("adapt_checkpoint", Path("x"), recipe, Path("r"))
 
     capsys.readouterr()
     assert main(["inspect", "x", "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert pipeline.calls[-1] == ("inspect", Path("x"), True)
+    assert pipeline.calls[-1] == ("inspect", Path("x"), True, None, False)
     for expected in ("checkpoint", "2.28125", "1.23 MB", "layers", "bits per weight"):
         assert expected in shown
-    assert main(["inspect", "x", "--json"]) == 0
+    assert main(["inspect", "x", "--adapter", "y", "--force", "--json"]) == 0
+    assert pipeline.calls[-1] == ("inspect", Path("x"), False, "y", True)
     assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+
+
+def test_export_convert_and_push(pipeline, capsys):
+    unsaid = {
+        "format": None,
+        "target": None,
+        "device": "any",
+        "adapters": (),
+        "split": "stored",
+        "pad_rank": None,
+        "dtype": "bfloat16",
+        "force": False,
+        "out": None,
+    }
+    assert main(["export", "x"]) == 0
+    assert pipeline.calls[-1] == ("export", Path("x"), unsaid)
+    words = "export x --format gptq --out there --target vllm==0.33 --device cpu --adapter a --adapter b"
+    assert main([*words.split(), "--split", "balanced", "--pad-rank", "16", "--dtype", "float16", "--force"]) == 0
+    said = {"format": "gptq", "target": "vllm==0.33", "device": "cpu", "adapters": ("a", "b"), "split": "balanced"}
+    said |= {"pad_rank": 16, "dtype": "float16", "force": True, "out": Path("there")}
+    assert pipeline.calls[-1] == ("export", Path("x"), said)
+    assert "export  there\n" in capsys.readouterr().out
+    words = "convert x --format compressed_tensors --out there --read-as gptq --json"
+    assert main(words.split()) == 0
+    said = {**unsaid, "format": "compressed_tensors", "out": Path("there")}
+    assert pipeline.calls[-1] == ("convert", Path("x"), said, "gptq")
+    assert json.loads(capsys.readouterr().out)["files"] == {"export": "there"}
+    assert main(["push", "x", "me/model", "--private", "--revision", "r", "--token", "t"]) == 0
+    assert pipeline.calls[-1] == ("push", Path("x"), "me/model", True, "t", "r")
+    assert "hub/me/model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

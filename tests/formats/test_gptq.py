@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError, ShapeError
-from cloq_export.formats.gptq import pack_layer, parse_quantization_config, quantization_config, unpack_layer
+from cloq_export.formats.gptq import (
+    GPTQ_V1,
+    pack_layer,
+    parse_quantization_config,
+    quantization_config,
+    unpack_layer,
+)
 from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -321,7 +327,7 @@ def test_config_means_the_same_to_other_readers() -> None:
 def test_config_comes_back() -> None:
     written = quantization_config(SPECS, version=1, base_fingerprint=FINGERPRINT, skipped=["left.float"])
     read = parse_quantization_config(written)
-    assert read.version == 1
+    assert read.layout is GPTQ_V1
     assert read.modules == tuple(sorted(SPECS))
     assert read.base_fingerprint == FINGERPRINT
     assert {module: read.spec_for(module) for module in SPECS} == SPECS
@@ -331,7 +337,7 @@ def test_config_comes_back() -> None:
 
 def test_config_of_others_is_read() -> None:
     read = parse_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True})
-    assert read.version == 1
+    assert read.layout is GPTQ_V1
     assert read.modules is None
     assert read.base_fingerprint is None
     assert read.spec_for("anything") == QuantSpec(4, 128, symmetric=True)

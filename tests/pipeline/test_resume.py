@@ -19,6 +19,7 @@ from rich.console import Console
 from cloq_export import pipeline
 from cloq_export.cli import main
 from cloq_export.errors import FormatError, RunDirectoryError
+from cloq_export.pipeline import ExportOptions
 from cloq_export.recipe import Recipe
 from cloq_export.run import atomic
 from cloq_export.run.directory import RunDirectory
@@ -124,8 +125,9 @@ KILL_POINTS = [
     ("os.rename", "/model.layers.1.mlp.up_proj.safetensors"),  # in the middle of the last block
     ("os.rename", "/reports/layers.json"),
     ("os.rename", "/adapter_model.safetensors"),
-    ("os.rename", "/shard-1.safetensors"),  # the weights of the checkpoint
+    ("os.rename", "/model.safetensors"),  # the weights of the checkpoint
     ("open", "tokenizer.json"),  # its companions are being copied
+    ("os.rename", "/cloq_certificate.json"),  # it was read back and compared
     ("os.rename", "/run/checkpoint"),  # all of it is written
     ("os.rename", "/reports/evaluation.json"),
     ("os.rename", "/run.json"),  # the very last write
@@ -309,8 +311,9 @@ def test_a_disk_that_fills_up_while_the_tokenizer_is_copied(
     assert not (out / "checkpoint").exists()
     with pytest.raises(FormatError, match="is a run without a checkpoint yet; write it with: cloq export"):
         pipeline.evaluate(out, recipe.eval_text, 16, 1, console=silent)
-    pipeline.export(out, "gptq_v2", console=silent)
+    made = pipeline.export(out, ExportOptions(), console=silent)
     assert (out / "checkpoint" / "tokenizer.json").exists()
+    assert (Path(made["files"]["export"]) / "tokenizer.json").exists()
 
 
 def test_a_disk_that_cannot_be_written(
@@ -374,12 +377,15 @@ def test_another_source_or_text_under_the_same_name_is_refused(
     atomic.write_safetensors(weights, tensors, metadata)
     with pytest.raises(RunDirectoryError, match=r"source model: sha256:\w{12}… in the run, sha256:\w{12}… asked"):
         pipeline.run(recipe, tmp_path / "run", console=silent)
-    for verb in (
-        lambda: pipeline.adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent),
-        lambda: pipeline.export(tmp_path / "run", "gptq_v2", console=silent),
-    ):
-        with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):
-            verb()
+    with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):
+        pipeline.adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent)
+    # An export takes everything from the run; only a checkpoint that is lost has to be made from the source again.
+    pipeline.export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
+    kept = tmp_path / "kept"
+    (tmp_path / "run" / "checkpoint").rename(kept)
+    with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):
+        pipeline.export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
+    kept.rename(tmp_path / "run" / "checkpoint")
     after = contents(tmp_path / "run")
     assert {name: digest for name, digest in after.items() if not name.startswith("work/")} == before
 
@@ -397,6 +403,6 @@ def test_a_run_in_use_and_a_run_that_is_not_finished(
     (out / "layers" / "model.layers.1.mlp.gate_proj.safetensors").unlink()
     message = r"lacks 1 of 14 layers, the first model\.layers\.1\.mlp\.gate_proj; finish it with the command"
     with pytest.raises(RunDirectoryError, match=message):
-        pipeline.export(out, "gptq_v2", console=silent)
+        pipeline.export(out, ExportOptions(), console=silent)
     with pytest.raises(RunDirectoryError, match=message):
         pipeline.adapt(out, {"adapter_name": "second"}, console=silent)

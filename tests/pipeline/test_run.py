@@ -411,11 +411,10 @@ def test_quantize_then_adapt_is_run(
     steps = RunDirectory.open(tmp_path / "steps")
     assert steps.state == "quantized"
     assert steps.adapters() == []
-    assert not steps.checkpoint_path.exists()
+    assert contents(steps.checkpoint_path)
     assert summary["perplexity"] is None
     assert summary["next"][0] == f"cloq adapt {tmp_path / 'steps'} --rank {rank}"
     pipeline.adapt(tmp_path / "steps", {"rank": rank}, console=silent)
-    pipeline.export(tmp_path / "steps", "gptq_v2", console=silent)
 
     whole = RunDirectory.open(tmp_path / "whole")
     for module, layer in stored_layers(whole).items():
@@ -471,29 +470,6 @@ def test_what_adapt_refuses(
     # A mistake is no obstacle to the right command.
     pipeline.adapt(run.path, {"rank": 8, "adapter_name": "wide"}, console=silent)
     assert run.adapters() == ["cloq", "wide"]
-
-
-def test_export_again_and_in_the_other_layout(
-    tmp_path: Path, recipe_for: RecipeFor, run_recipe: Any, silent: Console, contents: Callable[[Path], dict[str, str]]
-) -> None:
-    recipe = recipe_for("llama", bits=4, symmetric=True)
-    run, _ = run_recipe(recipe)
-    before = contents(run.path)
-    again = pipeline.export(run.path, "gptq_v2", tmp_path / "again", console=silent)
-    assert contents(tmp_path / "again") == contents(run.checkpoint_path)
-    assert again["files"]["checkpoint"] == str(tmp_path / "again")
-    pipeline.export(run.path, "gptq_v2", console=silent)
-    assert contents(run.path) == before
-    other = pipeline.export(run.path, "gptq", console=silent)
-    folder = Path(other["files"]["checkpoint"])
-    assert folder == run.path / "exports" / "gptq"
-    expected = log_probabilities(cloq_export.load(run.path))
-    assert torch.equal(log_probabilities(cloq_export.load(folder)), expected)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="holds files that were not written by this command"):
-        pipeline.export(run.path, "gptq", tmp_path / "mine", console=silent)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_evaluate_gives_what_run_measured(

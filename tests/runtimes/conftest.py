@@ -22,8 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft.codec import write_adapter
-from cloq_export.runtimes.checkpoint import export_checkpoint
+from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 VOCABULARY = 96
@@ -167,14 +168,12 @@ def _write_quantized(
     generator = torch.Generator().manual_seed(1)
     layers: dict[str, QuantizedLayer] = {}
     pairs: dict[str, LoraPair] = {}
-    skipped: list[str] = []
     for index, (name, linear) in enumerate(_block_linears(model).items()):
         chosen = next((own for suffix, own in (overrides or {}).items() if name.endswith(suffix)), spec)
         if chosen is None:
-            skipped.append(name)
             continue
         layer = rounded(linear.weight.detach().to(torch.float32), chosen)
-        if options.get("version") == 1:
+        if options.get("layout") is GPTQ_V1:
             layer = dataclasses.replace(layer, zeros=layer.zeros.clamp(min=1))
         layers[name] = layer
         rank = 4 + 4 * (index % 2)
@@ -183,7 +182,9 @@ def _write_quantized(
             lora_B=(0.1 * torch.randn(layer.out_features, rank, generator=generator)).to(torch.float16),
             alpha=2.0 * rank,
         )
-    fingerprint = export_checkpoint(folder / "checkpoint", model, layers.items(), skipped=skipped, **options)
+    source = LayerSource.of_mapping(layers)
+    floats = FloatPart.of_model(model, source)
+    fingerprint = export_checkpoint(folder / "checkpoint", source, floats, **options)
     write_adapter(folder / "adapter", pairs, base_model="random", base_fingerprint=fingerprint)
     return Written(folder / "checkpoint", folder / "adapter", model, layers, pairs, fingerprint)
 

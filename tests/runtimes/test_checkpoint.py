@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ import torch
 from cloq_export.errors import FormatError, RunDirectoryError, ShapeError
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.safe_tensors import read_safetensors
-from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder, export_checkpoint
+from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
+from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.runtimes.hf import load
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -22,7 +24,12 @@ def contents(folder):
 
 
 def export(written, folder, **options):
-    return export_checkpoint(folder, written.source, written.layers.items(), **options)
+    parts = {name: options.pop(name) for name in ("dtype", "save_files") if name in options}
+    return write(folder, written.source, LayerSource.of_mapping(written.layers), parts, **options)
+
+
+def write(folder, model, layers, parts=None, **options):
+    return export_checkpoint(folder, layers, FloatPart.of_model(model, layers, **(parts or {})), **options)
 
 
 def assert_layers_equal(layers, expected):
@@ -97,7 +104,7 @@ def test_floats_are_written_in_the_dtype_of_the_source_where_that_loses_nothing(
     wide = written.source.to(torch.float32)  # as a pipeline that computes in float32 holds it
     with torch.no_grad():
         wide.model.norm.weight += 2**-12
-    export(written, tmp_path / "narrow", float_dtype=torch.bfloat16)
+    export(written, tmp_path / "narrow", dtype=torch.bfloat16)
     tensors = read_safetensors(tmp_path / "narrow" / "model.safetensors")[0]
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.norm.weight"].dtype == torch.float32
@@ -120,17 +127,21 @@ def test_files_of_the_source_are_copied_beside(tmp_path, written):
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path, written):
     folder = tmp_path / "out"
 
-    def broken():
-        yield from list(written.layers.items())[:3]
-        raise KeyboardInterrupt
+    third = list(written.layers)[2]
 
+    def read(name):
+        if name == third:
+            raise KeyboardInterrupt
+        return written.layers[name]
+
+    broken = dataclasses.replace(LayerSource.of_mapping(written.layers), read=read)
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(folder, written.source, broken(), max_shard_bytes=1)
+        write(folder, written.source, broken, max_shard_bytes=1)
     assert list(tmp_path.iterdir()) == []
     export(written, folder)
     before = contents(folder)
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(folder, written.source, broken())
+        write(folder, written.source, broken)
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -156,31 +167,29 @@ def test_layers_of_another_model_are_refused(tmp_path, written):
     name, layer = next(iter(written.layers.items()))
     small = QuantizedLayer(layer.codes[:32], layer.scales[:32], layer.zeros[:32], layer.spec)
     for layers, message in (
-        ([("model.layers.9.mlp.up_proj", layer)], r"the model has no module model\.layers\.9\.mlp\.up_proj"),
-        ([("model.norm", layer)], "they belong to different models"),
-        ([(name, small)], r"the layer is \(32, 64\): they belong to different models"),
-        ([(name, layer), (name, layer)], "comes twice"),
+        ({"model.layers.9.mlp.up_proj": layer}, r"the model has no module model\.layers\.9\.mlp\.up_proj"),
+        ({"model.norm": layer}, "they belong to different models"),
+        ({name: small}, r"the layer is \(32, 64\): they belong to different models"),
     ):
         with pytest.raises(FormatError, match=message):
-            export_checkpoint(tmp_path / "out", written.source, layers)
+            write(tmp_path / "out", written.source, LayerSource.of_mapping(layers))
     with pytest.raises(FormatError, match="needs at least one quantized module"):
-        export_checkpoint(tmp_path / "out", written.source, [])
+        write(tmp_path / "out", written.source, LayerSource.of_mapping({}))
     with pytest.raises(FormatError, match=r"the layers have the fingerprint sha256:.*but sha256:0 was promised"):
         export(written, tmp_path / "out", base_fingerprint="sha256:0")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_width_that_the_layout_cannot_hold_names_its_module(tmp_path, written):
-    model = torch.nn.Module()
-    model.wide = torch.nn.Linear(16, 40)
     layer = QuantizedLayer(
         torch.zeros(40, 16, dtype=torch.uint8),
         torch.ones(40, 1, dtype=torch.float16),
         torch.ones(40, 1, dtype=torch.uint8),
         QuantSpec(3, -1),
     )
+    floats = FloatPart({}, lambda name: None, {}, (), lambda folder: None)
     with pytest.raises(ShapeError, match="wide has 16 inputs; the GPTQ layout stores 3-bit codes"):
-        export_checkpoint(tmp_path / "out", model, [("wide", layer)])
+        export_checkpoint(tmp_path / "out", LayerSource.of_mapping({"wide": layer}), floats)
 
 
 def sharded_copy(written, tmp_path):
@@ -198,7 +207,7 @@ def test_an_index_that_lies_is_refused(tmp_path, written):
         (lambda m: m.__setitem__(some, "pytorch_model.bin"), r"expected the name of a \.safetensors file in the same"),
         (lambda m: m.__setitem__(some, 7), r"expected the name of a \.safetensors file in the same"),
         (lambda m: m.__setitem__(some, "model-00009-of-00002.safetensors"), "does not exist, but .* names it"),
-        (lambda m: m.__setitem__("ghost", m[some]), "promises ghost, which no file holds"),
+        (lambda m: m.__setitem__("ghost", m[some]), "promises .ghost., which no file holds"),
         (lambda m: m.pop(some), "the folder mixes two checkpoints"),
         (lambda m: m.clear(), "has no weight_map"),
     ):

@@ -136,6 +136,20 @@ def test_a_foreign_checkpoint_is_recognised(tmp_path, written):
     assert facts["base_fingerprint"] is None
     assert facts["quantized_modules"] == 14
     assert describe(folder, verify=True)["base_fingerprint"] == written.fingerprint
+    assert facts["examination"]["reading"] == "gptq_v2"
+    assert facts["examination"]["readable"] is True
+
+
+def test_a_checkpoint_that_is_not_read_is_examined_all_the_same(tmp_path, written):
+    folder = shutil.copytree(written.folder, tmp_path / "awq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps(config))
+    facts = describe(folder)
+    assert facts["examination"]["readable"] is False
+    assert facts["examination"]["refusal"]
+    with pytest.raises(FormatError, match="awq|AWQ"):
+        describe(folder, verify=True)
 
 
 def test_what_is_unknown_is_explained(tmp_path, written):
@@ -146,6 +160,6 @@ def test_what_is_unknown_is_explained(tmp_path, written):
         describe(tmp_path / "file")
     with pytest.raises(FormatError, match=r"holds no run\.json, config\.json or adapter_config\.json"):
         describe(tmp_path)
-    written.source.config.save_pretrained(tmp_path / "float")
-    with pytest.raises(FormatError, match="is not a quantized checkpoint; make one with: cloq run"):
+    written.source.save_pretrained(tmp_path / "float")
+    with pytest.raises(FormatError, match="is no quantized checkpoint; make one with: cloq run"):
         describe(tmp_path / "float")

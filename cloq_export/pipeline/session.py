@@ -1,0 +1,121 @@
+"""What the verbs share: one call's recipe, notes and times, and the opening of models and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cloq_export.errors import RunDirectoryError, UsageError
+from cloq_export.models.blocks import find_blocks
+from cloq_export.models.host_memory import MemoryUse
+from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.pipeline.plan import Plan, make_plan, plan_for_codes
+from cloq_export.recipe import Recipe
+from cloq_export.run.directory import RunDirectory, natural_order
+from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target
+from cloq_export.types import QuantizedLayer
+
+
+@dataclasses.dataclass
+class Session:
+    """What one call of a verb works with."""
+
+    recipe: Recipe
+    console: Console
+    notes: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: MemoryUse | None = None
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Run a piece of work and book its time."""
+        started = time.perf_counter()
+        result = work()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        return result
+
+    def say(self, line: str) -> None:
+        """Print a line for people."""
+        self.console.print(line, highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """Give a function that shows (done, in all) as a bar with the time left."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(), console=self.console
+        ) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Return the device that a recipe asks for."""
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
+    return device
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """Return the precision of the calibration's forward passes; None is the model's own."""
+    fast = device.type == "cpu" and has_fast_bfloat16(device)
+    return torch.bfloat16 if recipe.precision == "bfloat16" or (recipe.precision == "auto" and fast) else None
+
+
+def source_fingerprint(recipe: Recipe, model: str) -> str:
+    """Return the fingerprint of all that a run is made from: the model, and the codes that it keeps."""
+    if not recipe.codes_from:
+        return model
+    return f"{model}+{Checkpoint.open(recipe.codes_from).computed_fingerprint()}"
+
+
+def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
+    """Open the float model of a recipe, and decide what happens to each of its layers."""
+    # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
+    dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
+    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
+    blocks = find_blocks(loaded.model, recipe.blocks)
+    if not recipe.codes_from:
+        return loaded, make_plan(blocks, recipe)
+    checkpoint = Checkpoint.open(recipe.codes_from)
+    for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
+        check_target(loaded.model, module, shape)
+    return loaded, plan_for_codes(blocks, checkpoint.specs, recipe)
+
+
+def refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:
+    """Refuse a run that lacks a layer of its plan."""
+    missing = sorted(set(plan.modules) - directory.completed_modules(), key=natural_order)
+    if missing:
+        raise RunDirectoryError(
+            f"{directory.path} lacks {len(missing)} of {len(plan.modules)} layers, the first {missing[0]}; finish it "
+            f"with the command that started it, e.g. cloq run {directory.recipe['model']} --out {directory.path}"
+        )
+
+
+def refuse_other_source(loaded: LoadedModel, directory: RunDirectory) -> None:
+    """Refuse a model that is not the one that a run was made from."""
+    # A run that keeps foreign codes names them behind the model; it has its own copy of them.
+    model = directory.source_fingerprint.partition("+")[0]
+    if loaded.source.fingerprint != model:
+        raise RunDirectoryError(
+            f"{loaded.source.name} has changed since {directory.path} was made (now {loaded.source.fingerprint}, then "
+            f"{model}); restore the model's files, or start a new run."
+        )
+
+
+def layers_of(directory: RunDirectory) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Yield (module, layer) of every finished layer of a run."""
+    for name in sorted(directory.completed_modules(), key=natural_order):
+        yield name, directory.read_layer(name).quantized

@@ -1,0 +1,39 @@
+"""Which files of a folder that nobody vouches for may be read or copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cloq_export.errors import FormatError
+
+
+def require_inside(folder: Path, path: Path) -> Path:
+    """Return a file's path after checking that no link leads it out of its folder.
+
+    A link in a folder from elsewhere may name any file of this machine, and what is read from it may be written into
+    an export and published. The links of the hub's own cache, which lead to the blobs beside its snapshots, are fine.
+
+    Args:
+        folder: the folder that the file belongs to.
+        path: the file.
+
+    Returns:
+        `path`, unchanged.
+
+    Raises:
+        FormatError: the file lies elsewhere.
+    """
+    try:
+        home, place = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise FormatError(
+            f"{path} is a link that leads round in a circle; put the file itself into the folder."
+        ) from None
+    allowed = [home]
+    # Also from a folder inside a snapshot, such as an adapter that lies beside its base.
+    allowed += [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not any(place.is_relative_to(root) for root in allowed):
+        raise FormatError(
+            f"{path} is a link that leads out of {folder}, to {place}; put the file itself into the folder."
+        )
+    return path

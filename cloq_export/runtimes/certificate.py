@@ -1,0 +1,251 @@
+"""The equality certificate: what an export holds is what the run made, read back from disk and compared bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cloq_export.errors import FormatError
+from cloq_export.run.atomic import tensor_bytes, write_json
+from cloq_export.run.fingerprint import combine_digests, layer_digest
+from cloq_export.run.safe_json import read_json
+from cloq_export.run.safe_paths import require_inside
+from cloq_export.run.versions import environment
+from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.types import QuantizedLayer
+
+CERTIFICATE_NAME = "cloq_certificate.json"
+CERTIFICATE_FORMAT = "cloq-certificate"
+FORMAT_VERSION = 1
+
+# Exports of float weights: their files are compared, and there are no codes to unpack.
+WITHOUT_CODES = ("merged", "peft")
+
+# People edit the card of a published model; nothing in it is served.
+_NOT_COVERED = (CERTIFICATE_NAME, "README.md")
+# Of a file in an export; every file system allows as much.
+_LONGEST_NAME = 255
+_BUFFER = 4 * 1024 * 1024
+
+
+def certify_checkpoint(
+    folder: Path,
+    layers: LayerSource,
+    floats: FloatPart | None,
+    *,
+    base_fingerprint: str,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Read a quantized checkpoint back from disk, compare it with what was to be written, and write its certificate.
+
+    Args:
+        folder: the checkpoint, complete.
+        layers: what was to be written; codes, scales and zeros are compared bit for bit.
+        floats: the float part that was to be written, compared bit for bit; None compares the layers alone.
+        base_fingerprint: of the layers.
+        facts: more to note, e.g. adapters that were taken by force.
+
+    Returns:
+        dict: the certificate, as it stands in the folder.
+
+    Raises:
+        FormatError: a tensor read back differs from the one that was to be written.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if set(checkpoint.specs) != set(layers.specs):
+        odd = sorted(set(checkpoint.specs) ^ set(layers.specs))[0]
+        raise FormatError(f"{folder} and the layers that it was made from differ in which modules they have: {odd}.")
+    modules: dict[str, Any] = {}
+    for module in layers.specs:
+        read, meant = checkpoint.read_layer(module), layers.read(module)
+        refuse_difference(read, meant, f"{folder}: {module}")
+        modules[module] = {
+            "bits": read.spec.bits,
+            "group_size": read.spec.group_size,
+            "symmetric": read.spec.symmetric,
+            "shape": [read.out_features, read.in_features],
+            "sha256": layer_digest(read),
+        }
+    for name in () if floats is None else floats.headers:
+        if not same_bits(checkpoint.read(name), floats.read(name)):  # type: ignore[union-attr]
+            raise FormatError(f"{folder}: {name} was read back with other numbers than were written; check the disk.")
+    found = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
+    if not found == base_fingerprint == checkpoint.grids.base_fingerprint:
+        raise FormatError(
+            f"{folder} was read back as the base {found}, its config says {checkpoint.grids.base_fingerprint}, and "
+            f"{base_fingerprint} was to be written; write it again."
+        )
+    return _write(folder, checkpoint.grids.layout.name, base_fingerprint, modules, facts)
+
+
+def write_certificate(
+    folder: Path, layout: str, base_fingerprint: str, modules: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the certificate of an export that was compared by other means, e.g. one of float weights.
+
+    Args:
+        folder: the export, complete.
+        layout: its layout.
+        base_fingerprint: of the quantized base that it comes from.
+        modules: full module name -> what was compared; "sha256" is of the bytes that the folder holds.
+        facts: more to note.
+
+    Returns:
+        dict: the certificate, as it stands in the folder.
+    """
+    return _write(folder, layout, base_fingerprint, modules, facts)
+
+
+def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Repeat what the certificate of an export says: every file, every layer, the base.
+
+    Args:
+        folder: the export.
+
+    Returns:
+        dict: "certificate" (its content), "files" (how many were compared), "modules", "not_covered" (files that the
+        certificate does not speak of).
+
+    Raises:
+        FormatError: there is no certificate, or a file, a layer or the base differs from it.
+    """
+    folder = Path(folder)
+    certificate = read_certificate(folder)
+    for name, noted in sorted(certificate["files"].items()):
+        path = folder / name
+        if not path.is_file():
+            raise FormatError(
+                f"{folder} lacks {name!r:.80}, which its certificate names; fetch or write the export again."
+            )
+        found = _file_entry(require_inside(folder, path))
+        if found != noted:
+            raise FormatError(
+                f"{path} is not the file that was certified (sha256 {found['sha256'][:12]}…, "
+                f"{found['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} bytes); "
+                "fetch or write the export again."
+            )
+    modules = certificate["modules"]
+    if certificate["layout"] not in WITHOUT_CODES:
+        checkpoint = Checkpoint.open(folder)
+        digests = {module: layer_digest(layer) for module, layer in checkpoint.read_layers()}
+        for module in sorted(set(digests) | set(modules)):
+            if digests.get(module) != modules.get(module, {}).get("sha256"):
+                raise FormatError(
+                    f"{folder}: the codes, scales or zeros of {module!r:.120} are not those that were certified; "
+                    "write the "
+                    "export again."
+                )
+        computed = combine_digests(digests)
+        recorded = {computed, certificate["base_fingerprint"], checkpoint.grids.base_fingerprint}
+        if len(recorded) > 1:
+            raise FormatError(
+                f"{folder} holds the base {computed}, its config says {checkpoint.grids.base_fingerprint!r:.80} and "
+                "its "
+                f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
+            )
+    present = {name for name, _ in _covered(folder)}
+    return {
+        "certificate": certificate,
+        "files": len(certificate["files"]),
+        "modules": len(modules),
+        "not_covered": sorted(present - set(certificate["files"])),
+    }
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """Return the certificate of an export without repeating it.
+
+    Raises:
+        FormatError: there is none, or it is damaged or of another version.
+    """
+    path = folder / CERTIFICATE_NAME
+    if not path.is_file():
+        raise FormatError(
+            f"{folder} has no {CERTIFICATE_NAME}, so nothing says that it equals what was trained; write the export "
+            "again with cloq export or cloq convert."
+        )
+    certificate = read_json(require_inside(folder, path))
+    if certificate.get("format") != CERTIFICATE_FORMAT or certificate.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path} says format {certificate.get('format')!r:.80}, version "
+            f"{certificate.get('format_version')!r:.80}; this program reads {CERTIFICATE_FORMAT!r}, version "
+            f"{FORMAT_VERSION}. Update cloq_export."
+        )
+    for key, kind in (("layout", str), ("base_fingerprint", str), ("modules", dict), ("files", dict)):
+        if not isinstance(certificate.get(key), kind):
+            raise FormatError(f"{path}: {key} is {certificate.get(key)!r:.80}; the file is damaged.")
+    for key in ("modules", "files"):
+        for name, entry in certificate[key].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+                raise FormatError(f"{path}: {key} has no hash for {name[:80]!r}; the file is damaged.")
+    for name in certificate["files"]:
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise FormatError(f"{path} names the file {name[:80]!r}; expected names inside the folder.")
+    return certificate
+
+
+def refuse_difference(read: QuantizedLayer, meant: QuantizedLayer, name: str) -> None:
+    """Refuse a layer that is not bit for bit the one that was meant.
+
+    Raises:
+        FormatError: the grid, a code, a scale or a zero differs.
+    """
+    if read.spec != meant.spec:
+        raise FormatError(f"{name} was read back with the grid {read.spec}; {meant.spec} was written.")
+    for field in ("codes", "scales", "zeros"):
+        if not same_bits(getattr(read, field), getattr(meant, field)):
+            raise FormatError(f"{name}: the {field} read back differ from those written; check the disk, write again.")
+
+
+def same_bits(read: torch.Tensor, meant: torch.Tensor) -> bool:
+    """Return whether two tensors have one dtype, one shape and the same bytes (so that -0 is not 0, and NaN is NaN)."""
+    if read.dtype != meant.dtype or read.shape != meant.shape:
+        return False
+    mine, theirs = (
+        torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
+        for view in (tensor_bytes(read), tensor_bytes(meant))
+    )
+    return bool(torch.equal(mine, theirs))
+
+
+def _write(
+    folder: Path, layout: str, base_fingerprint: str, modules: Mapping[str, Any], facts: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    certificate = {
+        "format": CERTIFICATE_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layout": layout,
+        "base_fingerprint": base_fingerprint,
+        "modules": dict(modules),
+        "files": {name: _file_entry(path) for name, path in _covered(folder)},
+        "versions": environment(),
+        **(facts or {}),
+    }
+    write_json(folder / CERTIFICATE_NAME, certificate)
+    return certificate
+
+
+def _covered(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in _NOT_COVERED:
+            yield name, path
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(_BUFFER):
+                digest.update(piece)
+                size += len(piece)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
+    return {"bytes": size, "sha256": digest.hexdigest()}

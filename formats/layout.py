@@ -1,0 +1,135 @@
+"""What every integer layout offers, so that writing, reading and inspecting a checkpoint know no layout by name."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from cloq_export.types import QuantizedLayer, QuantSpec
+
+# Tensor name -> (dtype code of safetensors, shape), as a file's header gives them.
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
+Role = Literal["codes", "scales", "zeros", "index"]
+
+
+class Layout(abc.ABC):
+    """One way to put the canonical integer form of a layer into tensors.
+
+    A layer's tensors are its parts: `<module>.<part>` in a file, `<part>` here.
+    """
+
+    name: str
+    """As `cloq export --format` and the metadata name it."""
+
+    quant_method: str
+    """`quantization_config.quant_method` of a checkpoint in this layout."""
+
+    roles: Mapping[str, Role]
+    """Part -> what it holds, of every part that a layer may have."""
+
+    @abc.abstractmethod
+    def parts(self, spec: QuantSpec) -> tuple[str, ...]:
+        """Return the parts that a layer with this grid must have."""
+
+    @abc.abstractmethod
+    def check_packable(self, out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
+        """Refuse a shape or a grid that the layout cannot hold.
+
+        Raises:
+            ShapeError: it cannot; the message says what would fit.
+        """
+
+    @abc.abstractmethod
+    def headers(self, out_features: int, in_features: int, spec: QuantSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return part -> (dtype code of safetensors, shape) of a layer that fits the layout."""
+
+    @abc.abstractmethod
+    def features(
+        self,
+        headers: Headers,
+        spec: QuantSpec,
+        *,
+        name: str = "layer",
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> tuple[int, int]:
+        """Return (out, in) of a layer from the headers of its parts.
+
+        Args:
+            headers: part -> header.
+            spec: the grid.
+            name: the layer, for messages.
+            read: gives a part, where headers alone leave the width open because words are padded; without it the
+                largest possible width is returned.
+
+        Raises:
+            FormatError: no layer with this grid has such headers.
+        """
+
+    @abc.abstractmethod
+    def pack_layer(self, layer: QuantizedLayer, *, name: str = "layer") -> dict[str, torch.Tensor]:
+        """Return the parts of a layer, contiguous, on its device.
+
+        Raises:
+            ShapeError: the layout cannot hold the shape.
+            FormatError: the layout cannot hold the values.
+        """
+
+    @abc.abstractmethod
+    def unpack_layer(
+        self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, *, name: str = "layer"
+    ) -> QuantizedLayer:
+        """Return the layer that parts hold, trusting nothing about them.
+
+        Raises:
+            FormatError: a part is missing, has another dtype or shape, or holds what the layout does not allow.
+        """
+
+    @abc.abstractmethod
+    def quantization_config(
+        self,
+        specs: Mapping[str, QuantSpec],
+        *,
+        base_fingerprint: str,
+        skipped: Iterable[str] = (),
+        producer: str = "",
+    ) -> dict[str, Any]:
+        """Return the `quantization_config` of config.json.
+
+        Args:
+            specs: quantized module -> its grid, at least one.
+            base_fingerprint: of the quantized base.
+            skipped: linear modules of the same kind that stay float.
+            producer: "name:version" of the program that writes.
+
+        Raises:
+            FormatError: there is no module, or the layout cannot say this.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredGrids:
+    """What a checkpoint's `quantization_config` says, in any layout.
+
+    Args:
+        layout: how its layers are stored.
+        default: the grid of every module that is not named.
+        overrides: exact module name -> its own grid, or None for a module that stays float.
+        modules: the quantized modules, sorted; None if the config does not list them, as in other people's files.
+        base_fingerprint: of the quantized base; None if the config does not carry one.
+    """
+
+    layout: Layout
+    default: QuantSpec
+    overrides: Mapping[str, QuantSpec | None]
+    modules: tuple[str, ...] | None
+    base_fingerprint: str | None
+
+    def spec_for(self, module: str) -> QuantSpec | None:
+        """Return the grid of a module, or None if it stays float."""
+        if module in self.overrides:
+            return self.overrides[module]
+        return self.default if self.modules is None or module in self.modules else None

@@ -1,0 +1,139 @@
+"""The equality certificate: it says what was read back, and notices every change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from cloq_export.errors import FormatError
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.run.atomic import write_safetensors
+from cloq_export.run.fingerprint import layer_digest
+from cloq_export.run.safe_tensors import read_safetensors
+from cloq_export.runtimes.certificate import CERTIFICATE_NAME, certify_checkpoint, same_bits, verify_certificate
+from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.types import QuantSpec
+
+
+def certified(write_quantized, folder, layout="gptq_v2", **options):
+    written = write_quantized(folder, layout=LAYOUTS[layout], **options)
+    layers = LayerSource.of_mapping(written.layers)
+    floats = FloatPart.of_model(written.source, layers)
+    certificate = certify_checkpoint(
+        written.folder, layers, floats, base_fingerprint=written.fingerprint, facts={"forced": []}
+    )
+    return written, certificate
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_it_names_every_layer_and_file_and_can_be_repeated(tmp_path, write_quantized, layout, bits):
+    written, certificate = certified(write_quantized, tmp_path, layout, spec=QuantSpec(bits, 32))
+    assert json.loads((written.folder / CERTIFICATE_NAME).read_text()) == certificate
+    assert certificate["layout"] == layout
+    assert certificate["base_fingerprint"] == written.fingerprint
+    assert certificate["forced"] == []
+    assert {name: entry["sha256"] for name, entry in certificate["modules"].items()} == {
+        name: layer_digest(layer) for name, layer in written.layers.items()
+    }
+    assert set(certificate["files"]) == {path.name for path in written.folder.iterdir()} - {CERTIFICATE_NAME}
+    repeated = verify_certificate(written.folder)
+    assert repeated["modules"] == len(written.layers)
+    assert repeated["files"] == len(certificate["files"])
+    assert repeated["not_covered"] == []
+
+
+@pytest.mark.parametrize("field", ["codes", "scales", "zeros"])
+def test_a_layer_that_came_back_otherwise_is_refused(tmp_path, write_quantized, field):
+    written = write_quantized(tmp_path)
+    name = list(written.layers)[3]
+    layer = written.layers[name]
+    changed = getattr(layer, field).clone()
+    if field == "scales":
+        changed[1, 0] = torch.nextafter(changed[1, 0].float(), torch.tensor(9.0)).half() + 2**-12
+    else:
+        changed[1, 0] = layer.spec.max_code - changed[1, 0]
+    meant = {**written.layers, name: dataclasses.replace(layer, **{field: changed})}
+    with pytest.raises(FormatError, match=rf"{name}: the {field} read back differ from those written"):
+        certify_checkpoint(written.folder, LayerSource.of_mapping(meant), None, base_fingerprint=written.fingerprint)
+    assert not (written.folder / CERTIFICATE_NAME).exists()
+
+
+def test_a_float_tensor_that_came_back_otherwise_is_refused(tmp_path, write_quantized):
+    written = write_quantized(tmp_path)
+    layers = LayerSource.of_mapping(written.layers)
+    floats = FloatPart.of_model(written.source, layers)
+    with torch.no_grad():
+        written.source.model.norm.weight[3] += 1
+    with pytest.raises(FormatError, match=r"model\.norm\.weight was read back with other numbers"):
+        certify_checkpoint(written.folder, layers, floats, base_fingerprint=written.fingerprint)
+
+
+def test_missing_modules_and_other_fingerprints_are_refused(tmp_path, write_quantized):
+    written = write_quantized(tmp_path)
+    layers = dict(written.layers)
+    last = list(layers)[-1]
+    layer = layers.pop(last)
+    with pytest.raises(FormatError, match=f"differ in which modules they have: {last}"):
+        certify_checkpoint(written.folder, LayerSource.of_mapping(layers), None, base_fingerprint=written.fingerprint)
+    layers[last] = layer
+    with pytest.raises(FormatError, match="and sha256:0 was to be written"):
+        certify_checkpoint(written.folder, LayerSource.of_mapping(layers), None, base_fingerprint="sha256:0")
+
+
+def test_every_change_is_noticed(tmp_path, write_quantized):
+    written, honest = certified(write_quantized, tmp_path)
+    name = next(iter(written.layers))
+
+    def changed(change, message):
+        folder = shutil.copytree(written.folder, tmp_path / "copy", dirs_exist_ok=True)
+        change(folder)
+        with pytest.raises(FormatError, match=message):
+            verify_certificate(folder)
+        shutil.rmtree(folder)
+
+    def certificate(**fields):
+        return lambda folder: (folder / CERTIFICATE_NAME).write_text(json.dumps({**honest, **fields}))
+
+    def other_code(folder):
+        tensors, metadata = read_safetensors(folder / "model.safetensors")
+        held = {key: tensor.clone() for key, tensor in tensors.items()}
+        held[f"{name}.qweight"][0, 0] ^= 1
+        write_safetensors(folder / "model.safetensors", held, metadata)
+
+    def other_code_and_hash(folder):
+        from cloq_export.runtimes.certificate import _file_entry
+
+        other_code(folder)
+        files = {**honest["files"], "model.safetensors": _file_entry(folder / "model.safetensors")}
+        certificate(files=files)(folder)
+
+    changed(lambda folder: (folder / CERTIFICATE_NAME).unlink(), "has no cloq_certificate.json, so nothing says")
+    changed(lambda folder: (folder / "config.json").unlink(), "lacks 'config.json', which its certificate names")
+    changed(lambda folder: (folder / "config.json").write_text("{}"), "config.json is not the file that was certified")
+    changed(other_code, "model.safetensors is not the file that was certified")
+    changed(other_code_and_hash, f"the codes, scales or zeros of '{name}' are not those that were certified")
+    changed(certificate(base_fingerprint="sha256:0"), "and its certificate 'sha256:0'; write the export again")
+    changed(certificate(format_version=9), "this program reads 'cloq-certificate', version 1")
+    changed(certificate(files={"../x": {"sha256": "0", "bytes": 1}}), "expected names inside the folder")
+    changed(certificate(files={"x": 3}), "files has no hash for 'x'")
+    changed(certificate(modules=[]), r"modules is \[\]; the file is damaged")
+
+
+def test_what_it_does_not_speak_of_is_listed(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    (written.folder / "README.md").write_text("edited")
+    (written.folder / "notes.txt").write_text("mine")
+    assert verify_certificate(written.folder)["not_covered"] == ["notes.txt"]
+
+
+def test_bits_are_compared_and_not_numbers():
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+    assert not same_bits(torch.ones(2), torch.ones(1, 2))
+    assert not same_bits(torch.ones(2), torch.ones(2, dtype=torch.float16))
+    assert same_bits(torch.empty(0), torch.empty(0))
