@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 _MODEL_LABELS = {"float": "float model", "quantized": "quantized", "adapter": "quantized + adapter", "merged": "merged"}
+# A terminal of 80 columns shows no more of them side by side.
+_MOST_COLUMNS = 6
 _STORED_LABELS = {
     "bits_per_weight_base": "bits per weight",
     "bits_per_weight_with_adapter": "bits per weight with adapter",
@@ -148,6 +150,10 @@ def _facts(mapping: Mapping[str, Any], console: Console, *, title: str) -> None:
 
 def _records(records: Sequence[Mapping[str, Any]], console: Console, *, title: str) -> None:
     columns = list(dict.fromkeys(key for record in records for key in record))
+    if len(columns) > _MOST_COLUMNS:
+        for number, record in enumerate(records, start=1):
+            _facts(record, console, title=f"{title}, {record.get('name', number)}")
+        return
     table = Table(*(str(column).replace("_", " ") for column in columns), title=escape(title), title_justify="left")
     for record in records:
         cells = (record.get(column, "") for column in columns)

@@ -548,7 +548,7 @@ def _write_card(folder: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) 
 def _run_facts(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
     """Return what the card may say of a run: how it was made, and what was measured of it."""
     facts: dict[str, Any] = {
-        "base_model": recipe.model,
+        "base_model": public_name(recipe.model),
         "method": "codes of another checkpoint, unchanged, with a CLoQ adapter"
         if recipe.codes_from
         else f"{recipe.method} with a CLoQ adapter (preset {recipe.preset_name})",
@@ -563,8 +563,11 @@ def _run_facts(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
 
 def _figures(report: Mapping[str, Any], recipe: Recipe) -> list[dict[str, Any]]:
     labels = {"float": "float model", "quantized": "codes alone", "adapter": "codes with adapter, before fine-tuning"}
+    text = str(report.get("text"))
+    if Path(text).is_absolute():
+        text = public_name(recipe.eval_text)
     conditions = (
-        f"{report.get('tokens')} tokens of {report.get('text')} in windows of {recipe.eval_window}, "
+        f"{report.get('tokens')} tokens of {text} in windows of {recipe.eval_window}, "
         f"sha256 {str(report.get('text_sha256'))[:12]}"
     )
     return [
@@ -587,6 +590,13 @@ def license_of(source: ModelSource) -> dict[str, str]:
     return base_license(source.folder)
 
 
+def public_name(name: str) -> str:
+    """Return what an export may say of a model or a text: a hub id as it is, of a path only the last part."""
+    if Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")):
+        return Path(name).name
+    return name
+
+
 def adapters_in(folder: Path) -> list[str]:
     """Return the names of the adapters that lie in an export."""
     home = folder / ADAPTERS_NAME
@@ -595,4 +605,4 @@ def adapters_in(folder: Path) -> list[str]:
 
 def _named_base(checkpoint: Checkpoint) -> str:
     named = checkpoint.config.get("_name_or_path")
-    return named if isinstance(named, str) and named else checkpoint.folder.name
+    return public_name(named) if isinstance(named, str) and named else checkpoint.folder.resolve().name

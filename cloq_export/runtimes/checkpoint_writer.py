@@ -195,7 +195,7 @@ def export_checkpoint(
             producer=f"cloq_export:{__version__}",
         )
         config = {**read_json(filling / CONFIG_NAME), **floats.config}
-        config.pop("torch_dtype", None)
+        drop_private(config)
         write_json(filling / CONFIG_NAME, {**config, "quantization_config": quantization})
         if finish is not None:
             finish(filling, fingerprint)
@@ -260,6 +260,13 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
             if isinstance(module, nn.Linear) and module is not head and name not in specs
         )
     )
+
+
+def drop_private(config: dict[str, Any]) -> None:
+    """Take out of a config.json what is outdated, and the folder that somebody's machine keeps the model in."""
+    config.pop("torch_dtype", None)
+    if Path(str(config.get("_name_or_path"))).is_absolute():
+        del config["_name_or_path"]
 
 
 def is_ours(folder: Path) -> bool:

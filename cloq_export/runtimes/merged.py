@@ -13,42 +13,28 @@ from typing import Any
 import torch
 
 from cloq_export.errors import FormatError, NonFiniteError
+from cloq_export.formats.merged import (
+    MERGED_DTYPES,
+    MERGED_NAME,
+    Rounding,
+    float_blocks,
+    is_record,
+    merged_blocks,
+    merged_record,
+)
 from cloq_export.run.atomic import tensor_bytes, tensor_header, translate_os_errors, write_folder, write_json
 from cloq_export.run.fingerprint import combine_digests, layer_digest
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_tensors import TensorFile
 from cloq_export.run.shards import ShardWriter
 from cloq_export.runtimes.checkpoint import CONFIG_NAME
-from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, Progress
-from cloq_export.types import LoraPair, QuantizedLayer
-
-MERGED_NAME = "cloq_merged.json"
-MERGED_FORMAT = "cloq-merged"
-FORMAT_VERSION = 1
-MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, Progress, drop_private
+from cloq_export.types import LoraPair
 
 _FLOAT_CODES = {"F64", "F32", "F16", "BF16"}
 # Rows of a weight are merged a block at a time: the float64 numbers of a large layer would need four times its memory,
 # and a block that stays in the processor's cache is measured in half the time.
 _BLOCK_BYTES = 2 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """What storing one kind of tensors in a dtype lost, measured on every number of them.
-
-    Args:
-        tensors: how many there are.
-        max_relative: the largest `|stored - exact| / |exact|` of a number that is not zero; 1 means that a number
-            became zero.
-        max_norm: the largest `||stored - exact||_F / ||exact||_F` of a tensor.
-        worst: the tensor with that norm; None if nothing was lost.
-    """
-
-    tensors: int = 0
-    max_relative: float = 0.0
-    max_norm: float = 0.0
-    worst: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +119,9 @@ def export_merged(
                 layer_digests[module] = layer_digest(layer)
                 pair = pairs.get(module)
                 name = f"{module}.weight"
-                shards.write({name: writing.cast(name, "merged", layers.shapes[module], _rows(layer), pair)})
+                shards.write(
+                    {name: writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)}
+                )
                 if progress is not None:
                     progress(done, len(layers.specs))
             for name in floats.headers:
@@ -142,7 +130,7 @@ def export_merged(
                 pair = pairs.get(module) if name.endswith(".weight") else None
                 if floats.headers[name][0] in _FLOAT_CODES:
                     kind = "merged" if pair is not None else "matrices" if tensor.ndim > 1 else "vectors"
-                    tensor = writing.cast(name, kind, tuple(tensor.shape), _sliced(tensor), pair)
+                    tensor = writing.cast(name, kind, tuple(tensor.shape), float_blocks(tensor, pair), pair)
                 else:
                     writing.note(name, tensor)
                 shards.write({name: tensor})
@@ -157,7 +145,8 @@ def export_merged(
             floats.save_files(filling)
         _write_config(filling / CONFIG_NAME, floats, dtype)
         report = writing.report(fingerprint, layers, pairs)
-        write_json(filling / MERGED_NAME, _record(report, pairs, adapter))
+        taken = {"name": adapter, "sha256": report.adapter_sha256, "modules": sorted(pairs)} if pairs else None
+        write_json(filling / MERGED_NAME, merged_record(fingerprint, dtype, report.modules, report.rounding, taken))
         if finish is not None:
             finish(filling, report)
     return report
@@ -165,10 +154,7 @@ def export_merged(
 
 def is_merged(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds a merged export that this package wrote."""
-    try:
-        return read_json(Path(folder) / MERGED_NAME).get("format") == MERGED_FORMAT
-    except FormatError:
-        return False
+    return is_record(Path(folder) / MERGED_NAME)
 
 
 class _Writing:
@@ -194,8 +180,8 @@ class _Writing:
             name: of the tensor.
             kind: under which its rounding is counted.
             shape: of the tensor.
-            blocks: (rows, their numbers in float64).
-            pair: what is added; None adds nothing.
+            blocks: (rows, their exact numbers in float64, the pair's product in them).
+            pair: what was added, for the record; None added nothing.
 
         Raises:
             FormatError: the pair has another shape.
@@ -203,7 +189,6 @@ class _Writing:
         """
         if pair is not None:
             self._take_pair(name, shape, pair)
-            blocks = _with_product(blocks, pair)
         result = torch.empty(shape, dtype=self._dtype)
         relative = lost = size = 0.0
         for rows, exact in blocks:
@@ -279,35 +264,6 @@ class _Writing:
         )
 
 
-def _rows(layer: QuantizedLayer) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, Q of these rows in float64)."""
-    for rows in _row_blocks(layer.out_features, layer.in_features):
-        part = QuantizedLayer(layer.codes[rows], layer.scales[rows], layer.zeros[rows], layer.spec)
-        yield rows, part.dequantize(torch.float64).to("cpu")
-
-
-def _with_product(blocks: Iterator[tuple[slice, torch.Tensor]], pair: LoraPair) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, their numbers plus those of `(alpha / rank) B A`)."""
-    lora_a, lora_b = pair.lora_A.to("cpu", torch.float64), pair.lora_B.to("cpu", torch.float64)
-    for rows, block in blocks:
-        yield rows, block + (lora_b[rows] @ lora_a) * pair.scaling
-
-
-def _sliced(tensor: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, these rows in float64); a tensor without dimensions is one block."""
-    if tensor.ndim == 0:
-        yield slice(None), tensor.to("cpu", torch.float64).reshape(())
-        return
-    for rows in _row_blocks(tensor.shape[0], math.prod(tensor.shape[1:])):
-        yield rows, tensor[rows].to("cpu", torch.float64)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_BYTES // (8 * max(1, columns)))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
@@ -323,18 +279,6 @@ def _check_pairs(pairs: Mapping[str, LoraPair], names: Container[str]) -> None:
 
 def _write_config(path: Path, floats: FloatPart, dtype: torch.dtype) -> None:
     config = {**read_json(path), **floats.config, "dtype": str(dtype).removeprefix("torch.")}
-    for stale in ("torch_dtype", "quantization_config"):
-        config.pop(stale, None)
+    config.pop("quantization_config", None)
+    drop_private(config)
     write_json(path, config)
-
-
-def _record(report: MergedReport, pairs: Mapping[str, LoraPair], adapter: str | None) -> dict[str, Any]:
-    return {
-        "format": MERGED_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_fingerprint": report.base_fingerprint,
-        "adapter": {"name": adapter, "sha256": report.adapter_sha256, "modules": sorted(pairs)} if pairs else None,
-        "dtype": str(report.dtype).removeprefix("torch."),
-        "modules": sorted(report.modules),
-        "rounding": report.rounding,
-    }

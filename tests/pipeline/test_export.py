@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from huggingface_hub import metadata_load
 from rich.console import Console
 
 import cloq_export
+import cloq_export.formats.merged
 from cloq_export import pipeline
 from cloq_export.errors import BindingError, FormatError, RecipeError, RunDirectoryError, ShapeError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
@@ -107,6 +109,21 @@ def test_an_export_needs_the_run_alone_and_is_the_same_every_time(
     assert (tmp_path / "a" / "tokenizer.json").exists()
 
 
+def test_nothing_of_this_machine_is_published(
+    tmp_path: Path, made: Any, silent: Console, texts: dict[str, str]
+) -> None:
+    """Folders of the person who exports are nobody else's business; versions and figures are."""
+    for format in ("gptq_v2", "merged", "peft"):
+        pipeline.export(made(), ExportOptions(format=format, out=tmp_path / format), console=silent)
+        for path in (tmp_path / format).rglob("*"):
+            if path.suffix in (".json", ".md"):
+                content = path.read_text()
+                for private in (str(tmp_path.parent), str(Path(texts["eval_text"]).parent), str(Path.home()) + "/"):
+                    assert private not in content, path
+    card = (tmp_path / "gptq_v2" / "README.md").read_text()
+    assert "tokens of evaluation.txt in windows of 16" in card
+
+
 def test_a_run_keeps_other_peoples_files(tmp_path: Path, made: Any, silent: Console) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -131,6 +148,8 @@ def test_merged_weights_are_those_that_are_served(
     assert plain.dtype == wanted
     for name in integers(run):
         assert torch.equal(plain.get_submodule(name).weight, expected.get_submodule(name).weight.to(wanted)), name
+    schema = Path(cloq_export.formats.merged.__file__).with_name("schema.json")
+    jsonschema.validate(json.loads((out / "cloq_merged.json").read_text()), json.loads(schema.read_text()))
     described = pipeline.inspect(out, True)
     assert described["kind"] == "merged export"
     assert described["verified"] is True

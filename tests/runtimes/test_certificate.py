@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
+import cloq_export.runtimes.certificate as certificate_module
 from cloq_export.errors import FormatError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.run.atomic import write_safetensors
@@ -41,6 +44,8 @@ def test_it_names_every_layer_and_file_and_can_be_repeated(tmp_path, write_quant
         name: layer_digest(layer) for name, layer in written.layers.items()
     }
     assert set(certificate["files"]) == {path.name for path in written.folder.iterdir()} - {CERTIFICATE_NAME}
+    schema = Path(certificate_module.__file__).with_name("certificate.schema.json")
+    jsonschema.validate(certificate, json.loads(schema.read_text()))
     repeated = verify_certificate(written.folder)
     assert repeated["modules"] == len(written.layers)
     assert repeated["files"] == len(certificate["files"])
