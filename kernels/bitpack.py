@@ -216,7 +216,8 @@ def _unpack_rows_torch(words: torch.Tensor, bits: int, codes: torch.Tensor) -> t
     codes_per_step, bytes_per_step = _step(bits)
     if not codes.numel():
         return codes
-    stream = words.contiguous().view(torch.uint8)
+    # Through one dimension: a matrix of one column counts as contiguous with any stride, and then has no byte view.
+    stream = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
     mask = (1 << bits) - 1
     for index in range(codes_per_step):
         byte, shift = divmod(index * bits, 8)

@@ -31,6 +31,8 @@ WITHOUT_CODES = ("merged", "peft")
 _NOT_COVERED = (CERTIFICATE_NAME, "README.md")
 # Of a file in an export; every file system allows as much.
 _LONGEST_NAME = 255
+# Files that change what an engine serves.
+_SERVED = (".safetensors", ".json", ".bin", ".pt", ".py", ".gguf", ".model", ".jinja")
 _BUFFER = 4 * 1024 * 1024
 
 
@@ -149,12 +151,18 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 "its "
                 f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
             )
-    present = {name for name, _ in _covered(folder)}
+    more = sorted({name for name, _ in _covered(folder)} - set(certificate["files"]))
+    served = [name for name in more if Path(name).suffix in _SERVED]
+    if served:
+        raise FormatError(
+            f"{folder / served[0]} is in the export and not in its certificate, and engines may read it; remove it, or "
+            "write the export again."
+        )
     return {
         "certificate": certificate,
         "files": len(certificate["files"]),
         "modules": len(modules),
-        "not_covered": sorted(present - set(certificate["files"])),
+        "not_covered": more,
     }
 
 

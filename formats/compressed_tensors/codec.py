@@ -143,9 +143,7 @@ def unpack_layer(
         _check_words("weight_zero_point", stored, stored.shape[0], out_features, bits, padded, name)
         if stored.shape[1] != groups:
             raise FormatError(f"{name}: weight_zero_point has shape {tuple(stored.shape)}; it needs {groups} columns.")
-        # A clone, since contiguous() may keep the odd strides of a matrix with one column.
-        by_group = stored.t().clone(memory_format=torch.contiguous_format)
-        zeros = _unpack("weight_zero_point", by_group, out_features, bits, padded, name).t().contiguous()
+        zeros = _unpack("weight_zero_point", stored.t(), out_features, bits, padded, name).t().contiguous()
     codes = _unpack("weight_packed", packed.contiguous(), in_features, bits, padded, name)
     try:
         return QuantizedLayer(codes=codes, scales=scales.contiguous(), zeros=zeros, spec=spec)

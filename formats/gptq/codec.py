@@ -235,7 +235,14 @@ def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quant
     """
     if config.get("quant_method") != "gptq":
         raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r:.80}; this reader knows 'gptq'.")
-    layout = config.get("checkpoint_format", "gptq")
+    # GPTQModel writes the same thing under two names; some files have only the second.
+    labels = [config[key] for key in ("checkpoint_format", "format") if key in config]
+    if len(labels) == 2 and labels[0] != labels[1]:
+        raise FormatError(
+            f"{source}: checkpoint_format is {labels[0]!r:.80} but format is {labels[1]!r:.80}; one of them is wrong: "
+            "look at the file with `cloq inspect`, and mend the label."
+        )
+    layout = labels[0] if labels else "gptq"
     versions: dict[Any, Version] = {"gptq": 1, "gptq_v2": 2}
     if not isinstance(layout, str) or layout not in versions:
         raise FormatError(f"{source}: checkpoint_format is {layout!r:.80}; this reader knows 'gptq' and 'gptq_v2'.")

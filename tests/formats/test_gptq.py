@@ -363,6 +363,7 @@ def test_config_needs_modules_with_plain_names() -> None:
         ({"quant_method": "awq"}, "c: quant_method is 'awq'; this reader knows 'gptq'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; this reader knows"),
         ({"checkpoint_format": ["gptq"]}, "checkpoint_format is"),
+        ({"format": "gptq"}, "checkpoint_format is 'gptq_v2' but format is 'gptq'; one of them is wrong"),
         ({"desc_act": True}, "desc_act is True; only sequential groups are read"),
         ({"bits": "4"}, "bits '4', group_size 64, sym False; expected two whole numbers and true or false"),
         ({"bits": 5}, "bits is 5; allowed are 2, 3, 4 and 8"),

@@ -87,6 +87,14 @@ def test_inputs_need_not_be_contiguous(isa, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_one_column_with_the_strides_of_a_row(isa, bits):
+    codes = random_codes(2, 32 // bits if bits != 3 else 8, bits)
+    words = bitpack.pack_rows(codes, bits)
+    turned = words.t().contiguous().t()  # torch calls it contiguous whatever its strides are
+    assert torch.equal(bitpack.unpack_rows(turned, bits, codes.shape[1]), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_nothing_beyond_the_tensors_is_read_or_written(isa, bits):
     if isa == "torch":
         pytest.skip("torch checks its own bounds")

@@ -134,6 +134,9 @@ def test_what_it_does_not_speak_of_is_listed(tmp_path, write_quantized):
     (written.folder / "README.md").write_text("edited")
     (written.folder / "notes.txt").write_text("mine")
     assert verify_certificate(written.folder)["not_covered"] == ["notes.txt"]
+    (written.folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match="is in the export and not in its certificate, and engines may read it"):
+        verify_certificate(written.folder)
 
 
 def test_bits_are_compared_and_not_numbers():
