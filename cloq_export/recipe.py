@@ -64,7 +64,9 @@ class Recipe:
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "Dtype in which A and B are stored.")
     error_aware: float = _option(
-        0.5, "Share by which targets move to mend the error of the layers before; 0 (independent layers) to 1."
+        0.5,
+        "Share by which the targets of 2-bit layers move to mend the error of the layers before; 0 (independent layers) "
+        "to 1. Layers of b bits take 2/b of it.",
     )
     float_share: float = _option(
         0.5, "Share of the calibration windows that also run through the float model, to tell what error_aware mends."
@@ -172,6 +174,17 @@ class Recipe:
             for name in FIELDS
             if name not in NOT_IN_THE_BYTES and mine[name] != theirs[name]
         ]
+
+    def target_share(self, bits: int) -> float:
+        """Return the share of `error_aware` that a layer's target takes.
+
+        Wider codes leave less error to mend, and what is left is soon below what the calibration text can tell: the
+        share that helps most falls with the width.
+
+        Args:
+            bits: width of the layer's codes.
+        """
+        return self.error_aware * min(1.0, 2.0 / bits)
 
     def override_for(self, module: str) -> dict[str, Any]:
         """Return the settings of the first pattern that matches a full module name, or an empty dict."""

@@ -91,7 +91,8 @@ def solve_group(
         # float32 is enough for a correction.
         of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping, torch.float32)
         targets = {
-            name: error_aware_target(weight, stats, of_drift, recipe.error_aware) for name, weight in targets.items()
+            plan.name: error_aware_target(weights[plan.name], stats, of_drift, recipe.target_share(plan.spec.bits))
+            for plan in plans
         }
     if kept_codes is None:
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
@@ -218,7 +219,9 @@ def _finish(
         condition=shared.condition,
         effective_rank=shared.effective_rank,
         dead_columns=shared.dead_columns,
-        target="float weight" if target is weight else f"error-aware target, share {recipe.error_aware:g}",
+        target="float weight"
+        if target is weight
+        else f"error-aware target, share {recipe.target_share(plan.spec.bits):g}",
         notes=notes,
     )
     cpu = torch.device("cpu")
