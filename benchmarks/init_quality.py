@@ -93,7 +93,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # What a setting may not say, because it is an axis of the table or the same for all.
-_NOT_OF_A_SETTING = ("model", "bits", "seed", "samples", "seqlen", "calibration", "device", "eval_text")
+_NOT_OF_A_SETTING = ("model", "bits", "seed", "samples", "seqlen", "calibration", "device", "eval_text", "codes_from")
 # What the pipeline's own evaluation is cut down to: here everything is measured afterwards.
 _HARDLY_EVALUATED = {"eval_text": "embedded", "eval_window": 2, "eval_windows": 1}
 MODELS = ("float", "quantized", "adapter")
