@@ -42,7 +42,7 @@ fast: $(VENV)/.test ## the fast tests
 	$(BIN)/python -m pytest
 
 slow: $(VENV)/.test ## the tests that run a real model
-	$(BIN)/python -m pytest -m "slow and not network"
+	$(BIN)/python -m pytest -m "slow and not network" --ignore tests/vllm
 
 # The tree as a wheel lays it out: kernels/ and formats/ inside cloq_export.
 build/tree: $(VENV)/.test

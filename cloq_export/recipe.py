@@ -65,8 +65,8 @@ class Recipe:
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "Dtype in which A and B are stored.")
     error_aware: float = _option(
         0.5,
-        "Share by which the targets of 2-bit layers move to mend the error of the layers before; 0 (independent layers) "
-        "to 1. Layers of b bits take 2/b of it.",
+        "Share by which the targets of 2-bit layers move to mend the error of the layers before; 0 (independent "
+        "layers) to 1. Layers of b bits take 2/b of it.",
     )
     float_share: float = _option(
         0.5, "Share of the calibration windows that also run through the float model, to tell what error_aware mends."

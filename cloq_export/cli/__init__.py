@@ -25,6 +25,7 @@ VERBS = {
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
     "eval": "Measure perplexity: float, quantized, quantized with adapter.",
+    "verify": "Gate an export: served against trained, from bytes to answers.",
     "inspect": "Explain a run, an export, an adapter, or a foreign checkpoint.",
 }
 _MODULES = {"eval": "evaluate"}

@@ -2,16 +2,21 @@
 
 from cloq_export.pipeline.exporting import ExportOptions, convert, export, push
 from cloq_export.pipeline.verbs import adapt, adapt_checkpoint, evaluate, inspect, quantize, run
+from cloq_export.pipeline.verification import VerifyOptions, missed_gates, planned_gates, verify
 
 __all__ = [
     "ExportOptions",
+    "VerifyOptions",
     "adapt",
     "adapt_checkpoint",
     "convert",
     "evaluate",
     "export",
     "inspect",
+    "missed_gates",
+    "planned_gates",
     "push",
     "quantize",
     "run",
+    "verify",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import FormatError
+from cloq_export.formats.merged import MERGED_NAME
 from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.run.directory import RunDirectory
@@ -21,7 +22,7 @@ from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoi
 from cloq_export.runtimes.checkpoint_writer import is_ours
 from cloq_export.runtimes.detective import examine
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
-from cloq_export.runtimes.merged import MERGED_NAME, is_merged
+from cloq_export.runtimes.merged import is_merged
 
 _DTYPE_BITS = {
     "BOOL": 8,

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_not_read_is_examined_all_the_same(tmp_path, writte
     facts = describe(folder)
     assert facts["examination"]["readable"] is False
     assert facts["examination"]["refusal"]
-    with pytest.raises(FormatError, match="awq|AWQ"):
+    with pytest.raises(FormatError, match=r"awq|AWQ"):
         describe(folder, verify=True)
 
 

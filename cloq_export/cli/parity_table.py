@@ -1,0 +1,98 @@
+"""The parity report for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def render_parity(report: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a parity report, the gate last."""
+    from cloq_export.parity.report import figure, label_of, share
+
+    for note in report["notes"]:
+        _line(console, f"note: {note}")
+    numerics = _table("log-probabilities", ("measured", "against"), ("max", "mean", "median", "99%", "99.9%"))
+    floor = report["noise_floor"]
+    if floor:
+        numerics.add_row("float, again", "float", *map(figure, _spread(floor)))
+    for row in report["numerics"]:
+        numerics.add_row(escape(label_of(row)), row["against"], *map(figure, _spread(row)))
+    console.print(numerics)
+    if report["quality"]["perplexity"]:
+        table = _table("perplexity", ("model",), ("perplexity", "± s.e.", "over float", "95% interval"))
+        for row in report["quality"]["perplexity"]:
+            beside = ["", ""]
+            if "ratio_to_float" in row:
+                beside = [
+                    figure(row["ratio_to_float"]),
+                    f"{figure(row['ratio_lower'])} to {figure(row['ratio_upper'])}",
+                ]
+            table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
+        console.print(table)
+    answers = report["quality"]["gsm8k"]
+    if answers:
+        table = _table("GSM8K", ("model",), ("accuracy", "strict"))
+        for name, entry in answers["models"].items():
+            table.add_row(name, share(entry["accuracy"]), share(entry["strict_accuracy"]))
+        console.print(table)
+        for pair in answers["comparisons"]:
+            _line(
+                console,
+                f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
+                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
+            )
+    for row in report["greedy"]:
+        _line(
+            console,
+            f"greedy text{_with(row['adapter'])}: {share(row['agreement'])} of {row['prompts']} prompts agree, "
+            f"{row['ties']} part at a near-tie, {row['flips']} elsewhere",
+        )
+    for row in report["liveness"]:
+        counts = _counted(each["verdict"] for each in row["modules"])
+        _line(console, f"liveness of {row['adapter']}: {counts}")
+    if report["isolation"]:
+        _line(console, f"mixed batch against single requests: at most {figure(report['isolation']['max'])}")
+    for entry in report["missing"]:
+        _line(console, f"not measured: {entry['what']}: {entry['reason']}")
+    gate = _table("gate", ("figure",), ("value", "limit", ""))
+    for verdict in report["gates"]:
+        word = "[green]passed[/green]" if verdict["passed"] else "[red]missed[/red]"
+        gate.add_row(verdict["gate"], figure(verdict["value"]), f"{verdict['bound']} {figure(verdict['limit'])}", word)
+    console.print(gate)
+    for name, path in (report.get("files") or {}).items():
+        _line(console, f"{name}: {path}")
+    _line(console, "parity: " + ("passed" if report["passed"] else "missed"))
+
+
+def _spread(row: Mapping[str, Any]) -> list[Any]:
+    return [row["max"], row["mean"], *(row["quantiles"][share] for share in ("0.5", "0.99", "0.999"))]
+
+
+def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _counted(words: Iterable[str]) -> str:
+    found: dict[str, int] = {}
+    for word in words:
+        found[word] = found.get(word, 0) + 1
+    return ", ".join(f"{count} {word}" for word, count in found.items()) or "not measured"
+
+
+def _with(adapter: str | None) -> str:
+    return f" with {adapter}" if adapter else ""
+
+
+def _line(console: Console, text: str) -> None:
+    """Print text as it is: unwrapped and without markup, so that paths can be copied."""
+    console.print(text, soft_wrap=True, markup=False)

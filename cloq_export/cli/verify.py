@@ -1,0 +1,87 @@
+"""`cloq verify`: the parity gate, from bytes to served answers."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloq_export.cli.options import json_option
+from cloq_export.errors import GateMissedError, UsageError
+from cloq_export.recipe import FIELDS
+
+
+@click.command(name="verify")
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--reference", metavar="MODEL", help="The float model: a folder, a hub id or a GGUF file.")
+@click.option(
+    "--runtime", type=click.Choice(["hf", "vllm", "vllm-server"]), default="hf", show_default=True, help="What serves."
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER|NAME|FOLDER",
+    help="Adapter to serve; can be repeated. Unless given, all that EXPORT has; the first one answers GSM8K.",
+)
+@click.option(
+    "--tasks", default="ppl", show_default=True, metavar="ppl,gsm8k", help="What is measured beside the numbers."
+)
+@click.option("--gate", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of limits.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the served activations.",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Of transformers models.")
+@click.option(
+    "--text", default=FIELDS["eval_text"].default, show_default=True, help="wikitext2, embedded, a file or a hub id."
+)
+@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
+@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="How many windows.")
+@click.option("--gsm8k", metavar="FILE", help="Problems as JSON lines; unless given, those in CLOQ_DATA or on the hub.")
+@click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="How many of them.")
+@click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
+@click.option("--prompts", type=click.IntRange(min=0), default=32, show_default=True, help="Greedy texts to compare.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens in each of them.")
+@click.option(
+    "--liveness-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Tokens on which every module is shown to be live.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--force", is_flag=True, help="Take adapters of another base; the report says so.")
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Interpreter of the environment that has vLLM; unless given, this one.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="For parity.json and parity.html.")
+@json_option()
+def command(export: Path, reference: str | None, tasks: str, as_json: bool, **named: Any) -> None:
+    """Measure whether what is served of EXPORT equals what was trained, and judge it by a gate.
+
+    Exit code 3 if a gate is missed; what could not be measured has missed.
+    """
+    if not reference:
+        raise UsageError("no float model was given; name the one that the export was made from with --reference MODEL.")
+    chosen = tuple(dict.fromkeys(task.strip() for task in tasks.split(",") if task.strip()))
+
+    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.parity_table import render_parity
+
+    with progress_console(as_json=as_json) as console:
+        pipeline = importlib.import_module("cloq_export.pipeline")
+        options = pipeline.VerifyOptions(reference=reference, tasks=chosen, **named)
+        report = to_plain(pipeline.verify(export, options, console=console))
+        missed = pipeline.missed_gates(report)
+    emit(report, render_parity, as_json=as_json)
+    if missed:
+        raise GateMissedError(f"gate missed: {missed}")

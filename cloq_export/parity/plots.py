@@ -1,0 +1,195 @@
+"""Plots as inline SVG: text and shapes alone, sized by the page, coloured by its style sheet.
+
+Colours are the classes `s0` to `s5` of the page, so that one drawing suits light and dark screens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup, escape
+
+_WIDTH, _HEIGHT = 640, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 46
+_LEGEND_LINE = 20
+COLOURS = 6
+
+Series = tuple[str, Sequence[float], Sequence[float]]
+
+
+def line_plot(
+    series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False, points: bool = False
+) -> Markup:
+    """Return lines, or points, over a linear x axis.
+
+    Args:
+        series: (label, x, y); values that are not finite, or not positive on a logarithmic axis, are left out.
+        x_label: of the x axis.
+        y_label: of the y axis.
+        log_y: logarithmic y axis.
+        points: draw points instead of a line.
+    """
+    kept = [
+        (label, [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not log_y)])
+        for label, xs, ys in series
+    ]
+    every = [pair for _, pairs in kept for pair in pairs]
+    if not every:
+        return Markup("")
+    to_x, x_ticks = _linear_axis([x for x, _ in every], _LEFT, _WIDTH - _RIGHT)
+    ys = [y for _, y in every]
+    to_y, y_ticks = (_log_axis if log_y else _linear_axis)(ys, _HEIGHT - _BOTTOM, _TOP)
+    shapes = []
+    for number, (_, pairs) in enumerate(kept):
+        colour = f"s{number % COLOURS}"
+        if points:
+            shapes += [
+                Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(colour, to_x(x), to_y(y))
+                for x, y in pairs
+            ]
+        elif pairs:
+            path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in pairs)
+            shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
+    return _frame(shapes, [label for label, _ in kept], x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+
+
+def histogram_plot(
+    series: Sequence[tuple[str, Sequence[float], Sequence[int]]], *, x_label: str, y_label: str
+) -> Markup:
+    """Return histograms over powers of ten as outlines, each as shares of its own total.
+
+    Args:
+        series: (label, edges, counts), one more count than edges: the first and the last bin are open.
+        x_label: of the x axis.
+        y_label: of the y axis.
+    """
+    known = [(label, list(edges), list(counts)) for label, edges, counts in series if sum(counts)]
+    if not known:
+        return Markup("")
+    used = [i for _, _, counts in known for i, count in enumerate(counts) if count]
+    first, last = min(used), max(used)
+    exponents = [math.log10(edge) for edge in known[0][1]]
+    step = exponents[1] - exponents[0]
+    # Open bins are drawn as wide as the others.
+    borders = [exponents[0] - step, *exponents, exponents[-1] + step]
+    to_x, _ = _linear_axis([borders[first], borders[last + 1]], _LEFT, _WIDTH - _RIGHT)
+    whole = range(math.ceil(borders[first]), math.floor(borders[last + 1]) + 1)
+    x_ticks = [(float(e), f"1e{e}") for e in whole]
+    shares = [(label, [count / sum(counts) for count in counts]) for label, _, counts in known]
+    to_y, y_ticks = _linear_axis([0.0, max(max(values) for _, values in shares)], _HEIGHT - _BOTTOM, _TOP)
+    shapes = []
+    for number, (_, values) in enumerate(shares):
+        corners = [(borders[first], 0.0)]
+        for i in range(first, last + 1):
+            corners += [(borders[i], values[i]), (borders[i + 1], values[i])]
+        corners.append((borders[last + 1], 0.0))
+        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in corners)
+        shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
+    return _frame(shapes, [label for label, _ in shares], x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+
+
+def matrix_plot(
+    rows: Sequence[str], columns: Sequence[str], cells: Callable[[str, str], tuple[str, str] | None]
+) -> Markup:
+    """Return a matrix of coloured squares.
+
+    Args:
+        rows: names of the rows.
+        columns: names of the columns.
+        cells: from a row and a column to (style class, tooltip), None for an empty cell.
+    """
+    side, left = 18, 12 + 7 * max(map(len, rows), default=1)
+    top = 12 + 7 * max(map(len, columns), default=1)
+    width, height = left + side * len(columns) + 8, top + side * len(rows) + 8
+    shapes = []
+    for number, name in enumerate(columns):
+        x = left + side * number + side * 0.7
+        shapes.append(Markup('<text transform="translate({:.1f},{}) rotate(-90)">{}</text>').format(x, top - 6, name))
+    for line, row in enumerate(rows):
+        y = top + side * line
+        shapes.append(
+            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(left - 6, y + side * 0.72, row)
+        )
+        for number, column in enumerate(columns):
+            cell = cells(row, column)
+            if cell is not None:
+                shapes.append(
+                    Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+                        cell[0], left + side * number, y, side - 2, side - 2, cell[1]
+                    )
+                )
+    return Markup('<svg class="matrix" viewBox="0 0 {0} {1}" style="max-width:{0}px" role="img">{2}</svg>').format(
+        width, height, Markup("").join(shapes)
+    )
+
+
+def _stroke(number: int) -> Markup:
+    """Return the style of a line; when the colours are used up, the next lines are dashed."""
+    dash = Markup(' stroke-dasharray="{} 4"').format(2 * (number // COLOURS)) if number >= COLOURS else ""
+    return Markup('class="line s{}"{}').format(number % COLOURS, dash)
+
+
+Axis = Callable[[float], float]
+Ticks = list[tuple[float, str]]
+
+
+def _linear_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, Ticks]:
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+    ticks = []
+    value = math.ceil(low / step) * step
+    while value <= high + step * 1e-9:
+        ticks.append((value, f"{value:.6g}" if abs(value) > step * 1e-9 else "0"))
+        value += step
+    return lambda v: start + (v - low) / (high - low) * (end - start), ticks
+
+
+def _log_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, Ticks]:
+    low, high = math.log10(min(values)), math.log10(max(values))
+    if high - low < 1:
+        # Less than a decade: whole powers of ten would leave the axis without a number.
+        axis, ticks = _linear_axis(values, start, end)
+        return axis, ticks
+    ticks = [(10.0**e, f"1e{e}") for e in range(math.ceil(low), math.floor(high) + 1)]
+    return lambda v: start + (math.log10(v) - low) / (high - low) * (end - start), ticks
+
+
+def _frame(
+    shapes: Sequence[Markup],
+    labels: Sequence[str],
+    x_ticks: Ticks,
+    y_ticks: Ticks,
+    to_x: Axis,
+    to_y: Axis,
+    x_label: str,
+    y_label: str,
+) -> Markup:
+    height = _HEIGHT + _LEGEND_LINE * len(labels)
+    parts = []
+    for value, text in x_ticks:
+        x, foot = to_x(value), _HEIGHT - _BOTTOM
+        parts.append(Markup('<line class="grid" x1="{0:.1f}" y1="{1}" x2="{0:.1f}" y2="{2}"/>').format(x, _TOP, foot))
+        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, foot + 16, text))
+    for value, text in y_ticks:
+        y = to_y(value)
+        parts.append(
+            Markup('<line class="grid" x1="{0}" y1="{2:.1f}" x2="{1}" y2="{2:.1f}"/>').format(_LEFT, _WIDTH - _RIGHT, y)
+        )
+        parts.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, text))
+    middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle_x, _HEIGHT - 10, x_label))
+    upright = Markup('<text transform="translate(12,{}) rotate(-90)" text-anchor="middle">{}</text>')
+    parts.append(upright.format(middle_y, y_label))
+    for number, label in enumerate(labels):
+        y = _HEIGHT + _LEGEND_LINE * number
+        sample = Markup('<line {} x1="{}" y1="{}" x2="{}" y2="{}"/>')
+        parts.append(sample.format(_stroke(number), _LEFT, y + 5, _LEFT + 26, y + 5))
+        parts.append(Markup('<text x="{}" y="{}">{}</text>').format(_LEFT + 34, y + 9, label))
+    title = escape(f"{y_label} over {x_label}")
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
+        _WIDTH, height, title, Markup("").join(parts), Markup("").join(shapes)
+    )

@@ -1,0 +1,727 @@
+"""`verify`: one export through the float model, the reference, our runtime and an engine, and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cloq_export.calibrate.data import evaluation_text, tokenize_text
+from cloq_export.errors import CloqError, FormatError, MissingPackageError, UsageError
+from cloq_export.formats.peft import Adapter, write_adapter
+from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.parity import gsm8k, liveness
+from cloq_export.parity.gate import default_limits, explain_miss, float32_limit, judge, merged_limits, read_gate_file
+from cloq_export.parity.isolation import measure_isolation
+from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
+from cloq_export.parity.perplexity import check_windows
+from cloq_export.parity.quality import mcnemar, perplexity_entry
+from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_metrics, write_report
+from cloq_export.parity.runtime import (
+    ReferenceModel,
+    ServedModel,
+    end_tokens,
+    float_model,
+    packed_model,
+    reference_model,
+)
+from cloq_export.pipeline.exporting import adapters_in
+from cloq_export.pipeline.session import Session
+from cloq_export.recipe import Recipe
+from cloq_export.run.directory import RunDirectory
+from cloq_export.run.versions import environment
+from cloq_export.runtimes.certificate import verify_certificate
+from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
+from cloq_export.runtimes.merged import is_merged
+
+RUNTIME_NAMES = ("hf", "vllm", "vllm-server")
+TASKS = ("ppl", "gsm8k")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+# Half precision hides a module's effect in rounding; more tokens average it out.
+_LIVENESS_SEQUENCES = {"float32": 1}
+_LIVENESS_SEQUENCES_HALF = 4
+_ISOLATION_LENGTHS = (64, 48, 57)
+_PROMPT_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """What `verify` is asked to do.
+
+    Args:
+        reference: the float model: a folder, a hub id or a GGUF file.
+        runtime: what serves: "hf", "vllm" or "vllm-server".
+        adapters: NAME=FOLDER, a name in the export, or a folder; none takes all that the export has.
+        tasks: "ppl", "gsm8k".
+        gate: a gate file; None takes the default limits.
+        dtype: of the served activations.
+        device: of the float model, the reference and the transformers runtime.
+        text: as in `evaluate`.
+        window: tokens in a window.
+        windows: how many at most.
+        gsm8k: file of problems; None takes the data folder's or the hub's.
+        problems: how many of them, from the start.
+        shots: worked examples before each problem.
+        prompts: greedy continuations that are compared.
+        new_tokens: tokens in each of them.
+        liveness_tokens: tokens on which modules are shown to be live.
+        seed: of the bootstrap.
+        force: take adapters of another base; the report says so.
+        python: the interpreter of the environment in which vLLM is installed; None is this one.
+        out: folder for parity.json and parity.html; None writes none.
+    """
+
+    reference: str
+    runtime: str = "hf"
+    adapters: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("ppl",)
+    gate: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    text: str = "wikitext2"
+    window: int = 512
+    windows: int = 16
+    gsm8k: str | None = None
+    problems: int = 100
+    shots: int = 0
+    prompts: int = 32
+    new_tokens: int = 32
+    liveness_tokens: int = 64
+    seed: int = 0
+    force: bool = False
+    python: Path | None = None
+    out: Path | None = None
+
+
+Opener = Callable[[Path, Mapping[str, Path], VerifyOptions], ServedModel]
+
+
+def verify(export: Path, options: VerifyOptions, *, console: Console | None = None) -> dict[str, Any]:
+    """Measure whether what is served equals what was trained, and judge it by the gate.
+
+    Args:
+        export: an export or a checkpoint folder.
+        options: what to measure and how.
+        console: where progress goes; None is standard error.
+
+    Returns:
+        dict: the report, as parity.json holds it; "passed" is the verdict, and "files" names what was written.
+
+    Raises:
+        UsageError: options that cannot be meant.
+        CloqError: the model, an adapter or the engine cannot be loaded, so that nothing can be measured.
+    """
+    plan = _Plan.make(Path(export), options)
+    session = Session(Recipe(), console or Console(stderr=True))
+    report = _Verification(plan, session).run()
+    if options.out is not None:
+        report["files"] = write_report(options.out, report)
+    return report
+
+
+def planned_gates(export: Path, options: VerifyOptions) -> dict[str, float]:
+    """Return the limits that `verify` would judge by, from headers alone.
+
+    Args:
+        export: as in `verify`.
+        options: as in `verify`.
+
+    Raises:
+        CloqError: as `verify`, for what is wrong with options, gate file, export or adapters.
+    """
+    return _Plan.make(Path(export), options).limits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What was asked, checked against the files as far as that is cheap."""
+
+    export: Path
+    options: VerifyOptions
+    checkpoint: Checkpoint
+    folders: Mapping[str, Path]
+    adapters: Mapping[str, Adapter]
+    limits: dict[str, float]
+
+    @classmethod
+    def make(cls, export: Path, options: VerifyOptions) -> _Plan:
+        chosen = {} if options.gate is None else read_gate_file(options.gate)
+        _check_options(options)
+        if is_merged(export):
+            raise UsageError(
+                f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
+            )
+        checkpoint = Checkpoint.open(export)
+        folders = _adapter_folders(export, options.adapters)
+        adapters = {name: read_bound_adapter(path, checkpoint, force=options.force) for name, path in folders.items()}
+        defaults = default_limits(
+            options.dtype,
+            min(spec.bits for spec in checkpoint.specs.values()),
+            options.tasks,
+            adapters=len(adapters),
+            packed=_measures_packed(options),
+        )
+        return cls(export, options, checkpoint, folders, adapters, merged_limits(defaults, chosen))
+
+    @property
+    def bits(self) -> int:
+        """Return the smallest width among the layers."""
+        return min(spec.bits for spec in self.checkpoint.specs.values())
+
+    @property
+    def subjects(self) -> list[str | None]:
+        """Return what is measured on text: every adapter, or the base if there is none."""
+        return list(self.adapters) or [None]
+
+
+def _open_hf(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    return packed_model(export, adapters, dtype=DTYPES[options.dtype], device=options.device, force=options.force)
+
+
+def _open_vllm(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    engine = _engine_module("vllm_engine", options).VllmModel
+    opened: ServedModel = engine(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
+    return opened
+
+
+def _open_vllm_server(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    server = _engine_module("vllm_server", options).VllmServer
+    opened: ServedModel = server.start(
+        export, adapters, dtype=options.dtype, python=options.python, force=options.force
+    )
+    return opened
+
+
+def _engine_module(name: str, options: VerifyOptions) -> Any:
+    if options.python is None and importlib.util.find_spec("vllm") is None:
+        raise MissingPackageError(
+            f"--runtime {options.runtime} needs vLLM, which is not installed here; install it beside cloq_export, name "
+            "the interpreter of an environment that has both with --python, or verify with --runtime hf."
+        )
+    return importlib.import_module(f"cloq_export.runtimes.{name}")
+
+
+# Runtime -> what opens it; engines are imported when they are asked for.
+OPENERS: dict[str, Opener] = {"hf": _open_hf, "vllm": _open_vllm, "vllm-server": _open_vllm_server}
+
+
+class _Verification:
+    """One call: what is measured, phase by phase, with one dense model in memory at a time beside the engine."""
+
+    def __init__(self, plan: _Plan, session: Session) -> None:
+        self.plan, self.options, self.session = plan, plan.options, session
+        self.missing: list[dict[str, str]] = []
+        self.numerics: list[dict[str, Any]] = []
+        self.perplexity: list[dict[str, Any]] = []
+        self.greedy: list[dict[str, Any]] = []
+        self.liveness: list[dict[str, Any]] = []
+        self.isolation: dict[str, Any] | None = None
+        self.answers: dict[str, gsm8k.Answers] = {}
+        self.noise_floor: dict[str, Any] | None = None
+        self._phases: list[str] = []
+        self._since = 0.0
+
+    def run(self) -> dict[str, Any]:
+        plan, options = self.plan, self.options
+        with self._phase("certificate"):
+            certificate = self._certificate()
+        text = evaluation_text(options.text)
+        self._read_problems()
+        with self._phase("float"):
+            source = self._measure_float(text.text)
+        reference = reference_model(plan.export, plan.folders, device=options.device, force=options.force)
+        with self._phase("reference"):
+            self._measure_reference(reference)
+        if _measures_packed(options):
+            with self._phase("packed"):
+                self._measure_packed()
+        with self._phase("served"):
+            self._measure_served(reference)
+        report = self._report(certificate, source, {"text": text.origin, "text_sha256": text.sha256})
+        report["metrics"] = collect_metrics(report)
+        report["gates"] = judge(plan.limits, report["metrics"])
+        report["passed"] = all(verdict["passed"] for verdict in report["gates"])
+        return report
+
+    def _certificate(self) -> dict[str, Any]:
+        try:
+            repeated = verify_certificate(self.plan.export)
+        except FormatError as error:
+            return {"passed": False, "files": None, "modules": None, "not_covered": [], "reason": str(error)}
+        return {
+            "passed": True,
+            "files": repeated["files"],
+            "modules": repeated["modules"],
+            "not_covered": repeated["not_covered"],
+            "reason": None,
+        }
+
+    def _read_problems(self) -> None:
+        """Read the problems, which is cheap, before anything that is not."""
+        options = self.options
+        self.problems: list[gsm8k.Problem] = []
+        self.questions: list[str] = []
+        self.origin = ""
+        if "gsm8k" not in options.tasks:
+            return
+        self.definition = gsm8k.task_definition()
+        found, self.origin = gsm8k.load_problems(options.gsm8k)
+        self.problems = found[: options.problems]
+        examples: list[gsm8k.Problem] = []
+        if options.shots:
+            examples, _ = gsm8k.load_problems(None, split="train")
+        self.questions = [
+            self.definition.prompt(problem, gsm8k.choose_examples(examples, options.shots, number))
+            for number, problem in enumerate(self.problems)
+        ]
+
+    def _cut(self, tokens: torch.Tensor) -> None:
+        """Cut windows, prompts and probes from the text."""
+        options = self.options
+        count = min(options.windows, tokens.numel() // options.window)
+        self.windows = tokens[: count * options.window].view(count, options.window).tolist()
+        width = min(_PROMPT_TOKENS, options.window)
+        # Prompts are spread over the whole of what was read, so that they are not all of one page.
+        step = max(1, (count * options.window - width) // max(1, options.prompts))
+        flat = tokens[: count * options.window].tolist()
+        starts = range(0, count * options.window - width + 1, step)
+        self.prompts = [flat[start : start + width] for start in list(starts)[: options.prompts]]
+        probes = _LIVENESS_SEQUENCES.get(options.dtype, _LIVENESS_SEQUENCES_HALF)
+        self.probes = [window[: options.liveness_tokens] for window in self.windows[:probes]]
+        self.isolated = [
+            window[: min(length, options.window)]
+            for window, length in zip(self.windows * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
+        ]
+
+    def _measure_float(self, text: str) -> dict[str, str]:
+        """Open the float model, cut the text with its tokenizer, measure it, and let go of it."""
+        options = self.options
+        loaded = open_model(options.reference, dtype=torch.float32)
+        _refuse_other_model(loaded, self.plan.checkpoint)
+        tokens = tokenize_text(loaded.tokenizer, text)
+        check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
+        self.tokenizer, self.ends = loaded.tokenizer, end_tokens(loaded.model)
+        self._cut(tokens)
+        model = float_model(loaded.model.to(options.device))
+        alone: list[str | None] = [None] * len(self.windows)
+        self.session.say(f"measure the float model on {len(self.windows)} windows of {options.window} tokens, twice")
+        self.float_logprobs = measure_logprobs(model, self.windows, alone)
+        self.noise_floor = compare_logprobs(measure_logprobs(model, self.windows, alone), self.float_logprobs)
+        self._add_perplexity("float", None, self.float_logprobs)
+        self._answer("float", model, None)
+        if options.dtype != "float32":
+            # In place: a second copy would double the memory that the float model takes.
+            rounded = float_model(loaded.model.to(DTYPES[options.dtype]))
+            logprobs = measure_logprobs(rounded, self.windows, alone)
+            self._add_numerics("float in served precision", "float", None, logprobs, self.float_logprobs)
+        return {"name": options.reference, "fingerprint": loaded.source.fingerprint}
+
+    def _measure_reference(self, reference: ReferenceModel) -> None:
+        plan = self.plan
+        self.reference_logprobs: dict[str | None, list[torch.Tensor]] = {}
+        self.expected: dict[str | None, list[list[int]]] = {}
+        self.without: dict[str, dict[str, list[torch.Tensor]]] = {}
+        self.probed: dict[str, list[torch.Tensor]] = {}
+        self.session.say(f"measure the reference with {', '.join(plan.adapters) or 'no adapter'}")
+        for number, adapter in enumerate(plan.subjects):
+            logprobs = measure_logprobs(reference, self.windows, [adapter] * len(self.windows))
+            self.reference_logprobs[adapter] = logprobs
+            self._add_numerics("reference", "float", adapter, logprobs, self.float_logprobs)
+            self._add_perplexity("reference", adapter, logprobs)
+            mine = self._prompts_of(number)
+            self.expected[adapter] = reference.generate(mine, [adapter] * len(mine), self.options.new_tokens)
+        self._answer("reference", reference, plan.subjects[0])
+        for adapter, read in plan.adapters.items():
+            self.session.say(f"leave out each of {len(read.pairs)} modules of {adapter} in turn")
+            with self._phase("liveness"):
+                self.probed[adapter], self.without[adapter] = self._left_out(reference, adapter, list(read.pairs))
+
+    def _left_out(
+        self, reference: ReferenceModel, adapter: str, modules: Sequence[str]
+    ) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        probed = measure_logprobs(reference, self.probes, [adapter] * len(self.probes))
+        return probed, liveness.left_out(reference, self.probes, adapter, modules)
+
+    def _measure_packed(self) -> None:
+        plan = self.plan
+        model = packed_model(plan.export, plan.folders, device=self.options.device, force=self.options.force)
+        for adapter in plan.subjects:
+            with self._attempt(f"packed runtime, {adapter or 'base'}"):
+                logprobs = measure_logprobs(model, self.windows, [adapter] * len(self.windows))
+                self._add_numerics("packed", "reference", adapter, logprobs, self.reference_logprobs[adapter])
+                self._add_perplexity("packed", adapter, logprobs)
+
+    def _measure_served(self, reference: ReferenceModel) -> None:
+        plan, options = self.plan, self.options
+        self.session.say(f"serve with {options.runtime} in {options.dtype}")
+        with self._served(plan.folders) as served:
+            for number, adapter in enumerate(plan.subjects):
+                self._serve_text(served, adapter)
+                self._serve_greedy(served, reference, adapter, number)
+            with self._attempt("GSM8K, served"):
+                self._answer("served", served, plan.subjects[0])
+            if plan.adapters:
+                with self._attempt("isolation"), self._phase("isolation"):
+                    self.isolation = measure_isolation(served, self.isolated, list(plan.adapters))
+            with self._phase("liveness"):
+                found = self._serve_probes(served)
+        with self._phase("liveness"):
+            self._settle_liveness(found)
+
+    def _serve_text(self, served: ServedModel, adapter: str | None) -> None:
+        with self._attempt(f"served logits, {adapter or 'base'}"):
+            logprobs = measure_logprobs(served, self.windows, [adapter] * len(self.windows))
+            self._add_numerics("served", "reference", adapter, logprobs, self.reference_logprobs[adapter])
+            self._add_perplexity("served", adapter, logprobs)
+
+    def _serve_greedy(self, served: ServedModel, reference: ReferenceModel, adapter: str | None, number: int) -> None:
+        mine = self._prompts_of(number)
+        if not mine:
+            return
+        with self._attempt(f"greedy text, {adapter or 'base'}"), self._phase("greedy"):
+            compared = compare_greedy(
+                served,
+                reference,
+                mine,
+                self.expected[adapter],
+                adapter,
+                max_new_tokens=self.options.new_tokens,
+                end_tokens=self.ends,
+                # Both tokens of a near-tie may be off by the limit, one upwards and one downwards.
+                tie=2 * float32_limit(self.plan.bits),
+            )
+            self.greedy.append({"adapter": adapter, **compared})
+
+    def _serve_probes(self, served: ServedModel) -> dict[str, list[liveness.Presence]]:
+        found: dict[str, list[liveness.Presence]] = {}
+        for adapter, read in self.plan.adapters.items():
+            found[adapter] = []
+            with self._attempt(f"liveness, {adapter}"):
+                found[adapter] = liveness.served_presence(
+                    served,
+                    self.probes,
+                    adapter,
+                    self.probed[adapter],
+                    self.without[adapter],
+                    zero=liveness.zero_products(read.pairs),
+                )
+        return found
+
+    def _settle_liveness(self, found: Mapping[str, list[liveness.Presence]]) -> None:
+        """Show modules whose effect is lost in rounding once more, enlarged; then note what was found."""
+        unsettled = {
+            name: undecided
+            for name, findings in found.items()
+            if (undecided := [each for each in findings if each.verdict == liveness.UNDECIDED])
+        }
+        again: dict[str, list[liveness.Presence]] = {}
+        if unsettled:
+            with self._attempt("liveness of modules with little effect"):
+                again = self._probe_enlarged(unsettled)
+        for name, findings in found.items():
+            settled = liveness.merged_findings(findings, again.get(name, []))
+            self.liveness.append(
+                {
+                    "adapter": name,
+                    "sequences": len(self.probes),
+                    "tokens": sum(len(ids) - 1 for ids in self.probes),
+                    "live_share": liveness.live_share(settled),
+                    "modules": [dataclasses.asdict(presence) for presence in settled],
+                }
+            )
+
+    def _probe_enlarged(
+        self, unsettled: Mapping[str, Sequence[liveness.Presence]]
+    ) -> dict[str, list[liveness.Presence]]:
+        plan = self.plan
+        count = sum(map(len, unsettled.values()))
+        self.session.say(f"the effect of {count} modules is lost in rounding; probe them enlarged")
+        with tempfile.TemporaryDirectory(prefix="cloq-verify-") as place:
+            folders, gains = {}, {}
+            for name, undecided in unsettled.items():
+                pairs, gains[name] = liveness.enlarged_pairs(plan.adapters[name].pairs, undecided)
+                folders[name] = Path(place) / name
+                base = str(plan.adapters[name].config.get("base_model_name_or_path") or "")
+                write_adapter(folders[name], pairs, base_model=base, base_fingerprint=plan.checkpoint.fingerprint())
+            reference = reference_model(plan.export, folders, device=self.options.device)
+            found = {}
+            with self._served(folders) as served:
+                for name in folders:
+                    probed, without = self._left_out(reference, name, list(gains[name]))
+                    found[name] = liveness.served_presence(
+                        served, self.probes, name, probed, without, gains=gains[name]
+                    )
+            return found
+
+    @contextlib.contextmanager
+    def _served(self, folders: Mapping[str, Path]) -> Iterator[ServedModel]:
+        opener = OPENERS[self.options.runtime]
+        with self._phase("start"):
+            served = opener(self.plan.export, folders, self.options)
+        try:
+            yield served
+        finally:
+            served.close()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Book the time of a block under a name, and not under that of the block around it."""
+        self._book()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._phases.pop()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._phases:
+            name = self._phases[-1]
+            self.session.seconds[name] = self.session.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def _attempt(self, what: str) -> Iterator[None]:
+        """Note what could not be measured, and go on: its figures stay missing, and the gates on them miss."""
+        try:
+            yield
+        except (CloqError, NotImplementedError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.missing.append({"what": what, "reason": reason})
+            self.session.say(f"{what} could not be measured: {reason}")
+
+    def _prompts_of(self, number: int) -> list[list[int]]:
+        """Return the prompts of the subject of this number: they are dealt out in turn."""
+        return self.prompts[number :: len(self.plan.subjects)]
+
+    def _add_numerics(
+        self,
+        measured: str,
+        against: str,
+        adapter: str | None,
+        logprobs: Sequence[torch.Tensor],
+        expected: Sequence[torch.Tensor],
+    ) -> None:
+        row = {"measured": measured, "against": against, "adapter": adapter}
+        self.numerics.append(row | compare_logprobs(logprobs, expected))
+
+    def _add_perplexity(self, model: str, adapter: str | None, logprobs: Sequence[torch.Tensor]) -> None:
+        if "ppl" in self.options.tasks:
+            against = None if model == "float" else self.float_logprobs
+            entry = perplexity_entry(logprobs, against, seed=self.options.seed)
+            self.perplexity.append({"model": model, "adapter": adapter, **entry})
+
+    def _answer(self, name: str, model: ServedModel, adapter: str | None) -> None:
+        if not self.problems:
+            return
+        self.session.say(f"GSM8K: {len(self.problems)} problems, {name}")
+        with self._phase("gsm8k"):
+            self.answers[name] = gsm8k.ask(
+                model, self.tokenizer, self.definition, self.problems, self.questions, adapter
+            )
+
+    def _gsm8k(self) -> dict[str, Any] | None:
+        if not self.problems:
+            return None
+        pairs = [("float", "reference"), ("float", "served"), ("reference", "served")]
+        comparisons = [
+            {
+                "first": first,
+                "second": second,
+                "agreement": gsm8k.agreement(self.definition, self.answers[first], self.answers[second]),
+                **mcnemar(self.answers[first].correct, self.answers[second].correct),
+            }
+            for first, second in pairs
+            if first in self.answers and second in self.answers
+        ]
+        return {
+            "problems": len(self.problems),
+            "shots": self.options.shots,
+            "max_new_tokens": gsm8k.MAX_NEW_TOKENS,
+            "version": self.definition.version,
+            "definition": self.definition.origin,
+            "origin": self.origin,
+            "adapter": self.plan.subjects[0],
+            "models": {
+                name: {
+                    "accuracy": answers.accuracy,
+                    "strict_accuracy": answers.strict_accuracy,
+                    "answers": list(answers.extracted),
+                    "correct": list(answers.correct),
+                }
+                for name, answers in self.answers.items()
+            },
+            "comparisons": comparisons,
+        }
+
+    def _report(
+        self, certificate: Mapping[str, Any], source: Mapping[str, str], text: Mapping[str, str]
+    ) -> dict[str, Any]:
+        plan, options = self.plan, self.options
+        notes = list(self.session.notes)
+        fingerprint = plan.checkpoint.fingerprint()
+        adapters = []
+        for name, read in plan.adapters.items():
+            bound = read.base_fingerprint == fingerprint
+            adapters.append(
+                {
+                    "name": name,
+                    "folder": str(plan.folders[name]),
+                    "modules": len(read.pairs),
+                    "bound_to_this_base": bound,
+                }
+            )
+            if not bound:
+                notes.append(
+                    f"the adapter {name} is bound to {read.base_fingerprint or 'no base'}; it was taken by force"
+                )
+        if not adapters:
+            notes.append("there is no adapter: liveness and isolation were not measured")
+        return {
+            "format": REPORT_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "passed": False,
+            "export": str(plan.export),
+            "layout": plan.checkpoint.grids.layout.name,
+            "bits": sorted({spec.bits for spec in plan.checkpoint.specs.values()}),
+            "base_fingerprint": fingerprint,
+            "reference": dict(source),
+            "runtime": options.runtime,
+            "dtype": options.dtype,
+            "adapters": adapters,
+            "conditions": {
+                **text,
+                "window": options.window,
+                "windows": len(self.windows),
+                "tasks": list(options.tasks),
+                "prompts": len(self.prompts),
+                "new_tokens": options.new_tokens,
+                "liveness_tokens": options.liveness_tokens,
+                "seed": options.seed,
+                "device": options.device,
+                "threads": torch.get_num_threads(),
+            },
+            "certificate": dict(certificate),
+            "noise_floor": self.noise_floor,
+            "numerics": self.numerics,
+            "quality": {"perplexity": self.perplexity, "gsm8k": self._gsm8k()},
+            "greedy": self.greedy,
+            "liveness": self.liveness,
+            "isolation": self.isolation,
+            "layers": _layer_certificates(plan.export),
+            "metrics": {},
+            "gates": [],
+            "missing": self.missing,
+            "notes": notes,
+            "seconds": dict(self.session.seconds),
+            "versions": environment(),
+        }
+
+
+def missed_gates(report: Mapping[str, Any]) -> str | None:
+    """Return one line on every gate that a report misses, None if it passes."""
+    missed = [explain_miss(verdict) for verdict in report["gates"] if not verdict["passed"]]
+    if not missed:
+        return None
+    reasons = [f"{entry['what']}: {entry['reason']}" for entry in report["missing"]]
+    if report["certificate"] and report["certificate"]["reason"]:
+        reasons.insert(0, report["certificate"]["reason"])
+    dead = [
+        f"{each['module']} of {row['adapter']} is {each['verdict']}"
+        for row in report["liveness"]
+        for each in row["modules"]
+        if each["verdict"] not in (liveness.LIVE, liveness.ZERO)
+    ]
+    if dead:
+        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+        reasons.append(f"{', '.join(dead[:3])}{more}")
+    return "; ".join([*missed, *reasons])
+
+
+def _measures_packed(options: VerifyOptions) -> bool:
+    """Return whether our own runtime is measured beside the one that serves: not if it is the same."""
+    return options.runtime != "hf" or options.dtype != "float32"
+
+
+def _check_options(options: VerifyOptions) -> None:
+    for flag, value, allowed in (
+        ("--runtime", options.runtime, RUNTIME_NAMES),
+        ("--dtype", options.dtype, tuple(DTYPES)),
+        *(("--tasks", task, TASKS) for task in options.tasks),
+    ):
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{flag} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
+    for flag, number, least in (
+        ("--window", options.window, 2),
+        ("--windows", options.windows, 1),
+        ("--problems", options.problems, 1),
+        ("--shots", options.shots, 0),
+        ("--prompts", options.prompts, 0),
+        ("--new-tokens", options.new_tokens, 1),
+        ("--liveness-tokens", options.liveness_tokens, 2),
+    ):
+        if number < least:
+            raise UsageError(f"{flag} is {number}; it must be at least {least}.")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu.")
+
+
+def _adapter_folders(export: Path, asked: Sequence[str]) -> dict[str, Path]:
+    """Return name -> folder of the adapters that are to be served."""
+    if not asked:
+        names = RunDirectory.open(export).adapters() if RunDirectory.is_run(export) else adapters_in(export)
+        return {name: find_adapter(export, name) for name in names}
+    folders: dict[str, Path] = {}
+    for text in asked:
+        name, separator, place = text.partition("=")
+        if not separator:
+            place = text
+            name = Path(text).name
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--adapter {text}: {name[:80]!r} cannot be the name of an adapter; letters, digits, '.', '_' and '-' "
+                "are allowed, a letter or digit first. Give one with --adapter NAME=FOLDER."
+            )
+        if name in folders:
+            raise UsageError(f"two adapters have the name {name!r}; give one another with --adapter NAME=FOLDER.")
+        folders[name] = find_adapter(export, place)
+    return folders
+
+
+def _refuse_other_model(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a float model whose sizes are not those of the export."""
+    config = loaded.config.get_text_config()
+    for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, theirs = checkpoint.config.get(field), getattr(config, field, None)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UsageError(
+                f"{loaded.source.name} has {field} {theirs} and {checkpoint.folder} has {mine}, so the one was not "
+                "made from the other; give the float model of this export with --reference."
+            )
+
+
+def _layer_certificates(export: Path) -> list[dict[str, Any]] | None:
+    """Return what the run measured of each layer, if the export still lies in its run."""
+    for folder in (export, *export.resolve().parents[:2]):
+        if RunDirectory.is_run(folder):
+            kept = ("module", "bits", "rank", "error_quantized", "error_adapted", "error_bound")
+            found = [dataclasses.asdict(certificate) for certificate in RunDirectory.open(folder).certificates()]
+            return [{key: entry[key] for key in kept} for entry in found] or None
+    return None

@@ -1,0 +1,234 @@
+"""The report: figures for the gate, the page, and its documentation."""
+
+from __future__ import annotations
+
+import html.parser
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from cloq_export.errors import RunDirectoryError
+from cloq_export.parity.gate import GATES, judge
+from cloq_export.parity.numerics import compare_logprobs
+from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
+from cloq_export.parity.report import collect_metrics, figure, render_html, schema, write_report
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+HOSTILE = '<script src="http://x.example/a.js">&"\'</script>'
+
+
+def difference(largest: float | None) -> dict[str, Any]:
+    import torch
+
+    empty = {"0.5": None, "0.9": None, "0.99": None, "0.999": None}
+    if largest is None:
+        return {"tokens": 3, "max": None, "mean": None, "quantiles": empty, "histogram": None}
+    return compare_logprobs([torch.tensor([0.0, largest / 2, largest], dtype=torch.float64)], [torch.zeros(3)])
+
+
+def perplexity(model: str, adapter: str | None, value: float | None) -> dict[str, Any]:
+    entry = {
+        "model": model,
+        "adapter": adapter,
+        "perplexity": value,
+        "standard_error": 0.5,
+        "by_position": {"position": [8, 16], "perplexity": [40.0, 20.0]},
+    }
+    if model != "float":
+        entry |= {"ratio_to_float": value, "ratio_lower": 1.0, "ratio_upper": value}
+    return entry
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Return a complete report with two adapters, one of them named as an attack would name it."""
+    names = ["good", HOSTILE]
+    modules = [f"model.layers.{block}.mlp.{kind}_proj" for block in (0, 1, 10) for kind in ("up", "down")]
+    presences = [
+        {"module": module, "verdict": "live", "presence": 1.0, "error": 0.01, "effect": 0.1, "gain": 1.0}
+        for module in [*modules, "lm_head"]
+    ]
+    dead = {**presences[0], "verdict": "undecided", "presence": None, "error": None, "gain": 4.0}
+    answers = {"accuracy": 0.5, "strict_accuracy": 0.25, "answers": ["1", "2"], "correct": [True, False]}
+    pair = {
+        "first": "reference",
+        "second": "served",
+        "agreement": 0.5,
+        "only_first": 1,
+        "only_second": 0,
+        "p_value": 1.0,
+    }
+    numerics = [
+        {"measured": "served", "against": "reference", "adapter": name, **difference(value)}
+        for name, value in zip(names, (1e-4, 3e-4), strict=True)
+    ]
+    numerics.append({"measured": "reference", "against": "float", "adapter": "good", **difference(0.5)})
+    made: dict[str, Any] = {
+        "format": "cloq-parity",
+        "format_version": 1,
+        "passed": False,
+        "export": HOSTILE,
+        "layout": "gptq_v2",
+        "bits": [2, 4],
+        "base_fingerprint": "sha256:00",
+        "reference": {"name": "org/model", "fingerprint": "sha256:11"},
+        "runtime": "hf",
+        "dtype": "float32",
+        "adapters": [{"name": name, "folder": "x", "modules": 7, "bound_to_this_base": True} for name in names],
+        "conditions": {
+            "text": "wikitext2",
+            "text_sha256": "22",
+            "window": 16,
+            "windows": 2,
+            "tasks": ["ppl", "gsm8k"],
+            "prompts": 3,
+            "new_tokens": 4,
+            "liveness_tokens": 16,
+            "seed": 0,
+            "device": "cpu",
+            "threads": 1,
+        },
+        "certificate": {"passed": True, "files": 9, "modules": 14, "not_covered": [], "reason": None},
+        "noise_floor": difference(0.0),
+        "numerics": numerics,
+        "quality": {
+            "perplexity": [
+                perplexity("float", None, 29.0),
+                *(perplexity("served", name, value) for name, value in zip(names, (1.2, 1.5), strict=True)),
+            ],
+            "gsm8k": {
+                "problems": 2,
+                "shots": 0,
+                "max_new_tokens": 256,
+                "version": "3.0",
+                "definition": "lm_eval",
+                "origin": "file",
+                "adapter": "good",
+                "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
+                "comparisons": [pair],
+            },
+        },
+        "greedy": [
+            {
+                "adapter": name,
+                "prompts": prompts,
+                "new_tokens": 4,
+                "agreement": share,
+                "ties": 0,
+                "flips": flips,
+                "tie_gap": 2e-3,
+                "first_flip": None,
+            }
+            for name, prompts, share, flips in (("good", 3, 1.0, 0), (HOSTILE, 1, 0.0, 1))
+        ],
+        "liveness": [
+            {"adapter": "good", "sequences": 1, "tokens": 15, "live_share": 1.0, "modules": presences},
+            {"adapter": HOSTILE, "sequences": 1, "tokens": 15, "live_share": 6 / 7, "modules": [dead, *presences[1:]]},
+        ],
+        "isolation": {"requests": 6, "max": 1e-6, "by_adapter": [{"adapter": None, "max": 1e-6, "mean": 1e-7}]},
+        "layers": [
+            {"module": m, "bits": 2, "rank": 4, "error_quantized": 0.5, "error_adapted": 0.2, "error_bound": None}
+            for m in modules
+        ],
+        "metrics": {},
+        "gates": [],
+        "missing": [{"what": HOSTILE, "reason": HOSTILE}],
+        "notes": [HOSTILE],
+        "seconds": {"float": 1.25},
+        "versions": {"torch": "2"},
+    }
+    made["metrics"] = collect_metrics(made)
+    made["gates"] = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, made["metrics"])
+    return made
+
+
+def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
+    metrics = report["metrics"]
+    assert set(metrics) == set(GATES)
+    assert metrics["logprob_difference_max"] == metrics["packed_logprob_difference_max"] == 3e-4
+    assert metrics["perplexity_ratio"] == 1.5
+    assert metrics["live_modules"] == 6 / 7
+    assert (metrics["greedy_agreement"], metrics["greedy_flips"]) == (0.75, 1)
+    assert (metrics["gsm8k_accuracy"], metrics["gsm8k_accuracy_drop"], metrics["gsm8k_agreement"]) == (0.0, 0.5, 0.5)
+    assert metrics["noise_floor_max"] == 0
+    assert metrics["logprob_difference_over_float"] is None  # nothing to compare with in float32
+
+
+def test_one_adapter_that_is_missing_makes_the_figure_missing(report: dict[str, Any]) -> None:
+    report["numerics"][0] |= difference(None)
+    report["quality"]["perplexity"][1]["ratio_to_float"] = None
+    report["liveness"][0]["live_share"] = None
+    report["isolation"] = None
+    metrics = collect_metrics(report)
+    for name in ("logprob_difference_max", "perplexity_ratio", "live_modules", "mixed_batch_difference_max"):
+        assert metrics[name] is None, name
+    jsonschema.validate(report, schema())
+
+
+def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: dict[str, Any]) -> None:
+    jsonschema.validate(report, schema())
+    paths = write_report(tmp_path / "new" / "folder", report)
+    page = Path(paths["html"]).read_text(encoding="utf-8")
+    assert page == render_html(report)
+    tags: list[str] = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            tags.append(tag)
+            assert not {name for name, _ in attributes} & {"src", "href", "onload", "onclick"}
+
+    Reader().feed(page)
+    assert "script" not in tags
+    assert tags.count("svg") == 5  # differences, positions, layers and a matrix for each adapter
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawing)
+        assert "nan" not in drawing
+    assert "undecided, product times 4" in page
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path, report: dict[str, Any]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="is not a folder"):
+        write_report(tmp_path / "file", report)
+
+
+def test_plots_of_little_or_nothing() -> None:
+    assert str(line_plot([], x_label="x", y_label="y")) == ""
+    assert str(line_plot([("a", [1, 2], [math.nan, 0.0])], x_label="x", y_label="y", log_y=True)) == ""
+    assert str(histogram_plot([("a", [0.1, 1.0], [0, 0, 0])], x_label="x", y_label="y")) == ""
+    for drawing in (
+        line_plot([("a", [1], [5.0])], x_label="x", y_label="y"),
+        line_plot([("a", [1, 2], [5.0, 5.1])], x_label="x", y_label="y", log_y=True),
+        line_plot([("a", [1, 2], [1e-5, 1e5])], x_label="x", y_label="y", log_y=True, points=True),
+        histogram_plot([("a", [0.1, 1.0], [3, 0, 0])], x_label="x", y_label="y"),
+        matrix_plot(["0"], ["up"], lambda row, column: None),
+    ):
+        ElementTree.fromstring(str(drawing))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "not measured"), (0.0, "0"), (1, "1"), (1.23456, "1.2346"), (1e-5, "1.00e-05"), (12345.6, "1.23e+04")],
+)
+def test_figures_for_people(value: float | None, shown: str) -> None:
+    assert figure(value) == shown
+
+
+def test_every_gate_is_documented() -> None:
+    text = (DOCS / "verify.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (at most|at least) \|", text, re.MULTILINE))
+    assert rows == {name: gate.bound for name, gate in GATES.items()}
+    for gate in GATES.values():
+        assert gate.meaning in text
+
+
+def test_the_workflow_is_yaml() -> None:
+    workflow = yaml.safe_load((DOCS / "github-actions.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["parity"]["steps"]
+    assert any("--cloq-export" in step.get("run", "") for step in steps)
