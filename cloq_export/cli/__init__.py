@@ -24,6 +24,7 @@ VERBS = {
     "export": "Write a deployable folder: a layout, adapters, certificate, model card.",
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
+    "serve": "Serve an export with its adapters through vLLM, OpenAI-compatible.",
     "eval": "Measure perplexity: float, quantized, quantized with adapter.",
     "verify": "Gate an export: served against trained, from bytes to answers.",
     "inspect": "Explain a run, an export, an adapter, or a foreign checkpoint.",

@@ -1,0 +1,180 @@
+"""`cloq serve` for real: names, default, guarded adapters, several clients, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cloq_export.runtimes.vllm_engine import EngineError
+from cloq_export.runtimes.vllm_server import VllmServer
+from cloq_export.types import QuantSpec
+
+pytestmark = pytest.mark.slow
+
+GENERATOR = torch.Generator().manual_seed(3)
+SEQUENCES = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (12, 5, 9, 2, 17, 30, 7)]
+
+
+@pytest.fixture(scope="module")
+def server(export: Any, engine_python: str) -> Iterator[VllmServer]:
+    with VllmServer.start(
+        export.folder, export.adapters, python=engine_python, threads=1, kv_cache_gib=1, max_loras=2, name="tiny"
+    ) as running:
+        yield running
+
+
+def test_the_default_adapter_answers_to_the_models_own_name(server: VllmServer, export: Any) -> None:
+    assert server.models() == ["tiny", "one", "two", "tiny-base"]
+    ids = SEQUENCES[0]
+    greedy = {name: server.generate([ids], [name], 8)[0] for name in (None, "one", "two")}
+    assert greedy["one"] != greedy[None]
+    for model in ({"model": "tiny"}, {}):
+        answer = server._post(
+            "/v1/completions",
+            {**model, "prompt": ids, "max_tokens": 8, "temperature": 0, "return_token_ids": True},
+        )
+        assert answer["model"] == "tiny"
+        assert answer["choices"][0]["token_ids"] == greedy["one"]
+
+
+def test_clients_at_once_get_what_the_reference_gives(server: VllmServer, export: Any) -> None:
+    names: list[str | None] = [None, "one", "two"]
+    who = [names[index % 3] for index in range(21)]
+    sequences = [SEQUENCES[index % len(SEQUENCES)] for index in range(21)]
+    for ids, name, scores in zip(sequences, who, server.prompt_logprobs(sequences, who), strict=True):
+        assert float((scores - export.logprobs(ids, name)).abs().max()) < 1e-4
+
+
+def test_adapters_come_and_go_while_it_serves(
+    server: VllmServer, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    ids = SEQUENCES[4]
+    for seed in (11, 12, 13):
+        folder = write_pairs(tmp_path / f"adapter{seed}", export.layers, export.fingerprint, seed=seed)
+        server.load_adapter("third", folder)
+        scores = server.prompt_logprobs([ids, ids, ids], ["third", None, "two"])
+        for name, served in zip((folder, None, "two"), scores, strict=True):
+            reference = export.logprobs(ids, name)
+            assert float((served - reference).abs().max()) < 1e-4
+        server.unload_adapter("third")
+    assert server.models() == ["tiny", "one", "two", "tiny-base"]
+
+
+def test_what_is_refused_while_it_serves(
+    server: VllmServer,
+    export: Any,
+    write_export: Callable[..., Any],
+    write_pairs: Callable[..., pathlib.Path],
+    tmp_path: pathlib.Path,
+) -> None:
+    good = export.adapters["one"]
+    other = write_export(QuantSpec(bits=3, group_size=32)).adapters["one"]
+    large = write_pairs(tmp_path / "large", export.layers, export.fingerprint, seed=1, rank=16)
+    torn = write_pairs(tmp_path / "torn", export.layers, export.fingerprint, seed=1)
+    (torn / "adapter_model.safetensors").unlink()
+    before = server.generate([SEQUENCES[0]], ["two"], 4)
+    for name, folder, reason in (
+        ("a/b", good, "has a slash"),
+        ("one", good, "already been loaded"),
+        ("tiny-base", good, "conflicts with a served base model"),
+        ("third", other, "is bound to the base"),
+        ("third", large, "the server takes up to 8"),
+        ("third", torn, "does not exist"),
+        ("third", tmp_path / "none", "is no adapter folder"),
+    ):
+        with pytest.raises(EngineError, match=f"400.*{reason}"):
+            server.load_adapter(name, folder)
+    with pytest.raises(EngineError, match="tiny is what plain requests are answered with"):
+        server.unload_adapter("tiny")
+    assert server.models() == ["tiny", "one", "two", "tiny-base"]
+    assert server.generate([SEQUENCES[0]], ["two"], 4) == before
+
+
+def test_changed_weights_in_the_same_folder_are_refused(
+    server: VllmServer, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    folder = write_pairs(tmp_path / "changing", export.layers, export.fingerprint, seed=21)
+    server.load_adapter("changing", folder)
+    server.unload_adapter("changing")
+    write_pairs(folder, export.layers, export.fingerprint, seed=22)
+    with pytest.raises(EngineError, match="other weights than when changing was loaded from it before"):
+        server.load_adapter("changing", folder)
+
+
+@contextlib.contextmanager
+def _cloq_serve(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cloq_export", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A program that a shell started in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_prints_how_to_ask_and_stops_cleanly(export: Any, engine_python: str, sent: signal.Signals) -> None:
+    with _cloq_serve(
+        *(str(export.folder), "--default", "two", "--name", "tiny", "--port", "0", "--python", engine_python),
+        *("--threads", "1", "--kv-cache-gib", "1", "--", "--max-num-seqs", "4"),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = []
+        while not lines or not lines[-1].startswith("curl"):
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            lines.append(line)
+        text = "".join(lines)
+        assert "tiny  (the default: adapter two)" in text
+        assert "tiny-base  (the quantized base without an adapter)" in text
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", text)[1])  # type: ignore[index]
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{port}/v1/models", timeout=30) as answer:
+            assert json.load(answer)["data"][0]["id"] == "tiny"
+        process.send_signal(sent)
+        # What the engine writes after that has to go somewhere.
+        _, errors = process.communicate(timeout=120)
+        if sent != signal.SIGKILL:
+            assert process.returncode == 0, errors
+            assert errors.rstrip().endswith("stopped")
+    # Killed, it cannot stop the server, which then ends by itself.
+    for _ in range(150):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"something still listens at {port}")
+
+
+def test_the_command_shows_the_last_lines_of_an_engine_that_dies(export: Any, engine_python: str) -> None:
+    with _cloq_serve(
+        *(str(export.folder), "--default", "one", "--port", "0", "--python", engine_python, "--kv-cache-gib", "1"),
+        *("--", "--no-such-option"),
+    ) as process:
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "unrecognized arguments: --no-such-option" in errors
+    assert errors.rstrip().endswith("error: the vLLM server did not start (exit code 2); its last lines stand above.")

@@ -1,0 +1,187 @@
+"""What is checked before an engine starts; no engine is needed."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cloq_export.cli import main
+from cloq_export.errors import BindingError, FormatError, MissingPackageError, UsageError
+from cloq_export.formats.peft import read_adapter, write_adapter
+from cloq_export.pipeline.serving import ServeOptions, plan_serving, served_adapters
+from cloq_export.runtimes import vllm_server
+from cloq_export.runtimes.vllm_engine import EngineError
+from cloq_export.runtimes.vllm_plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
+from cloq_export.runtimes.vllm_server import EngineFacts, engine_facts
+from cloq_export.types import LoraPair, QuantSpec
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[EngineFacts], None]:
+    """Return a function that says which vLLM there is."""
+
+    def say(facts: EngineFacts) -> None:
+        monkeypatch.setattr(vllm_server, "engine_facts", lambda python: facts)
+
+    say(EngineFacts("0.32.0", cuda=False))
+    return say
+
+
+def option(plan: Any, flag: str) -> str:
+    return plan.command[plan.command.index(flag) + 1]
+
+
+def refuse(export: pathlib.Path, **options: Any) -> str:
+    with pytest.raises((UsageError, FormatError, BindingError)) as caught:
+        plan_serving(export, ServeOptions(port=0, **options))
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("on")
+def test_the_plan_of_a_plain_export(export: Any) -> None:
+    plan = plan_serving(export.folder, ServeOptions(default="two", port=0, kv_cache_gib=1))
+    assert (plan.name, plan.base_name, plan.default) == ("tiny", "tiny-base", "two")
+    assert option(plan, "--served-model-name") == "tiny-base"
+    assert option(plan, "--dtype") == "float32"
+    assert option(plan, "--quantization") == "cloq"
+    assert option(plan, "--max-lora-rank") == "8"
+    assert option(plan, "--max-loras") == "3"
+    assert option(plan, "--max-model-len") == "256"
+    start = plan.command.index("--lora-target-modules") + 1
+    assert set(plan.command[start : start + 7]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    start = plan.command.index("--lora-modules") + 1
+    named = {entry["name"]: entry["path"] for entry in map(json.loads, plan.command[start:])}
+    assert list(named) == ["tiny", "one", "two"]
+    assert named["tiny"] == named["two"] == str(export.adapters["two"].resolve())
+    assert plan.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert plan.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert json.loads(plan.environment[POLICY_VARIABLE])["base_name"] == "tiny-base"
+    assert plan.port > 0
+    assert "-m vllm.entrypoints.openai.api_server" in " ".join(plan.command)
+
+
+def test_half_precision_on_a_gpu(export: Any, on: Callable[[EngineFacts], None]) -> None:
+    on(EngineFacts("0.33.0", cuda=True))
+    plan = plan_serving(export.folder, ServeOptions(default="one", port=0, kv_cache_gib=1))
+    assert option(plan, "--dtype") == "float16"
+    assert "--quantization" not in plan.command
+
+
+@pytest.mark.usefixtures("on")
+def test_a_base_without_adapters_is_served_under_its_own_name(write_export: Callable[..., Any]) -> None:
+    made = write_export(QuantSpec(bits=2, group_size=32))
+    for folder in made.adapters.values():
+        for file in folder.iterdir():
+            file.unlink()
+    plan = plan_serving(made.folder, ServeOptions(port=0, kv_cache_gib=1))
+    assert (plan.name, plan.base_name, plan.default) == ("tiny", "tiny", None)
+    assert "--lora-modules" not in plan.command
+
+
+def test_the_adapters_of_an_export_are_found(export: Any) -> None:
+    assert served_adapters(export.folder) == export.adapters
+
+
+@pytest.mark.usefixtures("on")
+def test_what_is_refused(export: Any, write_export: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    folder, good = export.folder, export.adapters["one"]
+    other = write_export(QuantSpec(bits=3, group_size=32)).adapters["one"]
+    assert "there are 2 adapters, one, two; say which one" in refuse(folder)
+    assert "the default adapter 'three' is not one of those served: one, two" in refuse(folder, default="three")
+    assert "is not of the form NAME=FOLDER" in refuse(folder, adapters=("three",))
+    assert "the adapter name 'a/b' has a slash" in refuse(folder, adapters=(f"a/b={good}",))
+    assert "the adapter name 'a b' is not allowed" in refuse(folder, adapters=(f"a b={good}",))
+    assert "the name 'one' is given twice" in refuse(folder, adapters=(f"one={good}",))
+    assert "the name 'tiny' is given twice" in refuse(folder, adapters=(f"tiny={good}",), default="one")
+    assert "the name 'tiny-base' is given twice" in refuse(folder, adapters=(f"tiny-base={good}",), default="one")
+    assert "is bound to the base" in refuse(folder, adapters=(f"three={other}",), default="one")
+    assert "is no adapter folder" in refuse(folder, adapters=(f"three={tmp_path}",), default="one")
+    assert "vLLM takes 1, 8, 16" in refuse(folder, default="one", max_lora_rank=9)
+    assert "has rank 4 at" in refuse(folder, default="one", max_lora_rank=1)
+    assert "--port is set by cloq serve itself" in refuse(folder, default="one", engine_options=("--port=1",))
+    assert "--served-model-name is set by" in refuse(folder, default="one", engine_options=("--served_model_name", "x"))
+    assert "the model name 'a/b' has a slash" in refuse(folder, default="one", name="a/b")
+    assert "the dtype is 'int8'" in refuse(folder, default="one", dtype="int8")
+
+
+@pytest.mark.usefixtures("on")
+def test_adapters_that_do_not_fit_the_model(export: Any, tmp_path: pathlib.Path) -> None:
+    pairs = dict(read_adapter(export.adapters["one"]).pairs)
+    module = "model.layers.0.mlp.up_proj"
+    cases = {
+        "lacking": ({"model.layers.9.mlp.up_proj": pairs[module]}, "which is no linear layer of"),
+        "shape": ({module: pairs["model.layers.0.mlp.down_proj"]}, "do not fit model.layers.0.mlp.up_proj"),
+    }
+    for name, (wrong, message) in cases.items():
+        write_adapter(tmp_path / name, wrong, base_model="random", base_fingerprint=export.fingerprint)
+        text = f"three={tmp_path / name}"
+        assert message in refuse(export.folder, adapters=(text,), default="one")
+    write_adapter(tmp_path / "other", pairs, base_model="random", base_fingerprint="sha256:0")
+    plan = plan_serving(
+        export.folder,
+        ServeOptions(adapters=(f"three={tmp_path / 'other'}",), default="three", port=0, force=True, kv_cache_gib=1),
+    )
+    assert json.loads(plan.environment[POLICY_VARIABLE])["force"] is True
+
+
+@pytest.mark.usefixtures("on")
+def test_a_port_that_is_taken(export: Any) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"127\.0\.0\.1:{port} cannot be listened at \(Address already in use\)"):
+            plan_serving(export.folder, ServeOptions(default="one", port=port, kv_cache_gib=1))
+
+
+def test_ranks_and_names() -> None:
+    assert [smallest_rank([rank]) for rank in (1, 2, 8, 60, 64, 65, 512)] == [1, 8, 8, 64, 64, 128, 512]
+    with pytest.raises(UsageError, match="an adapter has rank 513; vLLM takes up to 512"):
+        smallest_rank([8, 513])
+    for name in ("a", "tiny-v1.2", "org:model_3"):
+        check_name(name)
+    for name in ("", ".hidden", "a\n", "x" * 200):
+        with pytest.raises(UsageError, match="is not allowed"):
+            check_name(name)
+
+
+def test_a_folder_gives_the_model_its_name() -> None:
+    names = {"plain-1.2": "plain-1.2", "my export (2 bits)": "my-export-2-bits-", ".hidden": "hidden", "…": "model"}
+    assert {name: derived_name(pathlib.Path("/exports") / name) for name in names} == names
+
+
+def test_an_environment_without_vllm(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(EngineError, match="cannot be started: No such file or directory; check --python"):
+        engine_facts(tmp_path / "python")
+    bare = tmp_path / "bare"
+    # Isolated and without site-packages: an environment that has nothing.
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(MissingPackageError, match=r"vLLM is not installed for .*bare; install vllm \(NVIDIA\)"):
+        engine_facts(bare)
+
+
+def test_the_verb_is_there_and_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    assert main(["serve", str(tmp_path / "none")]) == 1
+    assert "does not exist; give a run directory or a checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_pair_of_larger_rank_raises_the_limit(export: Any, tmp_path: pathlib.Path, on: Any) -> None:
+    pairs = {
+        name: LoraPair(pair.lora_A.repeat(5, 1), pair.lora_B.repeat(1, 5), pair.alpha)
+        for name, pair in read_adapter(export.adapters["one"]).pairs.items()
+    }
+    write_adapter(tmp_path / "wide", pairs, base_model="random", base_fingerprint=export.fingerprint)
+    plan = plan_serving(
+        export.folder,
+        ServeOptions(adapters=(f"wide={tmp_path / 'wide'}",), default="wide", port=0, kv_cache_gib=1),
+    )
+    assert option(plan, "--max-lora-rank") == "64"
