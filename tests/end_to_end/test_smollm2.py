@@ -173,7 +173,7 @@ def test_inspect_verifies_every_part(finished: Callable[[int], Finished], capsys
 def test_eval_with_a_gate(finished: Callable[[int], Finished], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = finished(4)
     arguments = ["eval", str(out), "--window", "64", "--windows", "2", "--text", "embedded", "--json"]
-    assert main([*arguments, "--gate", "ratio=1"]) == 3
+    assert main([*arguments, "--gate", "ratio=0.5"]) == 3
     printed = capsys.readouterr()
     assert set(json.loads(printed.out)) >= {"float", "quantized", "adapter", "tokens", "text_sha256", "gates"}
     assert "gate missed: ratio is" in printed.err
