@@ -21,6 +21,7 @@ from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.runtimes.vllm_engine import SAFE_PATH
 from cloq_export.runtimes.vllm_server import engine_facts
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
@@ -175,7 +176,8 @@ def probe(engine_python: str) -> Callable[..., Any]:
             capture_output=True,
             text=True,
             timeout=600,
-            env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+            # Engines start interpreters of their own: in the project's root these would find `kernels` for the library of that name.
+            env=os.environ | {"OMP_NUM_THREADS": "1", **SAFE_PATH, **environment},
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
