@@ -176,7 +176,7 @@ def probe(engine_python: str) -> Callable[..., Any]:
             capture_output=True,
             text=True,
             timeout=600,
-            # Engines start interpreters of their own: in the project's root these would find `kernels` for the library of that name.
+            # In the project's root an engine's own interpreters would take our `kernels` for the library of that name.
             env=os.environ | {"OMP_NUM_THREADS": "1", **SAFE_PATH, **environment},
         )
         assert done.returncode == 0, done.stdout + done.stderr
