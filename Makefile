@@ -52,8 +52,9 @@ $(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_exp
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(VLLM)"
 	@touch $@
 
-slow: $(VENV)/.test ## the tests that run a real model, and the readers of others
+slow: $(VENV)/.test $(ENGINE)/.made ## the tests that run a real model, and the readers of others
 	$(BIN)/python -m pytest -m "slow and not network" --ignore tests/vllm
+	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm/test_stock_readers.py
 
 serving: $(VENV)/.test $(ENGINE)/.made ## the tests that start vLLM many times; not a part of `make test`
 	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm
