@@ -65,6 +65,10 @@ class RunDirectoryError(CloqError):
     """A run directory belongs to another recipe or source, or cannot be written."""
 
 
+class EngineError(CloqError):
+    """An engine did not start, died, or refused a request; the message ends with its last lines."""
+
+
 class HubError(CloqError):
     """The hub cannot be reached, or refuses what was asked of it."""
 

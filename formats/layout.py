@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from cloq_export.errors import FormatError
 from cloq_export.types import QuantizedLayer, QuantSpec
+
+BINDING_VERSION = 1
 
 # Tensor name -> (dtype code of safetensors, shape), as a file's header gives them.
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -108,6 +111,62 @@ class Layout(abc.ABC):
         Raises:
             FormatError: there is no module, or the layout cannot say this.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """The `cloq` object of a `quantization_config` of ours: what ties a checkpoint to its run and its adapters.
+
+    Args:
+        layout: name of the layout.
+        modules: the quantized modules, sorted.
+        base_fingerprint: of the quantized base.
+    """
+
+    layout: str
+    modules: tuple[str, ...]
+    base_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object as a config holds it."""
+        return {
+            "format_version": BINDING_VERSION,
+            "layout": self.layout,
+            "base_fingerprint": self.base_fingerprint,
+            "modules": list(self.modules),
+        }
+
+
+def read_binding(config: Mapping[str, Any], *, source: str) -> Binding | None:
+    """Read the `cloq` object of a `quantization_config`.
+
+    Args:
+        config: the `quantization_config`.
+        source: the file, for messages.
+
+    Returns:
+        The binding, or None in other people's files.
+
+    Raises:
+        FormatError: it is of another format version, or damaged.
+    """
+    ours = config.get("cloq")
+    if ours is None:
+        return None
+    if not isinstance(ours, Mapping) or ours.get("format_version") != BINDING_VERSION:
+        seen = ours.get("format_version") if isinstance(ours, Mapping) else ours
+        raise FormatError(
+            f"{source}: format version {seen!r:.80} of cloq is unknown; this program reads {BINDING_VERSION}. Update "
+            "cloq_export."
+        )
+    layout, modules, fingerprint = ours.get("layout"), ours.get("modules"), ours.get("base_fingerprint")
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise FormatError(f"{source}: cloq.modules is not a list of names; the config is damaged.")
+    if not isinstance(fingerprint, str):
+        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r:.80}; the config is damaged.")
+    if not isinstance(layout, str):
+        raise FormatError(f"{source}: cloq.layout is {layout!r:.80}; the config is damaged.")
+    return Binding(layout, tuple(sorted(modules)), fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cloq_export.cli.options import json_option
+from cloq_export.errors import EngineError
 
 
 @click.command(name="serve", epilog="What follows -- goes to vLLM, e.g.: cloq serve EXPORT -- --max-num-seqs 16")
@@ -56,7 +57,6 @@ def command(export: Path, as_json: bool, **named: Any) -> None:
     from cloq_export.cli.output import emit, progress_console
 
     serving = importlib.import_module("cloq_export.pipeline.serving")
-    engine = importlib.import_module("cloq_export.runtimes.vllm_engine")
 
     def announce(served: Mapping[str, Any]) -> None:
         emit(served, render_server, as_json=as_json)
@@ -64,12 +64,12 @@ def command(export: Path, as_json: bool, **named: Any) -> None:
     with progress_console(as_json=False) as console:
         try:
             serving.serve(export, serving.ServeOptions(**named), announce=announce, console=console)
-        except engine.EngineError as error:
+        except EngineError as error:
             # The engine's lines stay lines; the error itself is one.
             first, _, lines = str(error).partition("\n")
             if lines:
                 click.echo(lines, err=True)
-            raise engine.EngineError(first.replace("; its last lines:", "; its last lines stand above.")) from None
+            raise EngineError(first.replace("; its last lines:", "; its last lines stand above.")) from None
 
 
 def render_server(served: Mapping[str, Any], console: Any) -> None:

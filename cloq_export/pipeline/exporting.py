@@ -240,7 +240,7 @@ def _export(
 ) -> dict[str, Any]:
     """Write one export of any format; what `export` and `convert` share."""
     _check_options(options, adapter_names)
-    fingerprint = checkpoint.fingerprint()
+    fingerprint = checkpoint.fingerprint
     adapters = [_prepared(session, source, name, checkpoint, fingerprint, options) for name in adapter_names]
     format, decision = _choose(session, layers, checkpoint, adapters, options)
     if decision is not None:

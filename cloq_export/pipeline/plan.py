@@ -38,12 +38,10 @@ class Plan:
     Args:
         blocks: the decoder blocks.
         modules: full module name -> plan, in order of blocks; layers that stay float are absent.
-        skipped: full names of the layers that stay float.
     """
 
     blocks: BlockList
     modules: dict[str, ModulePlan]
-    skipped: tuple[str, ...]
 
     def of_block(self, index: int) -> dict[str, ModulePlan]:
         """Return the plans of one block's layers."""
@@ -90,7 +88,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
     _check_patterns(recipe, [*modules, *skipped])
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
-    return Plan(blocks, modules, tuple(skipped))
+    return Plan(blocks, modules)
 
 
 def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Plan:
@@ -131,7 +129,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
         _check_rank(linears[name], modules[name])
     _check_patterns(recipe, list(modules))
-    return Plan(blocks, modules, tuple(name for name in linears if name not in specs))
+    return Plan(blocks, modules)
 
 
 def _check_fit(linear: nn.Linear, plan: ModulePlan, format: str) -> None:

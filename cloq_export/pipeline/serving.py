@@ -14,12 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.errors import UsageError
+from cloq_export.errors import EngineError, UsageError
 from cloq_export.formats.peft import is_adapter
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, checkpoint_folder
-from cloq_export.runtimes.vllm_engine import EngineError
 from cloq_export.runtimes.vllm_plugin.adapters import check_name
 from cloq_export.runtimes.vllm_server import ServerPlan, VllmServer, curl_line, plan_server
 

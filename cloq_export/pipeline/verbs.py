@@ -510,9 +510,9 @@ def _served(session: Session, path: Path, adapter: str | None, force: bool) -> A
     """Return the packed model with its adapter, noting an adapter that was taken by force."""
     if adapter is not None and force:
         checkpoint, bound = Checkpoint.open(path), read_adapter(find_adapter(path, adapter)).base_fingerprint
-        if bound != checkpoint.fingerprint():
+        if bound != checkpoint.fingerprint:
             session.notes.append(
-                f"the adapter {adapter} is bound to {bound or 'no base'}, not to {checkpoint.fingerprint()}; it was "
+                f"the adapter {adapter} is bound to {bound or 'no base'}, not to {checkpoint.fingerprint}; it was "
                 "taken by force"
             )
     return load(path, adapter, dtype=torch.float32, force=force)

@@ -456,7 +456,7 @@ class _Verification:
                 pairs, gains[name] = liveness.enlarged_pairs(plan.adapters[name].pairs, undecided)
                 folders[name] = Path(place) / name
                 base = str(plan.adapters[name].config.get("base_model_name_or_path") or "")
-                write_adapter(folders[name], pairs, base_model=base, base_fingerprint=plan.checkpoint.fingerprint())
+                write_adapter(folders[name], pairs, base_model=base, base_fingerprint=plan.checkpoint.fingerprint)
             reference = reference_model(plan.export, folders, device=self.options.device)
             found = {}
             with self._served(folders) as served:
@@ -574,7 +574,7 @@ class _Verification:
     ) -> dict[str, Any]:
         plan, options = self.plan, self.options
         notes = list(self.session.notes)
-        fingerprint = plan.checkpoint.fingerprint()
+        fingerprint = plan.checkpoint.fingerprint
         adapters = []
         for name, read in plan.adapters.items():
             bound = read.base_fingerprint == fingerprint

@@ -83,7 +83,7 @@ def certify_checkpoint(
             f"{folder} was read back as the base {found}, its config says {checkpoint.grids.base_fingerprint}, and "
             f"{base_fingerprint} was to be written; write it again."
         )
-    return _write(folder, checkpoint.grids.layout.name, base_fingerprint, modules, facts)
+    return write_certificate(folder, checkpoint.grids.layout.name, base_fingerprint, modules, facts)
 
 
 def write_certificate(
@@ -101,7 +101,18 @@ def write_certificate(
     Returns:
         dict: the certificate, as it stands in the folder.
     """
-    return _write(folder, layout, base_fingerprint, modules, facts)
+    certificate = {
+        "format": CERTIFICATE_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layout": layout,
+        "base_fingerprint": base_fingerprint,
+        "modules": dict(modules),
+        "files": {name: _file_entry(path) for name, path in _covered(folder)},
+        "versions": environment(),
+        **(facts or {}),
+    }
+    write_json(folder / CERTIFICATE_NAME, certificate)
+    return certificate
 
 
 def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -140,16 +151,14 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if digests.get(module) != modules.get(module, {}).get("sha256"):
                 raise FormatError(
                     f"{folder}: the codes, scales or zeros of {module!r:.120} are not those that were certified; "
-                    "write the "
-                    "export again."
+                    "write the export again."
                 )
         computed = combine_digests(digests)
         recorded = {computed, certificate["base_fingerprint"], checkpoint.grids.base_fingerprint}
         if len(recorded) > 1:
             raise FormatError(
                 f"{folder} holds the base {computed}, its config says {checkpoint.grids.base_fingerprint!r:.80} and "
-                "its "
-                f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
+                f"its certificate {certificate['base_fingerprint']!r:.80}; write the export again."
             )
     more = sorted({name for name, _ in _covered(folder)} - set(certificate["files"]))
     served = [name for name in more if Path(name).suffix in _SERVED]
@@ -221,23 +230,6 @@ def same_bits(read: torch.Tensor, meant: torch.Tensor) -> bool:
         for view in (tensor_bytes(read), tensor_bytes(meant))
     )
     return bool(torch.equal(mine, theirs))
-
-
-def _write(
-    folder: Path, layout: str, base_fingerprint: str, modules: Mapping[str, Any], facts: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    certificate = {
-        "format": CERTIFICATE_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "layout": layout,
-        "base_fingerprint": base_fingerprint,
-        "modules": dict(modules),
-        "files": {name: _file_entry(path) for name, path in _covered(folder)},
-        "versions": environment(),
-        **(facts or {}),
-    }
-    write_json(folder / CERTIFICATE_NAME, certificate)
-    return certificate
 
 
 def _covered(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -174,8 +175,9 @@ class Checkpoint:
         """
         return combine_digests({module: layer_digest(layer) for module, layer in self.read_layers()})
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return the base fingerprint that the config carries, or the computed one where it carries none.
+        """The base fingerprint that the config carries, or the computed one, which reads everything, where it has none.
 
         Raises:
             FormatError: it has to be computed and a tensor holds what the layout does not allow.
@@ -253,8 +255,7 @@ def read_headers(folder: Path) -> tuple[dict[str, TensorFile], dict[str, tuple[s
             if weight_map is not None and weight_map.get(tensor) != name:
                 raise FormatError(
                     f"{path} holds {tensor}, but {INDEX_NAME} says {weight_map.get(tensor)!r:.80}; the folder mixes "
-                    "two "
-                    "checkpoints: write or fetch it again."
+                    "two checkpoints: write or fetch it again."
                 )
             files[tensor], headers[tensor] = file, header
     for tensor in weight_map or {}:

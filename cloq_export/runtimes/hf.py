@@ -353,7 +353,7 @@ def read_bound_adapter(folder: Path, checkpoint: Checkpoint, *, force: bool) -> 
     read = read_adapter(folder)
     if force:
         return read
-    base = checkpoint.fingerprint()
+    base = checkpoint.fingerprint
     if read.base_fingerprint is None:
         raise BindingError(
             f"{folder} does not say which quantized base it belongs to; {checkpoint.folder} is {base}. Only if it was "

@@ -163,7 +163,7 @@ def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
         if checkpoint is not None:
             sizes = _sizes(checkpoint, run.adapter_path(name))
             adapter["bits_per_weight_with_adapter"] = sizes["bits_per_weight_with_adapter"]
-            adapter["bound_to_this_base"] = adapter["base_fingerprint"] == checkpoint.fingerprint()
+            adapter["bound_to_this_base"] = adapter["base_fingerprint"] == checkpoint.fingerprint
         facts["adapters"].append({"name": name, **adapter})
     return facts
 
@@ -185,7 +185,7 @@ def _describe_bound(folder: Path, adapter: str | os.PathLike[str], *, force: boo
     found = find_adapter(folder, adapter)
     read_bound_adapter(found, checkpoint, force=force)
     facts = _describe_adapter(found)
-    bound = facts["base_fingerprint"] == checkpoint.fingerprint()
+    bound = facts["base_fingerprint"] == checkpoint.fingerprint
     return {**facts, "bound_to_this_base": bound, "forced": not bound}
 
 
@@ -243,20 +243,25 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
     if len(grids) > 1:
         facts["grids"] = grids
     if verify:
-        computed = checkpoint.computed_fingerprint()
-        recorded = checkpoint.grids.base_fingerprint
-        if recorded is not None and recorded != computed:
-            raise FormatError(
-                f"{checkpoint.folder} says its base is {recorded}, but its tensors are {computed}; the files were "
-                "changed or damaged: fetch or write the checkpoint again."
-            )
-        facts["base_fingerprint"] = computed
-        facts["verified"] = True
         if (checkpoint.folder / CERTIFICATE_NAME).is_file():
             facts["certificate"] = _verified(checkpoint.folder)
-        elif checkpoint.is_ours:
-            facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
+        else:
+            facts["base_fingerprint"] = _computed_fingerprint(checkpoint)
+            if checkpoint.is_ours:
+                facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
+        facts["verified"] = True
     return facts
+
+
+def _computed_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the fingerprint of the tensors, which must be what the config says."""
+    computed, recorded = checkpoint.computed_fingerprint(), checkpoint.grids.base_fingerprint
+    if recorded is not None and recorded != computed:
+        raise FormatError(
+            f"{checkpoint.folder} says its base is {recorded}, but its tensors are {computed}; the files were changed "
+            "or damaged: fetch or write the checkpoint again."
+        )
+    return computed
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:

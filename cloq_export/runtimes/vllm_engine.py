@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from cloq_export.errors import CloqError, UsageError
+from cloq_export.errors import EngineError, UsageError
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_plugin import adapters as adapter_rules
 
@@ -31,10 +31,6 @@ _TAIL_LINES = 40
 # Keeps the working folder out of the modules that an interpreter finds: a folder there may have a library's name.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _GIB = 1 << 30
-
-
-class EngineError(CloqError):
-    """An engine did not start, died, or refused a request; the message ends with its last lines."""
 
 
 class EngineProcess:

@@ -20,12 +20,11 @@ from typing import IO, Any
 
 import torch
 
-from cloq_export.errors import MissingPackageError, UsageError
+from cloq_export.errors import EngineError, MissingPackageError, UsageError
 from cloq_export.run.atomic import header_bytes
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_engine import (
     SAFE_PATH,
-    EngineError,
     EngineProcess,
     check_requests,
     engine_environment,

@@ -10,29 +10,14 @@ from typing import Any
 
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.compressed_tensors.targets import LINEAR, TargetMap
+from cloq_export.formats.layout import Binding, read_binding
 from cloq_export.types import PER_CHANNEL, QuantSpec
 
-FORMAT_VERSION = 1
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 LM_HEAD = "lm_head"
 
 _MODULE_NAME = re.compile(r"[\w.\-]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Binding:
-    """What the `cloq` object of a `quantization_config` of ours says.
-
-    Args:
-        layout: name of the layout.
-        modules: the quantized modules, sorted.
-        base_fingerprint: of the quantized base.
-    """
-
-    layout: str
-    modules: tuple[str, ...]
-    base_fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +90,7 @@ def quantization_config(
         "config_groups": groups,
         "ignore": ignored,
         "kv_cache_scheme": None,
-        "cloq": {
-            "format_version": FORMAT_VERSION,
-            "layout": layout,
-            "base_fingerprint": base_fingerprint,
-            "modules": sorted(specs),
-        },
+        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint).to_json(),
     }
     if producer:
         config["meta"] = {"quantizer": [producer]}
@@ -155,7 +135,9 @@ def read_config(config: Mapping[str, Any], *, source: str) -> ReadConfig:
     ignored: TargetMap[bool] = TargetMap(source)
     ignored.add(config.get("ignore") or [], True)
     version = config.get("version")
-    return ReadConfig(grids, ignored, _read_binding(config, source), version if isinstance(version, str) else None)
+    return ReadConfig(
+        grids, ignored, read_binding(config, source=source), version if isinstance(version, str) else None
+    )
 
 
 def resolve_grids(config: ReadConfig, modules: Collection[str], *, source: str) -> dict[str, QuantSpec]:
@@ -244,26 +226,5 @@ def _read_group_size(weights: Mapping[str, Any], source: str) -> int:
         return group_size
     raise FormatError(
         f"{source}: strategy {strategy!r:.80} with group_size {group_size!r:.80}; this reader knows 'group' with a "
-        "size, "
-        "and 'channel' without one."
+        "size, and 'channel' without one."
     )
-
-
-def _read_binding(config: Mapping[str, Any], source: str) -> Binding | None:
-    ours = config.get("cloq")
-    if ours is None:
-        return None
-    if not isinstance(ours, Mapping) or ours.get("format_version") != FORMAT_VERSION:
-        seen = ours.get("format_version") if isinstance(ours, Mapping) else ours
-        raise FormatError(
-            f"{source}: format version {seen!r:.80} of cloq is unknown; this program reads {FORMAT_VERSION}. Update "
-            "cloq_export."
-        )
-    layout, modules, fingerprint = ours.get("layout"), ours.get("modules"), ours.get("base_fingerprint")
-    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise FormatError(f"{source}: cloq.modules is not a list of names; the config is damaged.")
-    if not isinstance(fingerprint, str):
-        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r:.80}; the config is damaged.")
-    if not isinstance(layout, str):
-        raise FormatError(f"{source}: cloq.layout is {layout!r:.80}; the config is damaged.")
-    return Binding(layout, tuple(sorted(modules)), fingerprint)

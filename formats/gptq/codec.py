@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 
 from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
-from cloq_export.formats.layout import Headers, Layout, Role, StoredGrids
+from cloq_export.formats.layout import Binding, Headers, Layout, Role, StoredGrids, read_binding
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.run.safe_tensors import require_tensor
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 Version = Literal[1, 2]
 
-FORMAT_VERSION = 1
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
 _WORD_BITS = 32
@@ -206,12 +205,7 @@ def quantization_config(
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "cloq": {
-            "format_version": FORMAT_VERSION,
-            "layout": layout,
-            "base_fingerprint": base_fingerprint,
-            "modules": sorted(specs),
-        },
+        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint).to_json(),
     }
     if dynamic:
         config["dynamic"] = dynamic
@@ -262,23 +256,12 @@ def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quant
             )
         module = re.sub(r"\\(.)", r"\1", match["name"])
         overrides[module] = None if pattern.startswith("-") else _read_spec(config, values, source)
-    ours = config.get("cloq")
-    if ours is None:
+    binding = read_binding(config, source=source)
+    if binding is None:
         return StoredGrids(_LAYOUTS[versions[layout]], default, overrides, None, None)
-    if not isinstance(ours, Mapping) or ours.get("format_version") != FORMAT_VERSION:
-        seen = ours.get("format_version") if isinstance(ours, Mapping) else ours
-        raise FormatError(
-            f"{source}: format version {seen!r:.80} of cloq is unknown; this program reads {FORMAT_VERSION}. Update "
-            "cloq_export."
-        )
-    if ours.get("layout") != layout:
-        raise FormatError(f"{source}: cloq.layout is {ours.get('layout')!r:.80} but checkpoint_format is {layout!r}.")
-    modules, fingerprint = ours.get("modules"), ours.get("base_fingerprint")
-    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise FormatError(f"{source}: cloq.modules is not a list of names; the config is damaged.")
-    if not isinstance(fingerprint, str):
-        raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r:.80}; the config is damaged.")
-    return StoredGrids(_LAYOUTS[versions[layout]], default, overrides, tuple(sorted(modules)), fingerprint)
+    if binding.layout != layout:
+        raise FormatError(f"{source}: cloq.layout is {binding.layout!r} but checkpoint_format is {layout!r}.")
+    return StoredGrids(_LAYOUTS[versions[layout]], default, overrides, binding.modules, binding.base_fingerprint)
 
 
 class GptqLayout(Layout):
@@ -366,8 +349,7 @@ def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str
     if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
         raise FormatError(
             f"{source}: bits {bits!r:.80}, group_size {group_size!r:.80}, sym {symmetric!r:.80}; expected two whole "
-            "numbers and "
-            "true or false."
+            "numbers and true or false."
         )
     try:
         return QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)

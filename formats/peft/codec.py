@@ -210,8 +210,7 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
     if config.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise FormatError(
             f"{source}: init_lora_weights is {config['init_lora_weights']!r:.80}, which changes the base weights; "
-            "convert "
-            "the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
+            "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(option) or {}

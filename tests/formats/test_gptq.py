@@ -375,7 +375,10 @@ def test_config_needs_modules_with_plain_names() -> None:
         ({"dynamic": {"+:^a$": {"bits": 99}}}, "bits is 99"),
         ({"cloq": 3}, "format version 3 of cloq is unknown; this program reads 1"),
         ({"cloq": {"format_version": 2}}, "format version 2 of cloq is unknown"),
-        ({"cloq": {"format_version": 1, "layout": "gptq"}}, "cloq.layout is 'gptq' but checkpoint_format is 'gptq_v2'"),
+        (
+            {"cloq": {"format_version": 1, "layout": "gptq", "modules": [], "base_fingerprint": "f"}},
+            "cloq.layout is 'gptq' but checkpoint_format is 'gptq_v2'",
+        ),
         ({"cloq": {"format_version": 1, "layout": "gptq_v2"}}, "cloq.modules is not a list of names"),
         (
             {"cloq": {"format_version": 1, "layout": "gptq_v2", "modules": []}},

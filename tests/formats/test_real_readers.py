@@ -169,7 +169,7 @@ def exchange(request, tmp_path_factory) -> Exchange:
         folder / "our_adapter",
         pairs,
         base_model="tiny",
-        base_fingerprint=Checkpoint.open(folder / "our_model").fingerprint(),
+        base_fingerprint=Checkpoint.open(folder / "our_model").fingerprint,
     )
     (folder / "ids.json").write_text(json.dumps([list(range(5, 37))]))
     (folder / "llama.json").write_text(json.dumps(LLAMA))

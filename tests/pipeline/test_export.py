@@ -77,7 +77,7 @@ def test_every_layout_holds_the_same_integers(
     summary = pipeline.export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
     out = tmp_path / "out"
     assert summary["files"] == {"export": str(out)}
-    assert summary["base_fingerprint"] == Checkpoint.open(run).fingerprint() == Checkpoint.open(out).fingerprint()
+    assert summary["base_fingerprint"] == Checkpoint.open(run).fingerprint == Checkpoint.open(out).fingerprint
     assert_same_integers(run, out)
     assert torch.equal(logits(cloq_export.load(out, "cloq")), logits(cloq_export.load(run, "cloq")))
     repeated = pipeline.inspect(out, True, adapter="cloq")
@@ -206,7 +206,7 @@ def test_an_adapter_of_another_base_is_refused_and_force_is_recorded(
 ) -> None:
     run, other = made(bits=2), made(bits=3)
     foreign = other / "adapters" / "cloq"
-    mine, theirs = Checkpoint.open(run).fingerprint(), Checkpoint.open(other).fingerprint()
+    mine, theirs = Checkpoint.open(run).fingerprint, Checkpoint.open(other).fingerprint
     both = rf"is bound to the base {theirs}, but .* is {mine}"
     with pytest.raises(BindingError, match=both):
         cloq_export.load(run, foreign)

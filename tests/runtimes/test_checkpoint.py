@@ -58,7 +58,7 @@ def test_layers_and_floats_come_back_bit_for_bit(tmp_path, write_quantized, arch
 def test_fingerprint_is_that_of_the_layers(written):
     expected = base_fingerprint(written.layers.items())
     checkpoint = Checkpoint.open(written.folder)
-    assert written.fingerprint == checkpoint.fingerprint() == checkpoint.computed_fingerprint() == expected
+    assert written.fingerprint == checkpoint.fingerprint == checkpoint.computed_fingerprint() == expected
     assert checkpoint.is_ours
 
 
@@ -242,7 +242,7 @@ def test_a_plain_checkpoint_of_the_same_layout_is_read(tmp_path, written, log_pr
     checkpoint = Checkpoint.open(folder)
     assert not checkpoint.is_ours
     assert set(checkpoint.specs) == set(written.layers)
-    assert checkpoint.fingerprint() == written.fingerprint
+    assert checkpoint.fingerprint == written.fingerprint
     expected = log_probabilities(load(written.folder, written.adapter))
     assert torch.equal(log_probabilities(load(folder, written.adapter)), expected)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cloq_export.runtimes.vllm_engine import EngineError
+from cloq_export.errors import EngineError
 from cloq_export.runtimes.vllm_server import VllmServer
 from cloq_export.types import QuantSpec
 

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, FormatError, MissingPackageError, UsageError
+from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.pipeline.serving import ServeOptions, plan_serving, served_adapters
 from cloq_export.runtimes import vllm_server
-from cloq_export.runtimes.vllm_engine import EngineError
 from cloq_export.runtimes.vllm_plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
 from cloq_export.runtimes.vllm_server import EngineFacts, engine_facts
 from cloq_export.types import LoraPair, QuantSpec

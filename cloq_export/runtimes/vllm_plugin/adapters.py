@@ -156,7 +156,7 @@ def check_binding(checkpoint: Checkpoint, folder: Path, bound_to: str | None) ->
     Raises:
         BindingError: it is bound to another base, or to none.
     """
-    base = checkpoint.fingerprint()
+    base = checkpoint.fingerprint
     if bound_to == base:
         return
     if bound_to is None:
