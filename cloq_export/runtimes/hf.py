@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from torch import nn
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.kernels import cpu
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import linears_beside
@@ -45,9 +48,10 @@ def load(
 ) -> PreTrainedModel:
     """Load a quantized checkpoint as a transformers model whose linears hold the packed codes and compute from them.
 
-    Quantized linears are `PackedLinear`: no dequantized copy of any of them is kept. The adapter is attached by PEFT
-    under the name "default"; it is held in float32 and switched off and on with the model's own `disable_adapters()`
-    and `enable_adapters()`.
+    Quantized linears are `PackedLinear`: no dequantized copy of any of them is kept. On the CPU they compute with the
+    native library; where there is none, with plain torch, and a warning says so. The adapter is attached by PEFT under
+    the name "default"; it is held in float32 and switched off and on with the model's own `disable_adapters()` and
+    `enable_adapters()`.
 
     Args:
         path: a run directory or a checkpoint folder.
@@ -78,7 +82,9 @@ def load(
     if trainable:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
-    return model.to(torch.device(device)).eval()
+    model = model.to(torch.device(device)).eval()
+    _report_slow_layers(model)
+    return model
 
 
 def dequantized_model(
@@ -163,6 +169,14 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
     return dense
+
+
+def _report_slow_layers(model: PreTrainedModel) -> None:
+    """Warn once if layers on the CPU compute without the native library."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    slow = sum(module.native is None and module.packed_codes.device.type == "cpu" for module in packed)
+    if slow:
+        warnings.warn(f"{slow} packed layers compute with plain torch, slowly. {cpu.describe()}", stacklevel=3)
 
 
 def _build_model(
@@ -283,7 +297,11 @@ def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tens
 
 
 def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    # Not the state dict, which would hold every packed layer a second time.
+    tensors = itertools.chain(
+        *(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+    )
+    missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(
@@ -390,10 +408,13 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     from peft import LoraConfig, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
+    from cloq_export.runtimes.packed_lora import PackedLoraLinear
+
     _check_pairs(model, folder, adapter)
     config = LoraConfig.from_pretrained(str(folder))
     config.target_modules = set(adapter.pairs)
     config.inference_mode = not trainable
+    config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
     with torch.random.fork_rng(devices=[]):
         model.add_adapter(config, "default")

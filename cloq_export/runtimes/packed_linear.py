@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch.utils._pytree import tree_map
 
 from cloq_export import kernels
 from cloq_export.errors import NonFiniteError, ShapeError
+from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
+from cloq_export.kernels.cpu import linear as cpu_linear
+from cloq_export.kernels.cpu.library import usable_for
+
+# As the state dict names the parts of a layer.
+_PARTS = ("qweight", "qzeros", "scales")
 
 
 class PackedLinear(nn.Linear):
@@ -20,6 +27,9 @@ class PackedLinear(nn.Linear):
     weight parameter: `weight` is made on demand and never kept. Gradients reach x and the bias; codes, scales and
     zeros are buffers. Casting the module changes the dtype that `weight` and `bias` have, never the scales, because
     float16 scales rounded to bfloat16 would be another base.
+
+    The codes are held once, in the order of what computes: the native CPU library has a layout of its own, everything
+    else reads GPTQ order. `qweight`, `qzeros`, `scales` and the state dict are in GPTQ order everywhere.
 
     Args:
         qweight: (in * bits / 32, out) int32, GPTQ order.
@@ -34,9 +44,10 @@ class PackedLinear(nn.Linear):
         NonFiniteError: a scale is NaN, Inf, zero or negative.
     """
 
-    qweight: torch.Tensor
-    qzeros: torch.Tensor
-    scales: torch.Tensor
+    packed_codes: torch.Tensor
+    packed_zeros: torch.Tensor
+    packed_scales: torch.Tensor
+    native: cpu_linear.CpuWeight | None
 
     def __init__(
         self,
@@ -49,19 +60,58 @@ class PackedLinear(nn.Linear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would make the dense weight
+        self.bits = bits
+        self.compute_dtype = dtype
+        self._hold(qweight, qzeros, scales)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+
+    def _hold(self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> None:
+        """Check a layer in GPTQ order, and hold it in the order that its device computes from."""
         try:
-            self.in_features = kernels.check_packed(qweight, qzeros, scales, bits)
+            self.in_features = kernels.check_packed(qweight, qzeros, scales, self.bits)
         except ValueError as error:
             raise ShapeError(str(error)) from None
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             raise NonFiniteError("a scale is NaN, Inf, zero or negative; every scale must be a positive number.")
-        self.out_features = scales.shape[1]
-        self.bits = bits
-        self.compute_dtype = dtype
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("qzeros", qzeros)
-        self.register_buffer("scales", scales)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+        self.groups, self.out_features = scales.shape
+        if scales.dtype != torch.float16 or usable_for(qweight, qzeros, scales) is None:
+            self._register(qweight, qzeros, scales, None)
+            return
+        zeros = unpack_rows(qzeros, self.bits).t().contiguous()
+        codes = unpack_columns(qweight, self.bits)
+        native = cpu_linear.pack_weight(codes, scales.t().contiguous(), zeros, self.bits)
+        self._register(native.words, native.zeros, native.scales, native)
+
+    def _register(
+        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, native: cpu_linear.CpuWeight | None
+    ) -> None:
+        # Not persistent: the state dict is in GPTQ order.
+        self.register_buffer("packed_codes", codes, persistent=False)
+        self.register_buffer("packed_zeros", zeros, persistent=False)
+        self.register_buffer("packed_scales", scales, persistent=False)
+        self.native = native
+
+    def in_gptq_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return qweight, qzeros and scales; made anew where the native library's layout is held."""
+        if self.native is None:
+            return self.packed_codes, self.packed_zeros, self.packed_scales
+        codes, scales, zeros = cpu_linear.unpack_weight(self.native)
+        return pack_columns(codes, self.bits), pack_rows(zeros.t().contiguous(), self.bits), scales.t().contiguous()
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """Return the codes, (in * bits / 32, out) int32."""
+        return self.in_gptq_order()[0]
+
+    @property
+    def qzeros(self) -> torch.Tensor:
+        """Return the zeros, stored as they are, (groups, out * bits / 32) int32."""
+        return self.in_gptq_order()[1]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """Return the scales, (groups, out) float16."""
+        return self.in_gptq_order()[2]
 
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
@@ -71,14 +121,18 @@ class PackedLinear(nn.Linear):
     @property
     def group_size(self) -> int:
         """Return the input channels that share a scale."""
-        return self.in_features // self.scales.shape[0]
+        return self.in_features // self.groups
 
     def dequantize(self) -> torch.Tensor:
         """Return Q, (out, in) float32, newly computed."""
-        return kernels.dequantize(self.qweight, self.qzeros, self.scales, self.bits)
+        if self.native is not None:
+            return cpu_linear.dequantize(self.native)
+        return kernels.dequantize(self.packed_codes, self.packed_zeros, self.packed_scales, self.bits)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return `x Q^T + bias`, computed in float32 and rounded once.
+        """Return `x Q^T + bias`, summed in float32 and rounded once.
+
+        On the CPU, many bfloat16 tokens meet weights rounded to bfloat16, as in any bfloat16 layer.
 
         Args:
             input: x, (..., in) of any float dtype.
@@ -86,19 +140,73 @@ class PackedLinear(nn.Linear):
         Returns:
             Tensor: (..., out), the dtype of x.
         """
-        return kernels.packed_linear(input, self.qweight, self.qzeros, self.scales, self.bits, self.bias)
+        if self.native is None:
+            return kernels.packed_linear(
+                input, self.packed_codes, self.packed_zeros, self.packed_scales, self.bits, self.bias
+            )
+        x = input.to(torch.float32) if input.dtype == torch.float64 else input
+        if torch.compiler.is_compiling():
+            # The buffers by name: a traced program must find them in the module.
+            layer = (self.packed_codes, self.packed_scales, self.packed_zeros, self.bits)
+            size = (self.out_features, self.in_features)
+            y: torch.Tensor = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, None, None, None, None, False)
+        else:
+            y = cpu_linear.linear(x, self.native, self.bias)
+        return y.to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        scales = self.scales
+        before = self.packed_codes.device
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=before))
+        if probe.device != before:
+            self._register(*self.in_gptq_order(), None)
+        scales = self.packed_scales
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=scales.device)).dtype
+        self.compute_dtype = probe.dtype
+        if self.packed_scales.dtype != scales.dtype:
+            self.packed_scales = scales.to(probe.device)
+        if self.native is not None:
+            self.native = dataclasses.replace(
+                self.native, words=self.packed_codes, scales=self.packed_scales, zeros=self.packed_zeros
+            )
+        elif probe.device.type == "cpu" and before.type not in ("cpu", "meta"):  # from "meta" come no numbers
+            self._hold(self.packed_codes, self.packed_zeros, self.packed_scales)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + part: tensor for part, tensor in zip(_PARTS, self.in_gptq_order(), strict=True)})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + part for part in _PARTS]
+        found = {name: state_dict[name] for name in names if name in state_dict}
+        super()._load_from_state_dict(
+            {name: value for name, value in state_dict.items() if name not in found},
+            *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
+        )
+        missing_keys.extend(name for name in names if name not in found)
+        if len(found) < len(names):
+            return
+        qweight, qzeros, scales = (found[name].to(self.packed_codes.device, copy=True) for name in names)
+        size = (self.in_features, self.out_features, self.groups)
+        try:
+            if (kernels.check_packed(qweight, qzeros, scales, self.bits), *scales.shape[::-1]) != size:
+                raise ShapeError(f"a layer with (in, out, groups) = {size} cannot hold {tuple(qweight.shape)} words.")
+            self._hold(qweight, qzeros, scales)
+        except (ValueError, ShapeError, NonFiniteError) as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
 
 class PackedWeight(torch.Tensor):
@@ -114,7 +222,7 @@ class PackedWeight(torch.Tensor):
     def __new__(cls, layer: PackedLinear) -> PackedWeight:
         """Return a weight without storage."""
         weight = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=layer.qweight.device
+            cls, (layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=layer.packed_codes.device
         )
         weight._layer = layer
         return weight

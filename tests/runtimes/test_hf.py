@@ -14,6 +14,7 @@ import cloq_export
 from cloq_export.errors import BindingError, FormatError, RunDirectoryError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft.codec import read_adapter, write_adapter
+from cloq_export.kernels import cpu
 from cloq_export.run.atomic import write_safetensors
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_tensors import read_safetensors
@@ -58,7 +59,8 @@ def test_logits_equal_the_dense_reference(
     assert_same_model(model, written.reference(adapted=True))
     assert_same_model(dequantized_model(written.folder, written.adapter), written.reference(adapted=True))
     apart = dequantized_model(written.folder, written.adapter, merged=False)
-    torch.testing.assert_close(log_probabilities(model), log_probabilities(apart), rtol=0, atol=1e-5)
+    # The same numbers summed in another order, by the native library and by torch.
+    torch.testing.assert_close(log_probabilities(model), log_probabilities(apart), rtol=0, atol=3e-5)
     with adapters_disabled(model):
         assert_same_model(model, written.reference(adapted=False))
     assert_same_model(model, written.reference(adapted=True))
@@ -114,10 +116,11 @@ def test_no_dense_copy_is_kept(written, log_probabilities):
     log_probabilities(model)
     for name, module in packed:
         assert dict(module.named_parameters()) == {}, name
-        assert {key for key, _ in module.named_buffers()} == {"qweight", "qzeros", "scales"}
+        assert {key for key, _ in module.named_buffers()} == {"packed_codes", "packed_zeros", "packed_scales"}
     dense = sum(layer.codes.numel() for layer in written.layers.values())
     held = sum(buffer.numel() * buffer.element_size() for _, module in packed for buffer in module.buffers())
-    assert held * 8 == sum(layer.stored_bits for layer in written.layers.values())
+    # The library holds a zero in a byte.
+    assert held * 8 <= sum(layer.stored_bits + 8 * layer.zeros.numel() for layer in written.layers.values())
     assert held < dense
 
 
@@ -382,3 +385,11 @@ def test_missing_files_are_named(tmp_path, written):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(FormatError, match=r"model.safetensors does not exist; fetch or write"):
         load(folder)
+
+
+def test_without_the_native_library_a_warning_says_so(written, log_probabilities, monkeypatch):
+    expected = log_probabilities(load(written.folder, written.adapter))
+    monkeypatch.setattr(cpu.library, "load", lambda: None)
+    with pytest.warns(UserWarning, match="14 packed layers compute with plain torch, slowly. CPU kernels: "):
+        model = load(written.folder, written.adapter)
+    torch.testing.assert_close(log_probabilities(model), expected, rtol=0, atol=TOLERANCE)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cloq_export.errors import NonFiniteError, ShapeError
+from cloq_export.kernels.cpu import library
 from cloq_export.runtimes.packed_linear import PackedLinear, PackedWeight
 
 
@@ -115,6 +116,71 @@ def test_it_copies_and_reloads(layer):
     )
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(other(x), layer(x))
+
+
+def test_codes_are_held_once_and_given_back_in_gptq_order(layer):
+    given = packed_tensors()
+    assert layer.native is not None, "the native library must be there in a development checkout"
+    assert layer.native.words is layer.packed_codes
+    for name, tensor in zip(("qweight", "qzeros", "scales"), given, strict=True):
+        assert torch.equal(getattr(layer, name), tensor)
+        assert torch.equal(layer.state_dict()[name], tensor)
+    assert {name for name, _ in layer.named_buffers()} == {"packed_codes", "packed_zeros", "packed_scales"}
+    moved = copy.deepcopy(layer).to("meta")
+    assert moved.native is None
+    assert [tuple(tensor.shape) for tensor in moved.in_gptq_order()] == [tuple(tensor.shape) for tensor in given]
+
+
+def test_a_layer_that_was_moved_away_is_filled_again_from_a_state_dict(layer):
+    state = layer.state_dict()
+    other = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    other.load_state_dict(state)
+    assert other.native is not None
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_state_dicts_that_do_not_fit_are_refused(layer):
+    state = layer.state_dict()
+    for part in ("qweight", "qzeros", "scales"):
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{part}"'):
+            layer.load_state_dict({name: tensor for name, tensor in state.items() if name != part})
+    with pytest.raises(RuntimeError, match="disagree; allowed are"):
+        layer.load_state_dict(state | {"qweight": state["qweight"][:-1]})
+    with pytest.raises(RuntimeError, match="a scale is NaN, Inf, zero or negative"):
+        layer.load_state_dict(state | {"scales": state["scales"] * torch.nan})
+    wider = PackedLinear(*packed_tensors(in_features=128, groups=4), bits=3).state_dict()
+    with pytest.raises(RuntimeError, match=r"\(64, 96, 2\) cannot hold"):
+        layer.load_state_dict(wider | {"bias": state["bias"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_without_the_library_torch_computes_the_same(layer, dtype, monkeypatch):
+    x = torch.randn(5, 64, dtype=torch.float64).to(dtype)
+    monkeypatch.setattr(library, "load", lambda: None)
+    plain = PackedLinear(*packed_tensors(), bits=3, bias=torch.linspace(-1, 1, 96))
+    assert plain.native is None
+    expected = plain(x).detach()
+    monkeypatch.undo()
+    result = layer(x).detach()
+    assert result.dtype == dtype
+    relative = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    torch.testing.assert_close(result, expected, rtol=relative, atol=relative * float(expected.abs().max()))
+
+
+def test_gradients_pass_through_the_packed_weight(layer):
+    x = torch.randn(3, 64, requires_grad=True)
+    upstream = torch.randn(3, 96)
+    layer(x).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ layer.dequantize())
+    torch.testing.assert_close(layer.bias.grad, upstream.sum(0))
+
+
+def test_export_finds_the_buffers_by_name(layer):
+    x = torch.randn(3, 64)
+    program = torch.export.export(layer.requires_grad_(False), (x,))
+    assert set(program.graph_signature.buffers) == {"packed_codes", "packed_zeros", "packed_scales"}
+    assert torch.equal(program.module()(x), layer(x))
 
 
 def test_tensors_that_do_not_belong_together_are_refused():
