@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from environment import describe_hardware, hardware_line, model_folder, put_into
 from cloq_export.errors import CloqError
 from cloq_export.recipe import PRESETS, Recipe
 from cloq_export.run.atomic import write_json
+from cloq_export.run.data_sets import local_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "init_quality.json"
@@ -146,10 +146,8 @@ def judged_texts(tokenizer: Any, options: argparse.Namespace) -> list[JudgedText
 
 def gsm8k_name() -> str:
     """Return the GSM8K test problems as a file of the data folder if it lies there, else as a hub id."""
-    chosen = os.environ.get("CLOQ_DATA")
-    folder = Path(chosen).expanduser() if chosen else ROOT.parent / "shared" / "data"
-    path = folder / "gsm8k" / "test.jsonl"
-    return str(path) if path.is_file() else "openai/gsm8k:main:test"
+    path = local_file("gsm8k/test.jsonl")
+    return "openai/gsm8k:main:test" if path is None else str(path)
 
 
 class Report:

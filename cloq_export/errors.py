@@ -49,8 +49,12 @@ class UnsupportedModelError(CloqError):
     """The model's structure is not one this package can quantize."""
 
 
-class CalibrationError(CloqError):
-    """The calibration text is empty or too short for one window."""
+class DataError(CloqError):
+    """Data cannot be found or read, or a line of it is malformed; the message names file and line."""
+
+
+class CalibrationError(DataError):
+    """The calibration text is missing, unreadable, empty, or too short for one window."""
 
 
 class FormatError(CloqError):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cloq_export.errors import CalibrationError, MissingPackageError
+from cloq_export.errors import CalibrationError, DataError
+from cloq_export.run.data_sets import hub_rows, local_file
 
 WIKITEXT2 = "wikitext2"
 EMBEDDED = "embedded"
@@ -20,7 +20,6 @@ EMBEDDED = "embedded"
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
 _WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
 _FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv")
-_HUB_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,19 +165,10 @@ def _embedded() -> CalibrationText:
     return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")
 
 
-def _data_folders() -> Iterator[Path]:
-    chosen = os.environ.get("CLOQ_DATA")
-    if chosen:
-        yield Path(chosen).expanduser()
-        return
-    yield Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
-
 def _wikitext(split: str) -> CalibrationText:
-    for folder in _data_folders():
-        path = folder / _WIKITEXT_FILES[split]
-        if path.is_file():
-            return CalibrationText.of(_read_file(path), str(path))
+    path = local_file(_WIKITEXT_FILES[split])
+    if path is not None:
+        return CalibrationText.of(_read_file(path), str(path))
     rows = _hub_rows(*_WIKITEXT_HUB, split)
     # The hub drops the blank that the original file has on empty lines.
     text = "".join(row["text"] or " \n" for row in rows)
@@ -236,27 +226,13 @@ def _join_rows(rows: Iterable[Mapping[str, Any]], name: str) -> str:
 
 
 def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    remedy = (
-        "Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that the "
-        "environment variable CLOQ_DATA names."
-    )
     try:
-        import datasets
-        import huggingface_hub
-    except ImportError:
-        raise MissingPackageError(
-            f"data set {identifier} is on the Hugging Face hub and the package `datasets` is not installed; install "
-            f"it with `pip install cloq-export[hub]`. {remedy}"
-        ) from None
-    try:
-        # One quick question first: the loader itself retries for minutes when there is no network.
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(identifier, timeout=_HUB_TIMEOUT_S)
-        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]
-    # The libraries below raise dozens of kinds of errors; every one ends in one line here.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CalibrationError(
-            f"data set {identifier} cannot be loaded from the Hugging Face hub ({reason[:200]}); it needs network, an "
-            f"existing id, and a split {split!r}. {remedy}"
-        ) from None
+        return hub_rows(
+            identifier,
+            config,
+            split,
+            remedy="Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that "
+            "the environment variable CLOQ_DATA names.",
+        )
+    except DataError as error:
+        raise CalibrationError(str(error)) from None

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from cloq_export.errors import CalibrationError, FormatError, MissingPackageError
+from cloq_export.errors import DataError, FormatError
 from cloq_export.parity.runtime import Ended, ServedModel, TransformersModel
+from cloq_export.run.data_sets import hub_rows, local_file
 
 MAX_NEW_TOKENS = 256
 INVALID = "[invalid]"
@@ -30,7 +30,6 @@ _TARGET_DELIMITER, _EXAMPLE_DELIMITER = " ", "\n\n"
 # The harness's own seed for drawing examples.
 _EXAMPLE_SEED = 1234
 _MAX_FILE_BYTES = 256 * 1024 * 1024
-_HUB_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +189,13 @@ def load_problems(name: str | None = None, *, split: str = "test") -> tuple[list
         (problems, origin).
 
     Raises:
-        CalibrationError: the file is missing or empty, or a line of it is broken: the message gives its number.
+        DataError: the file is missing or empty, or a line of it is broken: the message gives its number.
         MissingPackageError: the problems are on the hub, and `datasets` is not installed.
     """
     if name is not None:
         return read_problems(Path(name).expanduser()), name
-    local = _data_folder() / _FILES[split]
-    if local.is_file():
+    local = local_file(_FILES[split])
+    if local is not None:
         return read_problems(local), str(local)
     return _hub_problems(split), f"hub:{HUB_ID}:main:{split}"
 
@@ -205,30 +204,28 @@ def read_problems(path: Path) -> list[Problem]:
     """Return the problems of a JSON-lines file.
 
     Raises:
-        CalibrationError: it is missing, unreadable or empty, or a line of it is broken.
+        DataError: it is missing, unreadable or empty, or a line of it is broken.
     """
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
         text = data.decode("utf-8")
     except FileNotFoundError:
-        raise CalibrationError(f"{path} does not exist; give a JSON-lines file with 'question' and 'answer'.") from None
+        raise DataError(f"{path} does not exist; give a JSON-lines file with 'question' and 'answer'.") from None
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path.") from None
     except UnicodeDecodeError as error:
         broken = data[: error.start].count(b"\n") + 1
-        raise CalibrationError(
-            f"line {broken} of {path} is not UTF-8 text; mend the line, or fetch the file again."
-        ) from None
+        raise DataError(f"line {broken} of {path} is not UTF-8 text; mend the line, or fetch the file again.") from None
     if len(data) > _MAX_FILE_BYTES:
-        raise CalibrationError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB; that is no file of problems.")
+        raise DataError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB; that is no file of problems.")
     problems = []
     # Not splitlines, which also breaks at signs that may stand inside a JSON text.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             problems.append(_problem_of(line, number, path))
     if not problems:
-        raise CalibrationError(f"{path} holds no problem; give a JSON-lines file with 'question' and 'answer'.")
+        raise DataError(f"{path} holds no problem; give a JSON-lines file with 'question' and 'answer'.")
     return problems
 
 
@@ -241,10 +238,10 @@ def choose_examples(problems: Sequence[Problem], count: int, number: int) -> lis
         number: of the problem that they stand before; the same number always gives the same examples.
 
     Raises:
-        CalibrationError: there are fewer training problems than examples.
+        DataError: there are fewer training problems than examples.
     """
     if count > len(problems):
-        raise CalibrationError(
+        raise DataError(
             f"{count} worked examples were asked for, and there are {len(problems)} training problems; choose fewer "
             "with --shots."
         )
@@ -359,54 +356,33 @@ def _problem_of(line: str, number: int, path: Path) -> Problem:
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, Mapping):
-        raise CalibrationError(
+        raise DataError(
             f"line {number} of {path} is not a JSON object; each line holds one with 'question' and 'answer'. Mend the "
             "line, or fetch the file again."
         )
     for field in ("question", "answer"):
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise CalibrationError(
+            raise DataError(
                 f"line {number} of {path} has no text {field!r}; each line holds 'question' and 'answer'. Mend the "
                 "line, or fetch the file again."
             )
     if "####" not in row["answer"]:
-        raise CalibrationError(
+        raise DataError(
             f"line {number} of {path} has an answer without '#### NUMBER' at its end; mend the line, or fetch the file "
             "again."
         )
     return Problem(row["question"], row["answer"])
 
 
-def _data_folder() -> Path:
-    chosen = os.environ.get("CLOQ_DATA")
-    return Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
-
 def _hub_problems(split: str) -> list[Problem]:
-    remedy = (
-        "give a JSON-lines file with --gsm8k, or put gsm8k/test.jsonl into the folder that the environment variable "
-        "CLOQ_DATA names"
+    rows = hub_rows(
+        HUB_ID,
+        "main",
+        split,
+        remedy="Give a JSON-lines file with --gsm8k, or put gsm8k/test.jsonl into the folder that the environment "
+        "variable CLOQ_DATA names.",
     )
-    try:
-        import datasets
-        import huggingface_hub
-    except ImportError:
-        raise MissingPackageError(
-            f"the problems of GSM8K are on the Hugging Face hub and the package `datasets` is not installed; install "
-            f"it with `pip install cloq-export[hub]`, or {remedy}."
-        ) from None
-    try:
-        # One quick question first: the loader itself retries for minutes when there is no network.
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(HUB_ID, timeout=_HUB_TIMEOUT_S)
-        rows = datasets.load_dataset(HUB_ID, "main", split=split)
-        return [Problem(str(row["question"]), str(row["answer"])) for row in rows]
-    # The libraries below raise dozens of kinds of errors; every one ends in one line here.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CalibrationError(
-            f"{HUB_ID} cannot be loaded from the Hugging Face hub ({reason[:200]}); {remedy}."
-        ) from None
+    return [Problem(str(row["question"]), str(row["answer"])) for row in rows]
 
 
 def _harness_version() -> str:

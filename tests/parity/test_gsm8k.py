@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cloq_export.errors import CalibrationError, FormatError
+from cloq_export.errors import DataError, FormatError
 from cloq_export.parity import gsm8k
 from cloq_export.parity.gsm8k import EMBEDDED, INVALID, Problem
 
@@ -108,7 +108,7 @@ def test_worked_examples_are_drawn_once_for_each_problem() -> None:
     assert gsm8k.choose_examples(pool, 5, 3) == gsm8k.choose_examples(pool, 5, 3)
     assert gsm8k.choose_examples(pool, 5, 3) != gsm8k.choose_examples(pool, 5, 4)
     assert len({example.question for example in gsm8k.choose_examples(pool, 50, 0)}) == 50
-    with pytest.raises(CalibrationError, match="51 worked examples were asked for, and there are 50"):
+    with pytest.raises(DataError, match="51 worked examples were asked for, and there are 50"):
         gsm8k.choose_examples(pool, 51, 0)
 
 
@@ -140,14 +140,14 @@ GOOD = b'{"question": "q", "answer": "#### 1"}\n'
 )
 def test_a_broken_line_is_named_with_its_number(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(DataError, match=message):
         gsm8k.load_problems(str(tmp_path / "p.jsonl"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"nowhere.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"nowhere.jsonl does not exist"):
         gsm8k.load_problems(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         gsm8k.load_problems(str(tmp_path))
 
 

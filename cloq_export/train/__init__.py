@@ -1,0 +1,1 @@
+"""From a frozen packed base and examples to trained adapters."""
