@@ -273,7 +273,8 @@ def _read_text(path: Path) -> str:
         raise DataError(f"line {line} of {path} is not UTF-8 text; mend the line, or convert the file.") from None
 
 
-def _read_lines(path: Path, *, longest: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+def _read_lines(path: Path, *, longest: int | None = None) -> Iterator[bytes]:
+    longest = MAX_LINE_BYTES if longest is None else longest
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             # A pipe would be waited for without end.
@@ -285,10 +286,10 @@ def _read_lines(path: Path, *, longest: int = MAX_LINE_BYTES) -> Iterator[bytes]
                 total += len(line)
                 if len(line) > longest:
                     raise DataError(
-                        f"line {number} of {path} is longer than {longest >> 20} MiB; that is no example. Split it."
+                        f"line {number} of {path} is longer than {longest} bytes; that is no example. Split it."
                     )
                 if total > MAX_FILE_BYTES:
-                    raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB; give a part of it.")
+                    raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; give a part of it.")
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the path.") from None

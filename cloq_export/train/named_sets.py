@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from cloq_export.errors import DataError
+from cloq_export.errors import DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
-from cloq_export.train.examples import Example, ExampleSet, example_of, read_examples
+from cloq_export.train.examples import Example, ExampleSet, example_of, question_prompt, read_examples
+from cloq_export.train.word_problems import generate
 
-
-@dataclasses.dataclass(frozen=True)
-class HubSource:
-    """Where a set lies on the hub.
-
-    Args:
-        identifier: the data set.
-        config: of the data set, None for its own default.
-    """
-
-    identifier: str
-    config: str | None = None
+WORD_PROBLEMS = "word-problems"
+WORD_PROBLEM_COUNTS = {"train": 2000, "test": 500}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,82 +23,152 @@ class NamedSet:
     """A set that is known by name.
 
     Args:
-        splits: split -> its file in the data folder, without suffix.
-        suffixes: what the file may end in.
-        hub: where else it is.
+        files: split -> what it may be called in the data folder, the preferred name first.
+        hub: where it lies on the hub: identifier and config, None for the set's own default.
+        origin: who published it, for documentation.
     """
 
-    splits: Mapping[str, str]
-    suffixes: tuple[str, ...]
-    hub: HubSource
+    files: Mapping[str, tuple[str, ...]]
+    hub: tuple[str, str | None]
+    origin: str
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether a split is one plain text."""
+        return all(name.endswith(".txt") for names in self.files.values() for name in names)
+
+
+def _json_names(name: str) -> tuple[str, ...]:
+    return (f"{name}.jsonl", f"{name}.json")
 
 
 NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
     {
         "wikitext2": NamedSet(
-            {"train": "wikitext2/train", "validation": "wikitext2/valid", "test": "wikitext2/test"},
-            (".txt",),
-            HubSource("Salesforce/wikitext", "wikitext-2-v1"),
+            {
+                "train": ("wikitext2/train.txt",),
+                "validation": ("wikitext2/valid.txt",),
+                "test": ("wikitext2/test.txt",),
+            },
+            ("Salesforce/wikitext", "wikitext-2-v1"),
+            "WikiText-2, word-level form",
         ),
         "gsm8k": NamedSet(
-            {"train": "gsm8k/train", "test": "gsm8k/test"}, (".jsonl", ".json"), HubSource("openai/gsm8k", "main")
+            {split: _json_names(f"gsm8k/{split}") for split in ("train", "test")},
+            ("openai/gsm8k", "main"),
+            "GSM8K",
+        ),
+        "math10k": NamedSet(
+            {"train": (*_json_names("math10k/train"), "math_10k.json")},
+            ("lmms-lab/Math10K", None),
+            "Math10K of LLM-Adapters",
+        ),
+        "commonsense170k": NamedSet(
+            {"train": (*_json_names("commonsense170k/train"), "commonsense_170k.json")},
+            ("zwhe99/commonsense_170k", None),
+            "Commonsense170K of LLM-Adapters",
         ),
     }
 )
 
 
-def load_named_set(name: str, split: str = "train") -> ExampleSet:
-    """Return a set by its name: from the data folder if it has it, else from the hub.
+def set_names() -> tuple[str, ...]:
+    """Return the names that `load_named_set` knows."""
+    return (*NAMED_SETS, WORD_PROBLEMS)
+
+
+def load_named_set(name: str, split: str = "train", *, count: int | None = None) -> ExampleSet:
+    """Return a set by its name: from the data folder if it has it, else from the hub; word problems are generated.
 
     Args:
-        name: a key of `NAMED_SETS`.
+        name: one of `set_names()`.
         split: one that the set has.
+        count: only so many examples, from the start; None takes all, and of the word problems 2000 for training and
+            500 for tests.
 
     Raises:
         DataError: there is no such set or split, or it is neither in the data folder nor reachable on the hub.
+        UsageError: less than one example is asked for.
         MissingPackageError: it is on the hub, and `datasets` is not installed.
     """
+    _check_count(count)
+    if name == WORD_PROBLEMS:
+        return _word_problems(split, count)
     if name not in NAMED_SETS:
-        raise DataError(f"there is no data set named {name!r}; there are {', '.join(NAMED_SETS)}.")
+        raise DataError(f"there is no data set named {name!r}; there are {', '.join(set_names())}.")
     known = NAMED_SETS[name]
-    if split not in known.splits:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(known.splits)}.")
-    files = [known.splits[split] + suffix for suffix in known.suffixes]
-    path = local_file(*files)
+    if split not in known.files:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(known.files)}.")
+    path = local_file(*known.files[split])
     if path is not None:
-        return read_examples(path)
+        return _first(read_examples(path), count)
     rows = hub_rows(
-        known.hub.identifier,
-        known.hub.config,
+        *known.hub,
         split,
-        remedy=f"Name a file, or put {files[0]} into the folder that the environment variable CLOQ_DATA names.",
+        remedy=f"Name a file, or put {known.files[split][0]} into the folder that the environment variable CLOQ_DATA "
+        "names.",
     )
-    origin = ":".join(part for part in ("hub", known.hub.identifier, known.hub.config, split) if part)
-    if known.suffixes == (".txt",):
+    origin = _hub_origin(*known.hub, split)
+    if known.is_text:
         # The hub drops the blank that the original file has on empty lines.
         return ExampleSet.of([Example(None, "".join(row["text"] or " \n" for row in rows))], origin)
-    return ExampleSet.of((example_of(row, f"row {n} of {origin}") for n, row in enumerate(rows, start=1)), origin)
+    return _of_rows(rows, origin, count)
 
 
-def load_examples(name: str, split: str | None = None) -> ExampleSet:
+def load_examples(name: str, split: str | None = None, *, count: int | None = None) -> ExampleSet:
     """Return examples by whatever a user names them by.
 
     Args:
         name: a named set `NAME[:SPLIT]`, a file, or a hub data set `ID[:CONFIG[:SPLIT]]`.
         split: of a set or a hub data set that names none; None is "train". A file has no splits.
+        count: only so many examples, from the start.
 
     Raises:
         DataError: it cannot be found or read, or a line of it is malformed.
+        UsageError: less than one example is asked for.
         MissingPackageError: it is on the hub, and `datasets` is not installed.
     """
+    _check_count(count)
     first, _, rest = name.partition(":")
-    if first in NAMED_SETS:
-        return load_named_set(first, rest or split or "train")
+    if first in set_names():
+        return load_named_set(first, rest or split or "train", count=count)
     path = Path(name).expanduser()
-    if path.exists() or path.suffix or name.startswith((".", "/", "~")) or "/" not in name:
-        return read_examples(path)
+    if path.is_file():
+        return _first(read_examples(path), count)
+    if path.exists() or path.suffix or "/" not in name or name.startswith((".", "/", "~")):
+        raise DataError(
+            f"{name!r} is no file and no data set that is known by name ({', '.join(set_names())}); check the path, or "
+            "name a data set of the hub as ORGANISATION/NAME."
+        )
     config, _, own_split = rest.partition(":")
     chosen = own_split or split or "train"
     rows = hub_rows(first, config or None, chosen, remedy="Name a file instead.")
-    origin = ":".join(part for part in ("hub", first, config, chosen) if part)
-    return ExampleSet.of((example_of(row, f"row {n} of {origin}") for n, row in enumerate(rows, start=1)), origin)
+    return _of_rows(rows, _hub_origin(first, config or None, chosen), count)
+
+
+def _word_problems(split: str, count: int | None) -> ExampleSet:
+    if split not in WORD_PROBLEM_COUNTS:
+        raise DataError(f"{WORD_PROBLEMS} has no split {split!r}; it has {', '.join(WORD_PROBLEM_COUNTS)}.")
+    problems = generate(count or WORD_PROBLEM_COUNTS[split], split=split)
+    examples = [Example(question_prompt(problem.question), f" {problem.answer}") for problem in problems]
+    return ExampleSet.of(examples, f"generated (word problems, {split})")
+
+
+def _of_rows(rows: Iterable[Mapping[str, Any]], origin: str, count: int | None) -> ExampleSet:
+    numbered = enumerate(islice(rows, count), start=1)
+    return ExampleSet.of((example_of(row, f"row {number} of {origin}") for number, row in numbered), origin)
+
+
+def _first(found: ExampleSet, count: int | None) -> ExampleSet:
+    if count is None or count >= len(found.examples):
+        return found
+    return ExampleSet.of(found.examples[:count], found.origin)
+
+
+def _hub_origin(identifier: str, config: str | None, split: str) -> str:
+    return ":".join(part for part in ("hub", identifier, config, split) if part)
+
+
+def _check_count(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise UsageError(f"{count} examples were asked for; at least 1 is needed.")
