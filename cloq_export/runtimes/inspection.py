@@ -243,13 +243,13 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
     if len(grids) > 1:
         facts["grids"] = grids
     if verify:
+        # Before the certificate, which only knows that a file changed: a base that is another one is said first.
+        facts["base_fingerprint"] = _computed_fingerprint(checkpoint)
+        facts["verified"] = True
         if (checkpoint.folder / CERTIFICATE_NAME).is_file():
             facts["certificate"] = _verified(checkpoint.folder)
-        else:
-            facts["base_fingerprint"] = _computed_fingerprint(checkpoint)
-            if checkpoint.is_ours:
-                facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
-        facts["verified"] = True
+        elif checkpoint.is_ours:
+            facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
     return facts
 
 
