@@ -79,3 +79,7 @@ class HubError(CloqError):
 
 class MissingPackageError(CloqError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class DivergedError(CloqError):
+    """A training whose loss or weights became NaN or Inf; what was good before is kept."""

@@ -21,10 +21,11 @@ import yaml
 from cloq_export.errors import RecipeError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+FINETUNE_PREFIX = "finetune."
 OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
-NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format")
+NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -101,6 +102,11 @@ class Recipe:
     )
     eval_window: int = _option(512, "Tokens in an evaluation window.")
     eval_windows: int = _option(16, "Number of evaluation windows, from the start of the text.")
+    finetune: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={"help": "Options of a fine-tuning that follows, see FineTuneRecipe; empty is none."},
+    )
 
     def __post_init__(self) -> None:
         faults = [fault for name in FIELDS for fault in _faults_of(name, getattr(self, name))]
@@ -109,6 +115,7 @@ class Recipe:
         # Own copies, so that a caller's later edit cannot change a frozen recipe.
         copies = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
         object.__setattr__(self, "overrides", copies)
+        object.__setattr__(self, "finetune", dict(self.finetune))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, preset: str = "default") -> Recipe:
@@ -153,6 +160,7 @@ class Recipe:
         """
         mapping = {name: getattr(self, name) for name in FIELDS}
         mapping["overrides"] = [{"pattern": pattern, **settings} for pattern, settings in self.overrides.items()]
+        mapping["finetune"] = dict(self.finetune)
         return mapping
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
@@ -211,6 +219,80 @@ class Recipe:
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+@dataclasses.dataclass(frozen=True)
+class FineTuneRecipe:
+    """Every option of a fine-tuning; equal ones on equal bases and data make equal adapters.
+
+    Raises:
+        RecipeError: a value has a wrong type or is out of range; the message lists all faults.
+    """
+
+    data: str = _option(
+        "", "Examples to learn: a set by name (wikitext2, gsm8k, ...; NAME:SPLIT), a text or JSON file, or a hub id."
+    )
+    name: str = _option("finetuned", "Name of the adapter that is made, the folder RUN/adapters/NAME.")
+    start: str = _option(
+        "",
+        "Adapter of the run to start from, or zero, a new one that changes nothing yet; unless given, the run's.",
+    )
+    epochs: float = _option(3.0, "Passes over the examples.")
+    steps: int = _option(0, "Optimizer steps; 0 leaves it to epochs.")
+    learning_rate: float = _option(4e-4, "Largest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "How the learning rate falls.")
+    warmup: float = _option(0.03, "Share of the steps in which the learning rate rises; 0 to 1.")
+    weight_decay: float = _option(0.1, "AdamW's weight decay.")
+    batch_size: int = _option(8, "Sequences in one forward pass, on each device.")
+    gradient_accumulation: int = _option(1, "Forward passes before a step.")
+    seqlen: int = _option(512, "Tokens in a sequence.")
+    too_long: Literal["truncate", "drop"] = _option("truncate", "What is done with examples longer than a sequence.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Arithmetic of activations; A and B are trained in float32."
+    )
+    gradient_checkpointing: bool = _option(False, "Compute activations again instead of keeping them.")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "Where to train.")
+    seed: int = _option(0, "Seed of the order of examples, and of a new adapter.")
+    eval_data: str = _option(
+        "", "Examples to evaluate on, named as data is. Unless given, examples held out of data, which are not learned."
+    )
+    eval_samples: int = _option(32, "Sequences to evaluate on; 0 evaluates nothing, and keeps the last adapter.")
+    eval_every: int = _option(50, "Steps between evaluations and checkpoints; 0 is one of each after every epoch.")
+
+    def __post_init__(self) -> None:
+        faults = [fault for name in FINETUNE_FIELDS for fault in _finetune_faults(name, getattr(self, name))]
+        if faults:
+            raise _recipe_error(faults)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> FineTuneRecipe:
+        """Return the recipe of a mapping; what it does not name has its default.
+
+        Args:
+            mapping: field name to value.
+
+        Raises:
+            RecipeError: unknown names (near matches are suggested) or bad values; all faults in one message.
+        """
+        faults = _finetune_section_faults(mapping)
+        if faults:
+            raise _recipe_error(faults)
+        values: dict[str, Any] = {
+            name: float(value) if FINETUNE_FIELDS[name].type == "float" else value for name, value in mapping.items()
+        }
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return every option as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def changed(self, changes: Mapping[str, Any]) -> FineTuneRecipe:
+        """Return this recipe with some options replaced.
+
+        Raises:
+            RecipeError: as in `from_mapping`.
+        """
+        return FineTuneRecipe.from_mapping({**self.to_mapping(), **changes})
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # The published setting: MagR before OPTQ, layers independent, one float pass.
@@ -230,7 +312,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What --demo sets: a small real model and a calibration that two cores finish in minutes.
 DEMO: dict[str, Any] = {"model": "smollm2-demo", "bits": 2, "samples": 40, "seqlen": 1024}
 
+# What --demo --finetune sets beside it: WikiText-2's validation split is what the demo is calibrated on too.
+DEMO_FINETUNE: dict[str, Any] = {
+    "data": "wikitext2:validation",
+    "steps": 60,
+    "batch_size": 4,
+    "seqlen": 256,
+    "eval_every": 20,
+    "eval_samples": 16,
+}
+
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Recipe)}
+FINETUNE_FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(FineTuneRecipe)}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("optq", "magr", "rtn"),
@@ -241,6 +334,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "token_weighting": ("none", "inverse_norm"),
     "precision": ("auto", "float32", "bfloat16"),
     "format": ("gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"),
+}
+
+FINETUNE_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": ("cosine", "linear", "constant"),
+    "too_long": ("truncate", "drop"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
 }
 
 # What `cloq export` writes: a layout, or one of two things that hold no codes.
@@ -254,6 +354,16 @@ _MINIMUM: dict[str, int] = {
     "seed": 0,
     "eval_window": 2,
     "eval_windows": 1,
+}
+_FINETUNE_MINIMUM: dict[str, int] = {
+    "steps": 0,
+    "weight_decay": 0,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "seqlen": 2,
+    "seed": 0,
+    "eval_samples": 0,
+    "eval_every": 0,
 }
 _SHARES = ("damping", "magr_alpha", "error_aware", "float_share")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
@@ -315,6 +425,8 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], str | None]:
 def parse_setting(text: str) -> tuple[str, Any]:
     """Return (name, value) of a `KEY=VALUE` text, the value in the type of that option.
 
+    `finetune.KEY=VALUE` sets an option of the fine-tuning; its name is returned with the prefix.
+
     Raises:
         RecipeError: no `=`, an unknown name, or a value that cannot be read in that type.
     """
@@ -322,8 +434,17 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name = name.strip().replace("-", "_")
     if not equals:
         raise RecipeError(f"{text!r} is not a setting; write KEY=VALUE, for example damping=0.02.")
+    if name.startswith(FINETUNE_PREFIX):
+        own = name.removeprefix(FINETUNE_PREFIX)
+        if own not in FINETUNE_FIELDS:
+            raise RecipeError(
+                f"{own!r} is not an option of a fine-tuning{_near(own, FINETUNE_FIELDS)}; see docs/finetune.md for all."
+            )
+        return name, _parse_value(name, FINETUNE_FIELDS[own].type, value.strip())
     if name not in FIELDS:
         raise RecipeError(f"{name!r} is not an option of a recipe{_near(name, FIELDS)}; see docs/recipes.md for all.")
+    if name == "finetune":
+        raise RecipeError("finetune cannot be given as KEY=VALUE; set its options, e.g. finetune.learning_rate=1e-4.")
     if name == "overrides":
         raise RecipeError("overrides cannot be given as KEY=VALUE; use --override 'PATTERN:key=value,...'.")
     return name, _parse_value(name, FIELDS[name].type, value.strip())
@@ -399,9 +520,8 @@ def _parse_value(name: str, kind: Any, text: str) -> Any:
         raise RecipeError(f"{name} is {text!r}; {wanted} is needed.") from None
 
 
-def _faults_of(name: str, value: Any) -> list[str]:
-    """Return what is wrong with one option, as clauses of a sentence."""
-    kind = FIELDS[name].type
+def _type_fault(name: str, value: Any, kind: Any, choices: Mapping[str, tuple[str, ...]]) -> str:
+    """Return what a value of the wrong type should have been, or an empty text."""
     wanted = ""
     if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
         wanted = "a whole number is needed"
@@ -411,18 +531,57 @@ def _faults_of(name: str, value: Any) -> list[str]:
         wanted = "a number is needed"
     elif kind == "bool" and not isinstance(value, bool):
         wanted = "true or false is needed"
-    elif name in CHOICES:
-        if not isinstance(value, str) or value not in CHOICES[name]:
-            wanted = f"allowed are {_listed(CHOICES[name])}{_near(str(value), CHOICES[name])}"
+    elif name in choices:
+        if not isinstance(value, str) or value not in choices[name]:
+            wanted = f"allowed are {_listed(choices[name])}{_near(str(value), choices[name])}"
     elif kind == "str" and not isinstance(value, str):
         wanted = "a text is needed"
+    return wanted
+
+
+def _faults_of(name: str, value: Any) -> list[str]:
+    """Return what is wrong with one option, as clauses of a sentence."""
+    wanted = _type_fault(name, value, FIELDS[name].type, CHOICES)
     if wanted:
         return [f"{name} is {value!r}; {wanted}"]
     if name == "overrides":
         if not isinstance(value, Mapping):
             return [f"overrides is {value!r}; a mapping of module patterns to settings is needed"]
         return [fault for pattern, settings in value.items() for fault in _override_faults(pattern, settings)]
+    if name == "finetune":
+        if not isinstance(value, Mapping):
+            return [f"finetune is {value!r}; a mapping of fine-tuning options to values is needed"]
+        return [f"finetune: {fault}" for fault in _finetune_section_faults(value)]
     return _range_faults(name, value)
+
+
+def _finetune_section_faults(mapping: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the options of a fine-tuning."""
+    faults = []
+    for name, value in mapping.items():
+        if name in FINETUNE_FIELDS:
+            faults.extend(_finetune_faults(name, value))
+        else:
+            faults.append(f"{name!r} is not an option of a fine-tuning{_near(str(name), FINETUNE_FIELDS)}")
+    return faults
+
+
+def _finetune_faults(name: str, value: Any) -> list[str]:
+    """Return what is wrong with one option of a fine-tuning."""
+    wanted = _type_fault(name, value, FINETUNE_FIELDS[name].type, FINETUNE_CHOICES)
+    if wanted:
+        return [f"{name} is {value!r}; {wanted}"]
+    if name in _FINETUNE_MINIMUM and value < _FINETUNE_MINIMUM[name]:
+        wanted = f"it must be at least {_FINETUNE_MINIMUM[name]}"
+    elif name in ("epochs", "learning_rate") and value <= 0:
+        wanted = "it must be above 0"
+    elif name == "warmup" and not 0 <= value <= 1:
+        wanted = "it must be between 0 and 1"
+    elif name == "seed" and value >= 2**32:
+        wanted = "it must be below 2**32"
+    elif name == "name" and not _NAME.fullmatch(value):
+        wanted = "letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
+    return [f"{name} is {value!r}; {wanted}"] if wanted else []
 
 
 def _range_faults(name: str, value: Any) -> list[str]:

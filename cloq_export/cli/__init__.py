@@ -21,6 +21,7 @@ VERBS = {
     "run": "From a model to a measured checkpoint with its adapter, in one go.",
     "quantize": "Calibrate, and make codes, scales and zeros for every linear layer.",
     "adapt": "Make an adapter for the codes of a run, or of another tool's checkpoint.",
+    "finetune": "Train an adapter over the codes of a run; the codes stay.",
     "export": "Write a deployable folder: a layout, adapters, certificate, model card.",
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
@@ -31,7 +32,7 @@ VERBS = {
 }
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.
-_RESUMABLE = ("run", "quantize", "adapt", "export")
+_RESUMABLE = ("run", "quantize", "adapt", "finetune", "export")
 
 
 class _VerbGroup(click.Group):

@@ -18,6 +18,8 @@ from cloq_export.recipe import (
     DEMO,
     EXPORT_FORMATS,
     FIELDS,
+    FINETUNE_CHOICES,
+    FINETUNE_FIELDS,
     PRESETS,
     Recipe,
     parse_override,
@@ -47,7 +49,15 @@ _NAMED = (
     "blocks",
     "format",
 )
-_METAVARS = {"calibration": "TEXT|FILE|HUB_ID", "blocks": "PATH", "device": "auto|cpu|cuda[:N]"}
+_METAVARS = {
+    "calibration": "TEXT|FILE|HUB_ID",
+    "blocks": "PATH",
+    "device": "auto|cpu|cuda[:N]",
+    "data": "NAME|FILE|HUB_ID",
+    "eval_data": "NAME|FILE|HUB_ID",
+    "name": "NAME",
+    "start": "NAME|zero",
+}
 _NUMBERS = {"int": click.INT, "float": click.FLOAT}
 
 
@@ -95,6 +105,24 @@ def recipe_options(function: Decorated) -> Decorated:
     ]
     for decorator in reversed(decorators):
         function = decorator(function)
+    return function
+
+
+def finetune_options(function: Decorated) -> Decorated:
+    """Add an option for each field of a fine-tuning; unless it is typed its value is None."""
+    for name, field in reversed(FINETUNE_FIELDS.items()):
+        shown = "" if field.default in ("", False) else f"  [default: {field.default}]"
+        text = field.metadata["help"] + shown
+        flag = "--" + name.replace("_", "-")
+        if field.type == "bool":
+            option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+        else:
+            kind: Any = _NUMBERS.get(str(field.type), click.STRING)
+            if name in FINETUNE_CHOICES:
+                kind = click.Choice(FINETUNE_CHOICES[name])
+            metavar = None if name in FINETUNE_CHOICES else _METAVARS.get(name)
+            option = click.option(flag, name, type=kind, default=None, metavar=metavar, help=text)
+        function = option(function)
     return function
 
 

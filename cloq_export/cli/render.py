@@ -113,6 +113,23 @@ def render_inspection(result: Mapping[str, Any], console: Console) -> None:
     _facts(result, console, title="")
 
 
+def render_notes(summary: Mapping[str, Any], console: Console) -> None:
+    """Print what did not go the ordinary way."""
+    for note in summary.get("notes") or []:
+        _line(console, f"note: {note}")
+
+
+def render_facts(facts: Mapping[str, Any], console: Console, *, title: str = "") -> None:
+    """Print facts as a table of two columns."""
+    _facts(facts, console, title=title)
+
+
+def render_next(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the files of a summary and the commands that it suggests."""
+    _paths(summary.get("files") or {}, console)
+    _commands(summary.get("next") or [], console)
+
+
 def format_bytes(count: float) -> str:
     """Return a number of bytes for people, in decimal units."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

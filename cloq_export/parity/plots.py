@@ -124,6 +124,28 @@ def matrix_plot(
     )
 
 
+def standalone(plot: Markup) -> str:
+    """Return a plot as a picture of its own: what the page's style sheet would say stands in it.
+
+    Args:
+        plot: of one of the functions above.
+    """
+    light = ("#0b62a4", "#d1495b", "#2e8b57", "#8d5fd3", "#b26a00", "#5f6b6d")
+    dark = ("#62aef0", "#ff8c99", "#64c993", "#bd9cff", "#e3a341", "#9aa7ab")
+
+    def rules(colours: Sequence[str], text: str, grid: str) -> str:
+        own = [f".s{n}{{fill:{c}}}.line.s{n}{{fill:none;stroke:{c}}}" for n, c in enumerate(colours)]
+        return f"text{{fill:{text}}}.grid{{stroke:{grid}}}" + "".join(own)
+
+    style = (
+        "text{font:12px system-ui,sans-serif}.line{fill:none;stroke-width:2}"
+        + rules(light, "#1c1c1c", "#ddd")
+        + f"@media(prefers-color-scheme:dark){{{rules(dark, '#e8e8e8', '#363b40')}}}"
+    )
+    opening, _, rest = str(plot).partition(">")
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+
+
 def _stroke(number: int) -> Markup:
     """Return the style of a line; when the colours are used up, the next lines are dashed."""
     dash = Markup(' stroke-dasharray="{} 4"').format(2 * (number // COLOURS)) if number >= COLOURS else ""

@@ -167,6 +167,14 @@ class RunDirectory:
             self._lock_file.close()
             self._lock_file = None
 
+    def lock(self) -> None:
+        """Take the lock now, before the first write.
+
+        Raises:
+            RunDirectoryError: another process works in the run, or it cannot be written.
+        """
+        self._lock()
+
     def discard_if_empty(self) -> None:
         """Remove the run, folder included if nothing else is in it, unless a layer was ever written.
 
