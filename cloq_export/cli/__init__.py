@@ -26,7 +26,7 @@ VERBS = {
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
     "serve": "Serve an export with its adapters through vLLM, OpenAI-compatible.",
-    "eval": "Measure perplexity: float, quantized, quantized with adapter.",
+    "eval": "Measure perplexity and answers: float, quantized, with adapter.",
     "verify": "Gate an export: served against trained, from bytes to answers.",
     "inspect": "Explain a run, an export, an adapter, or a foreign checkpoint.",
 }
@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         verb = next((argument for argument in arguments if argument in VERBS), "")
-        rest = "the same command continues where it stopped" if verb in _RESUMABLE else "nothing was written"
+        keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
+        rest = "the same command continues where it stopped" if keeps else "nothing was written"
         click.echo(f"interrupted: {rest}.", err=True)
         return 130
     return outcome if isinstance(outcome, int) else 0

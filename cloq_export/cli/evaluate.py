@@ -1,4 +1,4 @@
-"""`cloq eval`: perplexity of the float model, of the codes alone and of codes with adapter, in one table."""
+"""`cloq eval`: perplexity and answers of the float model, of the codes alone and of codes with adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cloq_export.cli.gates import gate_option, judge_gates, parse_gates, raise_if_missed
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import json_option, parse_tasks
 from cloq_export.recipe import FIELDS
 
 
@@ -36,6 +36,24 @@ from cloq_export.recipe import FIELDS
     "--adapter", metavar="NAME|FOLDER", help="Adapter to measure; unless given, the run's own or the only one there is."
 )
 @click.option("--force", is_flag=True, help="Take an adapter of another base; the result says so.")
+@click.option(
+    "--tasks",
+    default="ppl",
+    show_default=True,
+    metavar="ppl,TASK[=FILE],…",
+    help="What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, …, or the groups arithmetic and "
+    "commonsense; docs/tasks.md has them all.",
+)
+@click.option(
+    "--problems", type=click.IntRange(min=1), help="Questions of each task, from its start; unless given, all."
+)
+@click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="For answers, from which an interrupted call goes on, and tasks.json.",
+)
 @gate_option()
 @json_option()
 def command(
@@ -46,11 +64,16 @@ def command(
     reference: str | None,
     adapter: str | None,
     force: bool,
+    tasks: str,
+    problems: int | None,
+    shots: int,
+    out: Path | None,
     gate_texts: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure perplexity of PATH, a run or a checkpoint, beside its float model."""
+    """Measure PATH, a run or a checkpoint, beside its float model: perplexity, and answers to tasks."""
     gates = parse_gates(gate_texts)
+    chosen = parse_tasks(tasks)
 
     from cloq_export.cli.output import emit, progress_console, to_plain
     from cloq_export.cli.render import render_evaluation
@@ -58,7 +81,18 @@ def command(
     with progress_console(as_json=as_json) as console:
         pipeline = importlib.import_module("cloq_export.pipeline")
         measured = pipeline.evaluate(
-            path, text, window, windows, reference, adapter=adapter, force=force, console=console
+            path,
+            text,
+            window,
+            windows,
+            reference,
+            adapter=adapter,
+            force=force,
+            tasks=chosen,
+            problems=problems,
+            shots=shots,
+            out=out,
+            console=console,
         )
         result = to_plain(measured)
     if gates:

@@ -183,6 +183,11 @@ def set_option() -> Callable[[Decorated], Decorated]:
     )
 
 
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """Return the tasks of a list with commas, each once."""
+    return tuple(dict.fromkeys(task.strip() for task in text.split(",") if task.strip()))
+
+
 def json_option() -> Callable[[Decorated], Decorated]:
     """Return the option `--json`."""
     return click.option(

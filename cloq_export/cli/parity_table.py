@@ -34,18 +34,7 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
                 ]
             table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
         console.print(table)
-    answers = report["quality"]["gsm8k"]
-    if answers:
-        table = _table("GSM8K", ("model",), ("accuracy", "strict"))
-        for name, entry in answers["models"].items():
-            table.add_row(name, share(entry["accuracy"]), share(entry["strict_accuracy"]))
-        console.print(table)
-        for pair in answers["comparisons"]:
-            _line(
-                console,
-                f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
-                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
-            )
+    render_tasks(report["quality"]["tasks"], console)
     for row in report["greedy"]:
         _line(
             console,
@@ -67,6 +56,24 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     for name, path in (report.get("files") or {}).items():
         _line(console, f"{name}: {path}")
     _line(console, "parity: " + ("passed" if report["passed"] else "missed"))
+
+
+def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
+    """Print what models answered, task by task: accuracies, and every two models beside each other."""
+    from cloq_export.parity.report import figure, share
+
+    for task, found in tasks.items():
+        table = _table(escape(task), ("model",), ("accuracy", found["other_rule"]))
+        for name, entry in found["models"].items():
+            table.add_row(escape(name), share(entry["accuracy"]), share(entry["other_accuracy"]))
+        console.print(table)
+        for pair in found["comparisons"]:
+            _line(
+                console,
+                f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
+                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
+            )
+        _line(console, f"{found['questions']} questions of {found['origin']} ({found['definition']})")
 
 
 def _spread(row: Mapping[str, Any]) -> list[Any]:

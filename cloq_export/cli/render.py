@@ -81,7 +81,14 @@ def render_export(summary: Mapping[str, Any], console: Console) -> None:
 
 def render_evaluation(result: Mapping[str, Any], console: Console) -> None:
     """Print the result of `eval`."""
-    render_perplexity(result, console)
+    if any(result.get(name) for name in _MODEL_LABELS):
+        render_perplexity(result, console)
+    if result.get("tasks"):
+        from cloq_export.cli.parity_table import render_tasks
+
+        render_tasks(result["tasks"], console)
+    for group, means in (result.get("means") or {}).items():
+        _line(console, f"mean of {group}: " + ", ".join(f"{name} {value:.1%}" for name, value in means.items()))
     for note in result.get("notes") or []:
         _line(console, f"note: {note}")
     _gates(result.get("gates") or [], console)

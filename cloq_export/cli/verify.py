@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import json_option, parse_tasks
 from cloq_export.errors import GateMissedError, UsageError
 from cloq_export.recipe import FIELDS
 
@@ -24,10 +24,14 @@ from cloq_export.recipe import FIELDS
     "adapters",
     multiple=True,
     metavar="NAME=FOLDER|NAME|FOLDER",
-    help="Adapter to serve; can be repeated. Unless given, all that EXPORT has; the first one answers GSM8K.",
+    help="Adapter to serve; can be repeated. Unless given, all that EXPORT has; the first one answers tasks.",
 )
 @click.option(
-    "--tasks", default="ppl", show_default=True, metavar="ppl,gsm8k", help="What is measured beside the numbers."
+    "--tasks",
+    default="ppl",
+    show_default=True,
+    metavar="ppl,TASK[=FILE],…",
+    help="What is measured beside the numbers; tasks as in `cloq eval`.",
 )
 @click.option("--gate", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of limits.")
 @click.option(
@@ -43,8 +47,8 @@ from cloq_export.recipe import FIELDS
 )
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="How many windows.")
-@click.option("--gsm8k", metavar="FILE", help="Problems as JSON lines; unless given, those in CLOQ_DATA or on the hub.")
-@click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="How many of them.")
+@click.option("--gsm8k", metavar="FILE", help="The same as --tasks gsm8k=FILE.")
+@click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="Questions of each task.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
 @click.option("--prompts", type=click.IntRange(min=0), default=32, show_default=True, help="Greedy texts to compare.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens in each of them.")
@@ -72,7 +76,7 @@ def command(export: Path, reference: str | None, tasks: str, as_json: bool, **na
     """
     if not reference:
         raise UsageError("no float model was given; name the one that the export was made from with --reference MODEL.")
-    chosen = tuple(dict.fromkeys(task.strip() for task in tasks.split(",") if task.strip()))
+    chosen = parse_tasks(tasks)
 
     from cloq_export.cli.output import emit, progress_console, to_plain
     from cloq_export.cli.parity_table import render_parity

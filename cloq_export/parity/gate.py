@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from cloq_export.errors import UsageError
+from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
 
 Bound = Literal["at most", "at least"]
 _MAX_FILE_BYTES = 1 << 20
@@ -48,10 +49,17 @@ GATES: Mapping[str, Gate] = {
     "mixed_batch_difference_over_float": Gate(
         "at most", "mean difference, mixed batch to single, over the float model's own in the served precision"
     ),
-    "gsm8k_accuracy": Gate("at least", "share of GSM8K problems solved as served"),
-    "gsm8k_accuracy_drop": Gate("at most", "accuracy of the float model minus that as served"),
-    "gsm8k_p_value": Gate("at least", "McNemar's exact test, served against reference"),
-    "gsm8k_agreement": Gate("at least", "share of problems with equal answers, served and reference"),
+}
+# What is measured of each task; the gate's name is the task's `gate_key`, "_" and the figure's.
+TASK_GATES: Mapping[str, Gate] = {
+    "accuracy": Gate("at least", "share of the questions answered right as served"),
+    "accuracy_drop": Gate("at most", "accuracy of the float model minus that as served"),
+    "p_value": Gate("at least", "McNemar's exact test, served against reference"),
+    "agreement": Gate("at least", "share of questions with equal answers, served and reference"),
+}
+_ALL_GATES: Mapping[str, Gate] = {
+    **GATES,
+    **{f"{gate_key(task)}_{figure}": gate for task in task_names() for figure, gate in TASK_GATES.items()},
 }
 
 # The reference rounds differently from an engine, and a poor base amplifies it.
@@ -74,7 +82,7 @@ def default_limits(dtype: str, bits: int, tasks: tuple[str, ...], *, adapters: i
     Args:
         dtype: of the served activations: "float32", "bfloat16" or "float16".
         bits: the smallest width among the layers.
-        tasks: what is measured beside numerics: "ppl", "gsm8k".
+        tasks: what is measured beside numerics: "ppl", and tasks by name.
         adapters: how many are served.
         packed: whether the packed transformers runtime is measured beside another one.
 
@@ -93,9 +101,7 @@ def default_limits(dtype: str, bits: int, tasks: tuple[str, ...], *, adapters: i
         limits["packed_logprob_difference_max"] = limit
     if adapters:
         limits["live_modules"] = 1.0
-    if "gsm8k" in tasks:
-        limits["gsm8k_p_value"] = _SIGNIFICANCE
-    return limits
+    return limits | {f"{gate_key(task)}_p_value": _SIGNIFICANCE for task in tasks if task != PERPLEXITY}
 
 
 def read_gate_file(path: str | Path) -> dict[str, float | None]:
@@ -138,9 +144,10 @@ def parse_limits(content: Mapping[Any, Any], source: str) -> dict[str, float | N
     """
     limits: dict[str, float | None] = {}
     for name, value in content.items():
-        if name not in GATES:
-            near = difflib.get_close_matches(str(name), GATES, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(GATES)}."
+        if name not in _ALL_GATES:
+            near = difflib.get_close_matches(str(name), _ALL_GATES, n=3, cutoff=0.5)
+            known = ", ".join([*GATES, *(f"TASK_{figure}" for figure in TASK_GATES)])
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {known}."
             raise UsageError(f"{source} sets a limit on {str(name)[:80]!r}, which is not measured; {hint}")
         if value is None:
             limits[name] = None
@@ -161,9 +168,9 @@ def parse_limits(content: Mapping[Any, Any], source: str) -> dict[str, float | N
 
 
 def merged_limits(defaults: Mapping[str, float], chosen: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the limits that hold: the defaults, with what was chosen in their place, in the order of `GATES`."""
+    """Return the limits that hold: the defaults, with what was chosen in their place, in the order of the gates."""
     joined = {**defaults, **chosen}
-    return {name: limit for name in GATES if (limit := joined.get(name)) is not None}
+    return {name: limit for name in _ALL_GATES if (limit := joined.get(name)) is not None}
 
 
 def judge(limits: Mapping[str, float], metrics: Mapping[str, float | None]) -> list[dict[str, Any]]:
@@ -178,7 +185,7 @@ def judge(limits: Mapping[str, float], metrics: Mapping[str, float | None]) -> l
     """
     verdicts = []
     for name, limit in limits.items():
-        gate, value = GATES[name], metrics.get(name)
+        gate, value = _ALL_GATES[name], metrics.get(name)
         if value is not None and math.isnan(value):
             value = None
         passed = value is not None and (value <= limit if gate.bound == "at most" else value >= limit)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.liveness import ZERO
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
+from cloq_export.parity.tasks import gate_key
 from cloq_export.run.atomic import translate_os_errors, write_bytes, write_json
 from cloq_export.run.safe_json import parse_json
 
@@ -71,7 +72,9 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
             _worst(row["mean"] for row in isolation["by_adapter"]) if isolation else None, own
         ),
     }
-    return metrics | _gsm8k_metrics(report["quality"]["gsm8k"])
+    for task, entry in report["quality"]["tasks"].items():
+        metrics |= _task_metrics(task, entry)
+    return metrics
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
@@ -167,21 +170,17 @@ def _share(rows: Sequence[Mapping[str, Any]], key: str, weight: str) -> float | 
     return sum(row[key] * row[weight] for row in rows) / total
 
 
-def _gsm8k_metrics(entry: Mapping[str, Any] | None) -> dict[str, float | None]:
-    names = ("gsm8k_accuracy", "gsm8k_accuracy_drop", "gsm8k_p_value", "gsm8k_agreement")
-    if entry is None:
-        return dict.fromkeys(names)
+def _task_metrics(task: str, entry: Mapping[str, Any]) -> dict[str, float | None]:
     models, pairs = entry["models"], entry["comparisons"]
     served, reference = models.get("served"), models.get("float")
     pair = next((pair for pair in pairs if (pair["first"], pair["second"]) == ("reference", "served")), None)
-    drop = None if served is None or reference is None else reference["accuracy"] - served["accuracy"]
-    values = (
-        None if served is None else served["accuracy"],
-        drop,
-        None if pair is None else pair["p_value"],
-        None if pair is None else pair["agreement"],
-    )
-    return dict(zip(names, values, strict=True))
+    figures = {
+        "accuracy": None if served is None else served["accuracy"],
+        "accuracy_drop": None if served is None or reference is None else reference["accuracy"] - served["accuracy"],
+        "p_value": None if pair is None else pair["p_value"],
+        "agreement": None if pair is None else pair["agreement"],
+    }
+    return {f"{gate_key(task)}_{name}": value for name, value in figures.items()}
 
 
 def _difference_plot(report: Mapping[str, Any]) -> Markup:

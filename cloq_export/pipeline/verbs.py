@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from cloq_export.calibrate.data import (
     tokenize_text,
 )
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
-from cloq_export.formats.peft import read_adapter, write_adapter
+from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
+from cloq_export.parity.runtime import float_model
+from cloq_export.parity.tasks import PERPLEXITY, expand_names
+from cloq_export.pipeline.answering import Subject, answer_tasks, group_means, read_questions
 from cloq_export.pipeline.compress import BlockWalk
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
@@ -218,9 +222,13 @@ def evaluate(
     *,
     adapter: str | None = None,
     force: bool = False,
+    tasks: Sequence[str] = (PERPLEXITY,),
+    problems: int | None = None,
+    shots: int = 0,
+    out: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure the perplexity of the float model, of Q alone and of Q with its adapter, on the same windows.
+    """Measure the float model, Q alone and Q with its adapter: perplexity on the same windows, answers to tasks.
 
     Args:
         path: a run directory, an export or a checkpoint folder.
@@ -230,6 +238,10 @@ def evaluate(
         reference: the float model; None is the run's source, and for a checkpoint none is measured.
         adapter: name or folder; None takes the recipe's own if the run has it, else the only one there is.
         force: take an adapter of another base; the result says so.
+        tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
+        problems: questions of each task, from the start; None takes all.
+        shots: worked examples before each question.
+        out: folder for answers, from which an interrupted call goes on, and for tasks.json; None writes none.
         console: where progress goes.
 
     Returns:
@@ -239,17 +251,28 @@ def evaluate(
         CloqError: anything a user can mend.
     """
     console = console or Console(stderr=True)
+    asked = expand_names([task for task in tasks if task != PERPLEXITY])
     recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
     session = Session(recipe, console)
+    questions = read_questions(asked, problems, shots)
+    judging = evaluation_text(text) if PERPLEXITY in tasks else None
     loaded: LoadedModel | None = None
     name = reference or recipe.model
     if name:
         loaded = open_model(name, dtype=torch.float32)
-    result = _measure(session, path, evaluation_text(text), window, windows, loaded, adapter=adapter, force=force)
+    result: dict[str, Any] = {}
+    chosen = adapter or _adapter_of(session, path)
+    if judging is not None:
+        result = _measure(session, path, judging, window, windows, loaded, adapter=chosen, force=force)
+    if questions:
+        tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
+        subjects = _subjects(session, path, loaded, chosen, force)
+        result["tasks"] = answer_tasks(session, questions, subjects, tokenizer, chosen, out)
+        result["means"] = group_means(result["tasks"])
     if loaded is None:
         session.notes.append("the float model was not measured: name it with --reference")
     if session.notes:
-        result["notes"] = session.notes
+        result["notes"] = list(dict.fromkeys(session.notes))
     return result
 
 
@@ -504,6 +527,29 @@ def _measure(
         windows=windows,
         console=session.console,
     )
+
+
+def _subjects(
+    session: Session, path: Path, loaded: LoadedModel | None, adapter: str | None, force: bool
+) -> Iterator[Subject]:
+    """Yield what answers: the float model, and what is on disk, without and with the adapter."""
+    if loaded is not None:
+        yield Subject("float", float_model(loaded.model), None, loaded.source.fingerprint)
+    if is_merged(path):
+        merged = open_model(str(path), dtype=torch.float32)
+        yield Subject("merged", float_model(merged.model), None, merged.source.fingerprint)
+        return
+    base = Checkpoint.open(path).fingerprint
+    served = _served(session, path, adapter, force)
+    if adapter is None:
+        yield Subject("quantized", float_model(served), None, base)
+        return
+    served.disable_adapters()
+    yield Subject("quantized", float_model(served), None, base)
+    served.enable_adapters()
+    # Its tensors too: an adapter that was trained on keeps its name.
+    digest = hashlib.sha256((find_adapter(path, adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    yield Subject("adapter", float_model(served), None, f"{base}+{digest}")
 
 
 def _served(session: Session, path: Path, adapter: str | None, force: bool) -> Any:

@@ -21,12 +21,13 @@ from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import CloqError, FormatError, MissingPackageError, UsageError
 from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.parity import gsm8k, liveness
+from cloq_export.parity import liveness
+from cloq_export.parity.answers import Answers
 from cloq_export.parity.gate import default_limits, explain_miss, float32_limit, judge, merged_limits, read_gate_file
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
 from cloq_export.parity.perplexity import check_windows
-from cloq_export.parity.quality import mcnemar, perplexity_entry
+from cloq_export.parity.quality import perplexity_entry
 from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_metrics, write_report
 from cloq_export.parity.runtime import (
     ReferenceModel,
@@ -36,6 +37,7 @@ from cloq_export.parity.runtime import (
     packed_model,
     reference_model,
 )
+from cloq_export.parity.tasks import PERPLEXITY, Questions, Task, expand_names, find_task, load_questions, task_entry
 from cloq_export.pipeline.exporting import adapters_in
 from cloq_export.pipeline.session import Session
 from cloq_export.recipe import Recipe
@@ -47,7 +49,6 @@ from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
 
 RUNTIME_NAMES = ("hf", "vllm", "vllm-server")
-TASKS = ("ppl", "gsm8k")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
@@ -66,15 +67,15 @@ class VerifyOptions:
         reference: the float model: a folder, a hub id or a GGUF file.
         runtime: what serves: "hf", "vllm" or "vllm-server".
         adapters: NAME=FOLDER, a name in the export, or a folder; none takes all that the export has.
-        tasks: "ppl", "gsm8k".
+        tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
         gate: a gate file; None takes the default limits.
         dtype: of the served activations.
         device: of the float model, the reference and the transformers runtime.
         text: as in `evaluate`.
         window: tokens in a window.
         windows: how many at most.
-        gsm8k: file of problems; None takes the data folder's or the hub's.
-        problems: how many of them, from the start.
+        gsm8k: file of its problems; None takes the data folder's or the hub's.
+        problems: how many questions of each task, from the start.
         shots: worked examples before each problem.
         prompts: greedy continuations that are compared.
         new_tokens: tokens in each of them.
@@ -171,7 +172,7 @@ class _Plan:
         defaults = default_limits(
             options.dtype,
             min(spec.bits for spec in checkpoint.specs.values()),
-            options.tasks,
+            tuple(_asked_tasks(options)),
             adapters=len(adapters),
             packed=_measures_packed(options),
         )
@@ -230,7 +231,8 @@ class _Verification:
         self.greedy: list[dict[str, Any]] = []
         self.liveness: list[dict[str, Any]] = []
         self.isolation: dict[str, Any] | None = None
-        self.answers: dict[str, gsm8k.Answers] = {}
+        self.tasks: dict[str, tuple[Task, Questions]] = {}
+        self.answers: dict[str, dict[str, Answers]] = {}
         self.noise_floor: dict[str, Any] | None = None
         self._phases: list[str] = []
         self._since = 0.0
@@ -240,7 +242,7 @@ class _Verification:
         with self._phase("certificate"):
             certificate = self._certificate()
         text = evaluation_text(options.text)
-        self._read_problems()
+        self._read_questions()
         with self._phase("float"):
             source = self._measure_float(text.text)
         reference = reference_model(plan.export, plan.folders, device=options.device, force=options.force)
@@ -270,24 +272,13 @@ class _Verification:
             "reason": None,
         }
 
-    def _read_problems(self) -> None:
-        """Read the problems, which is cheap, before anything that is not."""
+    def _read_questions(self) -> None:
+        """Read the questions, which is cheap, before anything that is not."""
         options = self.options
-        self.problems: list[gsm8k.Problem] = []
-        self.questions: list[str] = []
-        self.origin = ""
-        if "gsm8k" not in options.tasks:
-            return
-        self.definition = gsm8k.task_definition()
-        found, self.origin = gsm8k.load_problems(options.gsm8k)
-        self.problems = found[: options.problems]
-        examples: list[gsm8k.Problem] = []
-        if options.shots:
-            examples, _ = gsm8k.load_problems(None, split="train")
-        self.questions = [
-            self.definition.prompt(problem, gsm8k.choose_examples(examples, options.shots, number))
-            for number, problem in enumerate(self.problems)
-        ]
+        for name, file in _asked_tasks(options).items():
+            task = find_task(name)
+            questions = load_questions(task, file, count=options.problems, shots=options.shots)
+            self.tasks[name], self.answers[name] = (task, questions), {}
 
     def _cut(self, tokens: torch.Tensor) -> None:
         """Cut windows, prompts and probes from the text."""
@@ -372,7 +363,7 @@ class _Verification:
             for number, adapter in enumerate(plan.subjects):
                 self._serve_text(served, adapter)
                 self._serve_greedy(served, reference, adapter, number)
-            with self._attempt("GSM8K, served"):
+            with self._attempt("tasks, served"):
                 self._answer("served", served, plan.subjects[0])
             if plan.adapters:
                 with self._attempt("isolation"), self._phase("isolation"):
@@ -521,52 +512,21 @@ class _Verification:
         self.numerics.append(row | compare_logprobs(logprobs, expected))
 
     def _add_perplexity(self, model: str, adapter: str | None, logprobs: Sequence[torch.Tensor]) -> None:
-        if "ppl" in self.options.tasks:
+        if PERPLEXITY in self.options.tasks:
             against = None if model == "float" else self.float_logprobs
             entry = perplexity_entry(logprobs, against, seed=self.options.seed)
             self.perplexity.append({"model": model, "adapter": adapter, **entry})
 
     def _answer(self, name: str, model: ServedModel, adapter: str | None) -> None:
-        if not self.problems:
-            return
-        self.session.say(f"GSM8K: {len(self.problems)} problems, {name}")
-        with self._phase("gsm8k"):
-            self.answers[name] = gsm8k.ask(
-                model, self.tokenizer, self.definition, self.problems, self.questions, adapter
-            )
+        for task_name, (task, questions) in self.tasks.items():
+            with self._phase(task_name), self.session.progress(f"{task_name}, {name}") as advance:
+                answers = task.ask(model, self.tokenizer, questions, adapter, advance=advance)
+            self.answers[task_name][name] = answers
 
-    def _gsm8k(self) -> dict[str, Any] | None:
-        if not self.problems:
-            return None
-        pairs = [("float", "reference"), ("float", "served"), ("reference", "served")]
-        comparisons = [
-            {
-                "first": first,
-                "second": second,
-                "agreement": gsm8k.agreement(self.definition, self.answers[first], self.answers[second]),
-                **mcnemar(self.answers[first].correct, self.answers[second].correct),
-            }
-            for first, second in pairs
-            if first in self.answers and second in self.answers
-        ]
+    def _task_entries(self) -> dict[str, Any]:
         return {
-            "problems": len(self.problems),
-            "shots": self.options.shots,
-            "max_new_tokens": gsm8k.MAX_NEW_TOKENS,
-            "version": self.definition.version,
-            "definition": self.definition.origin,
-            "origin": self.origin,
-            "adapter": self.plan.subjects[0],
-            "models": {
-                name: {
-                    "accuracy": answers.accuracy,
-                    "strict_accuracy": answers.strict_accuracy,
-                    "answers": list(answers.extracted),
-                    "correct": list(answers.correct),
-                }
-                for name, answers in self.answers.items()
-            },
-            "comparisons": comparisons,
+            name: task_entry(task, questions, self.answers[name], self.plan.subjects[0])
+            for name, (task, questions) in self.tasks.items()
         }
 
     def _report(
@@ -619,7 +579,7 @@ class _Verification:
             "certificate": dict(certificate),
             "noise_floor": self.noise_floor,
             "numerics": self.numerics,
-            "quality": {"perplexity": self.perplexity, "gsm8k": self._gsm8k()},
+            "quality": {"perplexity": self.perplexity, "tasks": self._task_entries()},
             "greedy": self.greedy,
             "liveness": self.liveness,
             "isolation": self.isolation,
@@ -658,11 +618,23 @@ def _measures_packed(options: VerifyOptions) -> bool:
     return options.runtime != "hf" or options.dtype != "float32"
 
 
+def _asked_tasks(options: VerifyOptions) -> dict[str, str | None]:
+    """Return task -> its file or None, perplexity left out.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
+    if options.gsm8k is not None and "gsm8k" in asked:
+        asked["gsm8k"] = asked["gsm8k"] or options.gsm8k
+    return asked
+
+
 def _check_options(options: VerifyOptions) -> None:
+    _asked_tasks(options)
     for flag, value, allowed in (
         ("--runtime", options.runtime, RUNTIME_NAMES),
         ("--dtype", options.dtype, tuple(DTYPES)),
-        *(("--tasks", task, TASKS) for task in options.tasks),
     ):
         if value not in allowed:
             near = difflib.get_close_matches(value, allowed, n=1)

@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's layout, bound to their quantized base; see SPEC.md."""
 
-from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter, write_adapter
+from cloq_export.formats.peft.codec import WEIGHTS_NAME, Adapter, is_adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import (
     VLLM_MAX_LORA_RANKS,
     UniformPairs,
@@ -13,6 +13,7 @@ from cloq_export.formats.peft.pairs import (
 
 __all__ = [
     "VLLM_MAX_LORA_RANKS",
+    "WEIGHTS_NAME",
     "Adapter",
     "UniformPairs",
     "allowed_rank",

@@ -10,7 +10,9 @@ import pytest
 
 from cloq_export.errors import DataError, FormatError
 from cloq_export.parity import gsm8k
-from cloq_export.parity.gsm8k import EMBEDDED, INVALID, Problem
+from cloq_export.parity.answers import INVALID, agreement
+from cloq_export.parity.gsm8k import EMBEDDED, Problem
+from cloq_export.parity.tasks import Question, Questions, WrittenTask, find_task, load_questions
 
 EGGS = Problem("How many eggs are left of 16 after 3 and 4?", "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9")
 MONEY = Problem("What does the house cost?", "It costs 80,000+50,000=$<<80000+50000=130000>>130,000\n#### 130,000")
@@ -58,20 +60,32 @@ def test_prompts() -> None:
     )
 
 
-def test_an_answer_ends_where_the_next_question_begins() -> None:
+def questions_of(*problems: Problem) -> Questions:
+    items = tuple(Question(EMBEDDED.prompt(problem), None, problem.answer) for problem in problems)
+    return Questions(items, "test", "00", 0)
+
+
+@pytest.fixture
+def task() -> WrittenTask:
+    found = find_task("gsm8k")
+    assert isinstance(found, WrittenTask)
+    return found
+
+
+def test_an_answer_ends_where_the_next_question_begins(task: WrittenTask) -> None:
     text = " 9\n\nQuestion: How many? 17"
-    found = gsm8k.judge(EMBEDDED, [EGGS, EGGS], [text, " 9<|im_end|>17"])
+    found = task.judge(questions_of(EGGS, EGGS), [text, " 9<|im_end|>17"])
     assert found.texts == (" 9\n\n", " 9")
     assert found.correct == (True, True)
-    assert found.strict == (False, False)
-    assert (found.accuracy, found.strict_accuracy) == (1.0, 0.0)
+    assert found.other == (False, False)
+    assert (found.accuracy, found.other_accuracy) == (1.0, 0.0)
 
 
-def test_agreement_is_on_numbers_right_or_wrong() -> None:
-    problems = [EGGS, EGGS, MONEY]
-    first = gsm8k.judge(EMBEDDED, problems, [" 9", " so 7.", " 1,000"])
-    second = gsm8k.judge(EMBEDDED, problems, [" it is $9", " 8", " 1000."])
-    assert gsm8k.agreement(EMBEDDED, first, second) == 2 / 3
+def test_agreement_is_on_numbers_right_or_wrong(task: WrittenTask) -> None:
+    questions = questions_of(EGGS, EGGS, MONEY)
+    first = task.judge(questions, [" 9", " so 7.", " 1,000"])
+    second = task.judge(questions, [" it is $9", " 8", " 1000."])
+    assert agreement(first, second, task.normal_form) == 2 / 3
 
 
 class Echo:
@@ -94,10 +108,10 @@ class Echo:
         return [[ord(letter) for letter in text[:max_new_tokens]] for text in self.texts]
 
 
-def test_asking_a_runtime() -> None:
+def test_asking_a_runtime(task: WrittenTask) -> None:
     echo = Echo([" 9<end>", " 9\nQuestion: 17"])
     model: Any = echo
-    found = gsm8k.ask(model, echo, EMBEDDED, [EGGS, EGGS], [EMBEDDED.prompt(EGGS)] * 2, "a", max_new_tokens=30)
+    found = task.ask(model, echo, questions_of(EGGS, EGGS), "a")
     assert found.texts == (" 9", " 9\n")
     assert found.correct == (True, True)
     assert echo.asked.endswith("\nAnswer:")
@@ -112,14 +126,22 @@ def test_worked_examples_are_drawn_once_for_each_problem() -> None:
         gsm8k.choose_examples(pool, 51, 0)
 
 
-def test_problems_come_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_come_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: WrittenTask) -> None:
     (tmp_path / "gsm8k").mkdir()
-    line = json.dumps({"question": "two\u2028lines", "answer": "#### 2"}, ensure_ascii=False)
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(f"{line}\n\n{line}\n", encoding="utf-8")
+    rows = [{"question": f"two\u2028lines {n}", "answer": f"#### {n}"} for n in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(text.replace("lines", "examples"), encoding="utf-8")
     monkeypatch.setenv("CLOQ_DATA", str(tmp_path))
-    problems, origin = gsm8k.load_problems()
-    assert [problem.question for problem in problems] == ["two\u2028lines"] * 2
-    assert origin == str(tmp_path / "gsm8k" / "test.jsonl")
+    found = load_questions(task, None, count=2, shots=1)
+    assert found.origin == str(tmp_path / "gsm8k" / "test.jsonl")
+    assert found.shots == 1
+    for number, item in enumerate(found.items):
+        example, question = item.prompt.split("\n\n")
+        assert example.startswith("Question: two\u2028examples")
+        assert question == f"Question: two\u2028lines {number}\nAnswer:"
+        assert item.gold == f"#### {number}"
+    assert load_questions(task, None).sha256 != load_questions(task, None, count=2).sha256 != found.sha256
 
 
 GOOD = b'{"question": "q", "answer": "#### 1"}\n'
@@ -129,26 +151,27 @@ GOOD = b'{"question": "q", "answer": "#### 1"}\n'
     ("content", "message"),
     [
         (GOOD + b'{"question": "q", "ans', "line 2 of .* is not a JSON object"),
-        (GOOD + b"\n" + b'{"question": "q"}', "line 3 of .* has no text 'answer'"),
+        (GOOD + b"\n" + GOOD, "line 2 of .* is empty"),
+        (GOOD + b'{"question": "q"}', "line 2 of .* has no text 'answer'"),
         (GOOD + b'{"question": 3, "answer": "#### 1"}', "line 2 of .* has no text 'question'"),
         (GOOD + b'{"question": "q", "answer": "1"}', "line 2 of .* has an answer without '#### NUMBER'"),
-        (GOOD + b"[1]", "line 2 of .* is not a JSON object"),
-        (GOOD + b"[" * 100_000, "line 2 of .* is not a JSON object"),
         (GOOD + b'{"question": "\xff"}', "line 2 of .* is not UTF-8"),
-        (b"\n \n", "holds no problem"),
+        (b"\n \n", "holds no question of gsm8k; name another file with --tasks gsm8k=FILE"),
     ],
 )
-def test_a_broken_line_is_named_with_its_number(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_broken_line_is_named_with_its_number(
+    tmp_path: Path, content: bytes, message: str, task: WrittenTask
+) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        gsm8k.load_problems(str(tmp_path / "p.jsonl"))
+        load_questions(task, str(tmp_path / "p.jsonl"), count=1)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path, task: WrittenTask) -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl does not exist"):
-        gsm8k.load_problems(str(tmp_path / "nowhere.jsonl"))
+        load_questions(task, str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DataError, match="cannot be read"):
-        gsm8k.load_problems(str(tmp_path))
+        load_questions(task, str(tmp_path))
 
 
 def task_file(folder: Path, **changes: Any) -> Path:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cloq_export.errors import RunDirectoryError
-from cloq_export.parity.gate import GATES, judge
+from cloq_export.parity.gate import GATES, TASK_GATES, judge
 from cloq_export.parity.numerics import compare_logprobs
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
 from cloq_export.parity.report import collect_metrics, figure, render_html, schema, write_report
@@ -55,7 +55,7 @@ def report() -> dict[str, Any]:
         for module in [*modules, "lm_head"]
     ]
     dead = {**presences[0], "verdict": "undecided", "presence": None, "error": None, "gain": 4.0}
-    answers = {"accuracy": 0.5, "strict_accuracy": 0.25, "answers": ["1", "2"], "correct": [True, False]}
+    answers = {"accuracy": 0.5, "other_accuracy": 0.25, "answers": ["1", "2"], "correct": [True, False]}
     pair = {
         "first": "reference",
         "second": "served",
@@ -102,16 +102,20 @@ def report() -> dict[str, Any]:
                 perplexity("float", None, 29.0),
                 *(perplexity("served", name, value) for name, value in zip(names, (1.2, 1.5), strict=True)),
             ],
-            "gsm8k": {
-                "problems": 2,
-                "shots": 0,
-                "max_new_tokens": 256,
-                "version": "3.0",
-                "definition": "lm_eval",
-                "origin": "file",
-                "adapter": "good",
-                "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
-                "comparisons": [pair],
+            "tasks": {
+                "gsm8k": {
+                    "questions": 2,
+                    "questions_sha256": "00",
+                    "shots": 0,
+                    "max_new_tokens": 256,
+                    "version": "3.0",
+                    "definition": "lm_eval",
+                    "origin": "file",
+                    "adapter": "good",
+                    "other_rule": "strict",
+                    "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
+                    "comparisons": [pair],
+                }
             },
         },
         "greedy": [
@@ -150,7 +154,7 @@ def report() -> dict[str, Any]:
 
 def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
     metrics = report["metrics"]
-    assert set(metrics) == set(GATES)
+    assert set(metrics) == {*GATES, *(f"gsm8k_{figure}" for figure in TASK_GATES)}
     assert metrics["logprob_difference_max"] == metrics["packed_logprob_difference_max"] == 3e-4
     assert metrics["perplexity_ratio"] == 1.5
     assert metrics["live_modules"] == 6 / 7
@@ -223,7 +227,8 @@ def test_figures_for_people(value: float | None, shown: str) -> None:
 def test_every_gate_is_documented() -> None:
     text = (DOCS / "verify.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (\w+) \| (at most|at least) \|", text, re.MULTILINE))
-    assert rows == {name: gate.bound for name, gate in GATES.items()}
+    gates = {**GATES, **{f"TASK_{figure}": gate for figure, gate in TASK_GATES.items()}}
+    assert rows == {name: gate.bound for name, gate in gates.items()}
     for gate in GATES.values():
         assert gate.meaning in text
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cloq_export import pipeline
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, CalibrationError, MissingPackageError, UsageError
+from cloq_export.errors import BindingError, DataError, MissingPackageError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
 from cloq_export.parity.report import schema
@@ -262,15 +262,15 @@ def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOpti
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = dataclasses.replace(options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), problems=4)
     report = verify(exported, asked, console=silent)
-    entry = report["quality"]["gsm8k"]
-    assert entry["problems"] == 4
+    entry = report["quality"]["tasks"]["gsm8k"]
+    assert entry["questions"] == 4
     assert list(entry["models"]) == ["float", "reference", "served"]
     assert report["metrics"]["gsm8k_agreement"] == 1
     assert report["metrics"]["gsm8k_p_value"] == 1
     assert report["passed"]
     with (tmp_path / "problems.jsonl").open("a") as file:
         file.write('{"question": "broken')
-    with pytest.raises(CalibrationError, match=r"line 6 of .*problems.jsonl is not a JSON object"):
+    with pytest.raises(DataError, match=r"line 6 of .*problems.jsonl is not a JSON object"):
         verify(exported, asked, console=silent)
 
 

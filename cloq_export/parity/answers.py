@@ -1,0 +1,227 @@
+"""Asking a served model: greedy texts behind prompts, log-likelihoods of continuations, and what was right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cloq_export.errors import FormatError, RunDirectoryError
+from cloq_export.parity.runtime import Ended, ServedModel, TransformersModel
+from cloq_export.run.atomic import write_json
+from cloq_export.run.safe_json import read_json
+
+# What an answer is read as where none can be read.
+INVALID = "[invalid]"
+
+# Questions that are asked together, and behind which what was answered is kept; an engine batches by itself.
+_CHUNK = 32
+_CHUNK_OF_ENGINES = 256
+
+Advance = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one model answered.
+
+    Args:
+        texts: what it wrote, cut where the answer ends; for choices the number of the choice that it takes.
+        extracted: what each text is read as.
+        correct: whether that is right.
+        other: whether the answer is right by the task's other rule.
+    """
+
+    texts: tuple[str, ...]
+    extracted: tuple[str, ...]
+    correct: tuple[bool, ...]
+    other: tuple[bool, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def other_accuracy(self) -> float:
+        """Return the share of right answers by the task's other rule."""
+        return sum(self.other) / len(self.other)
+
+
+class AnswerStore:
+    """A file that holds what was answered so far, so that a killed call goes on where it stopped.
+
+    Args:
+        path: the file; it is written after every few questions, whole or not at all.
+        key: all that the answers depend on.
+
+    Raises:
+        RunDirectoryError: the file holds answers of another model or to other questions.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self.path, self.key = path, dict(key)
+        self.answers: dict[int, Any] = {}
+        if not path.exists():
+            return
+        try:
+            held = read_json(path)
+            self.answers = {int(number): answer for number, answer in held["answers"].items()}
+        except (FormatError, KeyError, ValueError, AttributeError):
+            raise RunDirectoryError(f"{path} holds no answers of `cloq eval`; delete it, or choose --out.") from None
+        differing = sorted(name for name in self.key if held.get("key", {}).get(name) != self.key[name])
+        if differing:
+            raise RunDirectoryError(
+                f"{path} holds answers that were given under another {' and '.join(differing)}; choose another folder "
+                "with --out, or delete it."
+            )
+
+    def add(self, answers: Mapping[int, Any]) -> None:
+        """Keep more answers: number of the question -> answer."""
+        self.answers |= answers
+        content = {str(number): self.answers[number] for number in sorted(self.answers)}
+        write_json(self.path, {"key": self.key, "answers": content}, sort_keys=False)
+
+
+def continue_prompts(
+    model: ServedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    adapter: str | None,
+    *,
+    cut: Callable[[str], str],
+    max_new_tokens: int,
+    store: AnswerStore | None = None,
+    advance: Advance | None = None,
+) -> list[str]:
+    """Let a model continue texts, greedily.
+
+    Args:
+        model: the runtime.
+        tokenizer: of the model.
+        prompts: the texts.
+        adapter: name of the adapter, or None.
+        cut: from what a model wrote to what stands before the end of its answer.
+        max_new_tokens: where an answer is cut that has not ended by itself.
+        store: what was answered before, and where answers are kept; None keeps none.
+        advance: told (answered, in all).
+
+    Returns:
+        list: what it wrote behind each prompt, cut, without special tokens.
+    """
+    ids = [_token_ids(tokenizer, text) for text in prompts]
+    options: dict[str, Any] = {}
+    if isinstance(model, TransformersModel):
+        # The answer is the same without: what comes behind its end is cut off below.
+        options["ended"] = _ended(tokenizer, cut)
+
+    def work(rows: Sequence[int]) -> list[Any]:
+        new = model.generate([ids[row] for row in rows], [adapter] * len(rows), max_new_tokens, **options)
+        return [_text_of(tokenizer, cut, tokens) for tokens in new]
+
+    return _in_chunks(work, _chunk_of(model), [len(each) for each in ids], store, advance)
+
+
+def score_continuations(
+    model: ServedModel,
+    tokenizer: Any,
+    pairs: Sequence[Sequence[tuple[str, str]]],
+    adapter: str | None,
+    *,
+    store: AnswerStore | None = None,
+    advance: Advance | None = None,
+) -> list[list[float]]:
+    """Return log p(continuation | context) in nats for every pair of every question.
+
+    The two are tokenized together and parted behind as many tokens as the context has alone, blanks at its end counted
+    to the continuation, as lm-evaluation-harness does.
+
+    Args:
+        model: the runtime.
+        tokenizer: of the model.
+        pairs: for each question (context, continuation) of each of its choices.
+        adapter: name of the adapter, or None.
+        store: as in `continue_prompts`.
+        advance: as in `continue_prompts`.
+    """
+    encoded = [[_encode_pair(tokenizer, *pair) for pair in question] for question in pairs]
+
+    def work(rows: Sequence[int]) -> list[Any]:
+        flat = [pair for row in rows for pair in encoded[row]]
+        measured = model.prompt_logprobs([ids for ids, _ in flat], [adapter] * len(flat))
+        scores = iter(
+            float(values[len(values) - count :].double().sum())
+            for values, (_, count) in zip(measured, flat, strict=True)
+        )
+        return [[next(scores) for _ in encoded[row]] for row in rows]
+
+    longest = [max(len(ids) for ids, _ in question) for question in encoded]
+    return _in_chunks(work, _chunk_of(model), longest, store, advance)
+
+
+def agreement(first: Answers, second: Answers, normal_form: Callable[[str], str]) -> float:
+    """Return the share of questions that two models answer alike, right or wrong.
+
+    Args:
+        first: of one model.
+        second: of the other.
+        normal_form: the form in which answers are compared.
+    """
+    pairs = list(zip(first.extracted, second.extracted, strict=True))
+    return sum(normal_form(a) == normal_form(b) for a, b in pairs) / len(pairs)
+
+
+def _in_chunks(
+    work: Callable[[Sequence[int]], list[Any]],
+    chunk: int,
+    lengths: Sequence[int],
+    store: AnswerStore | None,
+    advance: Advance | None,
+) -> list[Any]:
+    """Return the result of every question, asked in chunks of like length; the chunks never depend on the store."""
+    found: dict[int, Any] = dict(store.answers) if store is not None else {}
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    for start in range(0, len(order), chunk):
+        rows = order[start : start + chunk]
+        if not all(row in found for row in rows):
+            new = dict(zip(rows, work(rows), strict=True))
+            found |= new
+            if store is not None:
+                store.add(new)
+        if advance is not None:
+            advance(start + len(rows), len(order))
+    return [found[row] for row in range(len(lengths))]
+
+
+def _chunk_of(model: ServedModel) -> int:
+    return _CHUNK if isinstance(model, TransformersModel) else _CHUNK_OF_ENGINES
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+    """Return the tokens of both together, and how many of them are the continuation's."""
+    bare = context.rstrip()
+    whole = _token_ids(tokenizer, context + continuation)
+    return whole, len(whole) - len(_token_ids(tokenizer, bare))
+
+
+def _text_of(tokenizer: Any, cut: Callable[[str], str], new: Sequence[int]) -> str:
+    """Return what a model wrote, without special tokens; one of them may be what ends the answer."""
+    text = cut(tokenizer.decode(list(new), skip_special_tokens=False))
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
+
+
+def _ended(tokenizer: Any, cut: Callable[[str], str]) -> Ended:
+    # The longest end has two dozen letters: the last tokens are enough, and an end is looked for every few of them.
+    def ended(new: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(new)[-24:], skip_special_tokens=False)
+        return len(cut(text)) < len(text)
+
+    return ended
