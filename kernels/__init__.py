@@ -1,21 +1,22 @@
 """Compute kernels: `reference` is the truth that every other one is tested against.
 
-A kernel receives plain tensors in the GPTQ order and knows nothing of the rest of the package. The two operators
-below are registered with torch, so that a faster implementation for one device is added with
-`packed_linear_op.register_kernel(device)` without any caller changing.
+A kernel receives plain tensors in the GPTQ order and knows nothing of the rest of the package. The operators below
+are registered with torch, so that a faster implementation for one device is added with
+`packed_linear_op.register_kernel(device)` without any caller changing; `dispatch` does so for GPUs.
 """
 
 from __future__ import annotations
 
+from cloq_export.kernels.dispatch import dequantize
 from cloq_export.kernels.reference.linear import (
     check_packed,
-    dequantize,
     packed_linear,
     packed_linear_input_grad_op,
     packed_linear_op,
     unpack_codes,
     unpack_zeros,
 )
+from cloq_export.kernels.reference.lora import packed_lora_linear, packed_lora_linear_op
 
 __all__ = [
     "check_packed",
@@ -23,6 +24,8 @@ __all__ = [
     "packed_linear",
     "packed_linear_input_grad_op",
     "packed_linear_op",
+    "packed_lora_linear",
+    "packed_lora_linear_op",
     "unpack_codes",
     "unpack_zeros",
 ]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from cloq_export.errors import ShapeError
+from cloq_export.kernels import triton as triton_kernels
 from cloq_export.types import LayerStats
 
 Weighting = Literal["none", "inverse_norm"]
@@ -78,20 +79,26 @@ class GramAccumulator:
         self._check(inputs, float_inputs, weights)
         rounded = (self.rounded or _survives_rounding(inputs, self.device)) and not self._weighted(weights)
         with torch.no_grad(), torch.autocast(device_type=self.device.type, enabled=False):
+            fused = rounded and triton_kernels.usable_for(self._gram)
+            if fused:
+                self._add_narrow(inputs)
+            self.tokens += inputs.numel() // self.in_features
+            if fused and self._drift is None:
+                return
             plain = tokens = self._rows(inputs)
             if self._weighted(weights):
                 root = self._token_weights(tokens, weights).sqrt_().unsqueeze_(1)
                 # Both factors carry the root, so that H stays a sum of squares under rounding.
                 tokens = plain * root
-            with _products(rounded=rounded):
-                self._add_gram(tokens, _ROUNDED_PANELS if rounded else _PANELS)
+            if not fused:
+                with _products(rounded=rounded):
+                    self._add_gram(tokens, _ROUNDED_PANELS if rounded else _PANELS)
             if self._drift is not None and float_inputs is not None:
                 away = self._rows(float_inputs) - plain
                 if self._weighted(weights):
                     away.mul_(root)
                 with _products(rounded=True):
                     self._drift.addmm_(tokens.T, away)
-            self.tokens += tokens.shape[0]
 
     def stats(self) -> LayerStats:
         """Return the sums so far; the accumulator may go on afterwards.
@@ -113,6 +120,14 @@ class GramAccumulator:
             rows = slice(start, min(start + panel, self.in_features))
             # In place into a strided view: BLAS writes with H's row stride, nothing is copied.
             self._gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
+
+    def _add_narrow(self, inputs: torch.Tensor) -> None:
+        """Add tokens to H as the layers multiply them, two bytes a number, on a GPU."""
+        from cloq_export.kernels.triton.gram import add_gram
+
+        rows = inputs.detach().reshape(-1, self.in_features)
+        dtype = rows.dtype if rows.dtype == torch.float16 else torch.bfloat16
+        add_gram(self._gram, rows.to(device=self.device, dtype=dtype).contiguous())
 
     def _rows(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.detach().reshape(-1, self.in_features).to(device=self.device, dtype=torch.float32)

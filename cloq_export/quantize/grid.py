@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cloq_export.errors import NonFiniteError
+from cloq_export.kernels import triton as triton_kernels
 from cloq_export.types import QuantSpec
 
 # The search judges a grid by the sum of |error|^2.5: between the mean square, which lets rare large weights pass,
@@ -109,6 +110,20 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             f"a weight of magnitude {float(weight.abs().amax()):.3g} cannot be scaled in float16 (largest "
             f"{_LARGEST_SCALE:.0f}); leave this layer in float with --override 'MODULE:skip=true'."
         )
+    shape = (out_features, spec.group_count(in_features))
+    if method == "searched" and groups.shape[1] <= triton_kernels.MOST_COLUMNS and triton_kernels.usable_for(weight):
+        from cloq_export.kernels.triton.grid import search_grid
+
+        scales, zeros = search_grid(
+            groups.contiguous(),
+            spec.max_code,
+            SEARCH_RANGE_FRACTIONS,
+            SEARCH_REFINEMENT,
+            _SMALLEST_SCALE,
+            _LARGEST_SCALE,
+            symmetric=spec.symmetric,
+        )
+        return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
     scales = torch.empty(groups.shape[0], dtype=torch.float32, device=weight.device)
     zeros = torch.empty_like(scales)
     chunk = max(1, SEARCH_CHUNK_ELEMENTS // groups.shape[1]) if weight.device.type == "cpu" else groups.shape[0]
@@ -119,5 +134,4 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
         else:
             found = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
         scales[start : start + chunk], zeros[start : start + chunk] = found
-    shape = (out_features, spec.group_count(in_features))
     return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)

@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from cloq_export.kernels import triton as triton_kernels
+
 # Newton settles in about five steps; only a wide group whose magnitudes crowd around the level takes a dozen or more.
 _PROJECTION_STEPS = 64
 _POWER_ITERATIONS = 300
@@ -57,7 +59,16 @@ def shrink_infinity_norm(groups: torch.Tensor, amount: float) -> torch.Tensor:
     Returns:
         Same shape: `sign(v) * min(|v|, tau)`, all zero where the l1 norm is at most `amount`.
     """
-    level = _clip_level(groups.abs(), amount, groups.new_zeros(groups.shape[0], 1))
+    return _shrink_from(groups, amount, groups.new_zeros(groups.shape[0], 1))
+
+
+def _shrink_from(groups: torch.Tensor, amount: float, level: torch.Tensor) -> torch.Tensor:
+    """Return `shrink_infinity_norm`, starting from levels near the sought ones, (n, 1), that are then those found."""
+    if groups.shape[1] <= triton_kernels.MOST_COLUMNS and triton_kernels.usable_for(groups, level):
+        from cloq_export.kernels.triton.prox import clip_groups
+
+        return clip_groups(groups.contiguous(), amount, level)
+    level.copy_(_clip_level(groups.abs(), amount, level))
     return torch.clamp(groups, -level, level)
 
 
@@ -118,8 +129,7 @@ def _reduce_rows(
     level = weight.new_zeros(weight.numel() // span, 1)
     for iteration in range(1, max_iterations + 1):
         stepped = torch.addmm(lookahead, weight - lookahead, metric).view(-1, span)
-        level = _clip_level(stepped.abs(), alpha, level)
-        updated = torch.clamp(stepped, -level, level).view_as(weight)
+        updated = _shrink_from(stepped, alpha, level).view_as(weight)
         change = updated - current
         if float(change.norm()) <= limit:
             return MagrResult(updated, iteration, True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cloq_export.kernels import triton as triton_kernels
+
 # Columns handled between two large matrix products; and the elements of a tile inside which columns are updated one
 # by one: few enough that torch keeps them on one thread, which is quicker than sharing them out.
 BLOCK_COLUMNS = 128
@@ -67,29 +69,48 @@ def optq_codes(
     column_scales = scales.t()[order].contiguous()
     original = torch.addcmul(weight.t()[order], zeros.t()[order], column_scales)
     remaining = original.clone()
-    codes = torch.empty_like(remaining)
+    codes = torch.empty_like(remaining, dtype=torch.uint8)
     errors = torch.empty_like(remaining)
-    # Row views made once: indexing a tensor costs as much as the arithmetic on a row.
-    rows = (remaining, original, column_scales, codes, errors)
-    columns = list(zip(*(tensor.unbind(0) for tensor in rows), strict=True))
-    tile_width = tile_columns(weight.shape[0])
+    walk = _walk_block
+    if triton_kernels.usable_for(weight):
+        from cloq_export.kernels.triton.optq import walk_block as walk
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)
-        for tile in range(block, block_end, tile_width):
-            tile_end = min(tile + tile_width, block_end)
-            for column in range(tile, tile_end):
-                wanted, exact, scale, code, error = columns[column]
-                torch.div(wanted, scale, out=code)
-                code.round_().clamp_(0, max_code)
-                torch.addcmul(exact, code, scale, value=-1.0, out=error)
-                if column + 1 < tile_end:
-                    remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error)
-            if tile_end < block_end:
-                remaining[tile_end:block_end].addmm_(
-                    moves[tile:tile_end, tile_end:block_end].t(), errors[tile:tile_end]
-                )
+        here = slice(block, block_end)
+        walk(
+            remaining[here], original[here], column_scales[here], moves[here, here], max_code, codes[here], errors[here]
+        )
         if block_end < in_features:
             remaining[block_end:].addmm_(moves[block:block_end, block_end:].t(), errors[block:block_end])
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().to(torch.uint8).contiguous()
+    return result.t().contiguous()
+
+
+def _walk_block(
+    remaining: torch.Tensor,
+    exact: torch.Tensor,
+    scales: torch.Tensor,
+    moves: torch.Tensor,
+    max_code: int,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """Choose the codes of a block of columns, as `kernels.triton.optq.walk_block` does; `remaining` is used up."""
+    width, out_features = remaining.shape
+    found = torch.empty_like(remaining)
+    # Row views made once: indexing a tensor costs as much as the arithmetic on a row.
+    columns = list(zip(*(tensor.unbind(0) for tensor in (remaining, exact, scales, found, errors)), strict=True))
+    tile_width = tile_columns(out_features)
+    for tile in range(0, width, tile_width):
+        tile_end = min(tile + tile_width, width)
+        for column in range(tile, tile_end):
+            wanted, original, scale, code, error = columns[column]
+            torch.div(wanted, scale, out=code)
+            code.round_().clamp_(0, max_code)
+            torch.addcmul(original, code, scale, value=-1.0, out=error)
+            if column + 1 < tile_end:
+                remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error)
+        if tile_end < width:
+            remaining[tile_end:].addmm_(moves[tile:tile_end, tile_end:].t(), errors[tile:tile_end])
+    codes.copy_(found)

@@ -146,12 +146,7 @@ def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
     return weight
 
 
-@torch.library.custom_op(
-    "cloq_export::packed_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, int bits, Tensor? bias) -> Tensor",
-)
-def packed_linear_op(
+def compute_packed_linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -177,6 +172,14 @@ def packed_linear_op(
     return y.view(*x.shape[:-1], out_features)
 
 
+packed_linear_op = torch.library.custom_op(
+    "cloq_export::packed_linear",
+    compute_packed_linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, int bits, Tensor? bias) -> Tensor",
+)
+
+
 @packed_linear_op.register_fake
 def _packed_linear_shape(
     x: torch.Tensor,
@@ -190,12 +193,7 @@ def _packed_linear_shape(
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-@torch.library.custom_op(
-    "cloq_export::packed_linear_input_grad",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, int bits) -> Tensor",
-)
-def packed_linear_input_grad_op(
+def compute_packed_linear_input_grad(
     grad: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """Compute `grad Q`, the gradient of `packed_linear` by its input, with the arithmetic of the forward pass."""
@@ -209,6 +207,14 @@ def packed_linear_input_grad_op(
             block = _dequantize_block(qweight, zeros, scales, bits, first, last)
             total.addmm_(rows[:, first:last].to(torch.float32), block.t())
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+packed_linear_input_grad_op = torch.library.custom_op(
+    "cloq_export::packed_linear_input_grad",
+    compute_packed_linear_input_grad,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, int bits) -> Tensor",
+)
 
 
 @packed_linear_input_grad_op.register_fake

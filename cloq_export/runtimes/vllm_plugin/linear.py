@@ -34,6 +34,7 @@ from vllm.scalar_type import ScalarType, scalar_types
 from cloq_export import kernels
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.kernels import cpu
+from cloq_export.kernels import triton as triton_kernels
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.kernels.cpu import linear as cpu_linear
 from cloq_export.types import QuantSpec
@@ -400,7 +401,7 @@ class NativeComputation(_Computation):
 
 
 class ReferenceComputation(_Computation):
-    """Plain torch on any device, for scales that float16 does not hold and machines without the native library."""
+    """The package's own operator on any device: Triton on GPUs, plain torch on machines without a faster way."""
 
     def prepare(self, layer: Any, fused: Fused) -> None:
         """Pack in the GPTQ order; outputs are padded to whole words."""
@@ -497,7 +498,7 @@ def _choose(config: MPLinearLayerConfig, bits: int, *, symmetric: bool) -> _Comp
         return CpuComputation()
     if config.act_type == torch.float32:
         # Some of vLLM's kernels do not ask for the activations' dtype and then fail on float32.
-        logger.warning_once("cloq-export computes float32 on this device with plain torch, slowly; use float16.")
+        logger.warning_once("vLLM has no float32 kernel here: cloq-export computes. %s", triton_kernels.describe())
         return ReferenceComputation()
     for width in sorted({bits, 4, 8}):
         if width < bits:
@@ -509,9 +510,10 @@ def _choose(config: MPLinearLayerConfig, bits: int, *, symmetric: bool) -> _Comp
             continue  # no kernel reads codes of this width: the next wider ones hold them too
         return StockComputation(kernel, wanted, width)
     logger.warning_once(
-        "vLLM has no kernel for %s-bit codes in groups of %s here; cloq-export computes with plain torch, slowly.",
+        "vLLM has no kernel for %s-bit codes in groups of %s here: cloq-export computes. %s",
         bits,
         config.group_size,
+        triton_kernels.describe(),
     )
     return ReferenceComputation()
 

@@ -1,0 +1,171 @@
+"""A packed linear with low-rank adapters, one of them for every token: `y = x Q^T + bias + s_i (x A_i^T) B_i^T`."""
+
+from __future__ import annotations
+
+import torch
+
+from cloq_export.kernels.reference.linear import packed_linear_input_grad_op, packed_linear_op
+
+
+def check_adapters(
+    x: torch.Tensor,
+    out_features: int,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    index: torch.Tensor | None,
+) -> None:
+    """Check that adapters fit a layer and its input.
+
+    Args:
+        x: (..., in).
+        out_features: of the layer.
+        lora_a: (adapters, rank, in).
+        lora_b: (adapters, out, rank).
+        scaling: (adapters).
+        index: int32 of the leading shape of x, or None.
+
+    Raises:
+        ValueError: they do not; the message says what was seen and what is allowed.
+    """
+    adapters = lora_a.shape[0]
+    rank = lora_a.shape[1] if lora_a.ndim == 3 else 0
+    if lora_a.shape != (adapters, rank, x.shape[-1]) or lora_b.shape != (adapters, out_features, rank) or not rank:
+        raise ValueError(
+            f"the adapters are A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)}; this layer takes "
+            f"(adapters, rank, {x.shape[-1]}) and (adapters, {out_features}, rank)."
+        )
+    if scaling.shape != (adapters,) or scaling.dtype != torch.float32:
+        raise ValueError(f"scaling is {tuple(scaling.shape)} {scaling.dtype}; allowed is ({adapters},) torch.float32.")
+    if index is not None and (index.shape != x.shape[:-1] or index.dtype != torch.int32):
+        raise ValueError(
+            f"the adapter index is {tuple(index.shape)} {index.dtype}; allowed is {tuple(x.shape[:-1])} torch.int32."
+        )
+
+
+def _low_rank(
+    rows: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    scaling: torch.Tensor,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return `s_i (rows first_i^T) second_i^T` in float32; rows whose index names no adapter are zero."""
+    total = torch.zeros(rows.shape[0], second.shape[1], dtype=torch.float32, device=rows.device)
+    which = None if index is None else index.reshape(-1)
+    for adapter in range(1 if which is None else first.shape[0]):
+        term = rows @ first[adapter].to(torch.float32).t() @ second[adapter].to(torch.float32).t()
+        term = term * scaling[adapter]
+        total += term if which is None else torch.where((which == adapter).unsqueeze(-1), term, 0.0)
+    return total
+
+
+def compute_packed_lora_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute what `packed_lora_linear` returns."""
+    check_adapters(x, scales.shape[1], lora_a, lora_b, scaling, index)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        y = packed_linear_op(rows, qweight, qzeros, scales, bits, bias)
+        y = y + _low_rank(rows, lora_a, lora_b, scaling, index)
+    return y.to(x.dtype).view(*x.shape[:-1], scales.shape[1])
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, int bits, Tensor? bias, Tensor lora_a, Tensor lora_b, "
+    "Tensor scaling, Tensor? index) -> Tensor"
+)
+packed_lora_linear_op = torch.library.custom_op(
+    "cloq_export::packed_lora_linear", compute_packed_lora_linear, mutates_args=(), schema=_SCHEMA
+)
+
+
+@packed_lora_linear_op.register_fake
+def _packed_lora_linear_shape(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return an empty tensor of the shape and dtype that `packed_lora_linear_op` returns."""
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+    """Keep references to the frozen tensors: no activation is needed."""
+    _, qweight, qzeros, scales, bits, bias, lora_a, lora_b, scaling, index = inputs
+    ctx.save_for_backward(qweight, qzeros, scales, lora_a, lora_b, scaling, index)
+    ctx.bits = bits  # type: ignore[attr-defined]
+    ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
+
+
+def _packed_lora_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+    """Return the gradients by x and bias; everything else is frozen and gets none."""
+    qweight, qzeros, scales, lora_a, lora_b, scaling, index = ctx.saved_tensors  # type: ignore[attr-defined]
+    input_grad = bias_grad = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        with torch.autocast(grad.device.type, enabled=False):
+            wide = rows.to(torch.float32)
+            total = packed_linear_input_grad_op(wide, qweight, qzeros, scales, ctx.bits)  # type: ignore[attr-defined]
+            total = total + _low_rank(wide, lora_b.transpose(1, 2), lora_a.transpose(1, 2), scaling, index)
+        input_grad = total.to(grad.dtype).view(*grad.shape[:-1], total.shape[-1])
+    if ctx.needs_input_grad[5]:  # type: ignore[attr-defined]
+        bias_grad = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)  # type: ignore[attr-defined]
+    return (input_grad, *[None] * 4, bias_grad, *[None] * 4)
+
+
+packed_lora_linear_op.register_autograd(_packed_lora_linear_backward, setup_context=_keep_for_backward)
+
+
+def packed_lora_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `x Q^T + bias + scaling_i (x A_i^T) B_i^T`, with an adapter i for every token.
+
+    It is for serving: gradients reach x and the bias, but not A and B.
+
+    Args:
+        x: (..., in) float32, bfloat16 or float16.
+        qweight: (in * bits / 32, out) int32.
+        qzeros: (groups, out * bits / 32) int32, zeros stored as they are.
+        scales: (groups, out) float.
+        bits: width of a code.
+        bias: (out) float, or None.
+        lora_a: (adapters, rank, in) float.
+        lora_b: (adapters, out, rank) float.
+        scaling: (adapters) float32, alpha / rank of each.
+        index: int32 of the leading shape of x; what names no adapter (-1) means none. None means adapter 0 for all.
+
+    Returns:
+        torch.Tensor: (..., out), the dtype of x.
+
+    Raises:
+        ValueError: the tensors do not belong together.
+    """
+    return packed_lora_linear_op(x, qweight, qzeros, scales, bits, bias, lora_a, lora_b, scaling, index)

@@ -1,0 +1,44 @@
+"""Every Triton kernel compiles to machine code for the GPUs that it is meant for, without one at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloq_export.kernels import triton as triton_kernels
+
+PROBE = Path(__file__).parent / "probes" / "compile_triton.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not triton_kernels.available() or platform.machine() != "x86_64", reason="Triton's compiler for NVIDIA GPUs"
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_without_spilling(capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, str(PROBE), str(capability), "first"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert {kernel["kernel"] for kernel in kernels} == {
+        *("_dequantize", "_vector_product", "_matrix_product", "_finish"),
+        *("_add_gram", "_walk", "_search", "_clip"),
+    }
+    assert [kernel for kernel in kernels if kernel["spilled_bytes"] > 64] == []
+    # What was written for the matrix units reaches them, and no block asks for more memory than they have.
+    assert all(kernel["matrix_units"] for kernel in kernels if kernel["kernel"] in ("_matrix_product", "_add_gram"))
+    assert max(kernel["shared_bytes"] for kernel in kernels) <= 99 * 1024
