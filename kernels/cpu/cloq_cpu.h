@@ -13,7 +13,7 @@
 #endif
 
 // Changed with every change of this interface, and compared by library.py: an old build beside new Python is refused.
-#define CLOQ_ABI_VERSION 2
+#define CLOQ_ABI_VERSION 3
 
 CLOQ_EXPORT int cloq_abi_version(void);
 
@@ -93,3 +93,7 @@ CLOQ_EXPORT void cloq_dequantize(const struct cloq_weight* weight, int64_t first
 CLOQ_EXPORT void cloq_linear(const struct cloq_weight* weight, const void* x, int64_t tokens, int dtype,
                              const float* bias, const struct cloq_lora* lora, int int8_activations, void* y,
                              int threads);
+
+// x_grad = grad * Q. grad: (tokens, out_features), x_grad: (tokens, in_features), both of `dtype`.
+CLOQ_EXPORT void cloq_linear_input_grad(const struct cloq_weight* weight, const void* grad, int64_t tokens, int dtype,
+                                        void* x_grad, int threads);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).parent / "libcloq_cpu.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_VARIABLE = "CLOQ_EXPORT_CPU_ISA"
 ISAS = ("scalar", "avx2", "avx512", "amx")
 
@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cloq_pack_weight": (None, [_POINTER, _POINTER, _POINTER, _INT]),
     "cloq_unpack_weight": (None, [_POINTER, _POINTER, _INT]),
     "cloq_dequantize": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT]),
+    "cloq_linear_input_grad": (None, [_POINTER, _POINTER, _SIZE, _INT, _POINTER, _INT]),
     "cloq_linear": (None, [_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT]),
 }
 

@@ -3,7 +3,6 @@
 // task in a fixed order, so the number of threads changes nothing.
 #include "linear.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -46,7 +45,10 @@ class Arena {
 thread_local Arena call_arena;
 thread_local Arena task_arena;
 
-enum Mode { kFloat32, kInt8, kTables, kTiles };
+enum Mode { kFloat32, kInt8, kTables, kPanels, kTiles };
+
+// A row of tiles whose tokens have different adapters: its low-rank terms are computed token by token.
+constexpr int32_t kMixed = -2;
 
 struct Linear {
     Layer layer;
@@ -54,7 +56,7 @@ struct Linear {
     const RowKernels* rows;
     const char* x;
     char* y;
-    int64_t tokens;  // of this pass, at most kTileRows
+    int64_t tokens;  // of this pass, at most kPassRows
     int dtype;
     int64_t element;
     const float* bias;
@@ -67,17 +69,36 @@ struct Linear {
     int64_t width, chunks;
     BlockKernel kernel;
     int64_t blocks_per_task;
+    int64_t rows_per_call;  // of panels or tiles
 
-    float* values;      // (tokens, in): only where the low-rank term needs them
-    char* activations;  // as BlockKernel or TileWork takes them
+    float* values;      // (tokens, in): only where low-rank terms are computed token by token
+    char* activations;  // as BlockKernel, PanelWork or TileWork takes them
+    uint16_t* plain;    // tiles of activations that were not rounded to 8 bits, for the low-rank term
     float* sums;        // (chunks, groups, width)
     float* steps;       // (tokens): what one step of an 8-bit activation is worth
     float* z;           // (rank, tokens): scaling * A x
 
+    // Low-rank terms by tiles, in that mode.
+    int32_t tile_adapters[kPassRows / 16];  // (row tiles): the adapter of all tokens, negative for none, or kMixed
+    int32_t slots[kPassRows / 16];          // (row tiles): which of `packed` it is
+    int32_t packed[kPassRows / 16];         // the adapters of whole row tiles
+    int64_t packed_count;
+    uint16_t* ranks;    // (packed_count, rank tiles, units, tile): their A
+    uint16_t* tile_z;   // as in TileLora
+
     // A table of sixteen floats stands for two channels.
-    int64_t channel_bytes() const { return mode == kFloat32 ? 4 : mode == kInt8 ? 1 : 32; }
+    int64_t channel_bytes() const { return mode == kInt8 ? 1 : mode == kTables ? 32 : 4; }
     int64_t chunk_bytes() const { return layer.padded_in() * width * channel_bytes(); }
-    int adapter(int64_t token) const { return lora == nullptr ? -1 : index == nullptr ? 0 : index[token]; }
+    int64_t row_tiles() const { return ceil_div(tokens, 16); }
+    int64_t rank_tiles() const { return ceil_div(lora->rank, kLanes); }
+
+    // Of a token whose low-rank term is computed by itself.
+    int adapter(int64_t token) const {
+        if (lora == nullptr || (mode == kTiles && tile_adapters[token / 16] != kMixed)) return -1;
+        return adapter_of(token);
+    }
+    int adapter_of(int64_t token) const { return index == nullptr ? 0 : index[token]; }
+    int64_t rank_units() const { return ceil_div(lora->rank, kUnit); }
 };
 
 // Where channel k (of a unit) stands among the unit's int8 activations: in the order of the words' bytes.
@@ -92,41 +113,52 @@ void int8_order(int64_t bits, uint8_t* order) {
     }
 }
 
-// Round to 255 steps between -max and max; returns the step. Values become whole numbers.
-float quantize_row(float* row, int64_t count) {
-    float largest = 0.0f;
-    for (int64_t k = 0; k < count; ++k) {
-        const float size = fabsf(row[k]);
-        if (!(size <= largest)) largest = size;  // NaN is taken too, and spreads as it would in floats
+// A token's row of tiles of 16 tokens by 32 channels.
+void to_tiles(const Layer& layer, const uint16_t* from, int64_t token, uint16_t* tiles) {
+    const int64_t size = layer.group_size(), padded = layer.units_per_group() * kUnit;
+    uint16_t* to = tiles + token / 16 * layer.units() * kTile + token % 16 * kUnit;
+    for (int64_t group = 0; group < layer.groups; ++group) {
+        for (int64_t k = 0; k < padded; k += kUnit, to += kTile) {
+            const int64_t count = smaller(kUnit, size - k);
+            if (count == kUnit) {
+                memcpy(to, from + group * size + k, kUnit * 2);
+                continue;
+            }
+            memcpy(to, from + group * size + k, static_cast<size_t>(count) * 2);
+            memset(to + count, 0, static_cast<size_t>(kUnit - count) * 2);
+        }
     }
-    if (largest == 0.0f) return 0.0f;
-    const float step = largest / 127.0f, inverse = 127.0f / largest;
-    for (int64_t k = 0; k < count; ++k) row[k] = nearbyintf(row[k] * inverse);
-    return step;
 }
 
 void prepare_token(void* context, int64_t token) {
     Linear& work = *static_cast<Linear*>(context);
     const Layer& layer = work.layer;
     const int64_t in = layer.in_features, size = layer.group_size(), padded = layer.units_per_group() * kUnit;
+    const char* given = work.x + token * in * work.element;
+    if (work.mode == kTiles && !work.int8) {
+        if (work.values != nullptr) work.rows->to_float(given, work.dtype, in, work.values + token * in);
+        to_tiles(layer, reinterpret_cast<const uint16_t*>(given), token, reinterpret_cast<uint16_t*>(work.activations));
+        return;
+    }
     task_arena.reset(2 * static_cast<size_t>(in) * sizeof(float), 2);
     float* row = work.values != nullptr ? work.values + token * in : task_arena.take<float>(in);
-    work.rows->to_float(work.x + token * in * work.element, work.dtype, in, row);
+    work.rows->to_float(given, work.dtype, in, row);
     if (work.mode == kTiles) {
-        // Tiles of 16 tokens by 32 channels. The activations are bfloat16 already.
-        const uint16_t* from = reinterpret_cast<const uint16_t*>(work.x) + token * in;
-        uint16_t* to = reinterpret_cast<uint16_t*>(work.activations) + token / 16 * layer.units() * 512 + token % 16 * kUnit;
-        for (int64_t group = 0; group < layer.groups; ++group) {
-            for (int64_t k = 0; k < padded; k += kUnit, to += 512) {
-                const int64_t count = smaller(kUnit, size - k);
-                memcpy(to, from + group * size + k, static_cast<size_t>(count) * 2);
-                memset(to + count, 0, static_cast<size_t>(kUnit - count) * 2);
-            }
+        // Whole numbers up to 127 are exact in bfloat16.
+        float* rounded = task_arena.take<float>(in);
+        uint16_t* half = reinterpret_cast<uint16_t*>(rounded);
+        if (work.plain != nullptr) {
+            work.rows->from_float(row, CLOQ_BFLOAT16, in, half);
+            to_tiles(layer, half, token, work.plain);
         }
+        memcpy(rounded, row, static_cast<size_t>(in) * sizeof(float));
+        work.steps[token] = work.rows->round_to_steps(rounded, in);
+        work.rows->from_float(rounded, CLOQ_BFLOAT16, in, half);
+        to_tiles(layer, half, token, reinterpret_cast<uint16_t*>(work.activations));
         return;
     }
     const int64_t width = work.width, chunk = token / width, m = token % width;
-    float* sums = work.sums + chunk * layer.groups * width + m;
+    float* sums = work.sums == nullptr ? nullptr : work.sums + chunk * layer.groups * width + m;
     char* to = work.activations + chunk * work.chunk_bytes();
     float* source = row;
     if (work.int8) {
@@ -134,21 +166,33 @@ void prepare_token(void* context, int64_t token) {
             source = task_arena.take<float>(in);
             memcpy(source, row, static_cast<size_t>(in) * sizeof(float));
         }
-        work.steps[token] = quantize_row(source, in);
+        work.steps[token] = work.rows->round_to_steps(source, in);
     }
     uint8_t order[kUnit];
     if (work.mode == kInt8) int8_order(layer.bits, order);
     for (int64_t group = 0; group < layer.groups; ++group) {
         const float* here = source + group * size;
+        const int64_t base = group * padded;
+        int64_t k = 0;
+        if (work.mode == kPanels) {  // whose weights have their zeros taken off
+            for (; k < padded; k += kUnit) {
+                const int64_t unit = (base + k) / kUnit, first = unit / kPanelUnits * kPanelUnits;
+                const int64_t units = smaller(kPanelUnits, layer.units() - first);
+                const int64_t before = first * work.chunks + chunk * units + unit - first;
+                float* at = reinterpret_cast<float*>(work.activations) + before * kUnit * width + m;
+                const int64_t count = smaller(kUnit, size - k);
+                for (int64_t i = 0; i < count; ++i) at[i * width] = here[k + i];
+                for (int64_t i = count; i < kUnit; ++i) at[i * width] = 0.0f;
+            }
+            continue;
+        }
         // Eight sums side by side: one alone would wait for itself, and its rounding errors would add up.
         float parts[8] = {0};
-        int64_t k = 0;
         for (; k + 8 <= size; k += 8) {
             for (int i = 0; i < 8; ++i) parts[i] += here[k + i];
         }
         for (; k < size; ++k) parts[k % 8] += here[k];
         sums[group * width] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
-        const int64_t base = group * padded;
         if (work.mode == kFloat32) {
             float* at = reinterpret_cast<float*>(to) + base * width + m;
             for (k = 0; k < size; ++k) at[k * width] = here[k];
@@ -181,6 +225,51 @@ void adapter_runs(const Linear& work, int64_t first, int64_t last, Each each) {
     }
 }
 
+// Find the adapter of every row of tiles, and those that need their A packed.
+void find_tile_adapters(Linear& work) {
+    work.packed_count = 0;
+    for (int64_t tile = 0; tile < work.row_tiles(); ++tile) {
+        int32_t adapter = work.adapter_of(tile * 16);
+        const int64_t last = smaller(tile * 16 + 16, work.tokens);
+        for (int64_t token = tile * 16 + 1; token < last; ++token) {
+            if (work.adapter_of(token) != adapter) adapter = kMixed;
+        }
+        work.tile_adapters[tile] = adapter;
+        work.slots[tile] = 0;
+        if (adapter < 0) continue;
+        int64_t slot = 0;
+        while (slot < work.packed_count && work.packed[slot] != adapter) ++slot;
+        if (slot == work.packed_count) work.packed[work.packed_count++] = adapter;
+        work.slots[tile] = static_cast<int32_t>(slot);
+    }
+}
+
+void pack_ranks_task(void* context, int64_t task) {
+    const Linear& work = *static_cast<Linear*>(context);
+    const cloq_lora& lora = *work.lora;
+    const int64_t first = task % work.rank_tiles() * kLanes, in = work.layer.in_features;
+    const int64_t at = (work.packed[task / work.rank_tiles()] * lora.rank + first) * in;
+    work.kernels->pack_ranks(work.layer, static_cast<const char*>(lora.a) + at * (lora.dtype == CLOQ_FLOAT32 ? 4 : 2),
+                             static_cast<int>(lora.dtype), smaller(kLanes, lora.rank - first),
+                             work.ranks + task * work.layer.units() * kTile);
+}
+
+void shrink_task(void* context, int64_t tile) {
+    const Linear& work = *static_cast<Linear*>(context);
+    if (work.tile_adapters[tile] < 0) return;
+    const uint16_t* x = work.plain != nullptr ? work.plain : reinterpret_cast<const uint16_t*>(work.activations);
+    float factors[16] = {0};
+    for (int64_t i = 0; i < smaller(16, work.tokens - tile * 16); ++i) {
+        // The sums that the term comes to are counted in steps.
+        const float step = work.int8 ? work.steps[tile * 16 + i] : 1.0f;
+        factors[i] = step == 0.0f ? 0.0f : work.lora->scaling[work.tile_adapters[tile]] / step;
+    }
+    const int64_t units = work.layer.units();
+    work.kernels->shrink(x + tile * units * kTile, units,
+                         work.ranks + work.slots[tile] * work.rank_tiles() * units * kTile, work.rank_tiles(), factors,
+                         work.tile_z + tile * work.rank_units() * kTile);
+}
+
 constexpr int64_t kRankRows = 4;
 constexpr int64_t kRankTokens = 32;
 
@@ -202,21 +291,26 @@ void low_rank_task(void* context, int64_t task) {
     });
 }
 
-// Add bias and low-rank term to the sums of a block for tokens first .. first+count-1, `pitch` apart, and store them.
-void finish(const Linear& work, int64_t block, int64_t first, int64_t count, float* sums, int64_t pitch) {
-    const int64_t out = work.layer.out_features, column = block * kLanes, columns = smaller(kLanes, out - column);
+// Bring the sums of some blocks for tokens first .. first+count-1, `pitch` apart, to their end: steps of 8-bit
+// activations, low-rank terms, bias; and store them.
+void finish(const Linear& work, int64_t block, int64_t blocks, int64_t first, int64_t count, float* sums, int64_t pitch) {
+    const int64_t out = work.layer.out_features, column = block * kLanes;
+    const int64_t columns = smaller(blocks * kLanes, out - column);
     if (work.int8) {
         for (int64_t i = 0; i < count; ++i) {
-            for (int n = 0; n < kLanes; ++n) sums[i * pitch + n] *= work.steps[first + i];
+            for (int64_t n = 0; n < columns; ++n) sums[i * pitch + n] *= work.steps[first + i];
         }
     }
     if (work.lora != nullptr) {
         const cloq_lora& lora = *work.lora;
         const int64_t element = lora.dtype == CLOQ_FLOAT32 ? 4 : 2;
         adapter_runs(work, first, first + count, [&](int adapter, int64_t from, int64_t run) {
-            const int64_t at = (adapter * work.layer.blocks() + block) * lora.rank * kLanes;
-            work.rows->add_low_rank(static_cast<const char*>(lora.b) + at * element, static_cast<int>(lora.dtype), lora.rank,
-                                    work.z + from, work.tokens, run, sums + (from - first) * pitch, pitch);
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t at = (adapter * work.layer.blocks() + block + b) * lora.rank * kLanes;
+                work.rows->add_low_rank(static_cast<const char*>(lora.b) + at * element, static_cast<int>(lora.dtype),
+                                        lora.rank, work.z + from, work.tokens, run,
+                                        sums + (from - first) * pitch + b * kLanes, pitch);
+            }
         });
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -237,33 +331,67 @@ void multiply_blocks(void* context, int64_t task) {
             work.kernel(work.layer, block, work.activations + chunk * work.chunk_bytes(),
                         work.sums + chunk * work.layer.groups * work.width, sums);
             const int64_t count = smaller(work.width, work.tokens - chunk * work.width);
-            finish(work, block, chunk * work.width, count, sums, kLanes);
+            finish(work, block, 1, chunk * work.width, count, sums, kLanes);
         }
+    }
+}
+
+// A few tokens at a time share the loads of B, and their rows of the output are written while they are near.
+constexpr int64_t kFinishedTogether = 8;
+
+void finish_all(const Linear& work, int64_t block, int64_t blocks, int64_t first, int64_t count, float* sums,
+                int64_t pitch) {
+    for (int64_t i = 0; i < count; i += kFinishedTogether) {
+        finish(work, block, blocks, first + i, smaller(kFinishedTogether, count - i), sums + i * pitch, pitch);
     }
 }
 
 void multiply_tiles(void* context, int64_t task) {
     const Linear& work = *static_cast<Linear*>(context);
+    constexpr int64_t kPitch = kTileBlocks * kLanes;
     TileWork tiles;
     tiles.layer = &work.layer;
     tiles.block = task * work.blocks_per_task;
     tiles.blocks = smaller(work.blocks_per_task, work.layer.blocks() - tiles.block);
-    tiles.x = reinterpret_cast<const uint16_t*>(work.activations);
-    tiles.row_tiles = ceil_div(work.tokens, 16);
-    const int64_t sums = tiles.row_tiles * 16 * kTileBlocks * kLanes;
+    const int64_t sums = work.rows_per_call * kPitch;
     task_arena.reset(static_cast<size_t>(sums) * 4 + static_cast<size_t>(kTilePanel) * 2, 2);
     tiles.y = task_arena.take<float>(sums);
     tiles.panel = task_arena.take<uint16_t>(kTilePanel);
-    work.kernels->tiles(tiles);
-    // A few tokens at a time share the loads of B, and their rows of the output are written while they are near.
-    constexpr int64_t kTogether = 8;
-    for (int64_t token = 0; token < work.tokens; token += kTogether) {
-        const int64_t count = smaller(kTogether, work.tokens - token);
-        for (int64_t block = 0; block < tiles.blocks; ++block) {
-            float* sums = tiles.y + (token * kTileBlocks + block) * kLanes;
-            finish(work, tiles.block + block, token, count, sums, kTileBlocks * kLanes);
+    for (int64_t first = 0; first < work.tokens; first += work.rows_per_call) {
+        const int64_t count = smaller(work.rows_per_call, work.tokens - first);
+        tiles.x = reinterpret_cast<const uint16_t*>(work.activations) + first / 16 * work.layer.units() * kTile;
+        tiles.row_tiles = ceil_div(count, 16);
+        TileLora lora;
+        tiles.lora = nullptr;
+        if (work.packed_count > 0) {
+            lora = {work.lora->b,
+                    static_cast<int>(work.lora->dtype),
+                    work.lora->rank,
+                    work.rank_units(),
+                    work.tile_z + first / 16 * work.rank_units() * kTile,
+                    work.tile_adapters + first / 16};
+            tiles.lora = &lora;
         }
+        work.kernels->tiles(tiles);
+        finish_all(work, tiles.block, tiles.blocks, first, count, tiles.y, kPitch);
     }
+}
+
+void multiply_panels(void* context, int64_t task) {
+    const Linear& work = *static_cast<Linear*>(context);
+    constexpr int64_t kPitch = kPanelBlocks * kLanes;
+    PanelWork panels;
+    panels.layer = &work.layer;
+    panels.block = task * work.blocks_per_task;
+    panels.blocks = smaller(work.blocks_per_task, work.layer.blocks() - panels.block);
+    panels.x = reinterpret_cast<const float*>(work.activations);
+    panels.chunks = work.chunks;
+    const int64_t sums = work.chunks * work.width * kPitch;
+    task_arena.reset(static_cast<size_t>(sums + kPanel) * 4, 2);
+    panels.y = task_arena.take<float>(sums);
+    panels.panel = task_arena.take<float>(kPanel);
+    work.kernels->panels(panels);
+    finish_all(work, panels.block, panels.blocks, 0, work.tokens, panels.y, kPitch);
 }
 
 // The widest kernel, or for few tokens the narrowest that holds them; many tokens are spread evenly over chunks.
@@ -280,56 +408,90 @@ void choose_width(Linear& work, const BlockKernel* table) {
     work.kernel = table[pick];
 }
 
+Mode choose_mode(const Linear& work) {
+    const LinearKernels& kernels = *work.kernels;
+    if (kernels.tiles != nullptr && work.tokens >= kernels.tiles_from && (work.int8 || work.dtype == CLOQ_BFLOAT16)) {
+        return kTiles;
+    }
+    if (work.int8 && kernels.int8 != nullptr) return kInt8;
+    if (work.tokens >= kernels.panels_from) return kPanels;
+    return work.tokens == 1 && kernels.by_table != nullptr && !work.int8 ? kTables : kFloat32;
+}
+
 void run_pass(Linear& work, int threads) {
     const Layer& layer = work.layer;
     const LinearKernels& kernels = *work.kernels;
-    work.mode = kFloat32;
-    if (work.int8) {
-        if (kernels.int8 != nullptr) work.mode = kInt8;
-    } else if (work.dtype == CLOQ_BFLOAT16 && kernels.tiles != nullptr && work.tokens >= kernels.tiles_from) {
-        work.mode = kTiles;
-    } else if (work.tokens == 1 && kernels.by_table != nullptr) {
-        work.mode = kTables;
-    }
-    const int64_t row_tiles = ceil_div(work.tokens, 16);
-    int64_t activation_bytes;
+    const int64_t in = layer.in_features, row_tiles = work.row_tiles();
+    work.mode = choose_mode(work);
+    work.packed_count = 0;
+    bool by_token = work.lora != nullptr;
+    int64_t activation_bytes, sum_count = 0, tile_entries = 0;
     if (work.mode == kTiles) {
-        work.width = work.chunks = 1;
-        activation_bytes = row_tiles * layer.units() * 1024;
-    } else if (work.mode == kTables) {
-        work.width = work.chunks = 1;
-        work.kernel = kernels.by_table;
-        activation_bytes = work.chunk_bytes();
+        tile_entries = row_tiles * layer.units() * kTile;
+        activation_bytes = 2 * tile_entries;
+        if (work.lora != nullptr) {
+            find_tile_adapters(work);
+            by_token = false;
+            for (int64_t tile = 0; tile < row_tiles; ++tile) by_token = by_token || work.tile_adapters[tile] == kMixed;
+        }
     } else {
-        choose_width(work, work.mode == kInt8 ? kernels.int8 : kernels.float32);
+        if (work.mode == kTables) {
+            work.width = work.chunks = 1;
+            work.kernel = kernels.by_table;
+        } else if (work.mode == kPanels) {
+            work.width = kernels.panel_width;
+            work.chunks = ceil_div(work.tokens, work.width);
+        } else {
+            choose_width(work, work.mode == kInt8 ? kernels.int8 : kernels.float32);
+        }
         activation_bytes = work.chunks * work.chunk_bytes();
+        sum_count = work.mode == kPanels ? 0 : work.chunks * layer.groups * work.width;
     }
-    const int64_t value_count = work.lora != nullptr ? work.tokens * layer.in_features : 0;
-    const int64_t sum_count = work.chunks * layer.groups * work.width;
-    const int64_t z_count = work.lora != nullptr ? work.lora->rank * work.tokens : 0;
-    call_arena.reset(static_cast<size_t>(activation_bytes) +
-                         4 * static_cast<size_t>(value_count + sum_count + work.tokens + z_count), 5);
+    const bool by_tile = work.packed_count > 0;
+    const int64_t plain_count = by_tile && work.int8 ? tile_entries : 0;
+    const int64_t rank_count = by_tile ? work.packed_count * work.rank_tiles() * layer.units() * kTile : 0;
+    const int64_t tile_z_count = by_tile ? row_tiles * work.rank_units() * kTile : 0;
+    const int64_t value_count = by_token ? work.tokens * in : 0;
+    const int64_t z_count = by_token ? work.lora->rank * work.tokens : 0;
+    call_arena.reset(static_cast<size_t>(activation_bytes) + 2 * static_cast<size_t>(plain_count + rank_count + tile_z_count) +
+                         4 * static_cast<size_t>(value_count + sum_count + work.tokens + z_count), 8);
     work.activations = call_arena.take<char>(activation_bytes);
+    work.plain = plain_count > 0 ? call_arena.take<uint16_t>(plain_count) : nullptr;
+    work.ranks = call_arena.take<uint16_t>(rank_count);
+    work.tile_z = call_arena.take<uint16_t>(tile_z_count);
     work.values = value_count > 0 ? call_arena.take<float>(value_count) : nullptr;
-    work.sums = call_arena.take<float>(sum_count);
+    work.sums = sum_count > 0 ? call_arena.take<float>(sum_count) : nullptr;
     work.steps = call_arena.take<float>(work.tokens);
     work.z = call_arena.take<float>(z_count);
-    if (work.mode == kTiles ? work.tokens % 16 != 0 : work.tokens < work.chunks * work.width) {
-        // Rows of the last chunk or tile that no token fills must be numbers.
+    // Rows of the last chunk or tile that no token fills must be numbers.
+    if (work.mode == kTiles && work.tokens % 16 != 0) {
+        const int64_t last = (row_tiles - 1) * layer.units() * kTile;
+        memset(work.activations + 2 * last, 0, static_cast<size_t>(tile_entries - last) * 2);
+        if (work.plain != nullptr) memset(work.plain + last, 0, static_cast<size_t>(tile_entries - last) * 2);
+    } else if (work.mode != kTiles && work.tokens < work.chunks * work.width) {
         memset(work.activations, 0, static_cast<size_t>(activation_bytes));
-        memset(work.sums, 0, static_cast<size_t>(sum_count) * sizeof(float));
+        if (sum_count > 0) memset(work.sums, 0, static_cast<size_t>(sum_count) * sizeof(float));
     }
-    parallel_for(work.tokens, work.tokens * layer.in_features < 65536 ? 1 : threads, prepare_token, &work);
-    if (work.lora != nullptr) {
+    parallel_for(work.tokens, work.tokens * in < 65536 ? 1 : threads, prepare_token, &work);
+    if (by_tile) {
+        parallel_for(work.packed_count * work.rank_tiles(), threads, pack_ranks_task, &work);
+        parallel_for(row_tiles, threads, shrink_task, &work);
+    }
+    if (by_token) {
         const int64_t tasks = ceil_div(work.lora->rank, kRankRows) * ceil_div(work.tokens, kRankTokens);
-        const bool small = work.tokens * layer.in_features * work.lora->rank < 65536;
+        const bool small = work.tokens * in * work.lora->rank < 65536;
         parallel_for(tasks, small ? 1 : threads, low_rank_task, &work);
     }
     const int64_t blocks = layer.blocks();
-    if (work.mode == kTiles) {
+    if (work.mode == kTiles || work.mode == kPanels) {
         // Wide panels reuse the activations, but every thread should have some.
-        work.blocks_per_task = smaller(kTileBlocks, ceil_div(blocks, threads > 0 ? threads : 1));
-        parallel_for(ceil_div(blocks, work.blocks_per_task), threads, multiply_tiles, &work);
+        const int64_t most = work.mode == kTiles ? kTileBlocks : kPanelBlocks;
+        work.blocks_per_task = smaller(most, ceil_div(blocks, threads > 0 ? threads : 1));
+        // Calls of equal size, in whole tiles.
+        const int64_t calls = ceil_div(work.tokens, kTileRows);
+        work.rows_per_call = ceil_div(row_tiles, calls) * 16;
+        parallel_for(ceil_div(blocks, work.blocks_per_task), threads,
+                     work.mode == kTiles ? multiply_tiles : multiply_panels, &work);
     } else {
         work.blocks_per_task = blocks >= 8 * threads ? 2 : 1;
         parallel_for(ceil_div(blocks, work.blocks_per_task), threads, multiply_blocks, &work);
@@ -338,6 +500,87 @@ void run_pass(Linear& work, int threads) {
 
 Layer layer_of(const cloq_weight& weight) {
     return {weight.words, weight.scales, weight.zeros, weight.out_features, weight.in_features, weight.groups, weight.bits};
+}
+
+// grad * Q. Rows and columns change places: what the kernels give is (input channels, tokens), because that is how the
+// lanes of the packed layout lie.
+struct InputGrad {
+    Layer layer;
+    const LinearKernels* kernels;
+    const RowKernels* rows;
+    const char* grad;  // (tokens, out)
+    char* x_grad;      // (tokens, in)
+    int64_t tokens;    // of this pass, at most kTileRows
+    int dtype;
+    int64_t element;
+    bool tiles;
+    int64_t units_per_task;
+    void* packed;  // as in GradWork
+
+    int64_t token_tiles() const { return ceil_div(tokens, 16); }
+};
+
+void pack_grad(void* context, int64_t tile) {
+    const InputGrad& work = *static_cast<InputGrad*>(context);
+    const int64_t out = work.layer.out_features, blocks = work.layer.blocks(), pairs = ceil_div(blocks, 2);
+    const int64_t size = work.tiles ? pairs * kTile : blocks * kLanes * kLanes;  // words of 32 bits: half as many in tiles
+    uint32_t* to = static_cast<uint32_t*>(work.packed) + tile * (work.tiles ? size / 2 : size);
+    const int64_t count = smaller(16, work.tokens - tile * 16), padded = work.tiles ? pairs * kUnit : blocks * kLanes;
+    task_arena.reset(static_cast<size_t>(padded) * sizeof(float), 1);
+    float* row = task_arena.take<float>(padded);
+    uint32_t* words = reinterpret_cast<uint32_t*>(row);
+    const int64_t word_count = work.tiles ? padded / 2 : padded;
+    for (int64_t token = 0; token < 16; ++token) {
+        memset(row, 0, static_cast<size_t>(padded) * sizeof(float));
+        const char* from = work.grad + (tile * 16 + token) * out * work.element;
+        if (token < count && work.tiles) memcpy(row, from, static_cast<size_t>(out) * 2);
+        if (token < count && !work.tiles) work.rows->to_float(from, work.dtype, out, row);
+        for (int64_t word = 0; word < word_count; ++word) to[word * 16 + token] = words[word];
+    }
+}
+
+void multiply_grad(void* context, int64_t task) {
+    const InputGrad& work = *static_cast<InputGrad*>(context);
+    const Layer& layer = work.layer;
+    GradWork part;
+    part.layer = &layer;
+    part.unit = task * work.units_per_task;
+    part.units = smaller(work.units_per_task, layer.units() - part.unit);
+    part.grad = work.packed;
+    part.token_tiles = work.token_tiles();
+    const int64_t pitch = part.token_tiles * 16, sums = part.units * kUnit * pitch;
+    task_arena.reset(static_cast<size_t>(sums + kGradPanel) * sizeof(float), 2);
+    part.y = task_arena.take<float>(sums);
+    part.panel = task_arena.take<float>(kGradPanel);
+    (work.tiles ? work.kernels->grad_tiles : work.kernels->grad_panels)(part);
+    const int64_t size = layer.group_size(), per_group = layer.units_per_group();
+    for (int64_t first = 0; first < work.tokens; first += 16) {
+        const int64_t count = smaller(16, work.tokens - first);
+        for (int64_t u = 0; u < part.units; ++u) {
+            const int64_t unit = part.unit + u, k = unit % per_group * kUnit, channels = smaller(kUnit, size - k);
+            float turned[16][kUnit];
+            for (int64_t i = 0; i < kUnit; ++i) {
+                const float* from = part.y + (u * kUnit + i) * pitch + first;
+                for (int m = 0; m < 16; ++m) turned[m][i] = from[m];
+            }
+            for (int64_t m = 0; m < count; ++m) {
+                const int64_t at = (first + m) * layer.in_features + unit / per_group * size + k;
+                work.rows->from_float(turned[m], work.dtype, channels, work.x_grad + at * work.element);
+            }
+        }
+    }
+}
+
+void run_grad_pass(InputGrad& work, int threads) {
+    const Layer& layer = work.layer;
+    work.tiles = work.kernels->grad_tiles != nullptr && work.dtype == CLOQ_BFLOAT16;
+    const int64_t blocks = layer.blocks(), units = layer.units();
+    const int64_t tile_bytes = work.tiles ? ceil_div(blocks, 2) * kTile * 2 : blocks * kLanes * kLanes * 4;
+    call_arena.reset(static_cast<size_t>(work.token_tiles() * tile_bytes), 1);
+    work.packed = call_arena.take<char>(work.token_tiles() * tile_bytes);
+    parallel_for(work.token_tiles(), work.tokens * layer.out_features < 65536 ? 1 : threads, pack_grad, &work);
+    work.units_per_task = smaller(kGradUnits, ceil_div(units, threads > 0 ? threads : 1));
+    parallel_for(ceil_div(units, work.units_per_task), threads, multiply_grad, &work);
 }
 
 struct Packing {
@@ -466,11 +709,27 @@ void cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int d
     work.bias = bias;
     work.lora = lora;
     work.int8 = int8_activations != 0;
-    for (int64_t first = 0; first < tokens; first += cloq::kTileRows) {
-        work.tokens = cloq::smaller(cloq::kTileRows, tokens - first);
+    for (int64_t first = 0; first < tokens; first += cloq::kPassRows) {
+        work.tokens = cloq::smaller(cloq::kPassRows, tokens - first);
         work.x = static_cast<const char*>(x) + first * weight->in_features * work.element;
         work.y = static_cast<char*>(y) + first * weight->out_features * work.element;
         work.index = lora != nullptr && lora->index != nullptr ? lora->index + first : nullptr;
         cloq::run_pass(work, threads);
+    }
+}
+
+void cloq_linear_input_grad(const cloq_weight* weight, const void* grad, int64_t tokens, int dtype, void* x_grad,
+                            int threads) {
+    cloq::InputGrad work = {};
+    work.layer = cloq::layer_of(*weight);
+    work.kernels = cloq::linear_kernels(static_cast<int>(weight->bits));
+    work.rows = cloq::row_kernels();
+    work.dtype = dtype;
+    work.element = dtype == CLOQ_FLOAT32 ? 4 : 2;
+    for (int64_t first = 0; first < tokens; first += cloq::kTileRows) {
+        work.tokens = cloq::smaller(cloq::kTileRows, tokens - first);
+        work.grad = static_cast<const char*>(grad) + first * weight->out_features * work.element;
+        work.x_grad = static_cast<char*>(x_grad) + first * weight->in_features * work.element;
+        cloq::run_grad_pass(work, threads);
     }
 }

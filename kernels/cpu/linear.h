@@ -8,6 +8,8 @@ namespace cloq {
 constexpr int kLanes = 16;  // output channels of a block
 constexpr int kUnit = 32;   // input channels of a unit
 constexpr int kMaxTokens = 12;
+// Tokens that are smaller all over count as zero among 8-bit activations: the inverse of their step would overflow.
+constexpr float kSmallest = 1e-30f;
 
 constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 constexpr int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
@@ -41,19 +43,62 @@ struct Layer {
 // sums: (groups, width), what x adds up to in each group. y: (width, 16), overwritten.
 using BlockKernel = void (*)(const Layer& layer, int64_t block, const void* x, const float* sums, float* y);
 
-// Rows of bfloat16 tiles by a panel of blocks; see linear_bf16_amx.cpp.
+// Many rows by a panel of blocks that is decoded once for all of them. The rows, the panel and the sums of a call stay
+// in the second-level cache: that is what the sizes below are about.
+constexpr int kPassRows = 1024;  // tokens of a pass; a call gets some or all of them
+
+// Low-rank terms whose rows of tiles each belong to one adapter.
+struct TileLora {
+    const void* b;  // as in cloq_lora
+    int dtype;
+    int64_t rank, rank_units;  // a unit is 32 ranks
+    const uint16_t* z;         // (row tiles, rank units, 16, 32) bfloat16
+    const int32_t* adapters;   // (row tiles), negative where there is nothing to add
+};
+
+// Tiles of bfloat16; see linear_amx.cpp.
 struct TileWork {
     const Layer* layer;
     int64_t block, blocks;  // at most kTileBlocks
     const uint16_t* x;      // (row tiles, units, 16, 32) bfloat16
     int64_t row_tiles;      // at most kTileRows / 16
-    float* y;               // (row_tiles * 16, kTileBlocks * 16), overwritten
+    float* y;               // (row tiles * 16, kTileBlocks * 16), overwritten
     uint16_t* panel;        // kTilePanel entries
+    const TileLora* lora;   // or null
 };
 constexpr int kTileBlocks = 16;
-constexpr int kTileRows = 1024;
+constexpr int kTileRows = 512;
 constexpr int kTileUnits = 16;
-constexpr int kTilePanel = kTileBlocks * kTileUnits * kLanes * kUnit;
+constexpr int kTile = 16 * 32;  // entries of a tile
+constexpr int kTilePanel = kTileBlocks * kTileUnits * kTile;
+
+// The same in float32.
+struct PanelWork {
+    const Layer* layer;
+    int64_t block, blocks;  // at most kPanelBlocks
+    const float* x;         // for every kPanelUnits units, fewer at the end: (chunks, channels, panel_width)
+    int64_t chunks;
+    float* y;      // (chunks * panel_width, kPanelBlocks * 16), overwritten
+    float* panel;  // kPanel entries
+};
+constexpr int kPanelBlocks = 8;
+constexpr int kPanelUnits = 8;
+constexpr int kPanel = kPanelBlocks * kPanelUnits * kLanes * kUnit;
+
+// grad * Q for some units of input channels, transposed. Panels hold Q transposed: input channels by output channels.
+struct GradWork {
+    const Layer* layer;
+    int64_t unit, units;  // at most kGradUnits
+    // Tiles: (token tiles, pairs of blocks, 16 pairs of output channels, 16 tokens, 2) bfloat16.
+    // Panels: (token tiles, blocks, 16 output channels, 16 tokens) float.
+    const void* grad;
+    int64_t token_tiles;  // at most kTileRows / 16
+    float* y;             // (units * 32, token tiles * 16), overwritten
+    void* panel;          // kGradPanel floats, or twice as many bfloat16
+};
+constexpr int kGradUnits = 8;
+constexpr int kGradBlocks = 16;  // of a panel in float32; twice as many in bfloat16
+constexpr int kGradPanel = kGradUnits * kUnit * kGradBlocks * kLanes;
 
 struct LinearKernels {
     // Index of `widths` -> the kernel of that many tokens; null where the instruction set has none for these bits.
@@ -66,14 +111,26 @@ struct LinearKernels {
     BlockKernel by_table;
     // Q of one unit of a block, (32, 16).
     void (*decode)(const Layer& layer, int64_t block, int64_t unit, float* q);
+    void (*panels)(const PanelWork& work);
+    int64_t panel_width, panels_from;  // tokens from which panels are the faster way
+    void (*grad_panels)(const GradWork& work);
+    // Null without tiles.
     void (*tiles)(const TileWork& work);
-    int64_t tiles_from;  // tokens from which tiles are the faster way
+    int64_t tiles_from;
+    void (*grad_tiles)(const GradWork& work);
+    // 16 rows of A, fewer at its end, as (units, 16 pairs of channels, 16 ranks, 2) bfloat16.
+    void (*pack_ranks)(const Layer& layer, const void* a, int dtype, int64_t rows, uint16_t* to);
+    // z = x A^T of one row of tiles, every token times its factor, as in TileLora. ranks: (rank tiles, units, tile).
+    void (*shrink)(const uint16_t* x, int64_t units, const uint16_t* ranks, int64_t rank_tiles, const float* factors,
+                   uint16_t* z);
 };
 
 // Conversions and dot products whose speed matters for one token. dtype is a cloq_dtype.
 struct RowKernels {
     void (*to_float)(const void* from, int dtype, int64_t count, float* to);
     void (*from_float)(const float* from, int dtype, int64_t count, void* to);
+    // Round to 255 steps between -max and max; returns the step. Values become whole numbers.
+    float (*round_to_steps)(float* row, int64_t count);
     // to[r * to_pitch + i] = sum_k a[r * length + k] * x[i * pitch + k] for r < rows and i < count
     void (*dots)(const void* a, int dtype, int64_t rows, int64_t length, const float* x, int64_t pitch, int64_t count,
                  float* to, int64_t to_pitch);

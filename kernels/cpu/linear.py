@@ -4,8 +4,10 @@ A layer is brought into the kernels' own layout once (`pack_weight`); cloq_cpu.h
 `lora_linear` then compute with it, in one of two precisions:
 
 - "exact": activations as they are and float32 sums. One exception has the error of the activations' own dtype and no
-  more: bfloat16 activations of many tokens meet weights rounded to bfloat16, as in any bfloat16 layer;
-- "int8": every token's activations are first rounded to 255 steps between minus and plus their largest.
+  more: with AMX, bfloat16 activations of several tokens meet weights and low-rank factors rounded to bfloat16, as in
+  any bfloat16 layer;
+- "int8": every token's activations are first rounded to 255 steps between minus and plus their largest. With AMX,
+  those of several tokens then meet weights rounded to bfloat16.
 
 Both are registered with torch (fake tensors, gradients by activations and bias); outside of tracing and gradients the
 library is called directly, because the way through torch's dispatcher costs as much as a small layer.
@@ -27,8 +29,6 @@ WIDTHS = (2, 3, 4, 8)
 Precision = Literal["exact", "int8"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Entries of Q that exist at a time in the backward pass.
-_BLOCK_ELEMENTS = 1 << 22
 
 
 class _Weight(ctypes.Structure):
@@ -272,8 +272,8 @@ def lora_linear(
 ) -> torch.Tensor:
     """Return `x Q^T + bias + scaling_i (x A_i^T) B_i^T`, with an adapter i for every token.
 
-    The low-rank term is computed in float32 from the activations as they are, in both precisions. It is for serving:
-    gradients reach x, but not A and B.
+    The low-rank term is computed from the activations as they are, in both precisions. It is for serving: gradients
+    reach x, but not A and B.
 
     Args:
         x: (..., in) float32, bfloat16 or float16.
@@ -462,25 +462,38 @@ def cpu_linear_input_grad_op(
     scaling: torch.Tensor | None,
     index: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute `grad Q (+ the adapters' share)` in float32; Q exists `_BLOCK_ELEMENTS` entries at a time."""
+    """Compute `grad Q`, and the adapters' share of it in float32."""
     weight = CpuWeight(words, scales, zeros, bits, out_features, in_features)
-    step = max(LANES, _BLOCK_ELEMENTS // in_features // LANES * LANES)
+    if grad.dtype not in _DTYPES or grad.device.type != "cpu" or grad.shape[-1:] != (out_features,):
+        raise ValueError(
+            f"the gradient is {tuple(grad.shape)} {grad.dtype} on {grad.device}; this layer takes "
+            f"(..., {out_features}) float32, bfloat16 or float16 on the CPU."
+        )
+    grad = grad.contiguous()
+    result = torch.empty(*grad.shape[:-1], in_features, dtype=grad.dtype)
+    tokens = grad.numel() // out_features
+    _require_library().cloq_linear_input_grad(
+        _weight_struct(weight),
+        grad.data_ptr(),
+        tokens,
+        _DTYPES[grad.dtype],
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if lora_a is None:
+        return result
+    assert lora_b is not None
+    assert scaling is not None
+    _check_lora(lora_a, lora_b, scaling)
     with torch.autocast("cpu", enabled=False):
-        rows = grad.reshape(-1, out_features).to(torch.float32)
-        total = torch.zeros(rows.shape[0], in_features, dtype=torch.float32)
-        for first in range(0, out_features, step):
-            count = min(step, out_features - first)
-            total.addmm_(rows[:, first : first + count], dequantize(weight, first_row=first, rows=count))
-        if lora_a is not None:
-            assert lora_b is not None
-            assert scaling is not None
-            which = torch.zeros(rows.shape[0], dtype=torch.int32) if index is None else index.reshape(-1)
-            for adapter in range(lora_a.shape[0]):
-                chosen = (which == adapter).nonzero()[:, 0]
-                blocked = lora_b[adapter].transpose(1, 2).reshape(-1, lora_b.shape[2])[:out_features]
-                inner = rows[chosen] @ blocked.to(torch.float32) * scaling[adapter]
-                total.index_add_(0, chosen, inner @ lora_a[adapter].to(torch.float32))
-    return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+        rows, total = grad.view(-1, out_features).to(torch.float32), result.view(-1, in_features).to(torch.float32)
+        which = torch.zeros(rows.shape[0], dtype=torch.int32) if index is None else index.reshape(-1)
+        for adapter in range(lora_a.shape[0]):
+            chosen = (which == adapter).nonzero()[:, 0]
+            blocked = lora_b[adapter].transpose(1, 2).reshape(-1, lora_b.shape[2])[:out_features]
+            inner = rows[chosen] @ blocked.to(torch.float32) * scaling[adapter]
+            total.index_add_(0, chosen, inner @ lora_a[adapter].to(torch.float32))
+    return total.to(grad.dtype).view(result.shape)
 
 
 @cpu_linear_input_grad_op.register_fake

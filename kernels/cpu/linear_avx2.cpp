@@ -1,5 +1,6 @@
 // The linear kernels on AVX2, FMA and F16C: the sixteen lanes are two vectors.
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 
 #include "cloq_cpu.h"
@@ -13,6 +14,7 @@ struct Vector {
 
     static Vector zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+    static Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
     static Vector half(const uint16_t* from) {
         const __m128i* at = reinterpret_cast<const __m128i*>(from);
         return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
@@ -150,6 +152,21 @@ void from_float(const float* from, int dtype, int64_t count, void* to) {
     for (; k < count; ++k) half[k] = _cvtss_sh(from[k], _MM_FROUND_TO_NEAREST_INT);
 }
 
+float round_to_steps(float* row, int64_t count) {
+    float largest = 0.0f;
+    for (int64_t k = 0; k < count; ++k) {
+        const float size = fabsf(row[k]);
+        if (!(size <= largest)) largest = size;  // NaN is taken too, and spreads as it would in floats
+    }
+    if (largest < cloq::kSmallest) {
+        for (int64_t k = 0; k < count; ++k) row[k] = 0.0f;
+        return 0.0f;
+    }
+    const float inverse = 127.0f / largest;
+    for (int64_t k = 0; k < count; ++k) row[k] = nearbyintf(row[k] * inverse);
+    return largest / 127.0f;
+}
+
 template <int width>
 void dots_of(const void* row, int dtype, int64_t length, const float* x, int64_t pitch, float* to) {
     Vector sum[width];
@@ -198,8 +215,21 @@ namespace cloq {
 template <int bits>
 static const LinearKernels* table() {
     using Floats = Float32Table<bits, 1, 2, 4>;
-    static constexpr LinearKernels kernels = {Floats::kWidths, Floats::kernels, nullptr, nullptr, nullptr,
-                                              decode_unit<bits>, nullptr, 0};
+    static constexpr LinearKernels kernels = {Floats::kWidths,
+                                              Floats::kernels,
+                                              nullptr,
+                                              nullptr,
+                                              nullptr,
+                                              decode_unit<bits>,
+                                              multiply_panels<bits, 4, 1>,
+                                              4,
+                                              9,
+                                              multiply_grad_panels<bits, 4, 1>,
+                                              nullptr,
+                                              0,
+                                              nullptr,
+                                              nullptr,
+                                              nullptr};
     return &kernels;
 }
 
@@ -213,7 +243,7 @@ const LinearKernels* linear_avx2(int bits) {
 }
 
 const RowKernels* rows_avx2() {
-    static constexpr RowKernels kernels = {to_float, from_float, dots, add_low_rank};
+    static constexpr RowKernels kernels = {to_float, from_float, round_to_steps, dots, add_low_rank};
     return &kernels;
 }
 

@@ -114,13 +114,6 @@ void multiply_by_table(const cloq::Layer& layer, int64_t block, const void* acti
     _mm512_storeu_ps(y, total);
 }
 
-inline __m512 load_row(const void* row, int dtype, int64_t k, __mmask16 mask) {
-    if (dtype == CLOQ_FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + k);
-    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k);
-    if (dtype == CLOQ_FLOAT16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 inline __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>(count >= cloq::kLanes ? 0xffff : (1u << count) - 1);
 }
@@ -143,6 +136,25 @@ void from_float(const float* from, int dtype, int64_t count, void* to) {
         const __m256i half = dtype == CLOQ_FLOAT16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat(value);
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + k, mask, half);
     }
+}
+
+float round_to_steps(float* row, int64_t count) {
+    __m512 sizes = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (int64_t k = 0; k < count; k += cloq::kLanes) {
+        const __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(mask_of(count - k), row + k));
+        nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        sizes = _mm512_max_ps(sizes, value);
+    }
+    float largest = _mm512_reduce_max_ps(sizes);
+    if (nan != 0) largest = __builtin_nanf("");  // spreads over the token as it would in floats
+    const float inverse = largest < cloq::kSmallest ? 0.0f : 127.0f / largest;
+    for (int64_t k = 0; k < count; k += cloq::kLanes) {
+        const __mmask16 mask = mask_of(count - k);
+        const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + k), _mm512_set1_ps(inverse));
+        _mm512_mask_storeu_ps(row + k, mask, _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return largest < cloq::kSmallest ? 0.0f : largest / 127.0f;
 }
 
 template <int rows, int width>
@@ -239,8 +251,15 @@ static const LinearKernels* table() {
                                               bits == 2 ? pair_tables : nullptr,
                                               bits == 2 ? multiply_by_table : nullptr,
                                               decode_unit<bits>,
+                                              multiply_panels<bits, 12, 2>,
+                                              12,
+                                              25,
+                                              multiply_grad_panels<bits, 8, 2>,
                                               nullptr,
-                                              0};
+                                              0,
+                                              nullptr,
+                                              nullptr,
+                                              nullptr};
     return &kernels;
 }
 
@@ -254,7 +273,7 @@ const LinearKernels* linear_avx512(int bits) {
 }
 
 const RowKernels* rows_avx512() {
-    static constexpr RowKernels kernels = {to_float, from_float, dots, add_low_rank};
+    static constexpr RowKernels kernels = {to_float, from_float, round_to_steps, dots, add_low_rank};
     return &kernels;
 }
 

@@ -85,6 +85,98 @@ void decode_unit(const cloq::Layer& layer, int64_t block, int64_t unit, float* q
     }
 }
 
+// c[i, j] += (or =) sum_k a[i, k] b[k, j] for `rows` rows and `vectors` vectors of columns, in steps of sixteen k.
+// a[i, k] lies at i * a_row + k * a_column within a step; the vectors of b are b_vector apart, their rows sixteen.
+// The sums of one call start at zero, so that rounding errors of a long sum do not pile up.
+template <int rows, int vectors, int64_t a_row, int64_t a_column>
+inline void multiply_panel(const float* a, int64_t a_step, const float* b, int64_t b_vector, int64_t steps, bool first,
+                           float* c, int64_t c_pitch) {
+    constexpr bool kFetch = a_row == 1;
+    Vector sum[rows * vectors];
+    for (int i = 0; i < rows * vectors; ++i) sum[i] = Vector::zero();
+    for (int64_t step = 0; step < steps; ++step) {
+        if (kFetch) {  // what follows a, and comes from far away the first time
+            for (int64_t line = 0; line < a_step; line += 16) __builtin_prefetch(a + steps * a_step + line, 0, 2);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < cloq::kLanes; ++k) {
+            Vector column[vectors];
+            for (int j = 0; j < vectors; ++j) column[j] = Vector::load(b + j * b_vector + k * cloq::kLanes);
+#pragma GCC unroll 12
+            for (int i = 0; i < rows; ++i) {
+                const Vector entry = Vector::all(a[i * a_row + k * a_column]);
+#pragma GCC unroll 2
+                for (int j = 0; j < vectors; ++j) {
+                    sum[i * vectors + j] = multiply_add(entry, column[j], sum[i * vectors + j]);
+                }
+            }
+        }
+        a += a_step;
+        b += cloq::kLanes * cloq::kLanes;
+    }
+    for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < vectors; ++j) {
+            float* to = c + i * c_pitch + j * cloq::kLanes;
+            (first ? sum[i * vectors + j] : Vector::load(to) + sum[i * vectors + j]).store(to);
+        }
+    }
+}
+
+template <int bits, int width, int vectors>
+void multiply_panels(const cloq::PanelWork& work) {
+    const cloq::Layer& layer = *work.layer;
+    constexpr int64_t kBlock = cloq::kPanelUnits * cloq::kUnit * cloq::kLanes;  // of the panel
+    constexpr int64_t kPitch = cloq::kPanelBlocks * cloq::kLanes;
+    for (int64_t unit = 0; unit < layer.units(); unit += cloq::kPanelUnits) {
+        const int64_t units = cloq::smaller(cloq::kPanelUnits, layer.units() - unit);
+        for (int64_t block = 0; block < work.blocks; ++block) {
+            for (int64_t u = 0; u < units; ++u) {
+                decode_unit<bits>(layer, work.block + block, unit + u,
+                                  work.panel + block * kBlock + u * cloq::kUnit * cloq::kLanes);
+            }
+        }
+        // A pair of blocks stays in the first-level cache while the activations pass.
+        for (int64_t block = 0; block < work.blocks;) {
+            const bool wide = block + vectors <= work.blocks;
+            for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+                (wide ? multiply_panel<width, vectors, 1, width> : multiply_panel<width, 1, 1, width>)(
+                    work.x + (unit * work.chunks + chunk * units) * cloq::kUnit * width, cloq::kLanes * width,
+                    work.panel + block * kBlock, kBlock, units * 2, unit == 0,
+                    work.y + chunk * width * kPitch + block * cloq::kLanes, kPitch);
+            }
+            block += wide ? vectors : 1;
+        }
+    }
+}
+
+template <int bits, int rows, int vectors>
+void multiply_grad_panels(const cloq::GradWork& work) {
+    const cloq::Layer& layer = *work.layer;
+    const int64_t blocks = layer.blocks(), channels = work.units * cloq::kUnit, pitch = work.token_tiles * cloq::kLanes;
+    const float* grad = static_cast<const float*>(work.grad);
+    float* panel = static_cast<float*>(work.panel);  // (blocks, channels, 16 output channels)
+    for (int64_t block = 0; block < blocks; block += cloq::kGradBlocks) {
+        const int64_t count = cloq::smaller(cloq::kGradBlocks, blocks - block);
+        for (int64_t b = 0; b < count; ++b) {
+            for (int64_t u = 0; u < work.units; ++u) {
+                decode_unit<bits>(layer, block + b, work.unit + u, panel + (b * channels + u * cloq::kUnit) * cloq::kLanes);
+            }
+        }
+        constexpr int64_t kBlock = cloq::kLanes * cloq::kLanes;  // of the gradients
+        for (int64_t tile = 0; tile < work.token_tiles;) {
+            const bool wide = tile + vectors <= work.token_tiles;
+            const float* b = grad + (tile * blocks + block) * kBlock;
+            for (int64_t channel = 0; channel < channels; channel += rows) {
+                const float* a = panel + channel * cloq::kLanes;
+                (wide ? multiply_panel<rows, vectors, cloq::kLanes, 1> : multiply_panel<rows, 1, cloq::kLanes, 1>)(
+                    a, channels * cloq::kLanes, b, blocks * kBlock, count, block == 0,
+                    work.y + channel * pitch + tile * cloq::kLanes, pitch);
+            }
+            tile += wide ? vectors : 1;
+        }
+    }
+}
+
 template <int bits, int... widths>
 struct Float32Table {
     static constexpr int kWidths[sizeof...(widths) + 1] = {widths..., 0};

@@ -1,4 +1,5 @@
 // The linear kernels without vector instructions of a particular set: the sixteen lanes are a loop.
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -15,6 +16,11 @@ struct Vector {
     static Vector all(float value) {
         Vector v;
         for (int n = 0; n < cloq::kLanes; ++n) v.lane[n] = value;
+        return v;
+    }
+    static Vector load(const float* from) {
+        Vector v;
+        memcpy(v.lane, from, sizeof v.lane);
         return v;
     }
     static Vector half(const uint16_t* from) {
@@ -108,6 +114,21 @@ void from_float(const float* from, int dtype, int64_t count, void* to) {
     }
 }
 
+float round_to_steps(float* row, int64_t count) {
+    float largest = 0.0f;
+    for (int64_t k = 0; k < count; ++k) {
+        const float size = fabsf(row[k]);
+        if (!(size <= largest)) largest = size;  // NaN is taken too, and spreads as it would in floats
+    }
+    if (largest < cloq::kSmallest) {
+        for (int64_t k = 0; k < count; ++k) row[k] = 0.0f;
+        return 0.0f;
+    }
+    const float inverse = 127.0f / largest;
+    for (int64_t k = 0; k < count; ++k) row[k] = nearbyintf(row[k] * inverse);
+    return largest / 127.0f;
+}
+
 constexpr int64_t kPiece = 256;
 
 void dots(const void* a, int dtype, int64_t rows, int64_t length, const float* x, int64_t pitch, int64_t count, float* to,
@@ -154,8 +175,21 @@ namespace cloq {
 template <int bits>
 static const LinearKernels* table() {
     using Floats = Float32Table<bits, 1, 2, 4>;
-    static constexpr LinearKernels kernels = {Floats::kWidths, Floats::kernels, nullptr, nullptr, nullptr,
-                                              decode_unit<bits>, nullptr, 0};
+    static constexpr LinearKernels kernels = {Floats::kWidths,
+                                              Floats::kernels,
+                                              nullptr,
+                                              nullptr,
+                                              nullptr,
+                                              decode_unit<bits>,
+                                              multiply_panels<bits, 4, 1>,
+                                              4,
+                                              9,
+                                              multiply_grad_panels<bits, 4, 1>,
+                                              nullptr,
+                                              0,
+                                              nullptr,
+                                              nullptr,
+                                              nullptr};
     return &kernels;
 }
 
@@ -169,7 +203,7 @@ const LinearKernels* linear_scalar(int bits) {
 }
 
 const RowKernels* rows_scalar() {
-    static constexpr RowKernels kernels = {to_float, from_float, dots, add_low_rank};
+    static constexpr RowKernels kernels = {to_float, from_float, round_to_steps, dots, add_low_rank};
     return &kernels;
 }
 

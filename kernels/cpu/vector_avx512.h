@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "cloq_cpu.h"
 #include "linear.h"
 
 namespace {
@@ -13,6 +14,7 @@ struct Vector {
 
     static Vector zero() { return {_mm512_setzero_ps()}; }
     static Vector all(float value) { return {_mm512_set1_ps(value)}; }
+    static Vector load(const float* from) { return {_mm512_loadu_ps(from)}; }
     static Vector half(const uint16_t* from) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
     }
@@ -71,6 +73,14 @@ struct Codes {
         }
     }
 };
+
+// Sixteen numbers of a row of any dtype; what the mask leaves out is not read.
+inline __m512 load_row(const void* row, int dtype, int64_t k, __mmask16 mask) {
+    if (dtype == CLOQ_FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + k);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k);
+    if (dtype == CLOQ_FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 
 // Nearest bfloat16, ties to even. The instruction for it flushes subnormal numbers, torch does not.
 inline __m256i to_bfloat(__m512 value) {
