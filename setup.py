@@ -119,7 +119,20 @@ setup(
     packages=find_packages(include=["cloq_export", "cloq_export.*"])
     + [f"cloq_export.{name}" for folder in MAPPED for name in find_packages(include=[folder, f"{folder}.*"])],
     package_dir={f"cloq_export.{folder}": folder for folder in MAPPED},
-    package_data={"": ["py.typed", "*.md", "*.json", "*.yaml", "*.jinja", "*.cpp", "*.h", "golden/**/*", "golden/*"]},
+    package_data={
+        "": [
+            "py.typed",
+            "*.md",
+            "*.json",
+            "*.yaml",
+            "*.jinja",
+            "recipes/*.yaml",
+            "*.cpp",
+            "*.h",
+            "golden/**/*",
+            "golden/*",
+        ]
+    },
     # The kernels read words as bytes and the other way round, so they are built for little-endian machines only.
     ext_modules=[
         Extension(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
 NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune")
+
+_RECIPES = Path(__file__).with_name("recipes")
+_PAPER = "paper"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -420,6 +424,59 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], str | None]:
     if preset is not None and not isinstance(preset, str):
         raise RecipeError(f"the recipe file {path} gives preset {preset!r}; allowed are {_listed(PRESETS)}.")
     return content, preset
+
+
+def read_recipe(name: str) -> tuple[dict[str, Any], str | None]:
+    """Return the options of a recipe of the package, or of a recipe file, and the preset that it names, if any.
+
+    Args:
+        name: as `named_recipes` lists them, or the path of a file; a file of that name comes first.
+
+    Raises:
+        RecipeError: there is neither, or the file cannot be read.
+    """
+    if Path(name).is_file() or Path(name).suffix or "/" in name:
+        return read_recipe_file(name)
+    known = named_recipes()
+    if name not in known:
+        raise RecipeError(
+            f"there is no recipe {name!r}{_near(name, known)}, and no file of that name; docs/finetune.md lists those "
+            "of the package."
+        )
+    content = dict(known[name])
+    preset = content.pop("preset", None)
+    return content, preset
+
+
+@functools.cache
+def named_recipes() -> dict[str, dict[str, Any]]:
+    """Return the recipes of the package: those of the paper's tables, and small ones, by name."""
+    recipes: dict[str, dict[str, Any]] = {}
+    for path in sorted(_RECIPES.glob("*.yaml")):
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+        if path.stem == _PAPER:
+            recipes |= dict(_paper_recipes(content))
+        else:
+            recipes[path.stem] = content
+    return recipes
+
+
+def _paper_recipes(tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for group, tasks in tables["learning_rates"].items():
+        for task, models in tasks.items():
+            for model, rates in models.items():
+                for bits, rate in rates.items():
+                    section = {**tables["tasks"][task], "name": task, "learning_rate": rate}
+                    yield (
+                        f"{_PAPER}-{model}-{task}-int{bits}-{group}",
+                        {
+                            **tables["recipe"],
+                            "model": tables["models"][model],
+                            "bits": int(bits),
+                            "group_size": tables["groups"][group],
+                            "finetune": section,
+                        },
+                    )
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

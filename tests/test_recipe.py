@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloq_export import types
@@ -15,13 +15,19 @@ from cloq_export.errors import RecipeError
 from cloq_export.recipe import (
     CHOICES,
     DEMO,
+    DEMO_FINETUNE,
     FIELDS,
+    FINETUNE_CHOICES,
+    FINETUNE_FIELDS,
     PRESETS,
     SUPPORTED_BITS,
+    FineTuneRecipe,
     Recipe,
     load_recipe,
+    named_recipes,
     parse_override,
     parse_setting,
+    read_recipe,
 )
 
 
@@ -273,6 +279,7 @@ def test_bad_overrides(text, message):
         parse_override(text)
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {},
@@ -300,3 +307,61 @@ def test_a_mapping_comes_back_from_json(mapping):
 def test_every_option_is_explained_in_the_documentation():
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert [name for name in FIELDS if f"`{name}`" not in text] == []
+
+
+def test_options_of_a_fine_tuning_are_checked_and_kept():
+    recipe = Recipe.from_mapping({"finetune": {"data": "gsm8k", "learning_rate": 1}})
+    assert recipe.to_mapping()["finetune"] == {"data": "gsm8k", "learning_rate": 1}
+    assert FineTuneRecipe.from_mapping(recipe.finetune).learning_rate == 1.0
+    assert recipe.difference(Recipe()) == []  # the codes do not depend on it
+    with pytest.raises(RecipeError, match="finetune: 'epoch' is not an option of a fine-tuning .did you mean 'epochs'"):
+        Recipe.from_mapping({"finetune": {"epoch": 3}})
+    with pytest.raises(RecipeError, match=r"2 faults: \(1\) finetune: warmup is 2; .*learning_rate is 0; it must be"):
+        Recipe.from_mapping({"finetune": {"warmup": 2, "learning_rate": 0}})
+    assert parse_setting("finetune.learning-rate=1e-4") == ("finetune.learning_rate", 1e-4)
+    with pytest.raises(RecipeError, match="'rate' is not an option of a fine-tuning"):
+        parse_setting("finetune.rate=1")
+    assert FineTuneRecipe.from_mapping(DEMO_FINETUNE).steps > 0
+
+
+def test_every_fine_tuning_option_is_explained_in_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "finetune.md").read_text(encoding="utf-8")
+    assert [name for name in FINETUNE_FIELDS if f"`{name}`" not in text] == []
+    for name, field in FINETUNE_FIELDS.items():
+        if str(field.type).startswith("Literal"):
+            assert tuple(eval(str(field.type).removeprefix("Literal"))) == FINETUNE_CHOICES[name]
+
+
+def test_the_recipes_of_the_package_are_valid():
+    recipes = named_recipes()
+    for name in recipes:
+        options, preset = read_recipe(name)
+        recipe = Recipe.from_mapping(options, preset=preset or "default")
+        assert FineTuneRecipe.from_mapping(recipe.finetune).data, name
+        assert recipe.preset_name == ("paper" if name.startswith("paper") else "default")
+    with pytest.raises(RecipeError, match="there is no recipe 'small-wikitext' .did you mean 'small-wikitext2'"):
+        read_recipe("small-wikitext")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "rate", "batch", "epochs"),
+    [  # one cell of each column of Table 9 and each group of Table 10
+        ("paper-7b-wikitext2-int2-g64", 2, 64, 6e-4, 64, 3),
+        ("paper-13b-gsm8k-int3-g128", 3, 128, 5e-4, 32, 6),
+        ("paper-7b-math10k-int3-channel", 3, -1, 8e-4, 16, 3),
+        ("paper-13b-commonsense170k-int4-g64", 4, 64, 5e-5, 16, 3),
+    ],
+)
+def test_recipes_of_the_papers_tables(name, bits, group, rate, batch, epochs):
+    options, preset = read_recipe(name)
+    recipe = Recipe.from_mapping(options, preset=preset)
+    tuning = FineTuneRecipe.from_mapping(recipe.finetune)
+    assert (recipe.bits, recipe.group_size, recipe.rank) == (bits, group, 64)
+    assert (tuning.learning_rate, tuning.epochs) == (rate, epochs)
+    assert tuning.batch_size * tuning.gradient_accumulation == batch
+    assert (tuning.weight_decay, tuning.schedule, tuning.warmup, tuning.seqlen) == {
+        "wikitext2": (0.1, "cosine", 0.03, 1024),
+        "gsm8k": (0.1, "cosine", 0.03, 512),
+        "math10k": (1.0, "linear", 0.1, 512),
+        "commonsense170k": (1.0, "linear", 0.1, 512),
+    }[tuning.name]

@@ -16,15 +16,17 @@ from cloq_export.errors import UsageError
 from cloq_export.recipe import (
     CHOICES,
     DEMO,
+    DEMO_FINETUNE,
     EXPORT_FORMATS,
     FIELDS,
     FINETUNE_CHOICES,
     FINETUNE_FIELDS,
+    FINETUNE_PREFIX,
     PRESETS,
     Recipe,
     parse_override,
     parse_setting,
-    read_recipe_file,
+    read_recipe,
 )
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -89,9 +91,8 @@ def recipe_options(function: Decorated) -> Decorated:
         click.option(
             "--recipe",
             "recipe_file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="YAML or JSON file of recipe options, or the run.json of another run.",
+            metavar="NAME|FILE",
+            help="A recipe of the package by name, a YAML or JSON file of options, or the run.json of another run.",
         ),
         set_option(),
         click.option(
@@ -211,8 +212,12 @@ def read_changes(named: Mapping[str, Any], settings: tuple[str, ...]) -> dict[st
     return changes
 
 
-def build_recipe(options: dict[str, Any]) -> tuple[Recipe, Path]:
+def build_recipe(options: dict[str, Any], *, finetune: bool = False) -> tuple[Recipe, Path]:
     """Return the recipe and the run directory that the options of `recipe_options` ask for.
+
+    Args:
+        options: by name.
+        finetune: with --demo, its fine-tuning too.
 
     Raises:
         UsageError: no model, or no run directory.
@@ -223,8 +228,19 @@ def build_recipe(options: dict[str, Any]) -> tuple[Recipe, Path]:
     from_file: dict[str, Any] = {}
     file_preset = None
     if options["recipe_file"] is not None:
-        from_file, file_preset = read_recipe_file(options["recipe_file"])
+        from_file, file_preset = read_recipe(options["recipe_file"])
+    if finetune and not options["demo"] and not from_file.get("finetune"):
+        raise UsageError(
+            "--finetune alone names no data; use it with --demo, name a recipe with a finetune section, or train "
+            "afterwards with: cloq finetune RUN --data NAME|FILE --name NAME"
+        )
+    tuned = {name: typed.pop(name) for name in list(typed) if name.startswith(FINETUNE_PREFIX)}
     mapping: dict[str, Any] = {**(DEMO if options["demo"] else {}), **from_file, **typed}
+    if finetune or tuned:
+        section = mapping.get("finetune") or (DEMO_FINETUNE if finetune else {})
+        if isinstance(section, Mapping):
+            own = {name.removeprefix(FINETUNE_PREFIX): value for name, value in tuned.items()}
+            mapping["finetune"] = {**section, **own}
     recipe = Recipe.from_mapping(mapping, preset=options["preset"] or file_preset or "default")
     if typed_overrides:
         # Typed patterns stand first, because the first match wins.

@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_MODEL_LABELS = {"float": "float model", "quantized": "quantized", "adapter": "quantized + adapter", "merged": "merged"}
+_MODEL_LABELS = {
+    "float": "float model",
+    "quantized": "quantized",
+    "adapter": "quantized + adapter",
+    "merged": "merged",
+    "finetuned": "fine-tuned",
+}
 # A terminal of 80 columns shows no more of them side by side.
 _MOST_COLUMNS = 6
 _STORED_LABELS = {
@@ -54,6 +60,9 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
         console.print(facts)
     for warning in layers.get("warnings") or []:
         _line(console, f"warning: {warning}")
+    verified = summary.get("verified")
+    if verified:
+        _line(console, "verified: " + ("every gate passed" if verified["passed"] else f"missed: {verified['missed']}"))
     _paths(summary.get("files") or {}, console)
     _commands(summary.get("next") or [], console)
     _gates(summary.get("gates") or [], console)

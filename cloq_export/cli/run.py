@@ -9,20 +9,25 @@ import click
 
 from cloq_export.cli.gates import gate_option, judge_gates, parse_gates, raise_if_missed
 from cloq_export.cli.options import build_recipe, json_option, recipe_options
-from cloq_export.errors import UsageError
+from cloq_export.errors import GateMissedError, UsageError
 
 
 @click.command(name="run")
 @recipe_options
+@click.option(
+    "--finetune",
+    is_flag=True,
+    help="With --demo: train the adapter too, export and verify. A recipe with a finetune section does so unasked.",
+)
 @gate_option()
 @json_option()
-def command(gate_texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """From MODEL to a measured 2/3/4-bit checkpoint with its adapter.
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. The same command continues a run that was interrupted.
     """
     gates = parse_gates(gate_texts)
-    recipe, out = build_recipe(options)
+    recipe, out = build_recipe(options, finetune=finetune)
     if recipe.rank == 0 and "adapter_perplexity" in gates:
         raise UsageError(
             "--gate adapter_perplexity needs an adapter, and rank is 0; gate quantized_perplexity instead."
@@ -32,9 +37,15 @@ def command(gate_texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from cloq_export.cli.render import render_summary
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
-        summary = to_plain(pipeline.run(recipe, out, demo=options["demo"], console=console))
+        if recipe.finetune:
+            whole = importlib.import_module("cloq_export.pipeline.finetuned_run")
+            summary = to_plain(whole.run_and_finetune(recipe, out, demo=options["demo"], console=console))
+        else:
+            pipeline = importlib.import_module("cloq_export.pipeline")
+            summary = to_plain(pipeline.run(recipe, out, demo=options["demo"], console=console))
     if gates:
         summary["gates"] = judge_gates(gates, summary.get("perplexity") or {})
     emit(summary, render_summary, as_json=as_json)
     raise_if_missed(summary.get("gates", []))
+    if not summary.get("verified", {"passed": True})["passed"]:
+        raise GateMissedError(f"gate missed: {summary['verified']['missed']}")

@@ -47,7 +47,9 @@ _CHECKPOINTS = "checkpoints"
 _LAST_GOOD = "last-good"
 
 
-def finetune(run_path: Path, recipe: FineTuneRecipe, *, console: Console | None = None) -> dict[str, Any]:
+def finetune(
+    run_path: Path, recipe: FineTuneRecipe, *, examples: ExampleSet | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Train an adapter of a run on examples, continuing what an earlier call has begun.
 
     Only A and B are trained, in float32; the codes stay packed, and the layers compute from them. The adapter with the
@@ -56,6 +58,7 @@ def finetune(run_path: Path, recipe: FineTuneRecipe, *, console: Console | None 
     Args:
         run_path: a run that holds its checkpoint.
         recipe: every option; data must be named.
+        examples: taken instead of what data names.
         console: where progress goes; None is standard error.
 
     Returns:
@@ -88,7 +91,7 @@ def finetune(run_path: Path, recipe: FineTuneRecipe, *, console: Console | None 
         raise UsageError(f"{target} exists already; choose another --name, or delete that folder first.")
     with _held(directory) as is_first:
         base = session.timed("read model", lambda: _checked_base(run_path, directory))
-        data = session.timed("read data", lambda: _read_data(session, recipe, checkpoint_folder(run_path)))
+        data = session.timed("read data", lambda: _read_data(session, recipe, run_path, examples))
         with _first_process(is_first):
             start = _start_of(directory, base, recipe, work)
             record = _record(recipe, base.fingerprint, start, data)
@@ -154,7 +157,7 @@ def training_device(recipe: FineTuneRecipe) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
-def read_training_data(recipe: FineTuneRecipe, tokenizer: Any) -> TrainingData:
+def read_training_data(recipe: FineTuneRecipe, tokenizer: Any, examples: ExampleSet | None = None) -> TrainingData:
     """Read the examples that a recipe names, and hold some of them out where it names none to evaluate on.
 
     What is held out is a plain text's end, so that nothing learned overlaps it, or examples spread evenly over the
@@ -163,11 +166,12 @@ def read_training_data(recipe: FineTuneRecipe, tokenizer: Any) -> TrainingData:
     Args:
         recipe: data, eval_data, eval_samples, seqlen and too_long.
         tokenizer: of the model.
+        examples: taken instead of what data names.
 
     Raises:
         DataError: the data cannot be read, or no sequence comes of it.
     """
-    found = load_examples(recipe.data)
+    found = examples or load_examples(recipe.data)
     origins = {"data": _origin(found)}
     learned: tuple[AnyExample, ...] = found.examples
 
@@ -295,10 +299,11 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
     return _Base(checkpoint, computed)
 
 
-def _read_data(session: Session, recipe: FineTuneRecipe, folder: Path) -> TrainingData:
+def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
     from transformers import AutoTokenizer
 
-    data = read_training_data(recipe, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(run_path))
+    data = read_training_data(recipe, tokenizer, examples)
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
             session.notes.extend(_count_notes(what, sequences.counts, recipe))

@@ -59,7 +59,7 @@ from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SHOWN_WARNINGS = 5
 # Which text a run was calibrated on; the recipe names it, and the content behind a name may change.
-_TEXT_REPORT = "calibration"
+TEXT_REPORT = "calibration"
 
 
 def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         loaded, plan = open_planned(session, recipe)
         refuse_other_source(loaded, directory)
         refuse_unfinished(directory, plan)
-        calibration = _calibration_text_of(session, directory)
+        calibration = calibration_text_of(session, directory)
         _bind_text(directory, calibration)
         _walk(session, loaded, plan, parts, recipe, calibration, _codes_of(directory))
         _write_adapter(session, directory, recipe.adapter_name, parts)
@@ -315,7 +315,7 @@ def _texts(session: Session, *, demo: bool) -> tuple[CalibrationText, Calibratio
     except (CalibrationError, MissingPackageError):
         if not demo or (recipe.calibration, recipe.eval_text) != (WIKITEXT2, WIKITEXT2):
             raise
-    return _embedded_texts(session)
+    return embedded_texts(session)
 
 
 def _calibration_text(session: Session, *, demo: bool) -> CalibrationText:
@@ -325,18 +325,18 @@ def _calibration_text(session: Session, *, demo: bool) -> CalibrationText:
     except (CalibrationError, MissingPackageError):
         if not demo or session.recipe.calibration != WIKITEXT2:
             raise
-    return _embedded_texts(session)[0]
+    return embedded_texts(session)[0]
 
 
-def _calibration_text_of(session: Session, directory: RunDirectory) -> CalibrationText:
+def calibration_text_of(session: Session, directory: RunDirectory) -> CalibrationText:
     """Return the text that a run was calibrated on, the one that its demo fell back to if it did."""
-    noted = directory.read_report(_TEXT_REPORT) if _TEXT_REPORT in directory.reports() else {}
+    noted = directory.read_report(TEXT_REPORT) if TEXT_REPORT in directory.reports() else {}
     if session.recipe.calibration == WIKITEXT2 and str(noted.get("origin", "")).startswith(EMBEDDED):
-        return _embedded_texts(session)[0]
+        return embedded_texts(session)[0]
     return load_text(session.recipe.calibration)
 
 
-def _embedded_texts(session: Session) -> tuple[CalibrationText, CalibrationText]:
+def embedded_texts(session: Session) -> tuple[CalibrationText, CalibrationText]:
     whole = load_text(EMBEDDED)
     # One text serves both ends: what is measured must not have been calibrated on.
     cut = whole.text.rfind("\n\n", 0, int(len(whole.text) * 0.8))
@@ -356,10 +356,10 @@ def _bind_text(directory: RunDirectory, calibration: CalibrationText) -> None:
     Raises:
         RunDirectoryError: the text differs from the run's.
     """
-    if _TEXT_REPORT not in directory.reports():
-        directory.write_report(_TEXT_REPORT, {"origin": calibration.origin, "sha256": calibration.sha256})
+    if TEXT_REPORT not in directory.reports():
+        directory.write_report(TEXT_REPORT, {"origin": calibration.origin, "sha256": calibration.sha256})
         return
-    held = directory.read_report(_TEXT_REPORT)
+    held = directory.read_report(TEXT_REPORT)
     if held.get("sha256") != calibration.sha256:
         raise RunDirectoryError(
             f"{directory.path} holds a run that was calibrated on another text: {held.get('origin')} (sha256 "

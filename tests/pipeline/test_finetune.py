@@ -351,3 +351,31 @@ def test_the_verb_prints_json(run: Path, options: Any, capsys: pytest.CaptureFix
     assert "held-out perplexity" in capsys.readouterr().out
     assert main(arguments_of(run, options(steps=1))) == 2
     assert "exists already; choose another --name" in capsys.readouterr().err
+
+
+def test_one_command_goes_from_a_model_to_a_verified_export(
+    recipe_for: RecipeFor, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for("llama", bits=4, adapter_dtype="float32").to_mapping()
+    recipe["finetune"] = {**SMALL, "data": texts["calibration"], "steps": 2, "eval_every": 1}
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    command = ["run", "--recipe", str(file), "--out", str(tmp_path / "run"), "--set", "finetune.steps=3", "--json"]
+    assert main(command) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["verified"]["passed"]
+    assert (summary["finetuned"]["steps"], summary["finetuned"]["adapter"]) == (3, NAME)
+    assert summary["perplexity"]["finetuned"]["perplexity"] > 0
+    assert (Path(summary["export"]) / "adapters" / NAME).is_dir()
+    assert Path(summary["files"]["parity report"]).is_file()
+    # The same command again trains nothing anew; another one of the same name is refused.
+    assert main(command) == 0
+    assert f"the adapter {NAME} was trained already" in json.loads(capsys.readouterr().out)["notes"]
+    command[command.index("finetune.steps=3")] = "finetune.steps=2"
+    assert main(command) == 2
+    assert "was trained with other options (steps: 3 then, 2 now)" in capsys.readouterr().err
+
+
+def test_a_fine_tuning_without_data_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "some/model", "--finetune", "--out", str(tmp_path / "run")]) == 2
+    assert "--finetune alone names no data; use it with --demo" in capsys.readouterr().err

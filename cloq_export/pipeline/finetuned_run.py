@@ -1,0 +1,120 @@
+"""From a model to a fine-tuned, exported and verified checkpoint: the other verbs, one behind the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cloq_export.calibrate.data import EMBEDDED
+from cloq_export.errors import UsageError
+from cloq_export.pipeline.exporting import ExportOptions, export
+from cloq_export.pipeline.finetuning import finetune, report_name
+from cloq_export.pipeline.session import Session
+from cloq_export.pipeline.verbs import TEXT_REPORT, embedded_texts, run
+from cloq_export.pipeline.verification import VerifyOptions, missed_gates, verify
+from cloq_export.recipe import FineTuneRecipe, Recipe
+from cloq_export.run.atomic import write_bytes
+from cloq_export.run.directory import RunDirectory
+from cloq_export.train.examples import Example, ExampleSet
+
+# Greedy continuations that the verification compares: each takes as long as a few training steps on a CPU.
+_PROMPTS = 8
+
+
+def run_and_finetune(
+    recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run a recipe, train its adapter, export the result and verify it through the packed runtime.
+
+    Args:
+        recipe: every option; its section `finetune` is not empty.
+        out: the run directory.
+        demo: as in `run`; where it fell back on Python's own text, that is learned too.
+        console: where progress goes; None is standard error.
+
+    Returns:
+        The summary of `run`, with "finetuned", "export" and "verified" beside it, and the perplexity of the trained
+        adapter under "finetuned" in "perplexity".
+
+    Raises:
+        UsageError: an adapter of that name exists and was trained otherwise.
+        CloqError: as the single verbs.
+    """
+    tuning = FineTuneRecipe.from_mapping(recipe.finetune)
+    if not tuning.data:
+        raise UsageError("no examples were named; give a set, a file or a hub id with --set finetune.data=NAME|FILE.")
+    console = console or Console(stderr=True)
+    summary = run(recipe, out, demo=demo, console=console)
+    directory = RunDirectory.open(out)
+    examples, text = _texts(directory, recipe, demo, console)
+    trained = _trained_already(directory, tuning)
+    if trained is None:
+        trained = finetune(out, tuning, examples=examples, console=console)
+    folder = Path(export(out, ExportOptions(adapters=(tuning.name,)), console=console)["files"]["export"])
+    options = VerifyOptions(
+        reference=recipe.model,
+        text=text,
+        window=recipe.eval_window,
+        windows=recipe.eval_windows,
+        prompts=_PROMPTS,
+        out=folder.with_name(f"{folder.name}-parity"),
+    )
+    report = verify(folder, options, console=console)
+    for row in report["quality"]["perplexity"]:
+        if row["model"] == "served" and row["adapter"] == tuning.name:
+            summary["perplexity"]["finetuned"] = row
+    summary["finetuned"] = trained
+    summary["export"] = str(folder)
+    summary["verified"] = {"passed": report["passed"], "missed": missed_gates(report), "files": report["files"]}
+    summary["files"] = {
+        **summary["files"],
+        f"adapter {tuning.name}": str(directory.adapter_path(tuning.name)),
+        "export": str(folder),
+        "parity report": report["files"]["html"],
+    }
+    summary["next"] = [f"cloq serve {folder}", f"cloq inspect {folder} --verify"]
+    summary["notes"] = [*summary["notes"], *(trained.get("notes") or [])]
+    return summary
+
+
+def _texts(directory: RunDirectory, recipe: Recipe, demo: bool, console: Console) -> tuple[ExampleSet | None, str]:
+    """Return what is learned if it is not what the recipe names, and the text to measure on."""
+    calibrated_on = str(directory.read_report(TEXT_REPORT).get("origin", ""))
+    if not demo or recipe.calibration == EMBEDDED or not calibrated_on.startswith(EMBEDDED):
+        return None, recipe.eval_text
+    learned, judging = embedded_texts(Session(recipe, console))
+    folder = directory.path / "work"
+    folder.mkdir(exist_ok=True)
+    write_bytes(folder / "evaluation.txt", judging.text.encode("utf-8"))
+    return ExampleSet.of([Example(None, learned.text)], learned.origin), str(folder / "evaluation.txt")
+
+
+def _trained_already(directory: RunDirectory, tuning: FineTuneRecipe) -> dict[str, Any] | None:
+    """Return the summary of a training that an earlier call has finished, None if there is none.
+
+    Raises:
+        UsageError: the adapter of that name was trained with other options.
+    """
+    if not directory.adapter_path(tuning.name).exists() or report_name(tuning.name) not in directory.reports():
+        return None
+    report = directory.read_report(report_name(tuning.name))
+    held = report.get("options") or {}
+    faults = [
+        f"{name}: {held.get(name)!r} then, {value!r} now"
+        for name, value in tuning.to_mapping().items()
+        if held.get(name) != value
+    ]
+    if faults:
+        raise UsageError(
+            f"{directory.path} has an adapter {tuning.name!r} that was trained with other options "
+            f"({'; '.join(faults)}); choose another name with --set finetune.name=NAME, or delete "
+            f"{directory.adapter_path(tuning.name)}."
+        )
+    return {
+        "adapter": tuning.name,
+        "steps": report["steps"],
+        "kept_step": report["kept_step"],
+        "notes": [f"the adapter {tuning.name} was trained already"],
+    }
