@@ -57,6 +57,18 @@ def summary_of(recipe: Recipe, out: Path) -> dict[str, Any]:
     }
 
 
+ANSWERED = {
+    "questions": 2,
+    "origin": "mine [x].jsonl",
+    "definition": "lm_eval",
+    "other_rule": "strict",
+    "models": {"float": {"accuracy": 0.5, "other_accuracy": 0.0}},
+    "comparisons": [
+        {"first": "float", "second": "adapter", "agreement": 0.5, "p_value": 1.0, "only_first": 1, "only_second": 0}
+    ],
+}
+
+
 class RecordingPipeline(types.ModuleType):
     """Stands in for cloq_export.pipeline; prints to standard output, as careless libraries do."""
 
@@ -116,9 +128,16 @@ class RecordingPipeline(types.ModuleType):
         *,
         adapter: str | None,
         force: bool,
+        tasks: tuple[str, ...],
+        problems: int | None,
+        shots: int,
+        out: Path | None,
         console: Any,
     ) -> dict[str, Any]:
         self._record("evaluate", path, text, window, windows, reference, adapter, force)
+        if tasks != ("ppl",):
+            self._record("tasks", tasks, problems, shots, out)
+            return {"tasks": {tasks[0]: ANSWERED}, "means": {"arithmetic": {"float": 0.25}}}
         return self.perplexity
 
     def inspect(self, path: Path, verify: bool, *, adapter: str | None, force: bool) -> dict[str, Any]:
@@ -445,11 +464,25 @@ def test_an_unexpected_error_keeps_its_traceback(pipeline):
         main(["run", "--demo"])
 
 
+def test_tasks_of_eval(pipeline, capsys, tmp_path):
+    options = ["--tasks", "svamp=a.json, gsm8k,gsm8k", "--problems", "2", "--shots", "1", "--out", str(tmp_path)]
+    assert main(["eval", "x", *options]) == 0
+    assert pipeline.calls[-1][1:] == (("svamp=a.json", "gsm8k"), 2, 1, tmp_path)
+    printed = capsys.readouterr().out
+    assert "50.0%" in printed
+    assert "float and adapter: 50.0% of the answers equal, McNemar's p 1 (1 against 0)" in printed
+    assert "2 questions of mine [x].jsonl (lm_eval)" in printed
+    assert "mean of arithmetic: float 25.0%" in printed
+    assert main(["eval", "x", "--tasks", "gsm8k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["means"] == {"arithmetic": {"float": 0.25}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--demo"], "interrupted: the same command continues where it stopped."),
         (["eval", "x"], "interrupted: nothing was written."),
+        (["eval", "x", "--out", "y"], "interrupted: the same command continues where it stopped."),
     ],
 )
 def test_an_interrupt_says_how_to_go_on(pipeline, capsys, arguments, message):
