@@ -348,7 +348,7 @@ FINETUNE_CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # What `cloq export` writes: a layout, or one of two things that hold no codes.
-EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft")
+EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft", "onnx", "onnx-adapter")
 
 _MINIMUM: dict[str, int] = {
     "sweeps": 0,

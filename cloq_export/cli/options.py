@@ -133,8 +133,8 @@ def export_options(place: str) -> Callable[[Decorated], Decorated]:
         click.option(
             "--format",
             type=click.Choice(EXPORT_FORMATS),
-            help="A layout, merged (plain 16-bit weights) or peft (adapters alone); unless given, the target's best, "
-            "or the layout of the source.",
+            help="A layout, merged (plain 16-bit weights), onnx, or adapters alone (peft, onnx-adapter); unless given, "
+            "the target's best, or the layout of the source.",
         ),
         click.option(
             "--target",
@@ -160,6 +160,20 @@ def export_options(place: str) -> Callable[[Decorated], Decorated]:
         click.option("--pad-rank", type=click.IntRange(min=1), help="Pad every pair with zeros to this rank."),
         click.option(
             "--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", help="Of a merged export."
+        ),
+        click.option(
+            "--style",
+            type=click.Choice(["matmulnbits", "qdq"]),
+            help="Of an ONNX graph: ONNX Runtime's own operator (the default), or DequantizeLinear and MatMul.",
+        ),
+        click.option(
+            "--two-bit",
+            type=click.Choice(["exact", "compact"]),
+            help="Of 2-bit codes in an ONNX graph: exact in 4-bit containers (the default), or 2-bit with activations "
+            "rounded to int8.",
+        ),
+        click.option(
+            "--opset", type=click.IntRange(min=1), help="Of an ONNX graph; unless given, the least that fits."
         ),
         click.option(
             "--force", is_flag=True, help="Take an adapter of another base; the export and its card will say so."

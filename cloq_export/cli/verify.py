@@ -17,7 +17,11 @@ from cloq_export.recipe import FIELDS
 @click.argument("export", type=click.Path(path_type=Path))
 @click.option("--reference", metavar="MODEL", help="The float model: a folder, a hub id or a GGUF file.")
 @click.option(
-    "--runtime", type=click.Choice(["hf", "vllm", "vllm-server"]), default="hf", show_default=True, help="What serves."
+    "--runtime",
+    type=click.Choice(["hf", "vllm", "vllm-server", "onnx"]),
+    default="hf",
+    show_default=True,
+    help="What serves.",
 )
 @click.option(
     "--adapter",

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from cloq_export import __version__
 from cloq_export.errors import FormatError, RunDirectoryError, UsageError
 from cloq_export.formats import targets
 from cloq_export.formats.layout import Layout
+from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
@@ -35,9 +36,11 @@ from cloq_export.runtimes.hf import find_adapter, read_bound_adapter, unquantize
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
+from cloq_export.runtimes.onnx_float_graph import require_packages
 from cloq_export.types import LoraPair
 
-MERGED, PEFT = "merged", "peft"
+MERGED, PEFT, ONNX, ONNX_ADAPTER = "merged", "peft", "onnx", "onnx-adapter"
+ALONE = (PEFT, ONNX_ADAPTER)
 MERGED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SPLITS = ("stored", "balanced")
 # An export does not know where it will lie.
@@ -51,8 +54,9 @@ class ExportOptions:
     """What an export is asked to be.
 
     Args:
-        format: a layout of `LAYOUTS`, "merged" (plain 16-bit weights with one adapter in them) or "peft" (adapters
-            alone); None takes the target's best, or the layout of the source.
+        format: a layout of `LAYOUTS`, "merged" (plain 16-bit weights with one adapter in them), "onnx" (a decoder graph
+            with its adapters), "peft" or "onnx-adapter" (adapters alone); None takes the target's best, or the layout
+            of the source.
         target: the engine that will read it, e.g. "vllm==0.33"; None checks nothing.
         device: where the target runs: "any", "cpu" or "cuda".
         out: the folder to make; None lies in the run.
@@ -61,6 +65,9 @@ class ExportOptions:
         split: "stored", or "balanced" for engines that compute in float16.
         pad_rank: rank that every pair is padded to; None pads none.
         dtype: of a merged export: "bfloat16" or "float16".
+        style: of an ONNX graph: "matmulnbits" (if None) or "qdq".
+        two_bit: of 2-bit codes in an ONNX graph: "exact" (if None) or "compact".
+        opset: of an ONNX graph; None takes the least that fits.
         force: take adapters that are bound to another base, and note it in the export.
     """
 
@@ -72,6 +79,9 @@ class ExportOptions:
     split: str = "stored"
     pad_rank: int | None = None
     dtype: str = "bfloat16"
+    style: str | None = None
+    two_bit: str | None = None
+    opset: int | None = None
     force: bool = False
 
 
@@ -254,8 +264,13 @@ def _export(
         "engines": _engines(format, layers, adapters),
         "notes": list(session.notes),
     }
-    if format == PEFT:
+    if format in ALONE:
+        if format == ONNX_ADAPTER:
+            _require_fit(adapters, layers)
         _write_adapters(session, out, adapters, card, fingerprint)
+    elif format == ONNX:
+        _require_fit(adapters, layers)
+        _write_onnx(session, out, checkpoint, layers, adapters, options, card, fingerprint)
     elif format == MERGED:
         _write_merged(session, out, checkpoint, layers, adapters, options, card, fingerprint)
     else:
@@ -270,7 +285,11 @@ def _export(
         "files": {"export": str(out)},
         "seconds": session.seconds,
         "notes": session.notes,
-        "next": [f"cloq inspect {out} --verify", f"cloq push {out} OWNER/NAME"],
+        "next": [
+            f"cloq inspect {out} --verify",
+            *([f"cloq verify {out} --reference MODEL --runtime onnx"] if format == ONNX else []),
+            f"cloq push {out} OWNER/NAME",
+        ],
     }
 
 
@@ -288,7 +307,16 @@ def _check_options(options: ExportOptions, adapter_names: Sequence[str]) -> None
             f"a merged export holds one adapter, and there are {len(adapter_names)}: {', '.join(adapter_names)}; "
             "choose one with --adapter."
         )
-    if options.format == PEFT and not adapter_names:
+    given = {"--style": options.style, "--two-bit": options.two_bit, "--opset": options.opset}
+    typed = [flag for flag, value in given.items() if value is not None]
+    if typed and options.format != ONNX:
+        raise UsageError(f"{typed[0]} is about ONNX graphs; give it with --format onnx, or leave it out.")
+    for flag, value, allowed in (("--style", options.style, STYLES), ("--two-bit", options.two_bit, TWO_BIT)):
+        if value is not None and value not in allowed:
+            raise UsageError(f"{flag} is {value!r}; allowed are {' and '.join(allowed)}.")
+    if options.format in (ONNX, ONNX_ADAPTER):
+        require_packages()
+    if options.format in ALONE and not adapter_names:
         raise UsageError("there is no adapter to export; make one with `cloq adapt`, or name a folder with --adapter.")
 
 
@@ -306,12 +334,12 @@ def _choose(
         targets.parse_target(options.target),
         specs=layers.specs,
         shapes=layers.shapes,
-        layout=None if options.format == PEFT else options.format,
+        layout=None if options.format in ALONE else options.format,
         device=options.device,
         ranks=[pair.rank for adapter in adapters for pair in adapter.pairs.values()],
     )
     session.notes.extend(decision.notes)
-    return (PEFT if options.format == PEFT else decision.layout), decision
+    return (options.format if options.format in ALONE else decision.layout), decision
 
 
 def _prepared(
@@ -445,16 +473,16 @@ def _write_adapters(
     session: Session, out: Path, adapters: Sequence[_Prepared], card: Mapping[str, Any], fingerprint: str
 ) -> None:
     """Write adapters alone: one is the folder itself, several are folders in it."""
+    layout = str(card["layout"])
+    place = _place_adapter if layout == PEFT else _place_onnx_adapter
 
     def write() -> None:
-        if len(adapters) == 1:
-            _place_adapter(out, adapters[0], card, fingerprint)
-        else:
-            _place_adapters(out, adapters, card, fingerprint)
         for adapter in adapters:
             folder = out if len(adapters) == 1 else out / adapter.name
-            certificate = write_certificate(folder, PEFT, fingerprint, {}, _certificate_facts([adapter]))
-            own = {**card, "relation": "adapter", "library_name": "peft", "certificate": _certificate_row(certificate)}
+            place(folder, adapter, card, fingerprint)
+            certificate = write_certificate(folder, layout, fingerprint, {}, _certificate_facts([adapter]))
+            library = "peft" if layout == PEFT else "onnxruntime"
+            own = {**card, "relation": "adapter", "library_name": library, "certificate": _certificate_row(certificate)}
             write_model_card(folder, {**own, "adapters": [{"name": adapter.name, **adapter.record}]})
 
     session.timed("write and compare", write)
@@ -483,6 +511,69 @@ def _place_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any], fi
             raise FormatError(f"{folder}: {module} was read back with other numbers than were written; check the disk.")
 
 
+def _write_onnx(
+    session: Session,
+    out: Path,
+    checkpoint: Checkpoint,
+    layers: LayerSource,
+    adapters: Sequence[_Prepared],
+    options: ExportOptions,
+    card: Mapping[str, Any],
+    fingerprint: str,
+) -> None:
+    from cloq_export.runtimes.onnx_export import OnnxReport, export_onnx
+
+    def finish(folder: Path, report: OnnxReport) -> None:
+        for adapter in adapters:
+            _place_onnx_adapter(folder / ADAPTERS_NAME / adapter.name, adapter, card, fingerprint)
+        session.notes.append(
+            f"opset {report.record.opset}, float graph of {report.record.exporter}, style {report.record.style}"
+        )
+        session.notes.extend(report.record.notes)
+        certificate = write_certificate(folder, ONNX, fingerprint, report.modules, _certificate_facts(adapters))
+        row = _certificate_row(certificate)
+        _write_card(folder, {**card, "notes": list(session.notes), "certificate": row}, checkpoint)
+
+    def write() -> None:
+        session.say("export the float graph; the exporter holds the float model in memory")
+        with session.progress("write onnx") as progress:
+            export_onnx(
+                out,
+                layers,
+                _float_part(checkpoint),
+                style=cast(Style, options.style or STYLES[0]),
+                two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
+                opset=options.opset,
+                base_fingerprint=fingerprint,
+                finish=finish,
+                progress=progress,
+            )
+
+    session.timed("write and compare", write)
+
+
+def _require_fit(adapters: Sequence[_Prepared], layers: LayerSource) -> None:
+    from cloq_export.formats.onnx.adapter import require_fit
+
+    for adapter in adapters:
+        require_fit(adapter.pairs, layers.shapes, f"the adapter {adapter.name}")
+
+
+def _place_onnx_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any], fingerprint: str) -> None:
+    """Write one adapter as ONNX Runtime loads it, and compare what is read back."""
+    from cloq_export.formats.onnx.adapter import read_onnx_adapter, same_pairs, write_onnx_adapter
+
+    write_onnx_adapter(
+        folder,
+        adapter.pairs,
+        base_model=str(card["base_model"]),
+        base_fingerprint=fingerprint,
+        extra=adapter.record,
+    )
+    if not same_pairs(read_onnx_adapter(folder).pairs, adapter.pairs):
+        raise FormatError(f"{folder} was read back with other numbers than were written; check the disk.")
+
+
 def _float_part(checkpoint: Checkpoint) -> FloatPart:
     def copy_files(folder: Path) -> None:
         for path in (checkpoint.folder / CONFIG_NAME, *companion_files(checkpoint.folder)):
@@ -504,13 +595,13 @@ def _certificate_row(certificate: Mapping[str, Any]) -> dict[str, Any]:
 
 def _engines(format: str, layers: LayerSource, adapters: Sequence[_Prepared]) -> list[dict[str, str]]:
     """Return how each engine loads the export, ours first, as `model_card` takes it."""
-    if format == PEFT:
+    if format in ALONE:
         return []
     names = [adapter.name for adapter in adapters]
     ranks = [] if format == MERGED else [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
     inside = f"{_PLACEHOLDER}/{ADAPTERS_NAME}/{names[0]}" if names else _PLACEHOLDER
     found: list[dict[str, str]] = []
-    if format != MERGED:
+    if format not in (MERGED, ONNX):
         served = f'cloq_export.load("{_PLACEHOLDER}"' + (f', adapter="{names[0]}")' if names else ")")
         found.append(
             {

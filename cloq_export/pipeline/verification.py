@@ -12,13 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import CloqError, FormatError, MissingPackageError, UsageError
+from cloq_export.formats.onnx.blocks import INT8
+from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity import liveness
@@ -47,8 +49,12 @@ from cloq_export.runtimes.certificate import verify_certificate
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
+from cloq_export.runtimes.onnx_float_graph import require_packages
 
-RUNTIME_NAMES = ("hf", "vllm", "vllm-server")
+if TYPE_CHECKING:
+    from cloq_export.formats.onnx.reading import OnnxExport
+
+RUNTIME_NAMES = ("hf", "vllm", "vllm-server", "onnx")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
@@ -65,7 +71,7 @@ class VerifyOptions:
 
     Args:
         reference: the float model: a folder, a hub id or a GGUF file.
-        runtime: what serves: "hf", "vllm" or "vllm-server".
+        runtime: what serves: "hf", "vllm", "vllm-server", or "onnx" for an ONNX export.
         adapters: NAME=FOLDER, a name in the export, or a folder; none takes all that the export has.
         tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
         gate: a gate file; None takes the default limits.
@@ -153,7 +159,7 @@ class _Plan:
 
     export: Path
     options: VerifyOptions
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OnnxExport
     folders: Mapping[str, Path]
     adapters: Mapping[str, Adapter]
     limits: dict[str, float]
@@ -166,15 +172,14 @@ class _Plan:
             raise UsageError(
                 f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
             )
-        checkpoint = Checkpoint.open(export)
-        folders = _adapter_folders(export, options.adapters)
-        adapters = {name: read_bound_adapter(path, checkpoint, force=options.force) for name, path in folders.items()}
+        checkpoint, folders, adapters = (_read_onnx if is_onnx_export(export) else _read_checkpoint)(export, options)
         defaults = default_limits(
             options.dtype,
             min(spec.bits for spec in checkpoint.specs.values()),
             tuple(_asked_tasks(options)),
             adapters=len(adapters),
             packed=_measures_packed(options),
+            rounded=_rounds_activations(checkpoint),
         )
         return cls(export, options, checkpoint, folders, adapters, merged_limits(defaults, chosen))
 
@@ -187,6 +192,47 @@ class _Plan:
     def subjects(self) -> list[str | None]:
         """Return what is measured on text: every adapter, or the base if there is none."""
         return list(self.adapters) or [None]
+
+
+def _read_checkpoint(
+    export: Path, options: VerifyOptions
+) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
+    if options.runtime == "onnx":
+        raise UsageError(f"{export} is no ONNX export; make one with: cloq export RUN --format onnx")
+    checkpoint = Checkpoint.open(export)
+    folders = _adapter_folders(export, options.adapters, find_adapter)
+    return (
+        checkpoint,
+        folders,
+        {name: read_bound_adapter(path, checkpoint, force=options.force) for name, path in folders.items()},
+    )
+
+
+def _read_onnx(
+    export: Path, options: VerifyOptions
+) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
+    if options.runtime != "onnx" or options.dtype != "float32":
+        raise UsageError(
+            f"{export} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and without "
+            "--dtype."
+        )
+    require_packages()
+    from cloq_export.formats.onnx.reading import OnnxExport
+    from cloq_export.pipeline import onnx_stand_in
+
+    opened = OnnxExport.open(export)
+    folders = _adapter_folders(export, options.adapters, onnx_stand_in.find_adapter)
+    adapters = {
+        name: onnx_stand_in.read_bound_adapter(path, opened, force=options.force) for name, path in folders.items()
+    }
+    return opened, folders, adapters
+
+
+def _rounds_activations(checkpoint: Checkpoint | OnnxExport) -> bool:
+    """Return whether a kernel of the export rounds activations to int8, as compact 2-bit graphs ask for."""
+    return not isinstance(checkpoint, Checkpoint) and any(
+        module.blocks.accuracy_level == INT8 for module in checkpoint.record.modules.values()
+    )
 
 
 def _open_hf(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
@@ -207,6 +253,12 @@ def _open_vllm_server(export: Path, adapters: Mapping[str, Path], options: Verif
     return opened
 
 
+def _open_onnx(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    from cloq_export.runtimes.onnx_runtime import OnnxModel
+
+    return OnnxModel(export, adapters, force=options.force)
+
+
 def _engine_module(name: str, options: VerifyOptions) -> Any:
     if options.python is None and importlib.util.find_spec("vllm") is None:
         raise MissingPackageError(
@@ -217,7 +269,12 @@ def _engine_module(name: str, options: VerifyOptions) -> Any:
 
 
 # Runtime -> what opens it; engines are imported when they are asked for.
-OPENERS: dict[str, Opener] = {"hf": _open_hf, "vllm": _open_vllm, "vllm-server": _open_vllm_server}
+OPENERS: dict[str, Opener] = {
+    "hf": _open_hf,
+    "vllm": _open_vllm,
+    "vllm-server": _open_vllm_server,
+    "onnx": _open_onnx,
+}
 
 
 class _Verification:
@@ -236,16 +293,24 @@ class _Verification:
         self.noise_floor: dict[str, Any] | None = None
         self._phases: list[str] = []
         self._since = 0.0
+        # What the reference is read from; for an ONNX export a checkpoint with its integers stands in.
+        self.base, self.folders = plan.export, plan.folders
+        # The adapters whose modules are shown to be live one by one.
+        self.shown_live = {} if _rounds_activations(plan.checkpoint) else plan.adapters
 
     def run(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="cloq-verify-") as place:
+            return self._run(Path(place))
+
+    def _run(self, place: Path) -> dict[str, Any]:
         plan, options = self.plan, self.options
         with self._phase("certificate"):
             certificate = self._certificate()
         text = evaluation_text(options.text)
         self._read_questions()
         with self._phase("float"):
-            source = self._measure_float(text.text)
-        reference = reference_model(plan.export, plan.folders, device=options.device, force=options.force)
+            source = self._measure_float(text.text, place)
+        reference = reference_model(self.base, self.folders, device=options.device, force=options.force)
         with self._phase("reference"):
             self._measure_reference(reference)
         if _measures_packed(options):
@@ -298,11 +363,15 @@ class _Verification:
             for window, length in zip(self.windows * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
         ]
 
-    def _measure_float(self, text: str) -> dict[str, str]:
+    def _measure_float(self, text: str, place: Path) -> dict[str, str]:
         """Open the float model, cut the text with its tokenizer, measure it, and let go of it."""
-        options = self.options
+        options, checkpoint = self.options, self.plan.checkpoint
         loaded = open_model(options.reference, dtype=torch.float32)
-        _refuse_other_model(loaded, self.plan.checkpoint)
+        _refuse_other_model(loaded, checkpoint)
+        if not isinstance(checkpoint, Checkpoint):
+            from cloq_export.pipeline.onnx_stand_in import write_stand_in
+
+            self.base, self.folders = write_stand_in(place, checkpoint, loaded, self.plan.adapters)
         tokens = tokenize_text(loaded.tokenizer, text)
         check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
         self.tokenizer, self.ends = loaded.tokenizer, end_tokens(loaded.model)
@@ -336,7 +405,7 @@ class _Verification:
             mine = self._prompts_of(number)
             self.expected[adapter] = reference.generate(mine, [adapter] * len(mine), self.options.new_tokens)
         self._answer("reference", reference, plan.subjects[0])
-        for adapter, read in plan.adapters.items():
+        for adapter, read in self.shown_live.items():
             self.session.say(f"leave out each of {len(read.pairs)} modules of {adapter} in turn")
             with self._phase("liveness"):
                 self.probed[adapter], self.without[adapter] = self._left_out(reference, adapter, list(read.pairs))
@@ -349,7 +418,7 @@ class _Verification:
 
     def _measure_packed(self) -> None:
         plan = self.plan
-        model = packed_model(plan.export, plan.folders, device=self.options.device, force=self.options.force)
+        model = packed_model(self.base, self.folders, device=self.options.device, force=self.options.force)
         for adapter in plan.subjects:
             with self._attempt(f"packed runtime, {adapter or 'base'}"):
                 logprobs = measure_logprobs(model, self.windows, [adapter] * len(self.windows))
@@ -399,7 +468,7 @@ class _Verification:
 
     def _serve_probes(self, served: ServedModel) -> dict[str, list[liveness.Presence]]:
         found: dict[str, list[liveness.Presence]] = {}
-        for adapter, read in self.plan.adapters.items():
+        for adapter, read in self.shown_live.items():
             found[adapter] = []
             with self._attempt(f"liveness, {adapter}"):
                 found[adapter] = liveness.served_presence(
@@ -448,7 +517,7 @@ class _Verification:
                 folders[name] = Path(place) / name
                 base = str(plan.adapters[name].config.get("base_model_name_or_path") or "")
                 write_adapter(folders[name], pairs, base_model=base, base_fingerprint=plan.checkpoint.fingerprint)
-            reference = reference_model(plan.export, folders, device=self.options.device)
+            reference = reference_model(self.base, folders, device=self.options.device)
             found = {}
             with self._served(folders) as served:
                 for name in folders:
@@ -552,12 +621,17 @@ class _Verification:
                 )
         if not adapters:
             notes.append("there is no adapter: liveness and isolation were not measured")
+        elif not self.shown_live:
+            notes.append(
+                "liveness was not measured: the graph rounds activations to int8, in which the effect of a single "
+                "module drowns; an exact export of the same base shows it"
+            )
         return {
             "format": REPORT_FORMAT,
             "format_version": FORMAT_VERSION,
             "passed": False,
             "export": str(plan.export),
-            "layout": plan.checkpoint.grids.layout.name,
+            "layout": plan.checkpoint.layout_name,
             "bits": sorted({spec.bits for spec in plan.checkpoint.specs.values()}),
             "base_fingerprint": fingerprint,
             "reference": dict(source),
@@ -615,7 +689,7 @@ def missed_gates(report: Mapping[str, Any]) -> str | None:
 
 def _measures_packed(options: VerifyOptions) -> bool:
     """Return whether our own runtime is measured beside the one that serves: not if it is the same."""
-    return options.runtime != "hf" or options.dtype != "float32"
+    return options.runtime not in ("hf", "onnx") or options.dtype != "float32"
 
 
 def _asked_tasks(options: VerifyOptions) -> dict[str, str | None]:
@@ -655,11 +729,11 @@ def _check_options(options: VerifyOptions) -> None:
         raise UsageError(f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu.")
 
 
-def _adapter_folders(export: Path, asked: Sequence[str]) -> dict[str, Path]:
+def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, str], Path]) -> dict[str, Path]:
     """Return name -> folder of the adapters that are to be served."""
     if not asked:
         names = RunDirectory.open(export).adapters() if RunDirectory.is_run(export) else adapters_in(export)
-        return {name: find_adapter(export, name) for name in names}
+        return {name: find(export, name) for name in names}
     folders: dict[str, Path] = {}
     for text in asked:
         name, separator, place = text.partition("=")
@@ -673,11 +747,11 @@ def _adapter_folders(export: Path, asked: Sequence[str]) -> dict[str, Path]:
             )
         if name in folders:
             raise UsageError(f"two adapters have the name {name!r}; give one another with --adapter NAME=FOLDER.")
-        folders[name] = find_adapter(export, place)
+        folders[name] = find(export, place)
     return folders
 
 
-def _refuse_other_model(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
+def _refuse_other_model(loaded: LoadedModel, checkpoint: Checkpoint | OnnxExport) -> None:
     """Refuse a float model whose sizes are not those of the export."""
     config = loaded.config.get_text_config()
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,7 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.runtimes.onnx_float_graph import require_packages
 from cloq_export.types import QuantizedLayer
 
 CERTIFICATE_NAME = "cloq_certificate.json"
@@ -25,14 +26,18 @@ CERTIFICATE_FORMAT = "cloq-certificate"
 FORMAT_VERSION = 1
 
 # Exports of float weights: their files are compared, and there are no codes to unpack.
-WITHOUT_CODES = ("merged", "peft")
+WITHOUT_CODES = ("merged", "peft", "onnx-adapter")
+ONNX = "onnx"
 
 # People edit the card of a published model; nothing in it is served.
 _NOT_COVERED = (CERTIFICATE_NAME, "README.md")
 # Of a file in an export; every file system allows as much.
 _LONGEST_NAME = 255
 # Files that change what an engine serves.
-_SERVED = (".safetensors", ".json", ".bin", ".pt", ".py", ".gguf", ".model", ".jinja")
+_SERVED = (
+    *(".safetensors", ".json", ".bin", ".pt", ".py", ".gguf", ".model", ".jinja"),
+    *(".onnx", ".data", ".onnx_adapter"),
+)
 _BUFFER = 4 * 1024 * 1024
 
 
@@ -145,8 +150,8 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
             )
     modules = certificate["modules"]
     if certificate["layout"] not in WITHOUT_CODES:
-        checkpoint = Checkpoint.open(folder)
-        digests = {module: layer_digest(layer) for module, layer in checkpoint.read_layers()}
+        quantized = _open_quantized(folder, certificate["layout"])
+        digests = {module: layer_digest(layer) for module, layer in quantized.read_layers()}
         for module in sorted(set(digests) | set(modules)):
             if digests.get(module) != modules.get(module, {}).get("sha256"):
                 raise FormatError(
@@ -154,11 +159,11 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
                     "write the export again."
                 )
         computed = combine_digests(digests)
-        recorded = {computed, certificate["base_fingerprint"], checkpoint.grids.base_fingerprint}
-        if len(recorded) > 1:
+        noted = quantized.noted_fingerprint
+        if len({computed, certificate["base_fingerprint"], noted}) > 1:
             raise FormatError(
-                f"{folder} holds the base {computed}, its config says {checkpoint.grids.base_fingerprint!r:.80} and "
-                f"its certificate {certificate['base_fingerprint']!r:.80}; write the export again."
+                f"{folder} holds the base {computed}, its config says {noted!r:.80} and its "
+                f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
             )
     more = sorted({name for name, _ in _covered(folder)} - set(certificate["files"]))
     served = [name for name in more if Path(name).suffix in _SERVED]
@@ -173,6 +178,24 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "modules": len(modules),
         "not_covered": more,
     }
+
+
+class _Quantized(Protocol):
+    """What a certificate repeats: the integers of a folder, and the base that the folder itself names."""
+
+    @property
+    def noted_fingerprint(self) -> str | None: ...
+
+    def read_layers(self) -> Iterator[tuple[str, QuantizedLayer]]: ...
+
+
+def _open_quantized(folder: Path, layout: str) -> _Quantized:
+    if layout != ONNX:
+        return Checkpoint.open(folder)
+    require_packages()
+    from cloq_export.formats.onnx.reading import OnnxExport
+
+    return OnnxExport.open(folder)
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:

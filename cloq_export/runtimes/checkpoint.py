@@ -103,6 +103,16 @@ class Checkpoint:
         """Return whether this package wrote the checkpoint."""
         return self.grids.modules is not None
 
+    @property
+    def noted_fingerprint(self) -> str | None:
+        """Return the base fingerprint that the config carries, whatever the tensors are; None if it carries none."""
+        return self.grids.base_fingerprint
+
+    @property
+    def layout_name(self) -> str:
+        """Return the name of the layout."""
+        return self.grids.layout.name
+
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor as it is stored.
 

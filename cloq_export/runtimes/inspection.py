@@ -11,6 +11,8 @@ from typing import Any
 
 from cloq_export.errors import FormatError
 from cloq_export.formats.merged import MERGED_NAME
+from cloq_export.formats.onnx.record import ADAPTER_NAME as ONNX_ADAPTER_NAME
+from cloq_export.formats.onnx.record import is_onnx_export, read_record
 from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.run.directory import RunDirectory
@@ -23,6 +25,7 @@ from cloq_export.runtimes.checkpoint_writer import is_ours
 from cloq_export.runtimes.detective import examine
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
+from cloq_export.runtimes.onnx_float_graph import require_packages
 
 _DTYPE_BITS = {
     "BOOL": 8,
@@ -114,6 +117,10 @@ def _describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         return facts
     if is_merged(folder):
         return _describe_merged(folder, verify=verify)
+    if is_onnx_export(folder):
+        return _describe_onnx(folder, verify=verify)
+    if (folder / ONNX_ADAPTER_NAME).is_file():
+        return _describe_onnx_adapter(folder, verify=verify)
     if (folder / CONFIG_NAME).is_file():
         if not is_ours(folder):
             return _describe_foreign(folder, verify=verify)
@@ -196,6 +203,67 @@ def _describe_merged(folder: Path, *, verify: bool) -> dict[str, Any]:
     if verify:
         facts["certificate"] = _verified(folder)
         facts["verified"] = True
+    return facts
+
+
+def _describe_onnx(folder: Path, *, verify: bool) -> dict[str, Any]:
+    record = read_record(folder)
+    grids = collections.Counter(
+        (module.spec, module.blocks.bits, module.blocks.block_size, module.blocks.accuracy_level)
+        for module in record.modules.values()
+    )
+    facts: dict[str, Any] = {
+        "kind": "onnx export",
+        "path": str(folder),
+        "ours": True,
+        "style": record.style,
+        "two_bit": record.two_bit,
+        "opset": record.opset,
+        "exporter": record.exporter,
+        "base_fingerprint": record.base_fingerprint,
+        "quantized_modules": len(record.modules),
+        "notes": list(record.notes),
+        "graph_bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file()),
+        "grids": [
+            {
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "symmetric": spec.symmetric,
+                "container_bits": bits,
+                "block_size": size,
+                "accuracy_level": level,
+                "modules": count,
+            }
+            for (spec, bits, size, level), count in grids.items()
+        ],
+    }
+    home = folder / ADAPTERS_NAME
+    if home.is_dir():
+        facts["adapters"] = sorted(place.name for place in home.iterdir() if (place / ONNX_ADAPTER_NAME).is_file())
+    if verify:
+        facts["certificate"] = _verified(folder)
+        facts["verified"] = True
+    return facts
+
+
+def _describe_onnx_adapter(folder: Path, *, verify: bool) -> dict[str, Any]:
+    require_packages()
+    from cloq_export.formats.onnx.adapter import read_onnx_adapter
+
+    adapter = read_onnx_adapter(folder)
+    facts: dict[str, Any] = {
+        "kind": "onnx adapter",
+        "path": str(folder),
+        "ours": True,
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "base_fingerprint": adapter.base_fingerprint,
+        "modules": len(adapter.pairs),
+        "ranks": _counted(collections.Counter(pair.rank for pair in adapter.pairs.values())),
+        "parameters": _parameters(adapter),
+        "adapter_bytes": (folder / ONNX_ADAPTER_NAME).stat().st_size,
+    }
+    if verify and (folder / CERTIFICATE_NAME).is_file():
+        facts["certificate"] = _verified(folder)
     return facts
 
 
