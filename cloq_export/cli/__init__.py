@@ -28,6 +28,7 @@ VERBS = {
     "serve": "Serve an export with its adapters through vLLM, OpenAI-compatible.",
     "eval": "Measure perplexity and answers: float, quantized, with adapter.",
     "verify": "Gate an export: served against trained, from bytes to answers.",
+    "data": "Write generated word problems to look at, train on or test with.",
     "inspect": "Explain a run, an export, an adapter, or a foreign checkpoint.",
 }
 _MODULES = {"eval": "evaluate"}

@@ -464,6 +464,20 @@ def test_an_unexpected_error_keeps_its_traceback(pipeline):
         main(["run", "--demo"])
 
 
+def test_word_problems_as_a_file(capsys, tmp_path):
+    options = ["data", "word-problems", "--count", "3", "--split", "test"]
+    assert main([*options, "--out", str(tmp_path / "words.jsonl")]) == 0
+    assert "3 word-problems (test) in" in capsys.readouterr().out
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "words.jsonl").read_text()
+    assert [list(json.loads(line)) for line in printed.splitlines()] == [["question", "answer"]] * 3
+    assert main([*options, "--out", str(tmp_path / "words.txt")]) == 2
+    assert "end it with .jsonl" in capsys.readouterr().err
+    assert main([*options, "--most-steps", "9"]) == 2
+    assert "most_steps of word problems is 9; allowed is 1 to 4" in capsys.readouterr().err
+
+
 def test_tasks_of_eval(pipeline, capsys, tmp_path):
     options = ["--tasks", "svamp=a.json, gsm8k,gsm8k", "--problems", "2", "--shots", "1", "--out", str(tmp_path)]
     assert main(["eval", "x", *options]) == 0

@@ -1,0 +1,34 @@
+"""`cloq data`: generated word problems as JSON lines, to look at, to train on or to test with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloq_export.errors import UsageError
+
+
+@click.command(name="data")
+@click.argument("name", type=click.Choice(["word-problems"]))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Unless given, standard output.")
+@click.option("--count", type=int, default=2000, show_default=True, help="How many.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--most-steps", type=int, default=4, show_default=True, help="Calculations in a solution, 1 to 4.")
+def command(name: str, out: Path | None, **named: Any) -> None:
+    """Write generated examples, one JSON object a line, with `question` and `answer` as GSM8K has them."""
+    from cloq_export.run.atomic import write_bytes
+    from cloq_export.train.word_problems import generate
+
+    if out is not None and out.suffix.lower() != ".jsonl":
+        raise UsageError(f"{out} is no name for JSON lines; end it with .jsonl.")
+    rows = [{"question": each.question, "answer": each.answer} for each in generate(named.pop("count"), **named)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_bytes(out, text.encode("utf-8"))
+    click.echo(f"{len(rows)} {name} ({named['split']}) in {out}")
