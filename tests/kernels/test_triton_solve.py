@@ -12,7 +12,10 @@ from cloq_export.quantize.magr import reduce_magnitude, shrink_infinity_norm
 from cloq_export.quantize.optq import optq_codes
 from cloq_export.types import QuantSpec
 
-pytestmark = pytest.mark.skipif(not triton_kernels.available(), reason="Triton exists for Linux only")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not triton_kernels.available(), reason="Triton exists for Linux only"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
