@@ -314,7 +314,9 @@ def test_options_of_a_fine_tuning_are_checked_and_kept():
     assert recipe.to_mapping()["finetune"] == {"data": "gsm8k", "learning_rate": 1}
     assert FineTuneRecipe.from_mapping(recipe.finetune).learning_rate == 1.0
     assert recipe.difference(Recipe()) == []  # the codes do not depend on it
-    with pytest.raises(RecipeError, match="finetune: 'epoch' is not an option of a fine-tuning .did you mean 'epochs'"):
+    with pytest.raises(
+        RecipeError, match=r"finetune: 'epoch' is not an option of a fine-tuning .did you mean 'epochs'"
+    ):
         Recipe.from_mapping({"finetune": {"epoch": 3}})
     with pytest.raises(RecipeError, match=r"2 faults: \(1\) finetune: warmup is 2; .*learning_rate is 0; it must be"):
         Recipe.from_mapping({"finetune": {"warmup": 2, "learning_rate": 0}})
@@ -339,7 +341,7 @@ def test_the_recipes_of_the_package_are_valid():
         recipe = Recipe.from_mapping(options, preset=preset or "default")
         assert FineTuneRecipe.from_mapping(recipe.finetune).data, name
         assert recipe.preset_name == ("paper" if name.startswith("paper") else "default")
-    with pytest.raises(RecipeError, match="there is no recipe 'small-wikitext' .did you mean 'small-wikitext2'"):
+    with pytest.raises(RecipeError, match=r"there is no recipe 'small-wikitext' .did you mean 'small-wikitext2'"):
         read_recipe("small-wikitext")
 
 
