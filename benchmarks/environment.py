@@ -95,3 +95,35 @@ def model_folder(name: str, spare: Path) -> Path:
         loaded.model.save_pretrained(spare)
     save_source_files(loaded, spare)
     return spare.resolve()
+
+
+def perturbed_adapters(source: Path, place: Path, count: int, *, share: float = 0.2) -> dict[str, Path]:
+    """Write copies of an adapter with noise added to B, each with a seed of its own, and return name -> folder.
+
+    Args:
+        source: the adapter.
+        place: where the copies are put.
+        count: how many.
+        share: size of the noise beside that of B.
+    """
+    import dataclasses
+
+    import torch
+
+    from cloq_export.formats.peft import read_adapter, write_adapter
+
+    adapter = read_adapter(source)
+    folders = {}
+    for seed in range(1, count + 1):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = {}
+        for module, pair in adapter.pairs.items():
+            b = pair.lora_B.to(torch.float32)
+            noise = torch.randn(b.shape, generator=generator) * (share * b.std())
+            pairs[module] = dataclasses.replace(pair, lora_B=(b + noise).to(pair.lora_B.dtype))
+        folders[f"noisy{seed}"] = place / f"noisy{seed}"
+        base = str(adapter.config.get("base_model_name_or_path") or "")
+        write_adapter(
+            folders[f"noisy{seed}"], pairs, base_model=base, base_fingerprint=str(adapter.base_fingerprint or "")
+        )
+    return folders

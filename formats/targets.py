@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     # QuantSpec lives beside tensors; this module itself needs no torch.
     from cloq_export.types import QuantSpec
 
-Checked = Literal["run", "read", "planned"]
+Checked = Literal["run", "read"]
 Device = Literal["cpu", "cuda"]
 Provider = Literal["stock", "cloq_plugin"]
-OwnGrids = Literal["all", "unfused", "none"]
+OwnGrids = Literal["parts", "all", "unfused", "none"]
 Specs = Mapping[str, "QuantSpec"]
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -39,6 +39,7 @@ MERGED = "merged"
 
 _BITS = (2, 3, 4, 8)
 _DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
+_OWN_GRIDS = {"parts": "yes, also in fused layers", "all": "yes", "unfused": "not in fused layers", "none": "no"}
 # Engines with `fused` compute these projections of one parent as one layer.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _TARGET = re.compile(r"(?P<name>[\w.-]+?)(==(?P<version>\d+(\.\d+)*)([.+]?[a-z][\w.+]*)?)?")
@@ -72,14 +73,15 @@ class Rule:
         layouts: the layouts that the line holds for.
         devices: the devices that it holds for.
         versions: version of the engine -> how the line was checked there: run (loaded, and its logits compared with
-            the same weights as plain floats, on this device), read (in the source) or planned.
+            the same weights as plain floats, on this device) or read (in the source).
         bits: allowed widths; None means any.
         symmetric: allowed values of `QuantSpec.symmetric`.
         group_sizes: allowed group sizes, -1 for one group per output channel; None means any.
         inputs: a layer's inputs must be a multiple of this.
         outputs: a layer's outputs must be a multiple of this.
-        own_grids: which modules may have another grid than the most common one: all, unfused (those that the engine
-            does not compute as one layer with others) or none.
+        own_grids: which modules may have another grid than the most common one: parts (all, and those that the engine
+            computes as one layer need not agree), all (if those agree), unfused (those that it does not compute as one
+            layer with others) or none.
         kernel: what computes from the codes.
         provider: stock, or cloq_plugin where this package must be installed beside the engine.
         needs: other packages that must be installed.
@@ -348,7 +350,7 @@ def load_snippets(
 
 
 def table_markdown() -> str:
-    """Return the table as markdown, one part per engine; what is only planned is left out."""
+    """Return the table as markdown, one part per engine."""
     table = read_table()
     sources: dict[str, int] = {}
     lines: list[str] = []
@@ -360,7 +362,7 @@ def table_markdown() -> str:
             "| versions | source, note |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        shown = [rule for rule in table.rules if rule.target == engine.name and _is_there(rule)]
+        shown = [rule for rule in table.rules if rule.target == engine.name]
         for rule in shown:
             number = sources.setdefault(rule.source, len(sources) + 1)
             cells = (
@@ -369,7 +371,7 @@ def table_markdown() -> str:
                 "symmetric or not" if len(rule.symmetric) == 2 else "symmetric" if rule.symmetric[0] else "asymmetric",
                 _list(rule.group_sizes),
                 "any" if rule.inputs == rule.outputs == 1 else f"{rule.inputs}, {rule.outputs}",
-                {"all": "yes", "unfused": "not in fused layers", "none": "no"}[rule.own_grids],
+                _OWN_GRIDS[rule.own_grids],
                 ", ".join(_DEVICE_NAMES[device] for device in rule.devices),
                 rule.kernel,
                 ", ".join(f"`{need}`" for need in rule.needs) or "nothing",
@@ -451,7 +453,9 @@ class _Question:
         if not rules:
             return f"does not read {where}"
         if layout != MERGED and (reason := self._mixed_fused_layer()):
-            return reason
+            rules = [] if self._partly_float() else [rule for rule in rules if rule.own_grids == "parts"]
+            if not rules:
+                return reason
         used: list[Rule] = []
         for (spec, (outputs, inputs)), module in self.kinds.items():
             fitting = [rule for rule in rules if rule.bits is None or spec.bits in rule.bits]
@@ -492,8 +496,11 @@ class _Question:
                 )
         return None
 
+    def _partly_float(self) -> bool:
+        return any(len({name in self.specs for name in names}) > 1 for names in self.fused)
+
     def _own_grids_fit(self, rule: Rule) -> bool:
-        return rule.own_grids == "all" or not self._own_grids(fused_only=rule.own_grids == "unfused")
+        return rule.own_grids in ("parts", "all") or not self._own_grids(fused_only=rule.own_grids == "unfused")
 
     def _own_grids(self, *, fused_only: bool) -> list[str]:
         considered: Iterable[str] = itertools.chain.from_iterable(self.fused) if fused_only else self.shapes
@@ -679,10 +686,6 @@ def _any_or_tuple(value: Any) -> tuple[Any, ...] | None:
 
 def _layouts() -> list[str]:
     return list(dict.fromkeys(name for engine in read_table().engines.values() for name in engine.layouts))
-
-
-def _is_there(rule: Rule) -> bool:
-    return any(checked != "planned" for checked in rule.versions.values())
 
 
 def _numbers(version: str) -> tuple[int, ...]:

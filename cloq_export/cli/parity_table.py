@@ -34,7 +34,8 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
                 ]
             table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
         console.print(table)
-    render_tasks(report["quality"]["tasks"], console)
+    entries = [(task, entry) for task, found in report["quality"]["tasks"].items() for entry in found]
+    render_tasks({f"{task}{_with(entry['adapter'])}": entry for task, entry in entries}, console)
     for row in report["greedy"]:
         _line(
             console,

@@ -28,7 +28,7 @@ from cloq_export.recipe import FIELDS
     "adapters",
     multiple=True,
     metavar="NAME=FOLDER|NAME|FOLDER",
-    help="Adapter to serve; can be repeated. Unless given, all that EXPORT has; the first one answers tasks.",
+    help="Adapter to serve; can be repeated. Unless given, all that EXPORT has.",
 )
 @click.option(
     "--tasks",

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import FormatError, RunDirectoryError
-from cloq_export.parity.runtime import Ended, ServedModel, TransformersModel
+from cloq_export.parity.decoding import Ended
+from cloq_export.parity.runtime import ServedModel, TransformersModel
 from cloq_export.run.atomic import write_json
 from cloq_export.run.safe_json import read_json
 
 # What an answer is read as where none can be read.
 INVALID = "[invalid]"
 
-# Questions that are asked together, and behind which what was answered is kept; an engine batches by itself.
-_CHUNK = 32
+# Questions that are asked together, and behind which what was answered is kept; an engine batches by itself. Many
+# prompts at a time cost a transformers model little more than few.
+_CHUNK = 128
 _CHUNK_OF_ENGINES = 256
 
 Advance = Callable[[int, int], None]

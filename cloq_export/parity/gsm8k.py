@@ -187,12 +187,15 @@ def problem_of(row: Mapping[str, Any], where: str) -> Problem:
 
 
 def choose_examples(problems: Sequence[Problem], count: int, number: int) -> list[Problem]:
-    """Return the worked examples that stand before a problem: drawn from the training problems, seeded.
+    """Return the worked examples that stand before a problem, the same ones that lm-evaluation-harness draws.
+
+    The harness draws for one problem after the other, from the first on, with one generator
+    (lm_eval/api/samplers.py: ContextSampler.sample; lm_eval/defaults.py: DEFAULT_OTHER_SEED).
 
     Args:
-        problems: the training problems.
+        problems: the training problems, in the order of the data set.
         count: how many.
-        number: of the problem that they stand before; the same number always gives the same examples.
+        number: of the problem that they stand before, counted from 0.
 
     Raises:
         DataError: there are fewer training problems than examples.
@@ -202,7 +205,9 @@ def choose_examples(problems: Sequence[Problem], count: int, number: int) -> lis
             f"{count} worked examples were asked for, and there are {len(problems)} training problems; choose fewer "
             "with --shots."
         )
-    return random.Random(_EXAMPLE_SEED * 100_003 + number).sample(list(problems), count)
+    draw = random.Random(_EXAMPLE_SEED)
+    places = [draw.sample(range(len(problems)), count) for _ in range(number + 1)]
+    return [problems[place] for place in places[-1]]
 
 
 def _harness_version() -> str:

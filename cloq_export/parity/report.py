@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from cloq_export.errors import RunDirectoryError
+from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.liveness import ZERO
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
 from cloq_export.parity.tasks import gate_key
@@ -72,8 +73,8 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
             _worst(row["mean"] for row in isolation["by_adapter"]) if isolation else None, own
         ),
     }
-    for task, entry in report["quality"]["tasks"].items():
-        metrics |= _task_metrics(task, entry)
+    for task, entries in report["quality"]["tasks"].items():
+        metrics |= _task_metrics(task, entries)
     return metrics
 
 
@@ -170,17 +171,24 @@ def _share(rows: Sequence[Mapping[str, Any]], key: str, weight: str) -> float | 
     return sum(row[key] * row[weight] for row in rows) / total
 
 
-def _task_metrics(task: str, entry: Mapping[str, Any]) -> dict[str, float | None]:
+def _task_metrics(task: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    figures = [_task_figures(entry) for entry in entries]
+    return {
+        f"{gate_key(task)}_{name}": _worst((row[name] for row in figures), least=gate.bound == "at least")
+        for name, gate in TASK_GATES.items()
+    }
+
+
+def _task_figures(entry: Mapping[str, Any]) -> dict[str, float | None]:
     models, pairs = entry["models"], entry["comparisons"]
     served, reference = models.get("served"), models.get("float")
     pair = next((pair for pair in pairs if (pair["first"], pair["second"]) == ("reference", "served")), None)
-    figures = {
+    return {
         "accuracy": None if served is None else served["accuracy"],
         "accuracy_drop": None if served is None or reference is None else reference["accuracy"] - served["accuracy"],
         "p_value": None if pair is None else pair["p_value"],
         "agreement": None if pair is None else pair["agreement"],
     }
-    return {f"{gate_key(task)}_{name}": value for name, value in figures.items()}
 
 
 def _difference_plot(report: Mapping[str, Any]) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,20 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from cloq_export.errors import NonFiniteError, ShapeError, UsageError
+from cloq_export.errors import ShapeError, UsageError
+from cloq_export.parity.decoding import Ended, continue_greedily, prompts_per_batch
 from cloq_export.runtimes.hf import dequantized_model, load
 
 # Logits that one forward pass may make: half a gigabyte in float32.
 _BATCH_LOGITS = 1 << 27
 # Rows of logits that are turned to float32 log-probabilities at a time.
 _LOGIT_ROWS = 256
-# Prompts that are continued together, and how many may have ended before their rows are taken out of the cache.
-_BATCH_PROMPTS = 32
-_ENDED_SHARE = 0.25
-# Steps between two questions whether a text has come to its end.
-_STOP_STEPS = 8
-
-Ended = Callable[[Sequence[int]], bool]
 
 
 class ServedModel(Protocol):
@@ -119,9 +112,11 @@ class TransformersModel:
         results: list[list[int]] = [[] for _ in token_ids]
         for adapter, rows in _grouped(token_ids, adapters, shortest=1):
             model = self.model(adapter)
-            for start in range(0, len(rows), _BATCH_PROMPTS):
-                batch = rows[start : start + _BATCH_PROMPTS]
-                continued = greedy_continuations(model, [token_ids[row] for row in batch], max_new_tokens, ended=ended)
+            # The longest stands last: rows are sorted.
+            size = prompts_per_batch(model, len(token_ids[rows[-1]]) + max_new_tokens)
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                continued = continue_greedily(model, [token_ids[row] for row in batch], max_new_tokens, ended=ended)
                 for row, ids in zip(batch, continued, strict=True):
                     results[row] = ids
         return results
@@ -238,78 +233,6 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
     with torch.no_grad():
         logits = model(input_ids=padded, use_cache=False).logits
     return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
-
-
-def greedy_continuations(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, ended: Ended | None = None
-) -> list[list[int]]:
-    """Return the most probable continuation of each prompt, computed together with a cache of keys and values.
-
-    Prompts are filled up in front, and masked there. Nothing but the largest logit decides: what a model's
-    generation_config.json says of sampling or penalties is not looked at, only its end-of-text tokens are.
-
-    Args:
-        model: a causal language model.
-        prompts: token ids, at least one each.
-        max_new_tokens: at most.
-        ended: tells from the new tokens that nothing more is wanted.
-
-    Returns:
-        list: token ids for each prompt, an end-of-text token last if the model gave one.
-
-    Raises:
-        NonFiniteError: the model gives NaN or Inf.
-    """
-    device, ends = _device_of(model), end_tokens(model)
-    accepted = inspect.signature(model.forward).parameters
-    longest = max(len(ids) for ids in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, longest - len(prompt) :] = 1
-    results: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # prompt of each row of the cache
-    open_rows = [True] * len(alive)
-    cache = None
-    with torch.no_grad():
-        for step in range(max_new_tokens):
-            options: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-            if "position_ids" in accepted:
-                options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            if "logits_to_keep" in accepted:
-                options["logits_to_keep"] = 1
-            output = model(input_ids=ids, **options)
-            logits, cache = output.logits[:, -1].to(torch.float32), output.past_key_values
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFiniteError("the model gives NaN or Inf while it generates; run it in float32.")
-            chosen = logits.argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                if open_rows[row]:
-                    text = results[alive[row]]
-                    text.append(token)
-                    asked = ended is not None and (step + 1) % _STOP_STEPS == 0
-                    open_rows[row] = not (token in ends or (asked and ended is not None and ended(text)))
-            if not any(open_rows):
-                break
-            if open_rows.count(False) >= _ENDED_SHARE * len(open_rows) and hasattr(cache, "batch_select_indices"):
-                kept = [row for row, still in enumerate(open_rows) if still]
-                index = torch.tensor(kept, device=device)
-                cache.batch_select_indices(index)
-                mask, chosen = mask[index], chosen[index]
-                alive, open_rows = [alive[row] for row in kept], [True] * len(kept)
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return results
-
-
-def end_tokens(model: Any) -> frozenset[int]:
-    """Return the token ids with which a transformers model ends a text."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset(found if isinstance(found, (list, tuple)) else [found])
-    return frozenset()
 
 
 class _RowsMixedError(Exception):

@@ -337,6 +337,8 @@ def _choose(
         layout=None if options.format in ALONE else options.format,
         device=options.device,
         ranks=[pair.rank for adapter in adapters for pair in adapter.pairs.values()],
+        # Whoever exports has this package, and the notes say where else it is needed.
+        plugin=True,
     )
     session.notes.extend(decision.notes)
     return (options.format if options.format in ALONE else decision.layout), decision
@@ -613,7 +615,7 @@ def _engines(format: str, layers: LayerSource, adapters: Sequence[_Prepared]) ->
             }
         )
     for entry in targets.load_snippets(
-        format, layers.specs, shapes=layers.shapes, ranks=ranks, folder=_PLACEHOLDER, adapter=inside
+        format, layers.specs, shapes=layers.shapes, ranks=ranks, plugin=True, folder=_PLACEHOLDER, adapter=inside
     ):
         needs = f"; needs {entry['needs']}" if entry["needs"] else ""
         kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}

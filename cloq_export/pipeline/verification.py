@@ -25,6 +25,7 @@ from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity import liveness
 from cloq_export.parity.answers import Answers
+from cloq_export.parity.decoding import end_tokens
 from cloq_export.parity.gate import default_limits, explain_miss, float32_limit, judge, merged_limits, read_gate_file
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
@@ -34,7 +35,6 @@ from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_met
 from cloq_export.parity.runtime import (
     ReferenceModel,
     ServedModel,
-    end_tokens,
     float_model,
     packed_model,
     reference_model,
@@ -289,7 +289,8 @@ class _Verification:
         self.liveness: list[dict[str, Any]] = []
         self.isolation: dict[str, Any] | None = None
         self.tasks: dict[str, tuple[Task, Questions]] = {}
-        self.answers: dict[str, dict[str, Answers]] = {}
+        # Task -> (float, reference or served; adapter) -> answers.
+        self.answers: dict[str, dict[tuple[str, str | None], Answers]] = {}
         self.noise_floor: dict[str, Any] | None = None
         self._phases: list[str] = []
         self._since = 0.0
@@ -404,7 +405,7 @@ class _Verification:
             self._add_perplexity("reference", adapter, logprobs)
             mine = self._prompts_of(number)
             self.expected[adapter] = reference.generate(mine, [adapter] * len(mine), self.options.new_tokens)
-        self._answer("reference", reference, plan.subjects[0])
+            self._answer("reference", reference, adapter)
         for adapter, read in self.shown_live.items():
             self.session.say(f"leave out each of {len(read.pairs)} modules of {adapter} in turn")
             with self._phase("liveness"):
@@ -432,8 +433,8 @@ class _Verification:
             for number, adapter in enumerate(plan.subjects):
                 self._serve_text(served, adapter)
                 self._serve_greedy(served, reference, adapter, number)
-            with self._attempt("tasks, served"):
-                self._answer("served", served, plan.subjects[0])
+                with self._attempt(f"tasks, {adapter or 'base'}"):
+                    self._answer("served", served, adapter)
             if plan.adapters:
                 with self._attempt("isolation"), self._phase("isolation"):
                     self.isolation = measure_isolation(served, self.isolated, list(plan.adapters))
@@ -587,16 +588,23 @@ class _Verification:
             self.perplexity.append({"model": model, "adapter": adapter, **entry})
 
     def _answer(self, name: str, model: ServedModel, adapter: str | None) -> None:
+        of = f" with {adapter}" if adapter else ""
         for task_name, (task, questions) in self.tasks.items():
-            with self._phase(task_name), self.session.progress(f"{task_name}, {name}") as advance:
+            with self._phase(task_name), self.session.progress(f"{task_name}, {name}{of}") as advance:
                 answers = task.ask(model, self.tokenizer, questions, adapter, advance=advance)
-            self.answers[task_name][name] = answers
+            self.answers[task_name][name, adapter] = answers
 
     def _task_entries(self) -> dict[str, Any]:
-        return {
-            name: task_entry(task, questions, self.answers[name], self.plan.subjects[0])
-            for name, (task, questions) in self.tasks.items()
-        }
+        """Return task -> an entry for each adapter, in which the float model stands too."""
+        entries: dict[str, Any] = {}
+        for name, (task, questions) in self.tasks.items():
+            given = self.answers[name]
+            entries[name] = [
+                task_entry(task, questions, {model: each for (model, of), each in given.items() if of in own}, adapter)
+                for adapter in self.plan.subjects
+                for own in [(None, adapter)]
+            ]
+        return entries
 
     def _report(
         self, certificate: Mapping[str, Any], source: Mapping[str, str], text: Mapping[str, str]

@@ -222,20 +222,14 @@ class VllmModel:
     """An engine with one base and its adapters, loaded and ready.
 
     Args:
-        export: an export, a checkpoint folder, or a run directory.
-        adapters: name -> adapter folder.
-        dtype: of the activations: "float32", "float16" or "bfloat16".
-        enforce_eager: leave torch.compile out.
+        export: as in `load`.
+        adapters: as in `load`.
         python: the interpreter of the engine's environment; None is this one.
-        max_model_len: longest prompt with its answer; None takes the model's own length, or what the memory holds.
-        max_loras: adapters in one batch; None takes all.
         kv_cache_gib: memory for keys and values on the CPU.
         threads: threads on the CPU; None leaves it to vLLM.
         plugin: False leaves this package's plugin out, to see what vLLM does by itself.
-        own_process: run vLLM's engine core in a process below the child, as its server does.
-        force: take adapters of another base.
         timeout: seconds after which a start or an answer is given up.
-        options: more keyword arguments of vLLM's `LLM`.
+        how: more keyword arguments of `load`.
 
     Raises:
         UsageError: an option is not allowed.
@@ -249,49 +243,23 @@ class VllmModel:
         export: Path,
         adapters: Mapping[str, Path],
         *,
-        dtype: str = "float32",
-        enforce_eager: bool = True,
         python: str | os.PathLike[str] | None = None,
-        max_model_len: int | None = None,
-        max_loras: int | None = None,
         kv_cache_gib: int = 1,
         threads: int | None = None,
         plugin: bool = True,
-        own_process: bool = False,
-        force: bool = False,
         timeout: float = 900,
-        options: Mapping[str, Any] | None = None,
+        **how: Any,
     ) -> None:
-        checkpoint = Checkpoint.open(export)
-        self.adapters = {name: Path(folder) for name, folder in adapters.items()}
-        self._timeout = timeout
+        self._timeout, self._kv_cache_gib, self._plugin = timeout, kv_cache_gib, plugin
         self._lock = threading.Lock()
-        chosen = engine_options(
-            checkpoint,
-            self.adapters,
-            dtype=dtype,
-            kv_cache_gib=kv_cache_gib,
-            max_model_len=max_model_len,
-            max_loras=max_loras,
-            force=force,
-        )
-        if not plugin:
-            chosen.pop("quantization", None)
-        chosen |= {
-            "enforce_eager": enforce_eager,
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-            **(options or {}),
-        }
+        # Files and options first: they cost nothing beside a start.
+        request = self._loading(export, adapters, **how)
         variables = engine_environment(kv_cache_gib, threads=threads) | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
         if not plugin:
             variables["VLLM_PLUGINS"] = "none-of-them"
-        if force:
-            variables[adapter_rules.POLICY_VARIABLE] = adapter_rules.ServingPolicy("", "", force=True).to_text()
         asked, asking = os.pipe()
         answering, answered = os.pipe()
         command = [str(python or sys.executable), "-m", __name__, str(asked), str(answered)]
@@ -305,12 +273,74 @@ class VllmModel:
             os.close(asked)
             os.close(answered)
         self._asking, self._answering = os.fdopen(asking, "w"), os.fdopen(answering)
+        self._load(request)
+
+    def load(self, export: Path, adapters: Mapping[str, Path], **how: Any) -> None:
+        """Serve other files with the same process, in the place of those before; that spares the start.
+
+        Args:
+            export: an export, a checkpoint folder, or a run directory.
+            adapters: name -> adapter folder.
+            how: keyword arguments: "dtype" of the activations ("float32", "float16" or "bfloat16"); "enforce_eager",
+                False compiles the model; "max_model_len", the longest prompt with its answer, None takes the model's
+                own length or what the memory holds; "max_loras", adapters in one batch, None takes all; "force" takes
+                adapters of another base; "options", more keyword arguments of vLLM's `LLM`.
+
+        Raises:
+            CloqError: as the class.
+        """
+        self._load(self._loading(export, adapters, **how))
+
+    def _load(self, request: Mapping[str, Any]) -> None:
         try:
-            numbered = {name: [number, str(self.adapters[name])] for number, name in enumerate(self.adapters, 1)}
-            self._ask({"options": chosen, "adapters": numbered}, "start")
+            self._ask(request, "start")
         except BaseException:
             self.close()
             raise
+
+    def _loading(
+        self,
+        export: Path,
+        adapters: Mapping[str, Path],
+        *,
+        dtype: str = "float32",
+        enforce_eager: bool = True,
+        max_model_len: int | None = None,
+        max_loras: int | None = None,
+        force: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the request that makes the engine load these files, after checking them."""
+        folders = {name: Path(folder) for name, folder in adapters.items()}
+        chosen = engine_options(
+            Checkpoint.open(export),
+            folders,
+            dtype=dtype,
+            kv_cache_gib=self._kv_cache_gib,
+            max_model_len=max_model_len,
+            max_loras=max_loras,
+            force=force,
+        )
+        if not self._plugin:
+            chosen.pop("quantization", None)
+        chosen |= {
+            "enforce_eager": enforce_eager,
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            **(options or {}),
+        }
+        self.adapters = folders
+        return {
+            "options": chosen,
+            "adapters": {name: [number, str(folders[name])] for number, name in enumerate(folders, 1)},
+            "force": force,
+        }
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether the engine's process runs."""
+        return self._process.exit_code is None
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
         """Return the log-probability of every token given those before it, for all sequences in one batch.
@@ -429,21 +459,30 @@ def check_requests(
 
 
 def _serve(asked: IO[str], answered: IO[str]) -> None:
-    """Answer the lines of a `VllmModel`; the first one says what to load."""
-    first = json.loads(asked.readline())
+    """Answer the lines of a `VllmModel`; the first one says what to load, and a later one may say it again."""
     try:
         from vllm import LLM
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
         from vllm.exceptions import VLLMClientError
         from vllm.lora.request import LoRARequest
-
-        engine = LLM(**first["options"])
     except ImportError as error:
         _answer(answered, {"error": f"vLLM cannot be imported by {sys.executable} ({error}); install it there"})
         return
-    lora = {name: LoRARequest(name, number, folder) for name, (number, folder) in first["adapters"].items()}
-    _answer(answered, {"result": "ready"})
+    engine: Any = None
+    lora: dict[str, Any] = {}
     for line in asked:
         request = json.loads(line)
+        if "options" in request:
+            if engine is not None:
+                engine = None
+                cleanup_dist_env_and_memory()
+            os.environ.pop(adapter_rules.POLICY_VARIABLE, None)
+            if request["force"]:
+                os.environ[adapter_rules.POLICY_VARIABLE] = adapter_rules.ServingPolicy("", "", force=True).to_text()
+            engine = LLM(**request["options"])
+            lora = {name: LoRARequest(name, number, folder) for name, (number, folder) in request["adapters"].items()}
+            _answer(answered, {"result": "ready"})
+            continue
         try:
             _answer(answered, {"result": _compute(engine, lora, request)})
         except VLLMClientError as error:  # the request's fault; anything else ends the engine

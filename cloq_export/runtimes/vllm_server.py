@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -252,23 +252,22 @@ def plan_server(
         kv_cache_gib=kv_cache_gib,
         max_model_len=max_model_len,
         max_lora_rank=max_lora_rank,
-        # The default adapter is loaded under two names.
-        max_loras=max_loras or min(len(adapters) + 1, 8),
+        max_loras=max_loras or max(1, min(len(adapters), 8)),
         force=force,
     )
     # Adapters that are loaded while it serves find a place beside those of the start.
-    options["max_cpu_loras"] = max(options["max_loras"], len(adapters) + 1, 32)
+    options["max_cpu_loras"] = max(options["max_loras"], len(adapters), 32)
     options |= {"served_model_name": base_name, "host": host, "port": _take_port(host, port)}
     command = [str(python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(options)]
-    if chosen is not None:
-        named = {own: adapters[chosen], **adapters}
+    if adapters:
+        # The default adapter gets the model's own name in the server itself (vllm_plugin/guard.py).
         command += [
             "--lora-modules",
-            *(json.dumps({"name": key, "path": str(Path(folder).resolve())}) for key, folder in named.items()),
+            *(json.dumps({"name": key, "path": str(Path(folder).resolve())}) for key, folder in adapters.items()),
         ]
     environment = engine_environment(kv_cache_gib, threads=threads) | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        POLICY_VARIABLE: ServingPolicy(own, base_name, force).to_text(),
+        POLICY_VARIABLE: ServingPolicy(own, base_name, chosen, force).to_text(),
     }
     return ServerPlan(
         (*command, *extra),
@@ -325,91 +324,34 @@ def _take_port(host: str, port: int) -> int:
         ) from error
 
 
-class VllmServer:
-    """A running server, and a client for it that can be used from several threads.
+class ServerClient:
+    """A client for a server that `cloq serve` started, which can be used from several threads.
 
     Args:
-        plan: from `plan_server`.
-        timeout: seconds after which a start or an answer is given up.
+        url: its address without a path.
+        base_name: the name of the base without an adapter.
+        adapters: names of the adapters that it serves.
+        timeout: seconds after which an answer is given up.
         clients: requests that are under way at a time.
-        echo: where the server's lines go once it is ready; None keeps them silent.
-        early_echo: where they go before.
-
-    Raises:
-        EngineError: the server did not start; its last lines are shown.
     """
 
     def __init__(
-        self,
-        plan: ServerPlan,
-        *,
-        timeout: float = 900,
-        clients: int = 8,
-        echo: IO[str] | None = None,
-        early_echo: IO[str] | None = None,
+        self, url: str, base_name: str, adapters: Iterable[str], *, timeout: float = 900, clients: int = 8
     ) -> None:
-        self.plan = plan
-        self._timeout = timeout
-        self._clients = clients
-        self._names = dict.fromkeys(plan.adapters)
+        self.url, self.base_name = url, base_name
+        self._timeout, self._clients = timeout, clients
+        self._names = dict.fromkeys(adapters)
         # Requests stay on this machine whatever proxy the environment names.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        # Its other end closes with this program, even if that is killed; then the server ends too.
-        held, self._lifeline = os.pipe()
-        try:
-            environment = {**plan.environment, LIFELINE_VARIABLE: str(held)}
-            self._process = EngineProcess(plan.command, environment, pass_fds=(held,), echo=early_echo)
-        except BaseException:
-            os.close(self._lifeline)
-            raise
-        finally:
-            os.close(held)
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.close()
-            raise
-        self._process.echo = echo
 
-    @classmethod
-    def start(cls, export: Path, adapters: Mapping[str, Path], *, timeout: float = 900, **options: Any) -> VllmServer:
-        """Start a server on a free port of this machine.
-
-        Args:
-            export: an export, a checkpoint folder, or a run directory.
-            adapters: name -> adapter folder.
-            timeout: as for the class.
-            options: of `plan_server`.
-
-        Returns:
-            VllmServer: ready.
-
-        Raises:
-            CloqError: as `plan_server` and the class.
-        """
-        options = {"port": 0, "default": next(iter(adapters), None), **options}
-        return cls(plan_server(export, adapters, **options), timeout=timeout)
-
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + self._timeout
-        while True:
-            if self._process.exit_code is not None:
-                raise EngineError(
-                    f"the vLLM server did not start (exit code {self._process.exit_code}); its last lines:\n"
-                    f"{self._process.last_lines()}"
-                )
-            with (
-                contextlib.suppress(OSError, http.client.HTTPException),
-                self._opener.open(f"{self.plan.url}/health", timeout=5) as answer,
-            ):
-                if answer.status == 200:
-                    return
-            if time.monotonic() > end:
-                raise EngineError(
-                    f"the vLLM server was not ready within {self._timeout:g} seconds and was stopped; its last lines:\n"
-                    f"{self._process.last_lines()}"
-                )
-            time.sleep(0.5)
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            self._opener.open(f"{self.url}/health", timeout=5) as answer,
+        ):
+            return bool(answer.status == 200)
+        return False
 
     def models(self) -> list[str]:
         """Return the names that requests can ask for, the default first."""
@@ -470,7 +412,7 @@ class VllmServer:
         Raises:
             EngineError: the server died or refused.
         """
-        model = self.plan.base_name if adapter is None else adapter
+        model = self.base_name if adapter is None else adapter
         answer = self._post("/v1/completions", {"model": model, "prompt": prompt, "temperature": 0.0, **options})
         choice: dict[str, Any] = answer["choices"][0]
         return choice
@@ -492,6 +434,120 @@ class VllmServer:
         """
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
         self._names.pop(name, None)
+
+    def _each(self, ask: Any, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Any]:
+        requests = check_requests(token_ids, adapters, self._names)
+        with concurrent.futures.ThreadPoolExecutor(self._clients) as pool:
+            return list(pool.map(lambda request: ask(*request), requests))
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._send(urllib.request.Request(f"{self.url}{path}"))
+
+    def _post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            data=json.dumps(content).encode(),
+            headers={"Content-Type": "application/json"},
+            method="POST",
+        )
+        return self._send(request)
+
+    def _send(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with self._opener.open(request, timeout=self._timeout) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as error:
+            raise EngineError(f"the server refused ({error.code}): {_refusal(error.read())}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(f"the server did not answer ({error}){self._state()}") from None
+        try:
+            parsed: dict[str, Any] = json.loads(content)
+        except ValueError:
+            return {}  # loading and unloading answer with a sentence
+        return parsed
+
+    def _state(self) -> str:
+        """Return what is known of a server that does not answer, to be put behind a message."""
+        return "; see whether it still runs."
+
+
+class VllmServer(ServerClient):
+    """A server of this program, and a client for it that can be used from several threads.
+
+    Args:
+        plan: from `plan_server`.
+        timeout: seconds after which a start or an answer is given up.
+        clients: requests that are under way at a time.
+        echo: where the server's lines go once it is ready; None keeps them silent.
+        early_echo: where they go before.
+
+    Raises:
+        EngineError: the server did not start; its last lines are shown.
+    """
+
+    def __init__(
+        self,
+        plan: ServerPlan,
+        *,
+        timeout: float = 900,
+        clients: int = 8,
+        echo: IO[str] | None = None,
+        early_echo: IO[str] | None = None,
+    ) -> None:
+        super().__init__(plan.url, plan.base_name, plan.adapters, timeout=timeout, clients=clients)
+        self.plan = plan
+        # Its other end closes with this program, even if that is killed; then the server ends too.
+        held, self._lifeline = os.pipe()
+        try:
+            environment = {**plan.environment, LIFELINE_VARIABLE: str(held)}
+            self._process = EngineProcess(plan.command, environment, pass_fds=(held,), echo=early_echo)
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(held)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+        self._process.echo = echo
+
+    @classmethod
+    def start(cls, export: Path, adapters: Mapping[str, Path], *, timeout: float = 900, **options: Any) -> VllmServer:
+        """Start a server on a free port of this machine.
+
+        Args:
+            export: an export, a checkpoint folder, or a run directory.
+            adapters: name -> adapter folder.
+            timeout: as for the class.
+            options: of `plan_server`.
+
+        Returns:
+            VllmServer: ready.
+
+        Raises:
+            CloqError: as `plan_server` and the class.
+        """
+        options = {"port": 0, "default": next(iter(adapters), None), **options}
+        return cls(plan_server(export, adapters, **options), timeout=timeout)
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + self._timeout
+        while True:
+            if self._process.exit_code is not None:
+                raise EngineError(
+                    f"the vLLM server did not start (exit code {self._process.exit_code}); its last lines:\n"
+                    f"{self._process.last_lines()}"
+                )
+            if self.is_ready():
+                return
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"the vLLM server was not ready within {self._timeout:g} seconds and was stopped; its last lines:\n"
+                    f"{self._process.last_lines()}"
+                )
+            time.sleep(0.5)
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Wait for the end of the server, and return how it ended, or None after so many seconds."""
@@ -516,39 +572,9 @@ class VllmServer:
         """Stop the server."""
         self.close()
 
-    def _each(self, ask: Any, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Any]:
-        requests = check_requests(token_ids, adapters, self._names)
-        with concurrent.futures.ThreadPoolExecutor(self._clients) as pool:
-            return list(pool.map(lambda request: ask(*request), requests))
-
-    def _get(self, path: str) -> dict[str, Any]:
-        return self._send(urllib.request.Request(f"{self.plan.url}{path}"))
-
-    def _post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"{self.plan.url}{path}",
-            data=json.dumps(content).encode(),
-            headers={"Content-Type": "application/json"},
-            method="POST",
-        )
-        return self._send(request)
-
-    def _send(self, request: urllib.request.Request) -> dict[str, Any]:
-        try:
-            with self._opener.open(request, timeout=self._timeout) as answer:
-                content = answer.read()
-        except urllib.error.HTTPError as error:
-            raise EngineError(f"the server refused ({error.code}): {_refusal(error.read())}") from None
-        except (OSError, http.client.HTTPException) as error:
-            state = "runs" if self._process.exit_code is None else f"ended with exit code {self._process.exit_code}"
-            raise EngineError(
-                f"the server did not answer ({error}) and {state}; its last lines:\n{self._process.last_lines()}"
-            ) from None
-        try:
-            parsed: dict[str, Any] = json.loads(content)
-        except ValueError:
-            return {}  # loading and unloading answer with a sentence
-        return parsed
+    def _state(self) -> str:
+        state = "runs" if self._process.exit_code is None else f"ended with exit code {self._process.exit_code}"
+        return f" and {state}; its last lines:\n{self._process.last_lines()}"
 
 
 def _refusal(content: bytes) -> str:

@@ -50,11 +50,11 @@ def test_every_rule_is_complete() -> None:
         assert rule.kernel
         assert rule.versions
         assert set(rule.versions) <= set(engine.versions)
-        assert set(rule.versions.values()) <= {"run", "read", "planned"}
+        assert set(rule.versions.values()) <= {"run", "read"}
         assert set(rule.layouts) <= set(engine.layouts)
         assert set(rule.devices) <= set(targets.DEVICES)
         assert rule.provider in ("stock", "cloq_plugin")
-        assert rule.own_grids in ("all", "unfused", "none")
+        assert rule.own_grids in ("parts", "all", "unfused", "none")
         assert set(rule.bits or ()) <= {2, 3, 4, 8}
         assert rule.symmetric
         assert all(type(value) is bool for value in rule.symmetric)
@@ -82,10 +82,6 @@ def test_nothing_on_cuda_is_claimed_to_have_run() -> None:
 def test_page_is_in_sync() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert table_markdown() in page, "render it again: python -m cloq_export.formats.targets --into docs/targets.md"
-
-
-def test_page_leaves_out_what_is_planned() -> None:
-    assert "planned" not in table_markdown()
 
 
 def test_render_into_page(tmp_path: Path) -> None:
@@ -355,6 +351,16 @@ def test_plugin_counts_only_where_it_is() -> None:
         assert decision.devices == ("cpu", "cuda")
         assert {rule.provider for rule in decision.rules} == {"cloq_plugin"}
         assert "needs cloq-export installed in the same environment as vLLM" in " ".join(decision.notes)
+
+
+def test_parts_of_a_fused_layer_may_differ_for_the_plugin() -> None:
+    mixed = make_specs(bits=2) | {name: QuantSpec(4, 64) for name in SHAPES if name.endswith("q_proj")}
+    assert ask("vllm==0.32", mixed, plugin=True).layout == "gptq_v2"
+    with pytest.raises(UsageError, match="as one layer with one grid"):
+        ask("vllm==0.32", mixed)
+    partly = {name: spec for name, spec in make_specs(bits=2).items() if not name.endswith("q_proj")}
+    with pytest.raises(UsageError, match=r"as one layer with one grid, and .* float"):
+        ask("vllm==0.32", partly, plugin=True)
 
 
 def test_stock_comes_before_the_plugin() -> None:

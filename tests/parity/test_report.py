@@ -103,19 +103,23 @@ def report() -> dict[str, Any]:
                 *(perplexity("served", name, value) for name, value in zip(names, (1.2, 1.5), strict=True)),
             ],
             "tasks": {
-                "gsm8k": {
-                    "questions": 2,
-                    "questions_sha256": "00",
-                    "shots": 0,
-                    "max_new_tokens": 256,
-                    "version": "3.0",
-                    "definition": "lm_eval",
-                    "origin": "file",
-                    "adapter": "good",
-                    "other_rule": "strict",
-                    "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
-                    "comparisons": [pair],
-                }
+                "gsm8k": [
+                    {
+                        "questions": 2,
+                        "questions_sha256": "00",
+                        "shots": 0,
+                        "max_new_tokens": 256,
+                        "version": "3.0",
+                        "definition": "lm_eval",
+                        "origin": "file",
+                        "adapter": "good",
+                        "other_rule": "strict",
+                        "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
+                        "comparisons": [pair],
+                    }
+                    | other
+                    for other in ({}, {"adapter": HOSTILE, "models": dict.fromkeys(["float", "served"], answers)})
+                ]
             },
         },
         "greedy": [

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cloq_export.errors import NonFiniteError, UsageError
-from cloq_export.parity import runtime
-from cloq_export.parity.runtime import TransformersModel, end_tokens, float_model
+from cloq_export.parity import decoding, runtime
+from cloq_export.parity.decoding import end_tokens, prompts_per_batch
+from cloq_export.parity.runtime import TransformersModel, float_model
 
 FAMILIES = ("llama", "gemma2", "opt")
 
@@ -55,7 +56,8 @@ def test_logprobs_are_those_of_each_sequence_alone(
 def test_greedy_continuations_are_those_of_each_prompt_alone(
     tiny_model: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_BATCH_PROMPTS", 4)
+    monkeypatch.setattr(decoding, "_BATCH_PROMPTS", 4)
+    monkeypatch.setattr(decoding, "_ROOM", 3)  # the cache is enlarged on the way
     model, ids = tiny_model(family), sequences((9, 1, 17, 5, 12, 3, 8))
     # An end that most texts of these models come to, at different times, so that rows leave the cache.
     wanted = [slow_greedy(model, prompt, 12) for prompt in ids]
@@ -64,6 +66,28 @@ def test_greedy_continuations_are_those_of_each_prompt_alone(
     wanted = [slow_greedy(model, prompt, 12) for prompt in ids]
     assert len({len(text) for text in wanted}) > 1
     assert float_model(model).generate(ids, [None] * len(ids), 12) == wanted
+
+
+def test_a_model_is_left_as_it_was(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model("llama"), sequences((6, 3))
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        assert float_model(model).generate(ids, [None] * 2, 4) == [slow_greedy(model, prompt, 4) for prompt in ids]
+        assert model.config._attn_implementation == attention
+
+
+def test_prompts_are_continued_together_as_far_as_memory_allows(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    assert prompts_per_batch(model, 10) == 128
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * 4
+    monkeypatch.setattr(decoding, "_CACHE_BYTES", 5 * 10 * token + 1)
+    assert prompts_per_batch(model, 10) == 5
+    assert prompts_per_batch(model, 1000) == 1
 
 
 def test_sampling_settings_of_a_model_are_not_looked_at(

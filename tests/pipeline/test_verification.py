@@ -262,9 +262,12 @@ def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOpti
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = dataclasses.replace(options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), problems=4)
     report = verify(exported, asked, console=silent)
-    entry = report["quality"]["tasks"]["gsm8k"]
-    assert entry["questions"] == 4
-    assert list(entry["models"]) == ["float", "reference", "served"]
+    entries = report["quality"]["tasks"]["gsm8k"]
+    assert [entry["adapter"] for entry in entries] == [each["name"] for each in report["adapters"]]
+    for entry in entries:
+        assert entry["questions"] == 4
+        assert list(entry["models"]) == ["float", "reference", "served"]
+    jsonschema.validate(report, schema())
     assert report["metrics"]["gsm8k_agreement"] == 1
     assert report["metrics"]["gsm8k_p_value"] == 1
     assert report["passed"]

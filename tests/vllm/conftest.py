@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.vllm_engine import SAFE_PATH
+from cloq_export.runtimes.vllm_engine import SAFE_PATH, VllmModel
 from cloq_export.runtimes.vllm_server import engine_facts
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(93))]
 PROBES = pathlib.Path(__file__).parent / "probes"
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 # Where vLLM lives in an environment of its own.
 PYTHON_VARIABLE = "CLOQ_EXPORT_TEST_ENGINE_PYTHON"
 
@@ -45,10 +47,21 @@ class Export:
     ) -> torch.Tensor:
         """Return what the packed transformers runtime gives, the reference of every engine."""
         folder = self.adapters[adapter] if isinstance(adapter, str) else adapter
-        model = cloq_export.load(self.folder, folder, dtype=dtype)
+        model = _reference(self.folder, folder, dtype)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([list(token_ids)])).logits[0].to(torch.float32)
         return torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests import the scripts whose short forms they are."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@functools.lru_cache(maxsize=64)
+def _reference(folder: pathlib.Path, adapter: pathlib.Path | None, dtype: torch.dtype) -> Any:
+    return cloq_export.load(folder, adapter, dtype=dtype)
 
 
 def _rounded(weight: torch.Tensor, spec: QuantSpec, lowest_zero: int) -> QuantizedLayer:
@@ -145,6 +158,18 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
 
 
 @pytest.fixture(scope="session")
+def write_float_model() -> Callable[[pathlib.Path], pathlib.Path]:
+    """Return a function that writes the model of the exports, as it was before it was rounded."""
+
+    def write(folder: pathlib.Path) -> pathlib.Path:
+        _random_model().save_pretrained(folder)
+        _write_tokenizer(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def write_pairs() -> Callable[..., pathlib.Path]:
     return _write_pairs
 
@@ -156,14 +181,58 @@ def export(write_export: Callable[..., Export]) -> Export:
 
 
 @pytest.fixture(scope="session")
-def engine_python() -> str:
+def device(request: pytest.FixtureRequest) -> str:
+    """Return what the engines compute on, "cpu" or "cuda"."""
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def engine_python(device: str) -> str:
     """Return the interpreter whose vLLM is tested: this one, or the one that the environment names."""
     python = os.environ.get(PYTHON_VARIABLE, sys.executable)
     try:
-        engine_facts(python)
+        facts = engine_facts(python)
     except CloqError as error:
         pytest.fail(f"these tests need vLLM ({error}); or set {PYTHON_VARIABLE} to an interpreter that has it")
+    if device == "cuda" and not pathlib.Path("/dev/nvidiactl").exists():
+        pytest.skip("there is no NVIDIA GPU")
+    if facts.cuda != (device == "cuda"):
+        pytest.fail(f"the vLLM of {python} computes on {'cuda' if facts.cuda else 'cpu'}; choose it with --device")
     return python
+
+
+@pytest.fixture
+def only_on_cpu(device: str) -> None:
+    """Skip a test of code that vLLM, or this package, has for the CPU alone."""
+    if device == "cuda":
+        pytest.skip("this is about computing on the CPU")
+
+
+Loader = Callable[..., VllmModel]
+
+
+@pytest.fixture(scope="session")
+def load_engine(engine_python: str, device: str) -> Iterator[Loader]:
+    """Return a function from an export, adapters and options to an engine that serves them until the next call.
+
+    A start takes longer than most tests, so all share one process, and another one without this package's plugin.
+    """
+    running: dict[bool, VllmModel] = {}
+
+    def load(export: pathlib.Path, adapters: Mapping[str, pathlib.Path], *, plugin: bool = True, **how: Any) -> Any:
+        how.setdefault("dtype", "float32" if device == "cpu" else "float16")
+        if device == "cuda":
+            how["options"] = {"gpu_memory_utilization": 0.2} | how.get("options", {})
+        if plugin in running and running[plugin].is_running:  # a test may have meant to end it
+            running[plugin].load(export, adapters, **how)
+            return running[plugin]
+        options = {"python": engine_python, "threads": 1, "kv_cache_gib": 1, "timeout": 600}
+        running[plugin] = VllmModel(export, adapters, plugin=plugin, **options, **how)
+        return running[plugin]
+
+    yield load
+    for model in running.values():
+        model.close()
 
 
 @pytest.fixture(scope="session")

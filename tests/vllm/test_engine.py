@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -48,89 +48,126 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def furthest(model: Any, export: Any, *, dtype: torch.dtype = torch.float32) -> float:
-    """Return the largest difference from the reference, over a mixed batch."""
-    served = model.prompt_logprobs(SEQUENCES, ADAPTERS)
-    references = [export.logprobs(ids, name, dtype) for ids, name in zip(SEQUENCES, ADAPTERS, strict=True)]
-    assert [len(scores) for scores in served] == [len(ids) - 1 for ids in SEQUENCES]
-    return max(float((one - other).abs().max()) for one, other in zip(served, references, strict=True) if len(other))
+def references(export: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [export.logprobs(ids, name, dtype) for ids, name in zip(SEQUENCES, ADAPTERS, strict=True)]
+
+
+def furthest(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference over a batch."""
+    assert [len(scores) for scores in measured] == [len(ids) - 1 for ids in SEQUENCES]
+    return max(float((one - other).abs().max()) for one, other in zip(measured, expected, strict=True) if len(other))
+
+
+def allowed(export: Any, dtype: str) -> float:
+    """Return how far an engine may be from the float32 reference."""
+    if dtype == "float32":
+        return 1e-4
+    # As far as the transformers runtime is in that dtype, give or take the engine's own rounding.
+    return 4 * furthest(references(export, getattr(torch, dtype)), references(export))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_served_equals_the_reference_and_mixed_equals_single(
-    write_export: Callable[..., Any], engine_python: str, case: str
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel], device: str, case: str
 ) -> None:
     export = write_export(**CASES[case])
-    with VllmModel(export.folder, export.adapters, python=engine_python, **SMALL) as model:
-        assert furthest(model, export) < 1e-4
-        mixed = model.prompt_logprobs(SEQUENCES, ADAPTERS)
-        answers = model.generate(SEQUENCES, ADAPTERS, 6)
-        for ids, name, scores, answer in zip(SEQUENCES, ADAPTERS, mixed, answers, strict=True):
-            alone = model.prompt_logprobs([ids], [name])[0]
-            assert torch.allclose(alone, scores, rtol=0, atol=1e-4)
-            assert model.generate([ids], [name], 6) == [answer]
-            assert 1 <= len(answer) <= 6
+    dtype = "float32" if device == "cpu" else "float16"
+    model = load_engine(export.folder, export.adapters)
+    mixed = model.prompt_logprobs(SEQUENCES, ADAPTERS)
+    assert furthest(mixed, references(export)) < allowed(export, dtype)
+    answers = model.generate(SEQUENCES, ADAPTERS, 6)
+    alone = [model.prompt_logprobs([ids], [name])[0] for ids, name in zip(SEQUENCES, ADAPTERS, strict=True)]
+    assert furthest(mixed, alone) < allowed(export, dtype)
+    for ids, name, answer in zip(SEQUENCES, ADAPTERS, answers, strict=True):
+        assert 1 <= len(answer) <= 6
+        # Half precision may turn a near-tie around.
+        assert device == "cuda" or model.generate([ids], [name], 6) == [answer]
 
 
-def test_one_adapter_at_a_time_in_processes_of_their_own(export: Any, engine_python: str) -> None:
-    with VllmModel(
-        export.folder, export.adapters, python=engine_python, max_loras=1, own_process=True, **SMALL
-    ) as model:
-        assert furthest(model, export) < 1e-4
+def test_one_adapter_at_a_time(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters, max_loras=1)
+    together = model.prompt_logprobs(SEQUENCES, ADAPTERS)
+    assert furthest(together, references(export)) < 1e-4
 
 
-def test_compiled(export: Any, engine_python: str) -> None:
+@pytest.mark.usefixtures("only_on_cpu")
+def test_compiled(export: Any, load_engine: Callable[..., VllmModel]) -> None:
     # vLLM itself turns compilation off on a CPU as soon as there are adapters.
-    with VllmModel(export.folder, {}, python=engine_python, enforce_eager=False, **SMALL) as model:
-        scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
+    model = load_engine(export.folder, {}, enforce_eager=False)
+    scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
     assert float((scores - export.logprobs(SEQUENCES[0], None)).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["gptq_v2", "compressed_tensors"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(write_export: Callable[..., Any], engine_python: str, dtype: str, layout: str) -> None:
+def test_half_precision(
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel], device: str, dtype: str, layout: str
+) -> None:
+    if (device, dtype, layout) == ("cuda", "bfloat16", "gptq_v2"):
+        pytest.skip("the plugin refuses bfloat16 on CUDA, where scales would be rounded")
     export = write_export(QuantSpec(bits=3, group_size=32), layout=LAYOUTS[layout])
-    with VllmModel(export.folder, export.adapters, dtype=dtype, python=engine_python, **SMALL) as model:
-        served = furthest(model, export)
-    # As far from the float32 reference as the transformers runtime is in that dtype, give or take its own rounding.
-    half = max(
-        float((export.logprobs(ids, name, getattr(torch, dtype)) - export.logprobs(ids, name)).abs().max())
-        for ids, name in zip(SEQUENCES, ADAPTERS, strict=True)
-        if len(ids) > 1
-    )
-    assert served < 4 * half
+    model = load_engine(export.folder, export.adapters, dtype=dtype)
+    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, dtype)
 
 
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [("compressed_tensors", QuantSpec(4, 32)), ("gptq", QuantSpec(4, 32, symmetric=True))],
+)
+def test_stock_vllm_reads_the_same_integers(
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel], layout: str, spec: QuantSpec
+) -> None:
+    """Without the plugin: 4-bit codes with zeros, and symmetric GPTQ."""
+    written = write_export(spec, layout=LAYOUTS[layout], dtype=torch.float16)
+    model = load_engine(written.folder, {}, plugin=False, dtype="float16")
+    scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
+    # Zeros off by one, or codes in another order, move these by several units; float16 arithmetic by hundredths.
+    difference = (scores - written.logprobs(SEQUENCES[0], None)).abs().max()
+    assert difference < 0.05, difference
+
+
+@pytest.mark.usefixtures("only_on_cpu")
 def test_what_vllm_reads_is_left_to_vllm_and_its_fault_is_mended(
-    write_export: Callable[..., Any], engine_python: str
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel], engine_python: str
 ) -> None:
     """vLLM 0.32 alone gives requests without an adapter the last one when the batch has both."""
     export = write_export(QuantSpec(bits=4, group_size=32, symmetric=True))
-    options = {"dtype": "float16", "python": engine_python, **SMALL}
     ids = SEQUENCES[0]
     found = {}
     for plugin in (False, True):
-        with VllmModel(export.folder, export.adapters, plugin=plugin, **options) as model:
-            alone = model.prompt_logprobs([ids], [None])[0]
-            mixed = model.prompt_logprobs([ids, ids, ids], [None, "one", "two"])[0]
-            found[plugin] = (alone, float((alone - mixed).abs().max()))
+        model = load_engine(export.folder, export.adapters, plugin=plugin, dtype="float16")
+        alone = model.prompt_logprobs([ids], [None])[0]
+        mixed = model.prompt_logprobs([ids, ids, ids], [None, "one", "two"])[0]
+        found[plugin] = (alone, float((alone - mixed).abs().max()))
     assert torch.equal(found[True][0], found[False][0])
     assert found[True][1] < 1e-2
     version = engine_facts(engine_python).version
     assert (found[False][1] > 0.1) == version.startswith("0.32."), found[False][1]
 
 
-def test_prompt_logprobs_with_an_adapted_head(write_export: Callable[..., Any], engine_python: str) -> None:
+@pytest.mark.usefixtures("only_on_cpu")
+def test_prompt_logprobs_with_an_adapted_head(
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel]
+) -> None:
     """vLLM alone dies of a batch of them unless it is told which modules are adapted."""
     export = write_export(QuantSpec(bits=4, group_size=32, symmetric=True))
-    options = {"dtype": "float16", "python": engine_python, "options": {"lora_target_modules": None}, **SMALL}
-    with (
-        VllmModel(export.folder, export.adapters, plugin=False, **options) as model,
-        pytest.raises(EngineError, match="ended without an answer"),
-    ):
+    how: dict[str, Any] = {"dtype": "float16", "options": {"lora_target_modules": None}}
+    model = load_engine(export.folder, export.adapters, plugin=False, **how)
+    with pytest.raises(EngineError, match="ended without an answer"):
         model.prompt_logprobs([SEQUENCES[0], SEQUENCES[1]], ["one", "two"])
-    with VllmModel(export.folder, export.adapters, **options) as model:
-        assert furthest(model, export) < 0.1
+    model = load_engine(export.folder, export.adapters, **how)
+    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < 0.1
+
+
+def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters, max_model_len=32)
+    with pytest.raises(UsageError, match="there is no adapter 'three'; there are one, two"):
+        model.generate([[1]], ["three"], 1)
+    with pytest.raises(UsageError, match="sequence 1 is empty"):
+        model.generate([[1], []], [None, None], 1)
+    with pytest.raises(EngineError, match="the vLLM engine refused"):
+        model.generate([[5] * 100], [None], 1)
+    assert len(model.generate([SEQUENCES[0]], ["one"], 1)[0]) == 1
 
 
 def test_an_engine_that_dies_at_its_start_shows_its_last_lines(export: Any, engine_python: str) -> None:
@@ -146,17 +183,6 @@ def test_an_engine_that_takes_too_long_is_stopped(export: Any, engine_python: st
 def test_an_interpreter_that_is_missing(export: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(EngineError, match="cannot be started: No such file or directory; check --python"):
         VllmModel(export.folder, {}, python=tmp_path / "python")
-
-
-def test_bad_requests_leave_the_engine_running(export: Any, engine_python: str) -> None:
-    with VllmModel(export.folder, export.adapters, python=engine_python, max_model_len=32, **SMALL) as model:
-        with pytest.raises(UsageError, match="there is no adapter 'three'; there are one, two"):
-            model.generate([[1]], ["three"], 1)
-        with pytest.raises(UsageError, match="sequence 1 is empty"):
-            model.generate([[1], []], [None, None], 1)
-        with pytest.raises(EngineError, match="the vLLM engine refused"):
-            model.generate([[5] * 100], [None], 1)
-        assert len(model.generate([SEQUENCES[0]], ["one"], 1)[0]) == 1
 
 
 def test_adapters_of_another_base_are_refused_before_the_start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 from cloq_export.errors import EngineError
-from cloq_export.runtimes.vllm_server import VllmServer
+from cloq_export.runtimes.vllm_server import ServerClient
 from cloq_export.types import QuantSpec
 
 pytestmark = pytest.mark.slow
@@ -29,15 +31,62 @@ GENERATOR = torch.Generator().manual_seed(3)
 SEQUENCES = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (12, 5, 9, 2, 17, 30, 7)]
 
 
+@contextlib.contextmanager
+def _cloq_serve(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cloq_export", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A program that a shell started in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _await_silence(port: int) -> None:
+    for _ in range(150):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"something still listens at {port}")
+
+
+Running = tuple["subprocess.Popen[str]", ServerClient]
+
+
 @pytest.fixture(scope="module")
-def server(export: Any, engine_python: str) -> Iterator[VllmServer]:
-    with VllmServer.start(
-        export.folder, export.adapters, python=engine_python, threads=1, kv_cache_gib=1, max_loras=2, name="tiny"
-    ) as running:
-        yield running
+def running(export: Any, engine_python: str) -> Iterator[Running]:
+    """Return a server of `cloq serve` that takes two adapters in one batch, and a client for it."""
+    with _cloq_serve(
+        *(str(export.folder), "--default", "one", "--name", "tiny", "--port", "0", "--python", engine_python),
+        *("--threads", "1", "--kv-cache-gib", "1", "--max-loras", "2", "--dtype", "float32", "--json"),
+    ) as process:
+        assert process.stdout is not None
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, process.stderr and process.stderr.read()
+            text += line
+        served = json.loads(text)
+        # What the server writes from now on has to go somewhere.
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
+        yield process, ServerClient(served["url"], served["base_name"], export.adapters)
 
 
-def test_the_default_adapter_answers_to_the_models_own_name(server: VllmServer, export: Any) -> None:
+@pytest.fixture
+def server(running: Running) -> ServerClient:
+    return running[1]
+
+
+def test_the_default_adapter_answers_to_the_models_own_name(server: ServerClient, export: Any) -> None:
     assert server.models() == ["tiny", "one", "two", "tiny-base"]
     ids = SEQUENCES[0]
     greedy = {name: server.generate([ids], [name], 8)[0] for name in (None, "one", "two")}
@@ -51,7 +100,7 @@ def test_the_default_adapter_answers_to_the_models_own_name(server: VllmServer, 
         assert answer["choices"][0]["token_ids"] == greedy["one"]
 
 
-def test_clients_at_once_get_what_the_reference_gives(server: VllmServer, export: Any) -> None:
+def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, export: Any) -> None:
     names: list[str | None] = [None, "one", "two"]
     who = [names[index % 3] for index in range(21)]
     sequences = [SEQUENCES[index % len(SEQUENCES)] for index in range(21)]
@@ -60,7 +109,7 @@ def test_clients_at_once_get_what_the_reference_gives(server: VllmServer, export
 
 
 def test_adapters_come_and_go_while_it_serves(
-    server: VllmServer, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+    server: ServerClient, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     ids = SEQUENCES[4]
     for seed in (11, 12, 13):
@@ -75,7 +124,7 @@ def test_adapters_come_and_go_while_it_serves(
 
 
 def test_what_is_refused_while_it_serves(
-    server: VllmServer,
+    server: ServerClient,
     export: Any,
     write_export: Callable[..., Any],
     write_pairs: Callable[..., pathlib.Path],
@@ -98,14 +147,22 @@ def test_what_is_refused_while_it_serves(
     ):
         with pytest.raises(EngineError, match=f"400.*{reason}"):
             server.load_adapter(name, folder)
-    with pytest.raises(EngineError, match="tiny is what plain requests are answered with"):
-        server.unload_adapter("tiny")
+    for name in ("tiny", "one"):
+        with pytest.raises(
+            EngineError, match=f"{name} is what plain requests are answered with and cannot be unloaded"
+        ):
+            server.unload_adapter(name)
+    with pytest.raises(EngineError, match="one is what plain requests are answered with and cannot be replaced"):
+        server._post(
+            "/v1/load_lora_adapter",
+            {"lora_name": "one", "lora_path": str(export.adapters["two"]), "load_inplace": True},
+        )
     assert server.models() == ["tiny", "one", "two", "tiny-base"]
     assert server.generate([SEQUENCES[0]], ["two"], 4) == before
 
 
 def test_changed_weights_in_the_same_folder_are_refused(
-    server: VllmServer, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+    server: ServerClient, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     folder = write_pairs(tmp_path / "changing", export.layers, export.fingerprint, seed=21)
     server.load_adapter("changing", folder)
@@ -115,26 +172,37 @@ def test_changed_weights_in_the_same_folder_are_refused(
         server.load_adapter("changing", folder)
 
 
-@contextlib.contextmanager
-def _cloq_serve(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cloq_export", "serve", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # A program that a shell started in the background ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+def test_many_requests_while_adapters_come_and_go(
+    running: Running, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """The short form of benchmarks/serving_soak.py."""
+    soaking = importlib.import_module("serving_soak")
+    process, client = running
+    spare = {
+        f"spare{seed}": write_pairs(tmp_path / f"spare{seed}", export.layers, export.fingerprint, seed=seed)
+        for seed in (31, 32, 33)
+    }
+    plan = soaking.Soak(requests=60, at_once=8, per_round=20, in_round=2, new_tokens=6)
+    found = soaking.soak(client, SEQUENCES[:4], ["one", "two"], spare, plan, pid=process.pid)
+    assert (found["requests"], found["wrong"], found["failed"]) == (60, [], [])
+    assert found["largest_difference"] < 1e-4
+    assert found["least_difference_of_adapters"] > 1e-2  # a mixed-up answer would have been seen
+    assert found["loads"] > 2
+    assert found["unloads"] > 0
+    assert len(found["memory_bytes"]) == 4
+    assert client.models()[:3] == ["tiny", "one", "two"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_command_prints_how_to_ask_and_stops_cleanly(export: Any, engine_python: str, sent: signal.Signals) -> None:
+def test_ctrl_c_stops_it_cleanly(running: Running) -> None:
+    """The last test of this server."""
+    process, client = running
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    _await_silence(int(client.url.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_the_command_prints_how_to_ask_and_stops(export: Any, engine_python: str, sent: signal.Signals) -> None:
     with _cloq_serve(
         *(str(export.folder), "--default", "two", "--name", "tiny", "--port", "0", "--python", engine_python),
         *("--threads", "1", "--kv-cache-gib", "1", "--", "--max-num-seqs", "4"),
@@ -160,13 +228,7 @@ def test_the_command_prints_how_to_ask_and_stops_cleanly(export: Any, engine_pyt
             assert process.returncode == 0, errors
             assert errors.rstrip().endswith("stopped")
     # Killed, it cannot stop the server, which then ends by itself.
-    for _ in range(150):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"something still listens at {port}")
+    _await_silence(port)
 
 
 def test_the_command_shows_the_last_lines_of_an_engine_that_dies(export: Any, engine_python: str) -> None:

@@ -50,7 +50,7 @@ def test_the_plan_of_a_plain_export(export: Any) -> None:
     assert option(plan, "--dtype") == "float32"
     assert option(plan, "--quantization") == "cloq"
     assert option(plan, "--max-lora-rank") == "8"
-    assert option(plan, "--max-loras") == "3"
+    assert option(plan, "--max-loras") == "2"
     assert option(plan, "--max-model-len") == "256"
     start = plan.command.index("--lora-target-modules") + 1
     assert set(plan.command[start : start + 7]) == {
@@ -58,11 +58,11 @@ def test_the_plan_of_a_plain_export(export: Any) -> None:
     }
     start = plan.command.index("--lora-modules") + 1
     named = {entry["name"]: entry["path"] for entry in map(json.loads, plan.command[start:])}
-    assert list(named) == ["tiny", "one", "two"]
-    assert named["tiny"] == named["two"] == str(export.adapters["two"].resolve())
+    assert named == {name: str(folder.resolve()) for name, folder in export.adapters.items()}
     assert plan.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert plan.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert json.loads(plan.environment[POLICY_VARIABLE])["base_name"] == "tiny-base"
+    assert json.loads(plan.environment[POLICY_VARIABLE])["default"] == "two"
     assert plan.port > 0
     assert "-m vllm.entrypoints.openai.api_server" in " ".join(plan.command)
 

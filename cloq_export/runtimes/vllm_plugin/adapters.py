@@ -32,11 +32,13 @@ class ServingPolicy:
     Args:
         name: the model's own name, under which the default adapter is served.
         base_name: the name of the quantized base without an adapter; equal to `name` if there is no adapter.
+        default: the name of the adapter that answers to the model's own name, or None if there is no adapter.
         force: load adapters that are bound to another base.
     """
 
     name: str
     base_name: str
+    default: str | None = None
     force: bool = False
 
     def to_text(self) -> str:

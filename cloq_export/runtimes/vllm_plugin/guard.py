@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from cloq_export.errors import CloqError, FormatError
+from cloq_export.errors import CloqError, FormatError, UsageError
 from cloq_export.formats.peft.codec import BINDING_NAME, WEIGHTS_NAME
 from cloq_export.run.safe_json import read_json
 from cloq_export.runtimes.checkpoint import Checkpoint
@@ -86,12 +86,14 @@ def _guard_server() -> None:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.lora.request import LoRARequest
 
     policy = ServingPolicy.from_environment()
     assert policy is not None
     stock_check_load = OpenAIServingModels._check_load_lora_adapter_request
     stock_check_unload = OpenAIServingModels._check_unload_lora_adapter_request
     stock_models, stock_adapters = OpenAIServingModels.show_available_models, BaseServing._maybe_get_adapters
+    stock_static = OpenAIServingModels.init_static_loras
     weights: dict[tuple[str, str], str] = {}
 
     def refuse(error: Exception) -> Any:
@@ -109,14 +111,16 @@ def _guard_server() -> None:
         return None
 
     async def check_unload(self: Any, request: Any) -> Any:
-        if request.lora_name == policy.name and policy.name != policy.base_name:
-            return refuse(
-                FormatError(
-                    f"{policy.name} is what plain requests are answered with and cannot be unloaded; start the server "
-                    "with another --default."
-                )
-            )
+        if policy.default is not None and request.lora_name in (policy.name, policy.default):
+            return refuse(_held(request.lora_name, "unloaded"))
         return await stock_check_unload(self, request)
+
+    async def load_static(self: Any) -> None:
+        await stock_static(self)
+        if policy.default is not None:
+            # The same number, so that vLLM holds and counts the adapter once under both of its names.
+            default = self.lora_requests[policy.default]
+            self.lora_requests[policy.name] = LoRARequest(policy.name, default.lora_int_id, default.lora_path)
 
     async def show_models(self: Any) -> Any:
         models = await stock_models(self)
@@ -132,15 +136,24 @@ def _guard_server() -> None:
     OpenAIServingModels._check_load_lora_adapter_request = check_load
     OpenAIServingModels._check_unload_lora_adapter_request = check_unload
     OpenAIServingModels.show_available_models = show_models
+    OpenAIServingModels.init_static_loras = load_static
     BaseServing._maybe_get_adapters = adapters_for
+
+
+def _held(name: str, wish: str) -> UsageError:
+    return UsageError(
+        f"{name} is what plain requests are answered with and cannot be {wish}; start the server with another "
+        "--default."
+    )
 
 
 def _check_request(
     policy: ServingPolicy, model: str, limits: Any, request: Any, weights: dict[tuple[str, str], str]
 ) -> None:
     """Refuse a request to load an adapter that `cloq serve` would refuse at its start."""
-    if request.lora_name != policy.name:
-        check_name(request.lora_name, taken=(policy.base_name,))
+    check_name(request.lora_name, taken=(policy.name, policy.base_name))
+    if request.load_inplace and request.lora_name == policy.default:
+        raise _held(request.lora_name, "replaced")
     base = _base(model)
     folder = Path(request.lora_path)
     if base is None:

@@ -52,6 +52,9 @@ def register() -> None:
     """Let the CPU compute the compressed-tensors grids that vLLM has no kernel for there."""
     if not current_platform.is_cpu():
         return
+    # vLLM's 4-bit kernel dies of an illegal instruction unless Linux was asked for the use of AMX, which torch does
+    # when it first needs it, and with float activations that may be never.
+    torch.cpu._init_amx()
     possible = _POSSIBLE_KERNELS.setdefault(PlatformEnum.CPU, [])
     # By name, because a module that is imported twice makes two classes.
     if any(kernel.__name__ == CloqCpuKernel.__name__ for kernel in possible):

@@ -1,0 +1,222 @@
+"""Greedy continuation of many prompts by a transformers model, with keys and values read as they lie.
+
+Transformers copies all keys and values for every new token, and once more for every query head that shares them. With
+a hundred prompts at a time that takes most of the time, so both are done without copies here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cloq_export.errors import NonFiniteError
+
+Ended = Callable[[Sequence[int]], bool]
+
+# Keys and values that a batch may take, and prompts that are continued together at most.
+_CACHE_BYTES = 2 << 30
+_BATCH_PROMPTS = 128
+# Share of the prompts that may have ended before their rows are taken out of the cache.
+_ENDED_SHARE = 0.125
+# Steps between two questions whether a text has come to its end.
+_STOP_STEPS = 8
+# Tokens for which a full cache is enlarged.
+_ROOM = 64
+_GROUPED = "cloq_grouped_sdpa"
+
+
+def prompts_per_batch(model: Any, tokens: int) -> int:
+    """Return how many prompts may be continued together.
+
+    Args:
+        model: a causal language model.
+        tokens: of the longest prompt with its continuation.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next((parameter.element_size() for parameter in model.parameters()), 4)
+    per_token = 2 * config.num_hidden_layers * heads * width * size
+    return int(max(1, min(_BATCH_PROMPTS, _CACHE_BYTES // (per_token * tokens))))
+
+
+def continue_greedily(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, ended: Ended | None = None
+) -> list[list[int]]:
+    """Return the most probable continuation of each prompt, computed together with a cache of keys and values.
+
+    Prompts are filled up in front, and masked there. Nothing but the largest logit decides: what a model's
+    generation_config.json says of sampling or penalties is not looked at, only its end-of-text tokens are.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids, at least one each.
+        max_new_tokens: at most.
+        ended: tells from the new tokens that nothing more is wanted.
+
+    Returns:
+        list: token ids for each prompt, an end-of-text token last if the model gave one.
+
+    Raises:
+        NonFiniteError: the model gives NaN or Inf.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ends, accepted = end_tokens(model), inspect.signature(model.forward).parameters
+    longest = max(len(ids) for ids in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, longest - len(prompt) :] = 1
+    results: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))  # prompt of each row of the cache
+    open_rows = [True] * len(alive)
+    cache = _roomy_cache(model)
+    with torch.no_grad(), _grouped_attention(model):
+        for step in range(max_new_tokens):
+            options: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            if "position_ids" in accepted:
+                options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            if "logits_to_keep" in accepted:
+                options["logits_to_keep"] = 1
+            output = model(input_ids=ids, **options)
+            logits, cache = output.logits[:, -1].to(torch.float32), output.past_key_values
+            if not bool(torch.isfinite(logits).all()):
+                raise NonFiniteError("the model gives NaN or Inf while it generates; run it in float32.")
+            chosen = logits.argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                if open_rows[row]:
+                    text = results[alive[row]]
+                    text.append(token)
+                    asked = ended is not None and (step + 1) % _STOP_STEPS == 0
+                    open_rows[row] = not (token in ends or (asked and ended is not None and ended(text)))
+            if not any(open_rows):
+                break
+            if open_rows.count(False) >= _ENDED_SHARE * len(open_rows) and hasattr(cache, "batch_select_indices"):
+                kept = [row for row, still in enumerate(open_rows) if still]
+                index = torch.tensor(kept, device=device)
+                cache.batch_select_indices(index)
+                mask, chosen = mask[index], chosen[index]
+                alive, open_rows = [alive[row] for row in kept], [True] * len(kept)
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return results
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """Return the token ids with which a transformers model ends a text."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, (list, tuple)) else [found])
+    return frozenset()
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room behind them, so that a new token is written and nothing is moved."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (batch, heads, new, width) tensors, and return all that are held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        self.keys = self._append("keys", self.keys, held, key_states)
+        self.values = self._append("values", self.values, held, value_states)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch; the room is made anew."""
+        self._rooms.clear()
+        super().batch_select_indices(indices)
+
+    def _append(self, name: str, old: torch.Tensor, held: int, new: torch.Tensor) -> torch.Tensor:
+        total = held + new.shape[-2]
+        room = self._rooms.get(name)
+        if room is None or room.shape[-2] < total:
+            room = new.new_empty(*new.shape[:-2], total + _ROOM, new.shape[-1])
+            if held:
+                room[..., :held, :] = old
+            self._rooms[name] = room
+        room[..., held:total, :] = new
+        return room[..., :total, :]
+
+
+def _roomy_cache(model: Any) -> Any:
+    """Return an empty cache with room, or None where a layer of the model keeps something else than all keys."""
+    try:
+        cache = DynamicCache(config=model.config)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None  # a model that makes a cache of its own kind
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [_RoomyLayer() for _ in cache.layers]
+    return cache
+
+
+def _grouped_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention; for one new token, query heads that share keys are taken as that many queries of one head.
+
+    Args:
+        module: the attention layer.
+        query: (batch, heads, queries, width).
+        key: (batch, key heads, tokens, width).
+        value: (batch, key heads, tokens, value width).
+        attention_mask: (batch, 1, queries, tokens), or None.
+        scaling: of the scores.
+        options: as transformers passes them.
+
+    Returns:
+        (outputs, None): (batch, queries, heads, value width).
+    """
+    batch, heads, queries, width = query.shape
+    masked_per_head = attention_mask is not None and attention_mask.shape[1] != 1
+    if queries != 1 or heads == key.shape[1] or masked_per_head or options.get("position_bias") is not None:
+        outputs: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return outputs
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+@contextlib.contextmanager
+def _grouped_attention(model: Any) -> Iterator[None]:
+    """Let a model compute attention with `_grouped_sdpa` for a while; one that does not use SDPA is left as it is."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not parts or any(part.config._attn_implementation != "sdpa" for part in parts):
+        yield
+        return
+    AttentionInterface.register(_GROUPED, _grouped_sdpa)
+    AttentionMaskInterface.register(_GROUPED, sdpa_mask)
+    model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")

@@ -1,0 +1,133 @@
+"""How engines and servers that hang, die or refuse are told of, with programs that stand in for vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cloq_export.errors import EngineError
+from cloq_export.pipeline.serving import ServeOptions, plan_serving, serve
+from cloq_export.runtimes import vllm_server
+from cloq_export.runtimes.vllm_engine import VllmModel
+from cloq_export.runtimes.vllm_server import EngineFacts, ServerClient, ServerPlan, VllmServer
+
+
+def stand_in(path: pathlib.Path, body: str) -> pathlib.Path:
+    """Write an interpreter that ignores what it is told to run; `asked` and `answered` are its pipes."""
+    path.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\n"
+        "asked, answered = os.fdopen(int(sys.argv[-2])), os.fdopen(int(sys.argv[-1]), 'w')\n"
+        f"{body}\n",
+        encoding="utf-8",
+    )
+    path.chmod(0o755)
+    return path
+
+
+READY = 'asked.readline(); print(\'{"result": "ready"}\', file=answered, flush=True); asked.readline()'
+
+
+def test_an_engine_that_gives_no_answer_is_stopped(export: Any, tmp_path: pathlib.Path) -> None:
+    python = stand_in(tmp_path / "python", f"{READY}; print('busy', flush=True); time.sleep(60)")
+    with VllmModel(export.folder, {}, python=python, timeout=1) as model:
+        with pytest.raises(EngineError, match=r"gave no answer within 1 seconds and was stopped .*last lines:\nbusy"):
+            model.generate([[1]], [None], 1)
+        assert not model.is_running
+
+
+def test_an_engine_that_dies_is_told_of_with_its_last_lines(export: Any, tmp_path: pathlib.Path) -> None:
+    python = stand_in(tmp_path / "python", f"{READY}; print('out of memory'); sys.exit(7)")
+    with VllmModel(export.folder, {}, python=python, timeout=30) as model:
+        with pytest.raises(EngineError, match=r"ended without an answer \(exit code 7\); its last lines:\nout of mem"):
+            model.generate([[1]], [None], 1)
+        with pytest.raises(EngineError, match="ended without an answer"):  # and no hang afterwards
+            model.prompt_logprobs([[1, 2]], [None])
+
+
+@pytest.fixture
+def plan(export: Any, monkeypatch: pytest.MonkeyPatch) -> ServerPlan:
+    monkeypatch.setattr(vllm_server, "engine_facts", lambda python: EngineFacts("0.32.0", cuda=False))
+    return plan_serving(export.folder, ServeOptions(default="one", port=0, kv_cache_gib=1))
+
+
+def program(plan: ServerPlan, code: str) -> ServerPlan:
+    return dataclasses.replace(plan, command=(sys.executable, "-c", code))
+
+
+def test_a_server_that_is_never_ready_is_stopped(plan: ServerPlan) -> None:
+    with pytest.raises(EngineError, match=r"was not ready within 1 seconds and was stopped; its last lines:\nloading"):
+        VllmServer(program(plan, "import time; print('loading', flush=True); time.sleep(60)"), timeout=1)
+
+
+def test_a_server_that_dies_at_its_start_shows_its_last_lines(plan: ServerPlan) -> None:
+    with pytest.raises(EngineError, match=r"did not start \(exit code 3\); its last lines:\nno such device"):
+        VllmServer(program(plan, "print('no such device'); raise SystemExit(3)"), timeout=30)
+
+
+HEALTHY = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/v1/models":
+            self.wfile.write(b'{"data": [{"id": "tiny"}]}')
+            stop()
+    def do_POST(self):
+        time.sleep(60)
+    def log_message(self, *_):
+        pass
+def stop():
+    if sys.argv[2:]:
+        print("the device is lost", flush=True)
+        import os
+        os._exit(9)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def healthy(plan: ServerPlan, *more: str) -> ServerPlan:
+    return dataclasses.replace(plan, command=(sys.executable, "-c", HEALTHY, str(plan.port), *more))
+
+
+def test_an_answer_that_does_not_come_is_given_up(plan: ServerPlan) -> None:
+    with VllmServer(healthy(plan), timeout=20) as server:
+        server._timeout = 0.5
+        with pytest.raises(EngineError, match=r"did not answer \(timed out\) and runs; its last lines"):
+            server.generate([[1]], ["one"], 1)
+        client = ServerClient(server.url, server.base_name, ["one"], timeout=0.5)
+        assert client.models() == ["tiny"]
+        with pytest.raises(EngineError, match=r"did not answer \(timed out\); see whether it still runs"):
+            client.generate([[1]], ["one"], 1)
+
+
+def test_a_server_that_ends_while_it_serves_is_told_of(
+    plan: ServerPlan, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloq_export.pipeline.serving.plan_serving", lambda *_: healthy(plan, "dies"))
+    with pytest.raises(
+        EngineError, match=r"ended by itself \(exit code 9\); its last lines:\nthe device is lost|did not"
+    ):
+        serve(export.folder, ServeOptions(), announce=lambda served: None)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def test_a_client_of_nothing() -> None:
+    with _listening() as port:
+        client = ServerClient(f"http://127.0.0.1:{port}", "base", [], timeout=5)
+        assert not client.is_ready()
+        with pytest.raises(EngineError, match="Connection refused"):
+            client.models()
