@@ -25,12 +25,12 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "runtime": (str, "NAME", "hf (default), vllm or vllm-server"),
     "python": (Path, "PATH", "interpreter of the environment that has vLLM"),
     "dtype": (str, "NAME", "float32 (default), bfloat16 or float16"),
-    "tasks": (_tasks, "LIST", "ppl (default), gsm8k or both, with a comma between"),
+    "tasks": (_tasks, "LIST", "ppl (default) and tasks as in cloq eval, with commas between"),
     "text": (str, "TEXT", "wikitext2 (default), embedded, a file or a hub id"),
     "window": (int, "N", "tokens in a window (512)"),
     "windows": (int, "N", "how many windows (16)"),
-    "gsm8k": (str, "FILE", "problems as JSON lines"),
-    "problems": (int, "N", "how many of them (100)"),
+    "gsm8k": (str, "FILE", "problems of GSM8K as JSON lines"),
+    "problems": (int, "N", "questions of each task (100)"),
     "out": (Path, "FOLDER", "where parity.json and parity.html are written"),
 }
 

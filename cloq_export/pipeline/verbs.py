@@ -251,6 +251,8 @@ def evaluate(
         CloqError: anything a user can mend.
     """
     console = console or Console(stderr=True)
+    if not tasks:
+        raise UsageError(f"--tasks names nothing to measure; name {PERPLEXITY} or a task.")
     asked = expand_names([task for task in tasks if task != PERPLEXITY])
     recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
     session = Session(recipe, console)
