@@ -396,13 +396,14 @@ def test_export_convert_and_push(pipeline, capsys):
         "force": False,
         "out": None,
     }
+    of_onnx = {"style": None, "two_bit": None, "opset": None}
     assert main(["export", "x"]) == 0
-    assert pipeline.calls[-1] == ("export", Path("x"), unsaid)
+    assert pipeline.calls[-1] == ("export", Path("x"), unsaid | of_onnx)
     words = "export x --format gptq --out there --target vllm==0.33 --device cpu --adapter a --adapter b"
     assert main([*words.split(), "--split", "balanced", "--pad-rank", "16", "--dtype", "float16", "--force"]) == 0
     said = {"format": "gptq", "target": "vllm==0.33", "device": "cpu", "adapters": ("a", "b"), "split": "balanced"}
     said |= {"pad_rank": 16, "dtype": "float16", "force": True, "out": Path("there")}
-    assert pipeline.calls[-1] == ("export", Path("x"), said)
+    assert pipeline.calls[-1] == ("export", Path("x"), said | of_onnx)
     assert "export  there\n" in capsys.readouterr().out
     words = "convert x --format compressed_tensors --out there --read-as gptq --json"
     assert main(words.split()) == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cloq_export import pipeline
 from cloq_export.errors import DataError, RunDirectoryError, UsageError
-from cloq_export.parity import runtime
+from cloq_export.parity import answers, runtime
 from cloq_export.pipeline import answering
 from cloq_export.pipeline.answering import group_means
 
@@ -63,6 +63,7 @@ def test_every_model_answers(run: Path, tasks: tuple[str, ...], silent: Console,
 def test_a_killed_call_goes_on(
     run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(answers, "_CHUNK", 32)
     whole = evaluate(run, tasks, silent)
     asked: list[int] = []
     generate = runtime.TransformersModel.generate
