@@ -405,7 +405,7 @@ def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None
 
 def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
     """Let PEFT wrap the adapted linears, and fill in A and B as they are stored."""
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
     from cloq_export.runtimes.packed_lora import PackedLoraLinear
@@ -418,21 +418,20 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
     with torch.random.fork_rng(devices=[]):
         model.add_adapter(config, "default")
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            # As PEFT's own loader does: float16 factors in a bfloat16 model would lose three bits.
-            module.lora_A.to(torch.float32)
-            module.lora_B.to(torch.float32)
-    state = {}
+    # Not PEFT's own loader: it asks for the state dict, which holds every packed layer a second time.
     for name, pair in adapter.pairs.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = pair.lora_A
-        state[f"base_model.model.{name}.lora_B.weight"] = pair.lora_B
-    outcome = set_peft_model_state_dict(model, state, adapter_name="default")
-    unplaced = list(outcome.unexpected_keys) + [key for key in outcome.missing_keys if ".lora_" in key]
-    if unplaced:
-        raise FormatError(
-            f"PEFT found no place for {unplaced[0]} of {folder}; update peft, or write the adapter again."
-        )
+        layer = model.get_submodule(name)
+        placed = isinstance(layer, LoraLayer) and "default" in layer.lora_A
+        for kind, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+            linear = getattr(layer, kind)["default"] if placed else None
+            if linear is None or linear.weight.shape != factor.shape:
+                raise FormatError(
+                    f"PEFT found no place for {name}.{kind} of {folder}; update peft, or write the adapter again."
+                )
+            # As PEFT's loader does: float16 factors in a bfloat16 model would lose three bits.
+            linear.to(torch.float32)
+            with torch.no_grad():
+                linear.weight.copy_(factor)
 
 
 @contextlib.contextmanager

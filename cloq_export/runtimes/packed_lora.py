@@ -25,6 +25,7 @@ class PackedLoraLinear(lora.Linear):
     """
 
     _kept: tuple[tuple[Any, ...], cpu_linear.CpuLora] | None = None
+    _single: _Single | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the layer.
@@ -37,19 +38,25 @@ class PackedLoraLinear(lora.Linear):
         Returns:
             torch.Tensor: (..., out), the dtype of x.
         """
+        single = self._single
+        if single is not None and not args and not kwargs and single.is_current(self, x):
+            return cpu_linear.lora_linear(x, single.native, single.bias, single.packed)
         rows: list[str] | None = kwargs.get("adapter_names")
         names = list(dict.fromkeys(self.active_adapters if rows is None else rows))
         names = [name for name in names if name in self.lora_A]
-        native = self.base_layer.native if type(self.base_layer) is PackedLinear else None
+        base = self.base_layer
+        native = base.native if type(base) is PackedLinear else None
         if native is None or args or len(kwargs) > (rows is not None) or not self._only_served(x, names, rows):
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         self._check_forward_args(x, **kwargs)
-        index = None
-        if rows is not None:
-            slots = torch.tensor([names.index(row) if row in names else -1 for row in rows], dtype=torch.int32)
-            index = slots.view(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1])
-        return cpu_linear.lora_linear(x, native, self.base_layer.bias, self._packed(names), index)
+        packed = self._packed(names)
+        if rows is None:
+            self._single = None if torch.is_grad_enabled() else _Single(self, names[0], native, packed)
+            return cpu_linear.lora_linear(x, native, base.bias, packed)
+        slots = torch.tensor([names.index(row) if row in names else -1 for row in rows], dtype=torch.int32)
+        index = slots.view(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1])
+        return cpu_linear.lora_linear(x, native, base.bias, packed, index)
 
     def _only_served(self, x: torch.Tensor, names: list[str], rows: list[str] | None) -> bool:
         if not names or (rows is None and len(names) > 1) or self.disable_adapters or self.merged:
@@ -85,11 +92,53 @@ class PackedLoraLinear(lora.Linear):
         return self._kept[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLoraLinear:
-        self._kept = None
+        self._kept = self._single = None
         super()._apply(fn, recurse)
         return self
 
 
+class _Single:
+    """What one adapter for all rows was found to need; a token costs as much as finding that out.
+
+    Args:
+        layer: the layer.
+        name: the adapter.
+        native: the base.
+        packed: the pair.
+    """
+
+    def __init__(
+        self, layer: PackedLoraLinear, name: str, native: cpu_linear.CpuWeight, packed: cpu_linear.CpuLora
+    ) -> None:
+        self.name, self.native, self.packed = name, native, packed
+        self.active, self.scaling, self.training = layer._active_adapter, layer.scaling[name], layer.training
+        self.base, self.bias = layer.base_layer, layer.base_layer.bias
+        self.modules = layer.lora_A[name], layer.lora_B[name]
+        self.factors = tuple(module.weight for module in self.modules)
+        self.state = tuple((factor.data_ptr(), factor._version) for factor in self.factors)
+
+    def is_current(self, layer: PackedLoraLinear, x: torch.Tensor) -> bool:
+        """Return whether the layer would find the same again. Goes past the slow attribute look-up of modules."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
+            return False
+        if layer._disable_adapters or layer.merged_adapters or layer.training != self.training:
+            return False
+        modules = layer._modules
+        if self.active != layer._active_adapter or modules["base_layer"] is not self.base:
+            return False
+        if self.base.native is not self.native or self.base._parameters["bias"] is not self.bias:
+            return False
+        if layer.scaling.get(self.name) != self.scaling:
+            return False
+        for kind, module, factor, state in zip(_KINDS, self.modules, self.factors, self.state, strict=True):
+            if modules[kind]._modules.get(self.name) is not module or module._parameters["weight"] is not factor:
+                return False
+            if factor._version != state[1] or factor.data_ptr() != state[0]:
+                return False
+        return True
+
+
+_KINDS = ("lora_A", "lora_B")
 _NARROWEST_FIRST = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -73,7 +73,8 @@ struct cloq_lora {
     const void* a;         // (adapters, rank, in_features)
     const void* b;         // (adapters, blocks, rank, 16): B, its rows in blocks, the last one padded with zeros
     const float* scaling;  // (adapters)
-    const int32_t* index;  // (tokens), each below adapters; null means adapter 0 for every token
+    const int32_t* index;  // (tokens); null means adapter 0 for every token
+    int64_t adapters;
     int64_t rank;
     int64_t dtype;  // of a and b
 };
@@ -90,9 +91,9 @@ CLOQ_EXPORT void cloq_dequantize(const struct cloq_weight* weight, int64_t first
 
 // x: (tokens, in_features), y: (tokens, out_features), both of `dtype`. bias: (out_features) float32, or null.
 // lora: or null. int8_activations: 0 computes with x as it is, 1 rounds every token of x to 8 bits first.
-CLOQ_EXPORT void cloq_linear(const struct cloq_weight* weight, const void* x, int64_t tokens, int dtype,
-                             const float* bias, const struct cloq_lora* lora, int int8_activations, void* y,
-                             int threads);
+// Returns 1, having done nothing, if an index names no adapter.
+CLOQ_EXPORT int cloq_linear(const struct cloq_weight* weight, const void* x, int64_t tokens, int dtype, const float* bias,
+                            const struct cloq_lora* lora, int int8_activations, void* y, int threads);
 
 // x_grad = grad * Q. grad: (tokens, out_features), x_grad: (tokens, in_features), both of `dtype`.
 CLOQ_EXPORT void cloq_linear_input_grad(const struct cloq_weight* weight, const void* grad, int64_t tokens, int dtype,

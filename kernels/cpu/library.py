@@ -20,6 +20,37 @@ ISAS = ("scalar", "avx2", "avx512", "amx")
 
 _POINTER, _SIZE, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 
+
+class WeightStructure(ctypes.Structure):
+    """`cloq_weight` of cloq_cpu.h."""
+
+    _fields_ = [
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+    ]
+
+
+class LoraStructure(ctypes.Structure):
+    """`cloq_lora` of cloq_cpu.h."""
+
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("scaling", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("adapters", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    ]
+
+
+_WEIGHT, _LORA = ctypes.POINTER(WeightStructure), ctypes.POINTER(LoraStructure)
+
 # Function -> (result, arguments), in the order of cloq_cpu.h.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cloq_abi_version": (_INT, []),
@@ -32,11 +63,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cloq_unpack_rows": (None, [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT]),
     "cloq_pack_columns": (_INT, [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT]),
     "cloq_unpack_columns": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT]),
-    "cloq_pack_weight": (None, [_POINTER, _POINTER, _POINTER, _INT]),
-    "cloq_unpack_weight": (None, [_POINTER, _POINTER, _INT]),
-    "cloq_dequantize": (None, [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT]),
-    "cloq_linear_input_grad": (None, [_POINTER, _POINTER, _SIZE, _INT, _POINTER, _INT]),
-    "cloq_linear": (None, [_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT]),
+    "cloq_pack_weight": (None, [_WEIGHT, _POINTER, _POINTER, _INT]),
+    "cloq_unpack_weight": (None, [_WEIGHT, _POINTER, _INT]),
+    "cloq_dequantize": (None, [_WEIGHT, _SIZE, _SIZE, _INT, _POINTER, _INT]),
+    "cloq_linear": (_INT, [_WEIGHT, _POINTER, _SIZE, _INT, _POINTER, _LORA, _INT, _POINTER, _INT]),
+    "cloq_linear_input_grad": (None, [_WEIGHT, _POINTER, _SIZE, _INT, _POINTER, _INT]),
 }
 
 

@@ -698,8 +698,13 @@ void cloq_dequantize(const cloq_weight* weight, int64_t first_row, int64_t rows,
     cloq::parallel_for(cloq::ceil_div(rows, cloq::kLanes), threads, cloq::dequantize_block, &work);
 }
 
-void cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int dtype, const float* bias,
-                 const cloq_lora* lora, int int8_activations, void* y, int threads) {
+int cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int dtype, const float* bias,
+                const cloq_lora* lora, int int8_activations, void* y, int threads) {
+    if (lora != nullptr && lora->index != nullptr) {
+        for (int64_t token = 0; token < tokens; ++token) {
+            if (lora->index[token] >= lora->adapters) return 1;
+        }
+    }
     cloq::Linear work = {};
     work.layer = cloq::layer_of(*weight);
     work.kernels = cloq::linear_kernels(static_cast<int>(weight->bits));
@@ -716,6 +721,7 @@ void cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int d
         work.index = lora != nullptr && lora->index != nullptr ? lora->index + first : nullptr;
         cloq::run_pass(work, threads);
     }
+    return 0;
 }
 
 void cloq_linear_input_grad(const cloq_weight* weight, const void* grad, int64_t tokens, int dtype, void* x_grad,

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import torch
 
@@ -29,33 +30,6 @@ WIDTHS = (2, 3, 4, 8)
 Precision = Literal["exact", "int8"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Weight(ctypes.Structure):
-    """`cloq_weight` of cloq_cpu.h."""
-
-    _fields_ = [
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-    ]
-
-
-class _Lora(ctypes.Structure):
-    """`cloq_lora` of cloq_cpu.h."""
-
-    _fields_ = [
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("scaling", ctypes.c_void_p),
-        ("index", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +58,25 @@ class CpuWeight:
     def __post_init__(self) -> None:
         _check_weight(self.words, self.scales, self.zeros, self.bits, self.out_features, self.in_features)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy the tensors only: the structure below points into the memory of this one."""
+        return CpuWeight, (self.words, self.scales, self.zeros, self.bits, self.out_features, self.in_features)
+
     @property
     def groups(self) -> int:
         """Return the number of groups along the input."""
         return self.scales.shape[1]
+
+    @functools.cached_property
+    def _kept(self) -> library.WeightStructure:
+        return library.WeightStructure(None, None, None, self.out_features, self.in_features, self.groups, self.bits)
+
+    def structure(self) -> library.WeightStructure:
+        """Return the layer as the library takes it, while this object lives."""
+        # Addresses are asked for at every call: sharing a model with another process moves its tensors.
+        kept = self._kept
+        kept.words, kept.scales, kept.zeros = self.words.data_ptr(), self.scales.data_ptr(), self.zeros.data_ptr()
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +98,18 @@ class CpuLora:
 
     def __post_init__(self) -> None:
         _check_lora(self.a, self.b, self.scaling)
+
+    def structure(self, index: torch.Tensor | None) -> library.LoraStructure:
+        """Return the adapters as the library takes them, while this object and the index live."""
+        return library.LoraStructure(
+            self.a.data_ptr(),
+            self.b.data_ptr(),
+            self.scaling.data_ptr(),
+            None if index is None else index.data_ptr(),
+            self.a.shape[0],
+            self.a.shape[1],
+            _DTYPES[self.a.dtype],
+        )
 
 
 def pack_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> CpuWeight:
@@ -161,14 +162,14 @@ def pack_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, 
         in_features,
     )
     codes = codes.contiguous()
-    native.cloq_pack_weight(_weight_struct(weight), codes.data_ptr(), weight.words.data_ptr(), torch.get_num_threads())
+    native.cloq_pack_weight(weight.structure(), codes.data_ptr(), weight.words.data_ptr(), torch.get_num_threads())
     return weight
 
 
 def unpack_weight(weight: CpuWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the canonical form that `pack_weight` was given: codes, scales and zeros."""
     codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.uint8)
-    _require_library().cloq_unpack_weight(_weight_struct(weight), codes.data_ptr(), torch.get_num_threads())
+    _require_library().cloq_unpack_weight(weight.structure(), codes.data_ptr(), torch.get_num_threads())
     scales, zeros = (
         blocked.transpose(1, 2).reshape(-1, weight.groups)[: weight.out_features].contiguous()
         for blocked in (weight.scales, weight.zeros)
@@ -235,7 +236,7 @@ def dequantize(
         )
     result = torch.empty(rows, weight.in_features, dtype=dtype)
     _require_library().cloq_dequantize(
-        _weight_struct(weight), first_row, rows, _DTYPES[dtype], result.data_ptr(), torch.get_num_threads()
+        weight.structure(), first_row, rows, _DTYPES[dtype], result.data_ptr(), torch.get_num_threads()
     )
     return result
 
@@ -295,85 +296,67 @@ def lora_linear(
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_grad and precision == "int8":
         raise RuntimeError("8-bit activations have no gradient; fine-tune in the precision 'exact'.")
-    parts = (weight.words, weight.scales, weight.zeros, weight.bits, weight.out_features, weight.in_features)
-    adapters = (None, None, None) if lora is None else (lora.a, lora.b, lora.scaling)
-    arguments = (x, *parts, bias, *adapters, index, precision == "int8")
     if wants_grad or type(x) is not torch.Tensor or torch.compiler.is_compiling():
-        result: torch.Tensor = cpu_linear_op(*arguments)
+        parts = (weight.words, weight.scales, weight.zeros, weight.bits, weight.out_features, weight.in_features)
+        adapters = (None, None, None) if lora is None else (lora.a, lora.b, lora.scaling)
+        result: torch.Tensor = cpu_linear_op(x, *parts, bias, *adapters, index, precision == "int8")
         return result
-    return _compute(*arguments)
+    return _compute(x, weight, bias, lora, index, precision == "int8")
 
 
 def _compute(
     x: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    bits: int,
-    out_features: int,
-    in_features: int,
+    weight: CpuWeight,
     bias: torch.Tensor | None,
-    lora_a: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    scaling: torch.Tensor | None,
+    lora: CpuLora | None,
     index: torch.Tensor | None,
     int8_activations: bool,
 ) -> torch.Tensor:
-    """Check every tensor and call the library."""
-    if x.dtype not in _DTYPES or x.device.type != "cpu" or x.shape[-1:] != (in_features,):
+    """Check what is not checked yet, and call the library."""
+    out_features, in_features = weight.out_features, weight.in_features
+    shape, dtype = x.shape, _DTYPES.get(x.dtype)
+    if dtype is None or shape[-1:] != (in_features,) or x.device.type != "cpu":
         raise ValueError(
-            f"the input is {tuple(x.shape)} {x.dtype} on {x.device}; this layer takes (..., {in_features}) float32, "
+            f"the input is {tuple(shape)} {x.dtype} on {x.device}; this layer takes (..., {in_features}) float32, "
             "bfloat16 or float16 on the CPU."
         )
     if bias is not None:
         if bias.shape != (out_features,) or not bias.is_floating_point():
             raise ValueError(f"the bias is {tuple(bias.shape)} {bias.dtype}; this layer takes ({out_features},) float.")
         bias = bias.detach().to(torch.float32).contiguous()
-    x = x.detach().contiguous()
-    tokens = x.numel() // in_features
-    lora = None
-    if lora_a is not None:
-        assert lora_b is not None
-        assert scaling is not None
-        blocks = -(-out_features // LANES)
-        if lora_a.shape[2] != in_features or lora_b.shape[1] != blocks:
+    if lora is None:
+        if index is not None:
+            raise ValueError("an adapter index was given, but no adapters.")
+    else:
+        blocks = weight.words.shape[0]
+        if lora.a.shape[2] != in_features or lora.b.shape[1] != blocks:
             raise ValueError(
-                f"the adapters are A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)}; this layer has {in_features} "
+                f"the adapters are A {tuple(lora.a.shape)} and B {tuple(lora.b.shape)}; this layer has {in_features} "
                 f"inputs and {blocks} blocks of outputs."
             )
         if index is not None:
-            if index.shape != x.shape[:-1] or index.dtype != torch.int32:
+            if index.shape != shape[:-1] or index.dtype != torch.int32:
                 raise ValueError(
-                    f"the adapter index is {tuple(index.shape)} {index.dtype}; allowed is {tuple(x.shape[:-1])} int32."
+                    f"the adapter index is {tuple(index.shape)} {index.dtype}; allowed is {tuple(shape[:-1])} int32."
                 )
             index = index.contiguous()
-            if tokens and int(index.max()) >= lora_a.shape[0]:
-                raise ValueError(f"the adapter index names {int(index.max())}; there are {lora_a.shape[0]} adapters.")
-        lora = _Lora(
-            lora_a.data_ptr(),
-            lora_b.data_ptr(),
-            scaling.data_ptr(),
-            None if index is None else index.data_ptr(),
-            lora_a.shape[1],
-            _DTYPES[lora_a.dtype],
-        )
-    elif index is not None:
-        raise ValueError("an adapter index was given, but no adapters.")
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
-    weight = _Weight(
-        words.data_ptr(), scales.data_ptr(), zeros.data_ptr(), out_features, in_features, scales.shape[1], bits
-    )
-    _require_library().cloq_linear(
-        ctypes.byref(weight),
+    x = x.contiguous()
+    y = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
+    failed = _require_library().cloq_linear(
+        weight.structure(),
         x.data_ptr(),
-        tokens,
-        _DTYPES[x.dtype],
+        x.numel() // in_features,
+        dtype,
         None if bias is None else bias.data_ptr(),
-        None if lora is None else ctypes.byref(lora),
-        int(int8_activations),
+        None if lora is None else lora.structure(index),
+        int8_activations,
         y.data_ptr(),
         torch.get_num_threads(),
     )
+    if failed:
+        assert index is not None
+        assert lora is not None
+        raise ValueError(f"the adapter index names {int(index.max())}; there are {lora.a.shape[0]} adapters.")
     return y
 
 
@@ -401,24 +384,13 @@ def cpu_linear_op(
     int8_activations: bool,
 ) -> torch.Tensor:
     """Compute what `lora_linear` returns."""
-    _check_weight(words, scales, zeros, bits, out_features, in_features)
+    weight = CpuWeight(words, scales, zeros, bits, out_features, in_features)
+    lora = None
     if lora_a is not None:
-        _check_lora(lora_a, lora_b, scaling)
-    return _compute(
-        x,
-        words,
-        scales,
-        zeros,
-        bits,
-        out_features,
-        in_features,
-        bias,
-        lora_a,
-        lora_b,
-        scaling,
-        index,
-        int8_activations,
-    )
+        if lora_b is None or scaling is None:
+            raise ValueError("adapters are A, B and their scaling; one of them is missing.")
+        lora = CpuLora(lora_a, lora_b, scaling)
+    return _compute(x, weight, bias, lora, index, int8_activations)
 
 
 @cpu_linear_op.register_fake
@@ -473,7 +445,7 @@ def cpu_linear_input_grad_op(
     result = torch.empty(*grad.shape[:-1], in_features, dtype=grad.dtype)
     tokens = grad.numel() // out_features
     _require_library().cloq_linear_input_grad(
-        _weight_struct(weight),
+        weight.structure(),
         grad.data_ptr(),
         tokens,
         _DTYPES[grad.dtype],
@@ -484,7 +456,7 @@ def cpu_linear_input_grad_op(
         return result
     assert lora_b is not None
     assert scaling is not None
-    _check_lora(lora_a, lora_b, scaling)
+    CpuLora(lora_a, lora_b, scaling)  # checks them
     with torch.autocast("cpu", enabled=False):
         rows, total = grad.view(-1, out_features).to(torch.float32), result.view(-1, in_features).to(torch.float32)
         which = torch.zeros(rows.shape[0], dtype=torch.int32) if index is None else index.reshape(-1)
@@ -559,20 +531,6 @@ def _in_blocks(matrix: torch.Tensor) -> torch.Tensor:
     return padded.view(blocks, LANES, groups).transpose(1, 2).contiguous()
 
 
-def _weight_struct(weight: CpuWeight) -> ctypes.Array | object:
-    return ctypes.byref(
-        _Weight(
-            weight.words.data_ptr(),
-            weight.scales.data_ptr(),
-            weight.zeros.data_ptr(),
-            weight.out_features,
-            weight.in_features,
-            weight.groups,
-            weight.bits,
-        )
-    )
-
-
 def _check_weight(
     words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, out_features: int, in_features: int
 ) -> None:
@@ -596,9 +554,7 @@ def _check_weight(
             raise ValueError(f"{name} are on {tensor.device}; these kernels compute on the CPU.")
 
 
-def _check_lora(a: torch.Tensor, b: torch.Tensor | None, scaling: torch.Tensor | None) -> None:
-    if b is None or scaling is None:
-        raise ValueError("adapters are A, B and their scaling; one of them is missing.")
+def _check_lora(a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor) -> None:
     if a.ndim != 3 or b.ndim != 4 or b.shape[3] != LANES or (a.shape[0], a.shape[1]) != (b.shape[0], b.shape[2]):
         raise ValueError(
             f"adapters are A (adapters, rank, in) and B (adapters, blocks, rank, {LANES}); got {tuple(a.shape)} and "
