@@ -393,17 +393,20 @@ def test_export_convert_and_push(pipeline, capsys):
         "split": "stored",
         "pad_rank": None,
         "dtype": "bfloat16",
+        "style": None,
+        "two_bit": None,
+        "opset": None,
         "force": False,
         "out": None,
     }
-    of_onnx = {"style": None, "two_bit": None, "opset": None}
     assert main(["export", "x"]) == 0
-    assert pipeline.calls[-1] == ("export", Path("x"), unsaid | of_onnx)
+    assert pipeline.calls[-1] == ("export", Path("x"), unsaid)
     words = "export x --format gptq --out there --target vllm==0.33 --device cpu --adapter a --adapter b"
     assert main([*words.split(), "--split", "balanced", "--pad-rank", "16", "--dtype", "float16", "--force"]) == 0
     said = {"format": "gptq", "target": "vllm==0.33", "device": "cpu", "adapters": ("a", "b"), "split": "balanced"}
     said |= {"pad_rank": 16, "dtype": "float16", "force": True, "out": Path("there")}
-    assert pipeline.calls[-1] == ("export", Path("x"), said | of_onnx)
+    said |= {"style": None, "two_bit": None, "opset": None}
+    assert pipeline.calls[-1] == ("export", Path("x"), said)
     assert "export  there\n" in capsys.readouterr().out
     words = "convert x --format compressed_tensors --out there --read-as gptq --json"
     assert main(words.split()) == 0
