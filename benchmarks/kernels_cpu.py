@@ -4,7 +4,8 @@ Every engine runs in a process of its own, and the processes take turns (`--roun
 of the median over calls. Before anything is timed, an engine's result for the first tokens is compared with the exact
 product in float64, and that error is reported beside the time. "share" is the speed at which the bytes of the packed
 weights, scales and zeros pass, as a part of the read bandwidth that the same run measures. A layer is "warm" when it is
-called again and again; "cold" calls go round a ring of copies larger than `--cold-bytes`.
+called again and again; for one token, with --cold-bytes, ours is also called "cold", round a ring of copies that many
+bytes large. llama.cpp is not among the engines: its Python package has no wheel on PyPI.
 
     python benchmarks/kernels_cpu.py --json benchmarks/results/kernels_cpu.json
     python benchmarks/kernels_cpu.py --shapes 4096x4096 --tokens 1,16 --peer-python VENV/bin/python
@@ -17,6 +18,7 @@ standard library is imported at the top.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -29,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from environment import describe_hardware, hardware_line
+from environment import describe_hardware, hardware_line, put_into
 
 GROUP = 64
 CHECKED_TOKENS = 4
@@ -65,9 +67,16 @@ class Problem:
         """Return the relative error of the first tokens of a result, in the Frobenius norm."""
         import numpy
 
-        rows = slice(0, min(self.tokens, CHECKED_TOKENS))
-        truth = self.x[rows].astype(numpy.float64) @ self.weight().astype(numpy.float64).T
-        return float(numpy.linalg.norm(y[rows].astype(numpy.float64) - truth) / numpy.linalg.norm(truth))
+        difference = y[: self.truth.shape[0]].astype(numpy.float64) - self.truth
+        return float(numpy.linalg.norm(difference) / numpy.linalg.norm(self.truth))
+
+    @functools.cached_property
+    def truth(self) -> Any:
+        """Return the first tokens of x Q^T in float64."""
+        import numpy
+
+        rows = self.x[: min(self.tokens, CHECKED_TOKENS)].astype(numpy.float64)
+        return rows @ self.weight().astype(numpy.float64).T
 
     def packed_bytes(self) -> int:
         """Return the bytes of codes, float16 scales and zeros of a byte."""
@@ -108,10 +117,9 @@ def cloq_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
         torch.from_numpy(problem.zeros),
         problem.bits,
     )
-    ring = [weight]
-    if job["cold_bytes"]:
-        copies = -(-job["cold_bytes"] // problem.packed_bytes())
-        ring = [_copy_of(weight) for _ in range(copies)]
+    ring: list[Any] = []
+    if job["cold_bytes"] and problem.tokens == 1:
+        ring = [_copy_of(weight) for _ in range(-(-job["cold_bytes"] // problem.packed_bytes()))]
     lora = kernel.pack_lora(
         torch.zeros(1, job["rank"], problem.columns, dtype=torch.bfloat16),
         torch.zeros(1, problem.out, job["rank"], dtype=torch.bfloat16),
@@ -120,10 +128,13 @@ def cloq_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
     for name, dtype in dtypes.items():
         given = x.to(dtype)
         for precision in ("exact", "int8"):
-            calls = [_bind(kernel.linear, given, each, precision=precision) for each in ring]
-            yield "cloq", name, precision, _as_numpy(calls[0]), calls
-        calls = [_bind(kernel.lora_linear, given, each, None, lora) for each in ring]
-        yield f"cloq + rank {job['rank']}", name, "exact", _as_numpy(calls[0]), calls
+            call = _bind(kernel.linear, given, weight, precision=precision)
+            yield "cloq", name, precision, _as_numpy(call), [call]
+            if ring:
+                calls = [_bind(kernel.linear, given, each, precision=precision) for each in ring]
+                yield "cloq cold", name, precision, _as_numpy(call), calls
+        call = _bind(kernel.lora_linear, given, weight, None, lora)
+        yield f"cloq + rank {job['rank']}", name, "exact", _as_numpy(call), [call]
 
 
 def vllm_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str, str, Call, list[Call]]]:
@@ -307,7 +318,9 @@ def call_worker(name: str, python: str, job: dict[str, Any], folder: Path) -> di
     """
     result = folder / f"{name}.json"
     command = [python, str(Path(__file__).resolve()), "--worker", name, json.dumps(job), str(result)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # NumPy's own threads wait by spinning, on the cores that are being measured.
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if ran.returncode:
         tail = ran.stdout.splitlines()[-20:]
         raise SystemExit("\n".join([f"the worker {name!r} ended with {ran.returncode}; its last lines:", *tail]))
@@ -407,6 +420,29 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
 
 
+def markdown(report: dict[str, Any], shape: list[int]) -> str:
+    """Return the times of one shape in milliseconds, a row per engine and a column per number of tokens."""
+    tokens = sorted({row["tokens"] for row in report["rows"]})
+    lines: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in report["rows"]:
+        if row["shape"] == shape:
+            key = (row["engine"], row["bits"] or 0, row["activations"], row["precision"])
+            lines.setdefault(key, {})[row["tokens"]] = row["seconds"] * 1e3
+    heading = ["engine", "bits", "activations", "precision", *(f"M = {count}" for count in tokens)]
+    text = [
+        f"{hardware_line(report['hardware'])}; {shape[0]}x{shape[1]}, group {GROUP}, "
+        f"read bandwidth {report['read_bandwidth'] / 1e9:.0f} GB/s, milliseconds:",
+        "",
+        "| " + " | ".join(heading) + " |",
+        "|---|---|---|---|" + "---:|" * len(tokens),
+    ]
+    for (engine, bits, activations, precision), times in sorted(lines.items(), key=lambda line: (line[0][1], line[0])):
+        cells = [engine, str(bits or ""), activations, precision]
+        cells += [f"{times[count]:.2f}" if count in times else "" for count in tokens]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -419,12 +455,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of all engines in turns (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.3, help="spent on a figure and round (default: %(default)s)")
     parser.add_argument(
-        "--cold-bytes", type=int, default=0, help="our layers: a ring of copies this large (default: warm)"
+        "--cold-bytes", type=int, default=0, help="for cold calls: a ring of copies this large (default: none)"
     )
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="PYTHON", help="with vLLM or ONNX Runtime"
     )
     parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="measure nothing: read the figures from a file")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --render: the page that takes the table")
     parser.add_argument("--worker", nargs=3, metavar=("NAME", "JOB", "RESULT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -435,6 +473,10 @@ def main() -> None:
     if options.worker:
         name, job, result = options.worker
         Path(result).write_text(json.dumps(run_worker(name, json.loads(job))), encoding="utf-8")
+        return
+    if options.render:
+        report = json.loads(options.render.read_text(encoding="utf-8"))
+        put_into(options.into, "kernels_cpu", markdown(report, [4096, 4096]))
         return
     from cloq_export.run.atomic import write_json
 

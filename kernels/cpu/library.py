@@ -13,7 +13,9 @@ from typing import Any
 # Imported first so that torch's OpenMP runtime is in the process when the library looks for one; see threads.cpp.
 import torch
 
-LIBRARY = Path(__file__).parent / "libcloq_cpu.so"
+# Another build, for the sanitizers.
+LIBRARY_VARIABLE = "CLOQ_EXPORT_CPU_LIBRARY"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent / "libcloq_cpu.so")
 ABI_VERSION = 3
 ISA_VARIABLE = "CLOQ_EXPORT_CPU_ISA"
 ISAS = ("scalar", "avx2", "avx512", "amx")
