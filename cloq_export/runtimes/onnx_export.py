@@ -107,7 +107,7 @@ def export_onnx(
             return graph, record
 
         try:
-            graph, record = quantize(build_graph(model, scratch))
+            graph, record = quantize(build_graph(model, scratch, {shape[0] for shape in layers.shapes.values()}))
         except (UnsupportedModelError, UnmatchedLinearError) as error:
             graph, record = quantize(trace_graph(model, scratch, str(error)))
         record = dataclasses.replace(record, notes=(*record.notes, *graph.notes))

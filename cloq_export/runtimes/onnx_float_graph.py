@@ -14,7 +14,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,29 @@ def require_packages() -> None:
         )
 
 
-def build_graph(model: Path, scratch: Path) -> FloatGraph:
+def build_graph(model: Path, scratch: Path, outputs: Collection[int] = ()) -> FloatGraph:
     """Return the graph of ONNX Runtime GenAI's builder.
 
     Args:
         model: a float model folder.
         scratch: an existing folder to write into.
+        outputs: the numbers of outputs of its linears, the head left out.
 
     Raises:
-        UnsupportedModelError: the builder lacks the architecture.
+        UnsupportedModelError: the builder lacks the architecture, or would take another linear for the head.
         FormatError: the builder failed otherwise; the message ends with its last words.
     """
+    name = _exporter_name(BUILDER)
+    vocabulary = read_json(model / "config.json").get("vocab_size")
+    if vocabulary in outputs:
+        # It would write a graph whose logits come from the wrong layer, without a word.
+        raise UnsupportedModelError(
+            f"{name} takes any linear with {vocabulary} outputs, as many as the vocabulary has tokens, for the head, "
+            "and this model has another one."
+        )
     out = scratch / "built"
     arguments = ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", "fp32", "-e", "cpu"]
     code, tail = _run([*arguments, "-c", str(scratch / "cache"), "--extra_options", "fuse_qkv=false"])
-    name = _exporter_name(BUILDER)
     if code and any(_UNSUPPORTED in line for line in tail):
         raise UnsupportedModelError(f"{name} does not know {_architecture(model)}.")
     if code or not (out / "model.onnx").is_file():

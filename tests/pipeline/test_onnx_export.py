@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime_genai as genai
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 from cloq_export import pipeline
@@ -34,10 +35,27 @@ PROMPT = [5, 17, 60, 9, 33, 41]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Console) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Path:
+    """Return a model none of whose linears has as many outputs as the vocabulary has tokens."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.intermediate_size = 128
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, recipe_for: Any, silent: Console) -> Path:
     """Return a 3-bit run with two adapters."""
     folder = tmp_path_factory.mktemp("onnx") / "run"
-    pipeline.run(recipe_for("llama", bits=3), folder, console=silent)
+    pipeline.run(recipe_for("llama", bits=3, model=str(tiny)), folder, console=silent)
     pipeline.adapt(folder, {"rank": 6, "adapter_name": "second"}, console=silent)
     return folder
 
@@ -162,8 +180,10 @@ def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path, recipe_for: Any, silent: Console) -> None:
-    pipeline.run(recipe_for("llama", bits=4), tmp_path / "other", console=silent)
+def test_an_adapter_of_another_base_is_refused(
+    run: Path, tiny: Path, tmp_path: Path, recipe_for: Any, silent: Console
+) -> None:
+    pipeline.run(recipe_for("llama", bits=4, model=str(tiny)), tmp_path / "other", console=silent)
     options = ExportOptions(format="onnx", adapters=(str(tmp_path / "other" / "adapters" / "cloq"),))
     with pytest.raises(BindingError, match=r"is bound to the base sha256:.*cloq adapt"):
         pipeline.export(run, options, console=silent)

@@ -150,7 +150,9 @@ def write_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def write(name: str = "export", **options: Any) -> Path:
         layers = toy_layers()
-        monkeypatch.setattr(onnx_export, "build_graph", lambda model, scratch: write_toy_graph(scratch, layers))
+        monkeypatch.setattr(
+            onnx_export, "build_graph", lambda model, scratch, outputs: write_toy_graph(scratch, layers)
+        )
         fingerprint = base_fingerprint(layers.items())
 
         def finish(folder: Path, report: onnx_export.OnnxReport) -> None:
@@ -290,7 +292,7 @@ def test_the_other_exporter_takes_what_the_builder_lacks(
 ) -> None:
     layers = toy_layers()
 
-    def lacks(model: Path, scratch: Path) -> FloatGraph:
+    def lacks(model: Path, scratch: Path, outputs: Any) -> FloatGraph:
         raise UnsupportedModelError("the builder does not know Toy.")
 
     def trace(model: Path, scratch: Path, reason: str) -> FloatGraph:
@@ -330,6 +332,9 @@ def test_exporters_that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fail_with(monkeypatch, 1, "Traceback", "ValueError: no rope")
     with pytest.raises(FormatError, match=r"could not export NovelForCausalLM: ValueError: no rope\."):
         onnx_float_graph.build_graph(tmp_path, tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 96}')
+    with pytest.raises(UnsupportedModelError, match=r"takes any linear with 96 outputs, .* for the head"):
+        onnx_float_graph.build_graph(tmp_path, tmp_path, {64, 96})
     with pytest.raises(UnsupportedModelError, match=r"why\. transformers .* ValueError: no rope\. .*--format gptq_v2"):
         onnx_float_graph.trace_graph(tmp_path, tmp_path, "why.")
 
