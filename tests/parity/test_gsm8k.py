@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,9 @@ def test_worked_examples_are_drawn_once_for_each_problem() -> None:
     pool = [Problem(f"question {n}", f"#### {n}") for n in range(50)]
     assert gsm8k.choose_examples(pool, 5, 3) == gsm8k.choose_examples(pool, 5, 3)
     assert gsm8k.choose_examples(pool, 5, 3) != gsm8k.choose_examples(pool, 5, 4)
+    # As lm_eval 0.4.13 draws: ContextSampler.sample, one generator for all problems, seeded with 1234.
+    draw = random.Random(1234)
+    assert [gsm8k.choose_examples(pool, 5, number) for number in range(4)] == [draw.sample(pool, 5) for _ in range(4)]
     assert len({example.question for example in gsm8k.choose_examples(pool, 50, 0)}) == 50
     with pytest.raises(DataError, match="51 worked examples were asked for, and there are 50"):
         gsm8k.choose_examples(pool, 51, 0)
