@@ -14,6 +14,7 @@ from cloq_export.formats.onnx.record import ADAPTER_NAME
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.codec import is_adapter
 from cloq_export.models.source import LoadedModel
+from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 
@@ -81,8 +82,10 @@ def write_stand_in(
     """
     layers = LayerSource(export.specs, export.shapes, export.read_layer)
     floats = FloatPart.of_model(loaded.model, layers, dtype=loaded.source.dtype)
+    # Of the integers as they are: where they were changed, it is for the certificate to say so.
+    fingerprint = base_fingerprint(export.read_layers())
     base = place / "base"
-    export_checkpoint(base, layers, floats, base_fingerprint=export.fingerprint)
+    export_checkpoint(base, layers, floats, base_fingerprint=fingerprint)
     settings = export.folder / "generation_config.json"
     if settings.is_file():
         shutil.copyfile(settings, base / settings.name)
@@ -90,5 +93,5 @@ def write_stand_in(
     for name, adapter in adapters.items():
         folders[name] = place / ADAPTERS_NAME / name
         os.makedirs(folders[name].parent, exist_ok=True)
-        write_adapter(folders[name], adapter.pairs, base_model="", base_fingerprint=export.fingerprint)
+        write_adapter(folders[name], adapter.pairs, base_model="", base_fingerprint=fingerprint)
     return base, folders
