@@ -110,6 +110,15 @@ def test_half_precision(
     assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, dtype)
 
 
+def test_the_kernel_of_vllm_for_4_bits_in_bfloat16(
+    write_export: Callable[..., Any], load_engine: Callable[..., VllmModel]
+) -> None:
+    """On a CPU with AMX vLLM alone dies here of an illegal instruction."""
+    export = write_export(QuantSpec(bits=4, group_size=32), layout=LAYOUTS["compressed_tensors"])
+    model = load_engine(export.folder, export.adapters, dtype="bfloat16")
+    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("layout", "spec"),
     [("compressed_tensors", QuantSpec(4, 32)), ("gptq", QuantSpec(4, 32, symmetric=True))],
