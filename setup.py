@@ -127,6 +127,7 @@ setup(
             "*.yaml",
             "*.jinja",
             "recipes/*.yaml",
+            "recipes/compare/*.yaml",
             "*.cpp",
             "*.h",
             "golden/**/*",

@@ -61,6 +61,11 @@ class Recipe:
     sweeps: int = _option(0, "COMQ coordinate sweeps over the codes after OPTQ; 0 is none.")
     refit: bool = _option(False, "Refit the scales by least squares after OPTQ.")
     rank: int = _option(64, "Rank of the LoRA adapter; 0 makes none.")
+    init: Literal["cloq", "svd", "loftq"] = _option(
+        "cloq",
+        "How A and B are made: cloq (closed form on the calibration inputs), svd (of the weight error alone), or loftq "
+        "(codes and svd in alternation, without calibration).",
+    )
     split: Literal["paper", "balanced", "transposed"] = _option(
         "paper", "How the correction is shared between A and B (Table 6 of the CLoQ paper)."
     )
@@ -332,6 +337,7 @@ FINETUNE_FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for fiel
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("optq", "magr", "rtn"),
     "grid": ("searched", "minmax"),
+    "init": ("cloq", "svd", "loftq"),
     "split": ("paper", "balanced", "transposed"),
     "svd": ("truncated", "full"),
     "adapter_dtype": ("float16", "bfloat16", "float32"),
@@ -446,6 +452,24 @@ def read_recipe(name: str) -> tuple[dict[str, Any], str | None]:
     content = dict(known[name])
     preset = content.pop("preset", None)
     return content, preset
+
+
+def read_yaml(name: str, *, kind: str) -> dict[str, Any]:
+    """Return the content of a YAML file, or of one of the package's by its name.
+
+    Args:
+        name: a file, or the name of one of the package without suffix.
+        kind: the folder of the package's recipes that it lies in.
+
+    Raises:
+        RecipeError: there is neither, or it holds no mapping.
+    """
+    if Path(name).is_file() or Path(name).suffix or "/" in name:
+        return read_recipe_file(name)[0]
+    known = {path.stem: path for path in (_RECIPES / kind).glob("*.yaml")}
+    if name not in known:
+        raise RecipeError(f"there is no {kind} recipe {name!r}, and no file of that name; there are {_listed(known)}.")
+    return read_recipe_file(known[name])[0]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """From a weight, its quantized form and its input statistics to a LoRA pair."""
 
 from cloq_export.adapt.cloq import CloqResult, init_cloq
+from cloq_export.adapt.loftq import init_loftq, init_svd
 from cloq_export.adapt.root import GramRoot, cholesky_root, eigen_root
 
-__all__ = ["CloqResult", "GramRoot", "cholesky_root", "eigen_root", "init_cloq"]
+__all__ = ["CloqResult", "GramRoot", "cholesky_root", "eigen_root", "init_cloq", "init_loftq", "init_svd"]

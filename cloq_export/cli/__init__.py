@@ -22,6 +22,7 @@ VERBS = {
     "quantize": "Calibrate, and make codes, scales and zeros for every linear layer.",
     "adapt": "Make an adapter for the codes of a run, or of another tool's checkpoint.",
     "finetune": "Train an adapter over the codes of a run; the codes stay.",
+    "compare": "Train from several start points, and put the results side by side.",
     "export": "Write a deployable folder: a layout, adapters, certificate, model card.",
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
@@ -33,7 +34,7 @@ VERBS = {
 }
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.
-_RESUMABLE = ("run", "quantize", "adapt", "finetune", "export")
+_RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "export")
 
 
 class _VerbGroup(click.Group):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq
+from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq, init_loftq, init_svd
 from cloq_export.pipeline.plan import ModulePlan
 from cloq_export.quantize import (
     DampedGram,
@@ -18,9 +18,13 @@ from cloq_export.quantize import (
     quantize_group,
 )
 from cloq_export.recipe import Recipe
-from cloq_export.types import LayerCertificate, LayerStats, LoraPair, QuantizedLayer
+from cloq_export.types import LayerCertificate, LayerStats, LoraPair, QuantizedLayer, QuantSpec
 
 ADAPTER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+# Choices of the recipe's `init`.
+SVD, LOFTQ = "svd", "loftq"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,8 @@ def solve_group(
         if damped.increases:
             notes.append(f"damping was raised {damped.increases} times before H factorised")
     targets = {plan.name: weights[plan.name] for plan in plans}
-    if damped is not None and stats.drift_gram is not None:
+    # LoftQ knows no inputs, so it has no target but the weight.
+    if damped is not None and stats.drift_gram is not None and recipe.init != LOFTQ:
         whole = stats.drift_gram is stats.gram
         # float32 is enough for a correction.
         of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping, torch.float32)
@@ -94,12 +99,15 @@ def solve_group(
             plan.name: error_aware_target(weights[plan.name], stats, of_drift, recipe.target_share(plan.spec.bits))
             for plan in plans
         }
-    if kept_codes is None:
+    loftq: dict[str, LoraPair] = {}
+    quantize_notes: dict[str, tuple[str, ...]] = {}
+    if kept_codes is None and recipe.init == LOFTQ:
+        quantized, loftq = _alternate(plans, targets, recipe)
+    elif kept_codes is None:
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
     else:
         device = stats.gram.device
         quantized = {plan.name: on_device(kept_codes(plan.name), device) for plan in plans}
-        quantize_notes = {}
     shared = _SharedNumbers.of(stats, damped)
     root = _root(stats, damped) if damped is not None else None
     return {
@@ -113,6 +121,7 @@ def solve_group(
             shared,
             recipe,
             (*notes, *quantize_notes.get(plan.name, ())),
+            loftq.get(plan.name),
         )
         for plan in plans
     }
@@ -135,6 +144,26 @@ class _SharedNumbers:
             effective_rank=effective_rank(stats.gram),
             dead_columns=int((stats.gram.diagonal() == 0).sum()),
         )
+
+
+def _alternate(
+    plans: Sequence[ModulePlan], weights: Mapping[str, torch.Tensor], recipe: Recipe
+) -> tuple[dict[str, QuantizedLayer], dict[str, LoraPair]]:
+    """Return LoftQ's codes and pairs; without an adapter there are only codes, rounded to nearest."""
+    options = QuantizeOptions(method="rtn", grid=recipe.grid)
+    layers: dict[str, QuantizedLayer] = {}
+    pairs: dict[str, LoraPair] = {}
+    for plan in plans:
+
+        def rounded(weight: torch.Tensor, spec: QuantSpec = plan.spec) -> QuantizedLayer:
+            return quantize_group([weight], spec, None, options).layers[0]
+
+        if plan.rank:
+            dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
+            layers[plan.name], pairs[plan.name] = init_loftq(weights[plan.name], rounded, plan.rank, dtype=dtype)
+        else:
+            layers[plan.name] = rounded(weights[plan.name])
+    return layers, pairs
 
 
 def _quantize(
@@ -180,13 +209,18 @@ def _finish(
     shared: _SharedNumbers,
     recipe: Recipe,
     notes: tuple[str, ...],
+    made: LoraPair | None = None,
 ) -> SolvedLayer:
     dequantized = quantized.dequantize()
     lora: LoraPair | None = None
     bound = float("nan")
     if plan.rank:
         dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
-        if root is None:
+        if made is not None:
+            lora = made
+        elif recipe.init == SVD:
+            lora = init_svd(weight, dequantized, plan.rank, dtype=dtype)
+        elif root is None:
             # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
             out_features, in_features = weight.shape
             generator = torch.Generator().manual_seed(0)
@@ -206,7 +240,7 @@ def _finish(
     error_quantized = measure(target - dequantized) / norm
     certificate = LayerCertificate(
         module=plan.name,
-        method="rtn" if damped is None else recipe.method,
+        method="loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
         bits=plan.spec.bits,
         group_size=plan.spec.group_size,
         rank=plan.rank,

@@ -47,6 +47,7 @@ from cloq_export.pipeline.session import (
     refuse_unfinished,
     source_fingerprint,
 )
+from cloq_export.pipeline.solve import LOFTQ
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import base_fingerprint
@@ -77,6 +78,8 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     Raises:
         CloqError: anything a user can mend, in one line.
     """
+    if recipe.codes_from:
+        _refuse_codes_of_loftq(recipe)
     recipe = _with_grid_of_codes(recipe)
     session = Session(recipe, console or Console(stderr=True))
     calibration, judging = _texts(session, demo=demo)
@@ -147,6 +150,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     recipe = base_recipe.changed(asked)
     if recipe.rank == 0:
         raise UsageError("the rank is 0, which makes no adapter; choose one with --rank.")
+    _refuse_codes_of_loftq(recipe)
     session = Session(recipe, console or Console(stderr=True))
     work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
     target = directory.adapter_path(recipe.adapter_name)
@@ -297,8 +301,16 @@ def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, for
     return describe(path, verify=verify, adapter=adapter, force=force)
 
 
+def _refuse_codes_of_loftq(recipe: Recipe) -> None:
+    if recipe.init == LOFTQ:
+        raise UsageError(
+            "init loftq makes codes of its own, and these are kept; choose init cloq or svd, or make another run with "
+            f"--set init=loftq: cloq run {recipe.model} --out OTHER"
+        )
+
+
 # What `adapt` may choose anew: none of it touches the codes.
-_ADAPTER_OPTIONS = ("rank", "split", "svd", "adapter_dtype", "adapter_name", "device", "precision")
+_ADAPTER_OPTIONS = ("rank", "init", "split", "svd", "adapter_dtype", "adapter_name", "device", "precision")
 
 
 def _without_ranks(recipe: Recipe) -> dict[str, dict[str, Any]]:

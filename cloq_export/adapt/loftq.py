@@ -1,0 +1,74 @@
+"""What CLoQ is compared with: LoRA pairs from the singular vectors of the weight error, without any calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cloq_export.adapt.cloq import split_factors, truncated_svd
+from cloq_export.errors import ShapeError
+from cloq_export.types import LoraPair, QuantizedLayer
+
+# What LoftQ runs by default, as the CLoQ paper (section 3.2) notes.
+LOFTQ_ITERATIONS = 5
+
+
+def init_svd(
+    weight: torch.Tensor, quantized: torch.Tensor, rank: int, *, dtype: torch.dtype = torch.float16
+) -> LoraPair:
+    """Return the pair that minimises `||W - Q - B A||_F`, its singular values shared evenly by A and B.
+
+    Args:
+        weight: W, (out, in) float.
+        quantized: Q, (out, in) float.
+        rank: 1 <= rank <= min(out, in).
+        dtype: of the stored pair.
+
+    Returns:
+        LoraPair: scaling 1.
+
+    Raises:
+        ShapeError: rank is out of range or shapes disagree.
+        NonFiniteError: the pair does not fit `dtype`.
+    """
+    if weight.shape != quantized.shape or not 1 <= rank <= min(weight.shape):
+        raise ShapeError(
+            f"rank {rank} does not fit W {tuple(weight.shape)} and Q {tuple(quantized.shape)}; choose 1 to "
+            f"{min(weight.shape)} with --rank."
+        )
+    found = truncated_svd(weight.to(torch.float64) - quantized.to(torch.float64), rank)
+    lora_b, right = split_factors(found, "balanced")
+    return LoraPair(right.t().to(dtype).contiguous(), lora_b.to(dtype).contiguous(), float(rank))
+
+
+def init_loftq(
+    weight: torch.Tensor,
+    quantize: Callable[[torch.Tensor], QuantizedLayer],
+    rank: int,
+    *,
+    iterations: int = LOFTQ_ITERATIONS,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[QuantizedLayer, LoraPair]:
+    """Return codes and pair by alternating minimisation of `||W - Q - B A||_F` (LoftQ, arXiv 2310.08659, Algorithm 1).
+
+    `Q_t = q(W - B_{t-1} A_{t-1})` and `B_t A_t = SVD_r(W - Q_t)`, from `B_0 A_0 = 0`.
+
+    Args:
+        weight: W, (out, in) float32.
+        quantize: q, from a weight to its codes on the grid.
+        rank: 1 <= rank <= min(out, in).
+        iterations: T, at least 1.
+        dtype: of the stored pair; the iteration itself does not round the pair.
+
+    Raises:
+        ShapeError: rank is out of range.
+        NonFiniteError: the pair does not fit `dtype`.
+    """
+    product = torch.zeros_like(weight)
+    for iteration in range(iterations):
+        layer = quantize(weight - product)
+        last = iteration + 1 == iterations
+        pair = init_svd(weight, layer.dequantize(), rank, dtype=dtype if last else torch.float32)
+        product = pair.product()
+    return layer, pair

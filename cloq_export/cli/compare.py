@@ -1,0 +1,48 @@
+"""`cloq compare`: which start point trains best."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloq_export.cli.options import json_option
+
+
+@click.command(name="compare")
+@click.argument("recipe", metavar="NAME|FILE")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Where all of it goes.")
+@click.option("--start", "starts", multiple=True, metavar="NAME", help="Only this start; can be repeated.")
+@click.option("--bits", type=int, multiple=True, help="Only this width; can be repeated. 16 is the float model.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task; can be repeated.")
+@click.option("--full", is_flag=True, help="The paper's size, for a GPU, as the recipe's section `full` says.")
+@json_option()
+def command(
+    recipe: str,
+    out: Path,
+    starts: tuple[str, ...],
+    bits: tuple[int, ...],
+    tasks: tuple[str, ...],
+    full: bool,
+    as_json: bool,
+) -> None:
+    """Train from several start points on the same data and steps; RECIPE is small, or a YAML file.
+
+    Rows that are measured already stay; an interrupted call continues.
+    """
+    from rich.console import Console
+
+    from cloq_export.cli.output import emit, progress_console
+
+    comparing = importlib.import_module("cloq_export.pipeline.comparing")
+    comparison = comparing.Comparison.read(recipe, full=full)
+    with progress_console(as_json=as_json) as console:
+        result = comparing.compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
+
+    def render(found: Mapping[str, Any], target: Console) -> None:
+        target.print(comparing.comparison_table(found), highlight=False, markup=False, soft_wrap=True)
+
+    emit(result, render, as_json=as_json)
