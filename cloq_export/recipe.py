@@ -26,7 +26,7 @@ FINETUNE_PREFIX = "finetune."
 OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
-NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune")
+NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune", "solvers")
 
 _RECIPES = Path(__file__).with_name("recipes")
 _PAPER = "paper"
@@ -89,6 +89,9 @@ class Recipe:
     seqlen: int = _option(2048, "Tokens in a calibration window.")
     seed: int = _option(0, "Seed that draws the calibration windows.")
     device: str = _option("auto", "Where to compute: auto, cpu, cuda, or cuda:N.")
+    solvers: Literal["local", "ray"] = _option(
+        "local", "Where independent layers are solved: here, on every GPU of this machine, or by a Ray cluster."
+    )
     precision: Literal["auto", "float32", "bfloat16"] = _option(
         "auto", "Arithmetic of the calibration forward passes; H itself is never below float32."
     )
@@ -342,6 +345,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "svd": ("truncated", "full"),
     "adapter_dtype": ("float16", "bfloat16", "float32"),
     "token_weighting": ("none", "inverse_norm"),
+    "solvers": ("local", "ray"),
     "precision": ("auto", "float32", "bfloat16"),
     "format": ("gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"),
 }

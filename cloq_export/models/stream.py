@@ -12,6 +12,7 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.prefetch import BlockMover
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -97,6 +98,7 @@ class BlockStream:
         self.model = model.eval()
         self.blocks = blocks
         self.device = torch.device(device)
+        self._mover = BlockMover(blocks, self.device)
         self._base = getattr(model, "base_model", model)
         self._precision = _resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
         self._check_vocabulary(windows)
@@ -178,18 +180,14 @@ class BlockStream:
     def block_on_device(self, index: int) -> Iterator[nn.Module]:
         """Hold one block on the device, and move it back afterwards with whatever weights it then has.
 
-        Nested uses for the same block move nothing.
+        Nested uses for the same block move nothing. On a GPU the next block is copied meanwhile.
         """
         block = self.blocks.modules[index]
-        home = _device_of(block)
-        moves = not _same_device(home, self.device)
-        if moves:
-            block.to(self.device)
-        try:
+        if _same_device(_device_of(block), self.device):
             yield block
-        finally:
-            if moves:
-                block.to(home)
+            return
+        with self._mover.lent(index):
+            yield block
 
     def _check_vocabulary(self, windows: torch.Tensor) -> None:
         rows = getattr(_embeddings(self.model), "num_embeddings", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -19,7 +19,8 @@ from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
 from cloq_export.models.stream import BlockStream
 from cloq_export.pipeline.plan import ModulePlan, Plan
-from cloq_export.pipeline.solve import on_device, served_weight, solve_group
+from cloq_export.pipeline.solve import SolvedLayer, on_device, served_weight
+from cloq_export.pipeline.solvers import LocalSolvers, SolveJob, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
 from cloq_export.types import LayerStats, QuantizedLayer
@@ -28,6 +29,11 @@ FLOAT_STREAM, COMPRESSED_STREAM = 0, 1
 
 # Tokens of one forward pass: enough to amortise casting the weights, few enough that temporaries stay small.
 TOKENS_PER_BATCH = 4096
+
+
+def usual_windows_per_batch(seqlen: int) -> int:
+    """Return how many windows of so many tokens go into one forward pass."""
+    return max(1, TOKENS_PER_BATCH // seqlen)
 
 
 @dataclasses.dataclass
@@ -59,6 +65,8 @@ class BlockWalk:
         compute: precision of the forward passes, see `BlockStream`.
         kept_codes: gives the codes that a module keeps (only adapters are made); None quantizes.
         console: where the progress bar goes.
+        solvers: where layers that do not wait for each other are solved; None is `device`.
+        windows_per_batch: calibration windows of one forward pass; None takes `usual_windows_per_batch`.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class BlockWalk:
         compute: torch.dtype | None,
         kept_codes: Callable[[str], QuantizedLayer] | None,
         console: Console,
+        solvers: Solvers | None = None,
+        windows_per_batch: int | None = None,
     ) -> None:
         self._plan = plan
         self._recipe = recipe
@@ -81,7 +91,9 @@ class BlockWalk:
         self._kept_codes = kept_codes
         self._console = console
         self._error_aware = recipe.error_aware > 0.0
-        batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        self._here = LocalSolvers([device])
+        self._solvers = solvers or self._here
+        batch = windows_per_batch or usual_windows_per_batch(windows.shape[1])
         self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=batch)
         self._done = directory.completed_modules()
         self._groups_of_build: dict[tuple[object, ...], list[list[str]]] = {}
@@ -183,8 +195,12 @@ class BlockWalk:
         finally:
             for handle in handles:
                 handle.remove()
-        for group, accumulator in zip(groups, accumulators, strict=True):
-            self._solve(group, plans, original, _stats_of(group[0], accumulator))
+        jobs = (
+            self._job(group, plans, original, _stats_of(group[0], accumulator))
+            for group, accumulator in zip(groups, accumulators, strict=True)
+        )
+        for _ in self._solve(jobs, self._solvers):
+            pass
         return [after]
 
     def _walk_error_aware(
@@ -212,8 +228,9 @@ class BlockWalk:
         def visit(group_index: int, inputs: GroupInputs) -> None:
             group = groups[group_index]
             stats = self._paired_stats(group[0], linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
-            for name, weight in self._solve(group, plans, original, stats).items():
-                compressed[name] = self._multiplied(weight.to(original[name].dtype))
+            for solved_layers in self._solve([self._job(group, plans, original, stats)], self._here):
+                for name, layer in solved_layers.items():
+                    compressed[name] = self._multiplied(layer.weight.to(original[name].dtype))
             solved.update(group)
 
         after = run_in_lockstep(
@@ -228,7 +245,9 @@ class BlockWalk:
             if not solved.issuperset(group):
                 # Experts that no token was routed to.
                 width = linears[group[0]].in_features
-                self._solve(group, plans, original, self._accumulator(width, drift=False).stats())
+                empty = self._accumulator(width, drift=False).stats()
+                for _ in self._solve([self._job(group, plans, original, empty)], self._here):
+                    pass
         return after
 
     def _paired_stats(
@@ -275,23 +294,36 @@ class BlockWalk:
             device=self._device,
         )
 
-    def _solve(
+    def _job(
         self,
         group: Sequence[str],
         plans: Mapping[str, ModulePlan],
         original: Mapping[str, torch.Tensor],
         stats: LayerStats,
-    ) -> dict[str, torch.Tensor]:
-        """Solve and store one group; return what the layers serve."""
+    ) -> SolveJob:
+        keep = self._kept_codes
+        return SolveJob(
+            tuple(plans[name] for name in group),
+            {name: original[name] for name in group},
+            stats,
+            self._recipe,
+            None if keep is None else {name: keep(name) for name in group},
+        )
+
+    def _solve(self, jobs: Iterable[SolveJob], solvers: Solvers) -> Iterator[dict[str, SolvedLayer]]:
+        """Solve and store groups; yield their layers."""
+        if self._device.type == "cuda":
+            # What was asked of the device before must not count as solving.
+            torch.cuda.synchronize(self._device)
         started = time.perf_counter()
-        weights = {name: original[name].to(torch.float32) for name in group}
-        solved = solve_group([plans[name] for name in group], weights, stats, self._recipe, self._kept_codes)
-        finished = time.perf_counter()
-        for name, layer in solved.items():
-            self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
-        self.seconds.solve += finished - started
-        self.seconds.write += time.perf_counter() - finished
-        return {name: layer.weight for name, layer in solved.items()}
+        for solved in solvers.solve(jobs):
+            finished = time.perf_counter()
+            for name, layer in solved.items():
+                self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
+            self.seconds.solve += finished - started
+            started = time.perf_counter()
+            self.seconds.write += started - finished
+            yield solved
 
 
 def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:

@@ -18,6 +18,7 @@ from cloq_export.models.host_memory import MemoryUse
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.pipeline.plan import Plan, make_plan, plan_for_codes
+from cloq_export.pipeline.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.runtimes.checkpoint import Checkpoint
@@ -65,6 +66,25 @@ def device_of(recipe: Recipe) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
     return device
+
+
+def solvers_of(recipe: Recipe, device: torch.device) -> Solvers:
+    """Return where the layers of a recipe are solved.
+
+    Raises:
+        UsageError: Ray was asked for, and the recipe's layers wait for each other.
+        MissingPackageError: Ray was asked for and is not installed.
+    """
+    if recipe.solvers == "ray":
+        if recipe.error_aware > 0.0:
+            raise UsageError(
+                f"solvers=ray spreads independent layers, but with error_aware={recipe.error_aware:g} every layer "
+                "waits for the one before it; add --set error_aware=0, or --preset paper."
+            )
+        return RaySolvers(device)
+    if device == torch.device("cuda"):
+        return LocalSolvers([torch.device("cuda", number) for number in range(torch.cuda.device_count())])
+    return LocalSolvers([device])
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:

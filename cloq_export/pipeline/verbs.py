@@ -34,7 +34,7 @@ from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.runtime import float_model
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
 from cloq_export.pipeline.answering import Subject, answer_tasks, group_means, read_questions
-from cloq_export.pipeline.compress import BlockWalk
+from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
 from cloq_export.pipeline.session import (
@@ -45,6 +45,7 @@ from cloq_export.pipeline.session import (
     open_planned,
     refuse_other_source,
     refuse_unfinished,
+    solvers_of,
     source_fingerprint,
 )
 from cloq_export.pipeline.solve import LOFTQ
@@ -463,18 +464,39 @@ def _walk(
     device = device_of(recipe)
     keep_freed_memory()
     watch = MemoryWatch()
-    walk = BlockWalk(
-        loaded.model,
-        plan,
-        recipe,
-        directory,
-        windows,
-        device=device,
-        compute=compute_dtype(recipe, device),
-        kept_codes=kept_codes,
-        console=session.console,
-    )
-    walk.run()
+    solvers = solvers_of(recipe, device)
+    windows_at_once = min(len(windows), usual_windows_per_batch(recipe.seqlen))
+    while True:
+        walk = None
+        try:
+            walk = BlockWalk(
+                loaded.model,
+                plan,
+                recipe,
+                directory,
+                windows,
+                device=device,
+                compute=compute_dtype(recipe, device),
+                kept_codes=kept_codes,
+                console=session.console,
+                solvers=solvers,
+                windows_per_batch=windows_at_once,
+            )
+            walk.run()
+            break
+        except torch.OutOfMemoryError:
+            if windows_at_once == 1:
+                raise UsageError(
+                    "memory ran out with one calibration window in a forward pass; what is finished is kept. Choose "
+                    f"a smaller --seqlen than {recipe.seqlen}, --device cpu, or a larger device."
+                ) from None
+        # Finished layers are kept, so the walk only catches up.
+        windows_at_once //= 2
+        session.notes.append(
+            f"memory ran out: from there on {windows_at_once} calibration windows went into a forward pass, so sums "
+            "came in another order than with more memory"
+        )
+        session.say(session.notes[-1])
     session.memory = watch.stop()
     for stage, seconds in dataclasses.asdict(walk.seconds).items():
         session.seconds[stage.replace("_", " ")] = seconds

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cloq_export.kernels.triton.tuning import tuned
+from cloq_export.kernels.triton.tuning import on_its_device, tuned
 from cloq_export.kernels.triton.unpack import UNIT, as_fraction, load_codes, load_zeros
 
 _LARGEST_TILE_UNITS = 4
@@ -56,6 +56,7 @@ def _dequantize(
     tl.store(result + place, weight.to(result.dtype.element_ty), mask=mask[None, :])
 
 
+@on_its_device
 def dequantize_into(
     result: torch.Tensor,
     qweight: torch.Tensor,

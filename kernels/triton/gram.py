@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cloq_export.kernels.triton.tuning import INTERPRETED
+from cloq_export.kernels.triton.tuning import INTERPRETED, on_its_device
 
 # One shape, not tuned: H decides the bytes of a run.
 _SHAPE = {"TILE": 32, "TOKENS": 16} if INTERPRETED else {"TILE": 128, "TOKENS": 64}
@@ -40,6 +40,7 @@ def _add_gram(
         tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
 
 
+@on_its_device
 def add_gram(gram: torch.Tensor, tokens: torch.Tensor) -> None:
     """Add `X^T X` to the upper triangle of H; what lies below the diagonal is neither read nor written.
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cloq_export.kernels.triton.tuning import on_its_device
+
 _TILE_ELEMENTS = 4096
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -76,6 +78,7 @@ def _search(
     tl.store(zeros + row, best_zeros, mask=row < count)
 
 
+@on_its_device
 def search_grid(
     groups: torch.Tensor,
     max_code: int,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from cloq_export.kernels.triton.dequantize import tile_units
-from cloq_export.kernels.triton.tuning import INTERPRETED, tuned
+from cloq_export.kernels.triton.tuning import INTERPRETED, on_its_device, tuned
 from cloq_export.kernels.triton.unpack import UNIT, as_fraction, load_codes, load_word, load_zeros
 
 MOST_TOKENS = 64
@@ -423,6 +423,7 @@ def _splits(out_features: int, units: int, width: int, device: torch.device) -> 
     return splits
 
 
+@on_its_device
 def lora_linear(
     x: torch.Tensor,
     qweight: torch.Tensor,

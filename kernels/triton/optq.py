@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cloq_export.kernels.triton.tuning import on_its_device
+
 BLOCK_COLUMNS = 128
 _ROWS = 32
 # Adding and taking away 1.5 * 2^23 rounds a float32 of modest size to the nearest integer, ties to even.
@@ -52,6 +54,7 @@ def _walk(
     tl.store(errors + every, found, mask=(place < columns)[:, None] & inside[None, :])
 
 
+@on_its_device
 def walk_block(
     remaining: torch.Tensor,
     exact: torch.Tensor,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cloq_export.kernels.triton.tuning import on_its_device
+
 _TILE_ELEMENTS = 4096
 _STEPS = 64
 
@@ -49,6 +51,7 @@ def _clip(
     tl.store(result + place, clipped, mask=inside)
 
 
+@on_its_device
 def clip_groups(groups: torch.Tensor, amount: float, levels: torch.Tensor) -> torch.Tensor:
     """Return the proximal map of `amount * ||v||_inf` on each row.
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 import triton
 
 # Triton decides this when a kernel is declared: under the interpreter nothing can be timed, and shapes are kept small.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def on_its_device(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Return the function with the device of its first tensor made the current one, where Triton launches."""
+
+    @functools.wraps(function)
+    def launch(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.cuda.device_of(cast(torch.Tensor, args[0])):
+            return function(*args, **kwargs)
+
+    return launch
 
 
 def tuned(space: list[dict[str, Any]], key: list[str]) -> Callable[[Any], Any]:
