@@ -106,9 +106,9 @@ def test_a_walk_that_runs_out_of_memory_goes_on_with_fewer_windows(fitting, reci
     monkeypatch.setattr(BlockStream, "forward_batch", limited)
     if not fitting:
         with pytest.raises(UsageError, match=r"ran out with one calibration window .* a smaller --seqlen than 32"):
-            pipeline.run(recipe_for(), tmp_path / "run", console=silent)
+            pipeline.quantize(recipe_for(), tmp_path / "run", console=silent)
         return
-    summary = pipeline.run(recipe_for(), tmp_path / "run", console=silent)
+    summary = pipeline.quantize(recipe_for(), tmp_path / "run", console=silent)
     assert [tried[0], max(tried[2:])] == [4, 1]
     notes = [
         note for note in summary["notes"] if note.startswith("memory ran out: from there on 1 calibration windows")
