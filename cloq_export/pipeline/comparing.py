@@ -483,9 +483,15 @@ class _FloatTrainer(_Trainer):
             bnb_4bit_compute_dtype=dtype,
         )
         try:
-            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)  # type: ignore[no-any-return]
+            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
         except Exception as error:  # the library raises what its backend raises
             raise _UnavailableError(" ".join(str(error).split())[:200]) from None
+        for module in model.modules():
+            # On a CPU the library repacks its codes at the first evaluation, for good and only for rows of whole
+            # blocks; the trained layers must go on with the codes that they have.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model  # type: ignore[no-any-return]
 
 
 def attach_pairs(model: Any, pairs: Mapping[str, Any]) -> None:
