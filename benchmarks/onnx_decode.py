@@ -29,7 +29,7 @@ from environment import describe_hardware, hardware_line, model_folder
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.formats.onnx.record import ADAPTER_NAME
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.parity.runtime import greedy_continuations
+from cloq_export.parity.runtime import float_model
 from cloq_export.pipeline import ExportOptions, export
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
 from cloq_export.run.atomic import write_json
@@ -142,7 +142,7 @@ def measure_exactness(case: Case, model: OnnxModel, adapter: str | None, prompts
         difference = np.abs(model.logits(ids, adapter) - wanted)
         widest, largest = max(widest, float(difference.max())), max(largest, float(np.abs(wanted).max()))
         mean.append(float(difference.mean()))
-    texts = greedy_continuations(reference, prompts, new)
+    texts = float_model(reference).generate(prompts, [None] * len(prompts), new)
     same = sum(model.generate([ids], [adapter], new)[0] == text for ids, text in zip(prompts, texts, strict=True))
     return {
         "logit_difference_max": widest,

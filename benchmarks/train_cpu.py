@@ -4,7 +4,7 @@ Both take the same tokens and the same adapters, in processes of their own, whic
 median of its steps, and the table the medians over processes. The run must hold an adapter.
 
     cloq run --demo --out RUN
-    python benchmarks/train_cpu.py RUN --threads 2 --out benchmarks/results/train_cpu.json
+    python benchmarks/train_cpu.py RUN --threads 2 --json benchmarks/results/train_cpu.json
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sizes = (options.threads, options.batch, options.seqlen, options.steps)
     if options.side:
@@ -100,10 +100,10 @@ def main() -> None:
             f"model with adapters {entry['model_bytes'] / 1e6:.0f} MB"
         )
     print(f"packed over bfloat16: {medians['packed']['seconds'] / medians['bfloat16']['seconds']:.3f} of the time")
-    if options.out:
+    if options.json:
         named = {"threads": options.threads, "batch": options.batch, "seqlen": options.seqlen, "steps": options.steps}
         content = {"hardware": describe_hardware(), "options": named}
-        options.out.write_text(json.dumps(content | {"rounds": found, "medians": medians}, indent=2) + "\n")
+        options.json.write_text(json.dumps(content | {"rounds": found, "medians": medians}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
