@@ -11,13 +11,14 @@ import argparse
 import copy
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from environment import describe_hardware, hardware_line, model_folder
 
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.formats.onnx.record import ADAPTER_NAME
-from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.source import LoadedModel, open_model, quiet_transformers, save_source_files
 from cloq_export.parity.runtime import float_model
 from cloq_export.pipeline import ExportOptions, export
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
@@ -46,6 +47,8 @@ PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "tra
 PROMPT_TOKENS = 16
 # The adapter's name in the table where none is used.
 BASE = "none"
+# Beside the styles of an export: the same weights in a float32 graph.
+FLOAT = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Case:
         return {name: getattr(self, name) for name in ("name", "bits", "group_size", "style", "two_bit")}
 
 
-def run_cases(run: Path, styles: Sequence[str]) -> list[Case]:
-    """Return the cases of one finished run."""
+def run_cases(loaded: LoadedModel, run: Path, styles: Sequence[str]) -> list[Case]:
+    """Return the cases of one finished run, the float graph of its dequantized base first: what rounding alone does."""
     checkpoint = Checkpoint.open(run)
     spec = checkpoint.grids.default
     names = sorted(path.name for path in (run / "adapters").iterdir())
@@ -91,18 +94,20 @@ def run_cases(run: Path, styles: Sequence[str]) -> list[Case]:
         compact = two_bit if two_bit == "compact" else None
         return lambda out: export(run, ExportOptions(format="onnx", style=style, two_bit=compact, out=out)) and None
 
+    def reference(adapter: str | None) -> Any:
+        return dequantized_model(run, adapter, merged=False)
+
+    def write_float(out: Path) -> None:
+        model = reference(None)
+        with quiet_transformers():
+            model.save_pretrained(out / "model")
+        save_source_files(loaded, out / "model")
+        build_graph(out / "model", out)
+
+    grid = (run.name, spec.bits, spec.group_size)
     return [
-        Case(
-            run.name,
-            spec.bits,
-            spec.group_size,
-            style,
-            two_bit,
-            writer(style, two_bit),
-            (None, *names),
-            lambda adapter: dequantized_model(run, adapter, merged=False),
-        )
-        for style, two_bit in kinds
+        Case(*grid, FLOAT, "exact", write_float, (None,), reference),
+        *(Case(*grid, style, two_bit, writer(style, two_bit), (None, *names), reference) for style, two_bit in kinds),
     ]
 
 
@@ -132,7 +137,7 @@ def grid_case(loaded: LoadedModel, modules: Sequence[str], spec: QuantSpec, styl
     return Case("rtn", spec.bits, spec.group_size, style, "exact", write, (None,), reference)
 
 
-def measure_exactness(case: Case, model: OnnxModel, adapter: str | None, prompts: list[list[int]], new: int) -> dict:
+def measure_exactness(case: Case, model: Any, adapter: str | None, prompts: list[list[int]], new: int) -> dict:
     """Return the largest difference of a logit, and how many greedy texts are the reference's."""
     reference = case.reference(adapter)
     widest, mean, largest = 0.0, [], 0.0
@@ -154,10 +159,12 @@ def measure_exactness(case: Case, model: OnnxModel, adapter: str | None, prompts
 
 
 class Decoder:
-    """A graph that is asked for one token after another, timed behind its prompt."""
+    """A graph in plain ONNX Runtime, asked for one token after another."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        decoder = json.loads((folder / GENAI_CONFIG).read_text())["model"]["decoder"]
+        model = json.loads((folder / GENAI_CONFIG).read_text())["model"]
+        decoder, ends = model["decoder"], model["eos_token_id"]
+        self._ends = set(ends if isinstance(ends, list) else [ends])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -178,20 +185,46 @@ class Decoder:
         other._run_options.add_active_adapter(other._adapter)
         return other
 
-    def seconds_per_token(self, ids: list[int], new: int) -> float:
+    def logits(self, ids: Sequence[int], _adapter: None = None) -> np.ndarray:
+        """Return the logits of every position of a text."""
+        return next(self._steps(list(ids)))[0]
+
+    def generate(self, prompts: Sequence[Sequence[int]], _adapters: Sequence[None], new: int) -> list[list[int]]:
+        """Return the most probable continuation of each prompt, an end-of-text token last if there was one."""
+        texts: list[list[int]] = []
+        for ids in prompts:
+            texts.append([])
+            for logits in itertools.islice(self._steps(list(ids)), new):
+                texts[-1].append(int(logits[0, -1].argmax()))
+                if texts[-1][-1] in self._ends:
+                    break
+        return texts
+
+    def close(self) -> None:
+        """Let go of the session."""
+        del self._session
+
+    def seconds_per_token(self, ids: Sequence[int], new: int) -> float:
         """Return the time of one new token, the prompt left out."""
+        steps = self._steps(list(ids))
+        next(steps)
+        started = time.perf_counter()
+        for _ in range(new):
+            next(steps)
+        return (time.perf_counter() - started) / new
+
+    def _steps(self, given: list[int]) -> Iterator[np.ndarray]:
+        """Give the logits (1, tokens, vocabulary) of a prompt, then those behind each most probable token."""
         decoder, layers = self._decoder, range(self._decoder["num_hidden_layers"])
         past = [decoder["inputs"][f"past_{part}_names"] % n for n in layers for part in ("key", "value")]
         present = [decoder["outputs"][f"present_{part}_names"] % n for n in layers for part in ("key", "value")]
         empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype=np.float32)
-        cache, given, length, started = dict.fromkeys(past, empty), list(ids), len(ids), 0.0
-        for step in range(new + 1):
-            if step == 1:
-                started = time.perf_counter()
+        cache, length = dict.fromkeys(past, empty), len(given)
+        while True:
             feed = {"input_ids": np.array([given]), "attention_mask": np.ones((1, length), dtype=np.int64), **cache}
             logits, *values = self._session.run(["logits", *present], feed, self._run_options)
+            yield logits
             cache, given, length = dict(zip(past, values, strict=True)), [int(logits[0, -1].argmax())], length + 1
-        return (time.perf_counter() - started) / new
 
 
 def measure_speed(decoders: dict[str, Decoder], ids: list[int], new: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -233,7 +266,7 @@ def main() -> None:
     step = (tokens.numel() - PROMPT_TOKENS) // asked.prompts
     prompts = [tokens[start : start + PROMPT_TOKENS].tolist() for start in range(0, step * asked.prompts, step)]
     modules = [name for name in dict(loaded.model.named_modules()) if name.endswith("_proj")]
-    cases = [case for run in asked.runs for case in run_cases(run, styles)]
+    cases = [case for run in asked.runs for case in run_cases(loaded, run, styles)]
     for text in filter(None, asked.grids.split(",")):
         bits, _, group = text.partition(":")
         cases += [grid_case(loaded, modules, QuantSpec(int(bits), int(group)), style) for style in styles]
@@ -259,11 +292,14 @@ def main() -> None:
                 folders[folder.name] = folder
             if len(done) < len(case.adapters):
                 names = [name for name in case.adapters if name is not None]
-                model = OnnxModel(folder, {name: folder / "adapters" / name for name in names}, threads=threads)
+                adapters = {name: folder / "adapters" / name for name in names}
+                model: Any = Decoder(folder / "built", threads)
+                if case.style != FLOAT:
+                    model = OnnxModel(folder, adapters, threads=threads)
                 for adapter in case.adapters:
                     row = case.key | {"adapter": adapter or BASE}
                     row |= measure_exactness(case, model, adapter, prompts, asked.new_tokens)
-                    row |= {"export_bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*"))}
+                    row |= {"export_bytes": sum(path.stat().st_size for path in folder.rglob("model.onnx*"))}
                     content["rows"].append(row)
                     write_json(asked.json, content)
                     print(row, flush=True)

@@ -28,4 +28,4 @@ def test_a_benchmark_prints_its_help(
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 0
-    assert "--json" in capsys.readouterr().out
+    assert "usage: " in capsys.readouterr().out
