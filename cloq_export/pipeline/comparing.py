@@ -41,6 +41,7 @@ from cloq_export.pipeline.verbs import adapt, run
 from cloq_export.recipe import FineTuneRecipe, Recipe, read_yaml
 from cloq_export.run.atomic import write_bytes, write_json
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.hardware import describe_hardware
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.hf import load
@@ -228,6 +229,7 @@ def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "comparison": dataclasses.asdict(comparison),
+        "hardware": describe_hardware(),
         "versions": environment(),
         "missing_rows": missing,
         "bases": _bases(out),
