@@ -40,6 +40,7 @@ def served_parity(content: Content) -> list[str]:
         rows.append(
             (
                 f"INT{row['bits'][0]}, {row['dtype']}",
+                f"{sum(each['tokens'] for each in row['served']):,}",
                 f"{metrics['logprob_difference_max']:.1e}",
                 f"{metrics['logprob_difference_mean']:.1e}",
                 "" if over is None else f"{over:.2f}",
@@ -51,6 +52,7 @@ def served_parity(content: Content) -> list[str]:
         )
     heading = (
         "served by vLLM",
+        "tokens, both adapters",
         "log-probability difference from the reference, largest",
         "mean",
         "over the float model's own",

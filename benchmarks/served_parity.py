@@ -6,7 +6,7 @@
 Every width is a default run of `cloq run`, made in --work unless --runs names one, with its own adapter `cloq` and a
 copy of it with noise, `noisy1`. In float32 the figures of the gate are absolute, in half precision relative to what the
 float model itself loses in that precision. A row is the report of one `cloq verify`, shortened to what the gate is
-about; the JSON file is written after every row.
+about; the JSON file is written after every row, and rows that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cloq_export.pipeline.serving import served_adapters
 from cloq_export.recipe import DEMO, Recipe
 from cloq_export.run.atomic import write_json
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.safe_json import read_json
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.vllm_server import engine_facts
 
@@ -62,9 +63,11 @@ def measure(run: Path, reference: str, dtype: str, *, runtime: str = "vllm", **o
 def shortened(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report without plots, modules and answers."""
     served = [row for row in report["numerics"] if row["measured"] == "served"]
-    kept = ("export", "layout", "bits", "runtime", "dtype", "passed", "gates", "metrics", "missing", "conditions")
+    kept = ("layout", "bits", "runtime", "dtype", "passed", "gates", "metrics", "missing")
+    conditions = report["conditions"] | {"text": Path(report["conditions"]["text"]).name}
     return {
-        **{key: report[key] for key in kept if key != "export"},
+        **{key: report[key] for key in kept},
+        "conditions": conditions,
         "adapters": [adapter["name"] for adapter in report["adapters"]],
         "served": [{key: row[key] for key in ("adapter", "tokens", "max", "mean", "quantiles")} for row in served],
         "perplexity": [
@@ -109,13 +112,16 @@ def main() -> None:
     hardware = describe_hardware()
     versions = environment() | {"vllm": engine_facts(arguments.python).version}
     print(hardware_line(hardware))
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = read_json(arguments.json)["rows"] if arguments.json.exists() else []
+    held = {(row["dtype"], str(row["bits"][0])) for row in rows}
     widths = arguments.bits.split(",")
     for bits in widths:
         if bits not in runs:
             runs[bits] = str(arguments.work / f"served-int{bits}")
             pipeline.run(Recipe.from_mapping({**DEMO, "bits": int(bits)}), Path(runs[bits]))
     for dtype, bits in itertools.product(arguments.dtypes.split(","), widths):
+        if (dtype, bits) in held:
+            continue
         options = {"windows": arguments.windows, "prompts": arguments.prompts, "python": arguments.python}
         rows.append(measure(Path(runs[bits]), arguments.reference, dtype, **options))
         print(line_of(rows[-1]), flush=True)
