@@ -124,7 +124,7 @@ def grid_case(loaded: LoadedModel, modules: Sequence[str], spec: QuantSpec, styl
 
     def write(out: Path) -> None:
         source = LayerSource.of_mapping(quantized())
-        floats = FloatPart.of_model(loaded.model, source)
+        floats = FloatPart.of_model(loaded.model, source, save_files=lambda folder: save_source_files(loaded, folder))
         export_onnx(out, source, floats, style=style, base_fingerprint=base_fingerprint(layers.items()))  # type: ignore[arg-type]
 
     def reference(_adapter: str | None) -> Any:
