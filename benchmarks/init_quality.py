@@ -87,6 +87,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "default+group-128": ("default", {"group_size": 128}),
     "default+adapter-float32": ("default", {"adapter_dtype": "float32"}),
     "default+float32-forward": ("default", {"precision": "float32"}),
+    "default+refine": ("default", {"refine": "block"}),
+    "default+refine-rank-0": ("default", {"refine": "block", "rank": 0}),
+    "default+refine-rank-16": ("default", {"refine": "block", "rank": 16}),
+    "apiq-lw": ("default", {"refine": "apiq-lw"}),
+    "apiq-bw": ("default", {"refine": "apiq-bw"}),
     # The same number of adapter parameters as rank 64 everywhere, for blocks shaped as the demo model's.
     "default+rank-to-mlp": ("default", {"overrides": {"*.mlp.*": {"rank": 80}, "*.self_attn.*": {"rank": 37}}}),
     "default+rank-to-attention": ("default", {"overrides": {"*.mlp.*": {"rank": 44}, "*.self_attn.*": {"rank": 96}}}),
@@ -259,7 +264,7 @@ def measure_setting(
         summary = pipeline.run(recipe, run, console=Console(file=io.StringIO()))
         stages = summary["seconds"]
         # The same stages as benchmarks/init_speed.py: not reading, writing or measuring.
-        compressing = stages["forward and statistics"] + stages["solve"]
+        compressing = stages["forward and statistics"] + stages["solve"] + stages.get("refine", 0.0)
         for kind, adapter in kinds:
             if not missing[kind]:
                 continue

@@ -79,11 +79,19 @@ class Recipe:
         "layers) to 1. Layers of b bits take 2/b of it.",
     )
     float_share: float = _option(
-        0.5, "Share of the calibration windows that also run through the float model, to tell what error_aware mends."
+        0.5,
+        "Share of the calibration windows that also run through the float model, to tell what error_aware mends; with "
+        "refine all of them do.",
     )
     token_weighting: Literal["none", "inverse_norm"] = _option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."
     )
+    refine: Literal["none", "block", "apiq-lw", "apiq-bw"] = _option(
+        "none",
+        "Train on the output: block (scales and adapters of a block together, from what was solved), or ApiQ's "
+        "layer-wise or block-wise scheme instead of solving.",
+    )
+    refine_steps: int = _option(200, "Steps of the refinement of each block (apiq-lw: of each layer).")
     calibration: str = _option("wikitext2", "Calibration text: wikitext2, embedded, a file, or a hub id.")
     samples: int = _option(128, "Number of calibration windows.")
     seqlen: int = _option(2048, "Tokens in a calibration window.")
@@ -318,6 +326,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "split": "paper",
         "error_aware": 0.0,
         "token_weighting": "none",
+        "refine": "none",
     },
 }
 
@@ -344,6 +353,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("paper", "balanced", "transposed"),
     "svd": ("truncated", "full"),
     "adapter_dtype": ("float16", "bfloat16", "float32"),
+    "refine": ("none", "block", "apiq-lw", "apiq-bw"),
     "token_weighting": ("none", "inverse_norm"),
     "solvers": ("local", "ray"),
     "precision": ("auto", "float32", "bfloat16"),
@@ -363,6 +373,7 @@ EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft", "onnx", "onnx-adapter")
 _MINIMUM: dict[str, int] = {
     "sweeps": 0,
     "rank": 0,
+    "refine_steps": 1,
     "samples": 1,
     "seqlen": 2,
     "seed": 0,

@@ -258,6 +258,10 @@ class LayerCertificate:
         dead_columns: input channels that were zero on every calibration token.
         target: what the errors are measured against: the float weight, or the moved target of the error-aware mode.
         notes: everything that did not go the ordinary way, e.g. a fallback, in plain words.
+        refined_error_before: of a refined layer, the error of its block (of itself, where layers are refined alone) on
+            held-out windows at the start of the refinement; None without refinement, or where it is NaN or Inf.
+        refined_error_after: the same error of what was kept.
+        refined_step: the step that was kept, 0 for the start.
     """
 
     module: str
@@ -276,6 +280,9 @@ class LayerCertificate:
     dead_columns: int
     target: str = "float weight"
     notes: tuple[str, ...] = ()
+    refined_error_before: float | None = None
+    refined_error_after: float | None = None
+    refined_step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

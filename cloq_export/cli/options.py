@@ -40,6 +40,7 @@ _NAMED = (
     "grid",
     "rank",
     "split",
+    "refine",
     "calibration",
     "samples",
     "seqlen",

@@ -163,11 +163,8 @@ class BlockStream:
         Raises:
             NonFiniteError: the output overflows.
         """
-        arithmetic = forward_precision(self._precision, self.device)
-        with self.block_on_device(index) as block, arithmetic, torch.no_grad():
-            call = self._calls[batch_index][index].map(self._as_argument)
-            output = call.invoke(block, states.to(self.device))
-            after = output[0] if isinstance(output, (tuple, list)) else output
+        with self.block_on_device(index), torch.no_grad():
+            after = self.differentiable_batch(index, batch_index, states)
             # A sum is finite only if every term is, and costs a tenth of asking each.
             if not bool(torch.isfinite(after.sum(dtype=torch.float32))):
                 raise NonFiniteError(
@@ -175,6 +172,22 @@ class BlockStream:
                     "calibration text. Run it with --precision float32, or check the model's weights."
                 )
             return after.to(self.storage)
+
+    def differentiable_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
+        """Run one block over one batch with the gradients that the caller has switched on, overflow or not.
+
+        Args:
+            index: number of the block.
+            batch_index: number of the batch that `states` belongs to.
+            states: (batch, seqlen, hidden).
+
+        Returns:
+            Tensor: hidden states after the block, same shape, on `device`.
+        """
+        with self.block_on_device(index) as block, forward_precision(self._precision, self.device):
+            call = self._calls[batch_index][index].map(self._as_argument)
+            output = call.invoke(block, states.to(self.device))
+            return output[0] if isinstance(output, (tuple, list)) else output
 
     @contextlib.contextmanager
     def block_on_device(self, index: int) -> Iterator[nn.Module]:

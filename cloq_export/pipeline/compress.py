@@ -19,6 +19,7 @@ from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
 from cloq_export.models.stream import BlockStream
 from cloq_export.pipeline.plan import ModulePlan, Plan
+from cloq_export.pipeline.refining import APIQ, BlockRefiner
 from cloq_export.pipeline.solve import SolvedLayer, on_device, served_weight
 from cloq_export.pipeline.solvers import LocalSolvers, SolveJob, Solvers
 from cloq_export.recipe import Recipe
@@ -29,11 +30,14 @@ FLOAT_STREAM, COMPRESSED_STREAM = 0, 1
 
 # Tokens of one forward pass: enough to amortise casting the weights, few enough that temporaries stay small.
 TOKENS_PER_BATCH = 4096
+# With a refinement a batch is also what one step trains on, and many small steps go further than few large ones.
+TOKENS_PER_STEP = 1024
 
 
-def usual_windows_per_batch(seqlen: int) -> int:
-    """Return how many windows of so many tokens go into one forward pass."""
-    return max(1, TOKENS_PER_BATCH // seqlen)
+def usual_windows_per_batch(recipe: Recipe) -> int:
+    """Return how many calibration windows go into one forward pass."""
+    tokens = TOKENS_PER_BATCH if recipe.refine == "none" else TOKENS_PER_STEP
+    return max(1, tokens // recipe.seqlen)
 
 
 @dataclasses.dataclass
@@ -42,7 +46,13 @@ class Seconds:
 
     forward_and_statistics: float = 0.0
     solve: float = 0.0
+    refine: float = 0.0
     write: float = 0.0
+
+    @property
+    def beside_forward(self) -> float:
+        """Return what was not spent in forward passes and statistics."""
+        return self.solve + self.refine + self.write
 
 
 class BlockWalk:
@@ -50,7 +60,8 @@ class BlockWalk:
 
     In the independent mode (CLoQ section 3: H from the full-precision activations) one float forward pass serves all
     layers. In the error-aware mode a second stream of activations runs behind the compressed prefix, layer by layer:
-    what a layer is calibrated on is what the finished layers before it, in the same block too, put out.
+    what a layer is calibrated on is what the finished layers before it, in the same block too, put out. With a
+    refinement both streams run, and the layers of a block are stored when the block is refined.
 
     Layers that the run directory already holds are not solved again; their blocks are only run through, with the same
     arithmetic, so that a resumed run ends with the same bytes.
@@ -90,12 +101,18 @@ class BlockWalk:
         self._device = device
         self._kept_codes = kept_codes
         self._console = console
-        self._error_aware = recipe.error_aware > 0.0
+        # A refinement takes its inputs from behind the compressed prefix, whatever the layers' targets are.
+        self._error_aware = recipe.error_aware > 0.0 or recipe.refine != "none"
         self._here = LocalSolvers([device])
         self._solvers = solvers or self._here
-        batch = windows_per_batch or usual_windows_per_batch(windows.shape[1])
+        batch = windows_per_batch or usual_windows_per_batch(recipe)
         self._stream = BlockStream(model, plan.blocks, windows, device=device, compute=compute, batch=batch)
         self._done = directory.completed_modules()
+        self._refiner: BlockRefiner | None = None
+        if recipe.refine != "none":
+            of_model = next(plan.blocks.modules[0].parameters()).dtype
+            dtype = torch.bfloat16 if self._stream.rounds_inputs else of_model
+            self._refiner = BlockRefiner(recipe, device=device, dtype=dtype, keeps_codes=kept_codes is not None)
         self._groups_of_build: dict[tuple[object, ...], list[list[str]]] = {}
         self.seconds = Seconds()
 
@@ -108,7 +125,8 @@ class BlockWalk:
         if self._error_aware:
             # What the float model says is a correction that enters with a share itself: a part of the tokens tells
             # most of it, and the float stream costs as much as the other one.
-            paired = max(1, math.ceil(self._recipe.float_share * len(self._stream.hidden)))
+            share = 1.0 if self._refiner else self._recipe.float_share
+            paired = max(1, math.ceil(share * len(self._stream.hidden)))
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
         self._stream.hidden.clear()
         columns = (
@@ -122,10 +140,10 @@ class BlockWalk:
         with Progress(*columns, console=self._console) as progress, torch.no_grad():
             task = progress.add_task("calibrate, quantize, adapt", total=last + 1)
             for index in range(last + 1):
-                started, solve_before = time.perf_counter(), self.seconds.solve + self.seconds.write
+                started, before = time.perf_counter(), self.seconds.beside_forward
                 streams = self._walk_block(index, streams)
                 spent = time.perf_counter() - started
-                self.seconds.forward_and_statistics += spent - (self.seconds.solve + self.seconds.write - solve_before)
+                self.seconds.forward_and_statistics += spent - (self.seconds.beside_forward - before)
                 progress.advance(task)
 
     def _walk_block(self, index: int, streams: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
@@ -133,6 +151,8 @@ class BlockWalk:
         block = self._plan.blocks.modules[index]
         linears = find_linears(block, self._plan.blocks.prefix(index))
         plans = self._plan.of_block(index)
+        if self._refiner and not self._done.issuperset(plans):
+            self._done.difference_update(plans)  # its layers are refined together, so all are made again
         with self._stream.block_on_device(index):
             original = {name: linear.weight.data for name, linear in linears.items()}
             groups: list[list[str]] = []
@@ -212,7 +232,8 @@ class BlockWalk:
         original: Mapping[str, torch.Tensor],
         groups: Sequence[Sequence[str]],
     ) -> list[list[torch.Tensor]]:
-        solved: set[str] = set()
+        reached: set[str] = set()
+        solved: dict[str, SolvedLayer] = {}
         floating = {name: self._multiplied(weight) for name, weight in original.items()}
         compressed = dict(floating)
         for name in self._done.intersection(plans):
@@ -228,10 +249,13 @@ class BlockWalk:
         def visit(group_index: int, inputs: GroupInputs) -> None:
             group = groups[group_index]
             stats = self._paired_stats(group[0], linears[group[0]].in_features, inputs, streams[FLOAT_STREAM])
-            for solved_layers in self._solve([self._job(group, plans, original, stats)], self._here):
-                for name, layer in solved_layers.items():
+            for layers in self._solve([self._job(group, plans, original, stats)], self._here):
+                if self._refiner:
+                    layers = self._start_refinement(self._refiner, layers, inputs, paired=stats.drift is not None)
+                    solved.update(layers)
+                for name, layer in layers.items():
                     compressed[name] = self._multiplied(layer.weight.to(original[name].dtype))
-            solved.update(group)
+            reached.update(group)
 
         after = run_in_lockstep(
             self._stream,
@@ -242,13 +266,51 @@ class BlockWalk:
             visit,
         )
         for group in groups:
-            if not solved.issuperset(group):
+            if not reached.issuperset(group):
                 # Experts that no token was routed to.
                 width = linears[group[0]].in_features
                 empty = self._accumulator(width, drift=False).stats()
-                for _ in self._solve([self._job(group, plans, original, empty)], self._here):
-                    pass
-        return after
+                for layers in self._solve([self._job(group, plans, original, empty)], self._here):
+                    if self._refiner:
+                        solved.update(self._start_refinement(self._refiner, layers, None, paired=False))
+        if self._refiner is None or not solved:
+            return after
+        install(FLOAT_STREAM)
+        refined = self._refine(self._refiner, index, linears, plans, solved, streams, after)
+        self._write(refined)
+        for name, finished in refined.items():
+            compressed[name] = self._multiplied(finished.weight.to(self._device, original[name].dtype))
+        install(COMPRESSED_STREAM)
+        return [after[FLOAT_STREAM], self._stream.forward_block(index, streams[COMPRESSED_STREAM])]
+
+    def _refine(
+        self,
+        refiner: BlockRefiner,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        plans: Mapping[str, ModulePlan],
+        solved: Mapping[str, SolvedLayer],
+        streams: Sequence[Sequence[torch.Tensor]],
+        after: Sequence[Sequence[torch.Tensor]],
+    ) -> dict[str, SolvedLayer]:
+        """Return the refined layers of a block whose float weights are installed."""
+        if self._recipe.refine == "apiq-lw":
+            return dict(solved)  # each layer was trained when its group met its inputs
+        started = time.perf_counter()
+        met, share = streams[COMPRESSED_STREAM], refiner.target_share(plans)
+        targets = list(after[FLOAT_STREAM])
+        if share < 1.0:
+            own = self._stream.forward_block(index, met)
+            targets = [torch.lerp(mine, floats, share) for mine, floats in zip(own, targets, strict=True)]
+        refined = refiner.refine_block(
+            index,
+            linears,
+            solved,
+            lambda batch: self._stream.differentiable_batch(index, batch, met[batch]),
+            targets,
+        )
+        self.seconds.refine += time.perf_counter() - started
+        return refined
 
     def _paired_stats(
         self, name: str, in_features: int, inputs: GroupInputs, hidden: Sequence[torch.Tensor]
@@ -301,29 +363,54 @@ class BlockWalk:
         original: Mapping[str, torch.Tensor],
         stats: LayerStats,
     ) -> SolveJob:
-        keep = self._kept_codes
+        keep, recipe = self._kept_codes, self._recipe
+        if recipe.refine in APIQ:
+            # ApiQ makes its own codes against the float weight: nothing is solved but the statistics are judged by.
+            recipe = recipe.changed({"method": "rtn", "error_aware": 0.0})
         return SolveJob(
             tuple(plans[name] for name in group),
             {name: original[name] for name in group},
             stats,
-            self._recipe,
+            recipe,
             None if keep is None else {name: keep(name) for name in group},
         )
 
     def _solve(self, jobs: Iterable[SolveJob], solvers: Solvers) -> Iterator[dict[str, SolvedLayer]]:
-        """Solve and store groups; yield their layers."""
+        """Solve groups and yield their layers, stored unless their block is still to be refined."""
         if self._device.type == "cuda":
             # What was asked of the device before must not count as solving.
             torch.cuda.synchronize(self._device)
         started = time.perf_counter()
         for solved in solvers.solve(jobs):
-            finished = time.perf_counter()
-            for name, layer in solved.items():
-                self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
-            self.seconds.solve += finished - started
-            started = time.perf_counter()
-            self.seconds.write += started - finished
+            self.seconds.solve += time.perf_counter() - started
+            if self._refiner is None:
+                self._write(solved)
             yield solved
+            started = time.perf_counter()
+
+    def _start_refinement(
+        self,
+        refiner: BlockRefiner,
+        solved: dict[str, SolvedLayer],
+        inputs: GroupInputs | None,
+        *,
+        paired: bool,
+    ) -> dict[str, SolvedLayer]:
+        """Return what the next groups of the block meet: ApiQ has its own start, and a scheme that ends here."""
+        if self._recipe.refine not in APIQ:
+            return solved
+        started = time.perf_counter()
+        solved = refiner.start_group(solved)
+        if self._recipe.refine == "apiq-lw" and inputs is not None:
+            solved = refiner.refine_group(solved, inputs, paired=paired)
+        self.seconds.refine += time.perf_counter() - started
+        return solved
+
+    def _write(self, solved: Mapping[str, SolvedLayer]) -> None:
+        started = time.perf_counter()
+        for name, layer in solved.items():
+            self._directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
+        self.seconds.write += time.perf_counter() - started
 
 
 def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:

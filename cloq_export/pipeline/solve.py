@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ ADAPTER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32
 
 
 # Choices of the recipe's `init`.
-SVD, LOFTQ = "svd", "loftq"
+CLOQ, LOFTQ = "cloq", "loftq"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,38 @@ class SolvedLayer:
         lora: the adapter pair, or None at rank 0.
         certificate: how good the two are.
         weight: `Q + B A`, (out, in) float32 on the device of the solve: what the next layers meet.
+        problem: what it was solved for, by which another solution of the same layer can be judged; None where a worker
+            elsewhere has solved it.
     """
 
     quantized: QuantizedLayer
     lora: LoraPair | None
     certificate: LayerCertificate
     weight: torch.Tensor
+    problem: LayerProblem | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerProblem:
+    """What one layer should reproduce, and in which metric its errors count.
+
+    Args:
+        plan: the layer.
+        weight: W, (out, in) float32.
+        target: W or the error-aware target, same shape.
+        damped: the damped H of its input, or None where no token reached the layer.
+        root: its root for the closed form, or None.
+        shared: the figures of a certificate that depend on the input alone.
+        notes: what did not go the ordinary way.
+    """
+
+    plan: ModulePlan
+    weight: torch.Tensor
+    target: torch.Tensor
+    damped: DampedGram | None
+    root: GramRoot | None
+    shared: _SharedNumbers
+    notes: tuple[str, ...]
 
 
 def served_weight(quantized: QuantizedLayer, lora: LoraPair | None) -> torch.Tensor:
@@ -110,21 +137,17 @@ def solve_group(
         quantized = {plan.name: on_device(kept_codes(plan.name), device) for plan in plans}
     shared = _SharedNumbers.of(stats, damped)
     root = _root(stats, damped) if damped is not None else None
-    return {
-        plan.name: _finish(
-            plan,
-            weights[plan.name],
-            targets[plan.name],
-            quantized[plan.name],
-            root,
-            damped,
-            shared,
-            recipe,
-            (*notes, *quantize_notes.get(plan.name, ())),
-            loftq.get(plan.name),
-        )
-        for plan in plans
-    }
+    solved: dict[str, SolvedLayer] = {}
+    for plan in plans:
+        name = plan.name
+        more = (*notes, *quantize_notes.get(name, ()))
+        problem = LayerProblem(plan, weights[name], targets[name], damped, root, shared, more)
+        if name in loftq:
+            best = BestPair(loftq[name], float("nan"))
+        else:
+            best = best_pair(problem, quantized[name], recipe)
+        solved[name] = finish_layer(problem, quantized[name], best.pair, best, recipe)
+    return solved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,48 +222,82 @@ def on_device(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
     return QuantizedLayer(layer.codes.to(device), layer.scales.to(device), layer.zeros.to(device), layer.spec)
 
 
-def _finish(
-    plan: ModulePlan,
-    weight: torch.Tensor,
-    target: torch.Tensor,
+@dataclasses.dataclass(frozen=True)
+class BestPair:
+    """What the recipe's `init` gives for codes that stand.
+
+    Args:
+        pair: the pair on the device of the solve, or None at rank 0.
+        bound: what no pair of this rank can beat for these codes, absolute; NaN where nothing is known of it.
+        notes: what did not go the ordinary way.
+    """
+
+    pair: LoraPair | None
+    bound: float
+    notes: tuple[str, ...] = ()
+
+
+def best_pair(problem: LayerProblem, quantized: QuantizedLayer, recipe: Recipe) -> BestPair:
+    """Return the pair of the recipe's `init` for given codes of a layer, which are on the device of the solve."""
+    rank = problem.plan.rank
+    if not rank:
+        return BestPair(None, float("nan"))
+    dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
+    if recipe.init != CLOQ:
+        # LoftQ's alternation ends with the same step.
+        return BestPair(init_svd(problem.weight, quantized.dequantize(), rank, dtype=dtype), float("nan"))
+    if problem.root is None:
+        # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
+        out_features, in_features = problem.weight.shape
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        pair = LoraPair(start.to(dtype), torch.zeros(out_features, rank, dtype=dtype), float(rank))
+        return BestPair(pair, float("nan"))
+    result = init_cloq(
+        problem.target, quantized.dequantize(), problem.root, rank, split=recipe.split, svd=recipe.svd, dtype=dtype
+    )
+    fell_back = result.svd_method == "full" and recipe.svd == "truncated"
+    notes = ("the truncated SVD did not settle: the full one was taken",) if fell_back else ()
+    return BestPair(result.pair, result.bound, notes)
+
+
+def finish_layer(
+    problem: LayerProblem,
     quantized: QuantizedLayer,
-    root: GramRoot | None,
-    damped: DampedGram | None,
-    shared: _SharedNumbers,
+    lora: LoraPair | None,
+    best: BestPair,
     recipe: Recipe,
-    notes: tuple[str, ...],
-    made: LoraPair | None = None,
+    refinement: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> SolvedLayer:
-    dequantized = quantized.dequantize()
-    lora: LoraPair | None = None
-    bound = float("nan")
-    if plan.rank:
-        dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
-        if made is not None:
-            lora = made
-        elif recipe.init == SVD:
-            lora = init_svd(weight, dequantized, plan.rank, dtype=dtype)
-        elif root is None:
-            # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
-            out_features, in_features = weight.shape
-            generator = torch.Generator().manual_seed(0)
-            start = torch.randn(plan.rank, in_features, generator=generator) / in_features**0.5
-            lora = LoraPair(start.to(dtype), torch.zeros(out_features, plan.rank, dtype=dtype), float(plan.rank))
-        else:
-            result = init_cloq(target, dequantized, root, plan.rank, split=recipe.split, svd=recipe.svd, dtype=dtype)
-            lora, bound = result.pair, result.bound
-            if result.svd_method == "full" and recipe.svd == "truncated":
-                notes = (*notes, "the truncated SVD did not settle: the full one was taken")
+    """Return a layer with its certificate.
+
+    Args:
+        problem: what the layer should reproduce.
+        quantized: its codes, on the device of the solve.
+        lora: its pair, or None.
+        best: what `init` gives for the same codes; its bound goes into the certificate.
+        recipe: every option of the run.
+        refinement: fields of the certificate that tell of a refinement, if there was one.
+        notes: more for the certificate.
+    """
+    plan, damped, target, shared = problem.plan, problem.damped, problem.target, problem.shared
     served = served_weight(quantized, lora)
     if damped is None:
-        norm, measure = float(weight.norm()), lambda error: float(error.norm())
+        norm, measure = float(target.norm()), lambda error: float(error.norm())
     else:
         norm, measure = damped.norm(target), damped.norm
     norm = norm or 1.0
-    error_quantized = measure(target - dequantized) / norm
+    error_quantized = measure(target - quantized.dequantize()) / norm
+    fields: dict[str, Any] = {
+        "method": "loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
+        "target": "float weight"
+        if target is problem.weight
+        else f"error-aware target, share {recipe.target_share(plan.spec.bits):g}",
+        **(refinement or {}),
+    }
     certificate = LayerCertificate(
         module=plan.name,
-        method="loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
         bits=plan.spec.bits,
         group_size=plan.spec.group_size,
         rank=plan.rank,
@@ -249,15 +306,13 @@ def _finish(
         damping_increases=damped.increases if damped is not None else 0,
         error_quantized=error_quantized,
         error_adapted=measure(target - served) / norm if plan.rank else error_quantized,
-        error_bound=bound / norm if bound == bound else error_quantized,
+        error_bound=best.bound / norm if best.bound == best.bound else error_quantized,
         condition=shared.condition,
         effective_rank=shared.effective_rank,
         dead_columns=shared.dead_columns,
-        target="float weight"
-        if target is weight
-        else f"error-aware target, share {recipe.target_share(plan.spec.bits):g}",
-        notes=notes,
+        notes=(*problem.notes, *best.notes, *notes),
+        **fields,
     )
     cpu = torch.device("cpu")
     stored = LoraPair(lora.lora_A.to(cpu), lora.lora_B.to(cpu), lora.alpha) if lora is not None else None
-    return SolvedLayer(on_device(quantized, cpu), stored, certificate, served)
+    return SolvedLayer(on_device(quantized, cpu), stored, certificate, served, problem)

@@ -209,7 +209,7 @@ def _on_cpu(job: SolveJob) -> SolveJob:
 
 
 def _run_remotely(job: SolveJob, kind: str, threads: int) -> dict[str, SolvedLayer]:
-    """Run a job in a worker; the weights that the next layers would meet stay there, as nobody asks for them."""
+    """Run a job in a worker; what the next layers would meet, and the problem, stay there: nobody asks for them."""
     torch.set_num_threads(threads)
     solved = run_job(job, torch.device(kind))
-    return {name: dataclasses.replace(layer, weight=torch.empty(0)) for name, layer in solved.items()}
+    return {name: dataclasses.replace(layer, weight=torch.empty(0), problem=None) for name, layer in solved.items()}

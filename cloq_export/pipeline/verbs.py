@@ -311,7 +311,18 @@ def _refuse_codes_of_loftq(recipe: Recipe) -> None:
 
 
 # What `adapt` may choose anew: none of it touches the codes.
-_ADAPTER_OPTIONS = ("rank", "init", "split", "svd", "adapter_dtype", "adapter_name", "device", "precision")
+_ADAPTER_OPTIONS = (
+    "rank",
+    "init",
+    "split",
+    "svd",
+    "adapter_dtype",
+    "adapter_name",
+    "device",
+    "precision",
+    "refine",
+    "refine_steps",
+)
 
 
 def _without_ranks(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -465,7 +476,7 @@ def _walk(
     keep_freed_memory()
     watch = MemoryWatch()
     solvers = solvers_of(recipe, device)
-    windows_at_once = min(len(windows), usual_windows_per_batch(recipe.seqlen))
+    windows_at_once = min(len(windows), usual_windows_per_batch(recipe))
     while True:
         walk = None
         try:
@@ -499,6 +510,8 @@ def _walk(
         session.say(session.notes[-1])
     session.memory = watch.stop()
     for stage, seconds in dataclasses.asdict(walk.seconds).items():
+        if stage == "refine" and recipe.refine == "none":
+            continue
         session.seconds[stage.replace("_", " ")] = seconds
 
 

@@ -457,7 +457,7 @@ def test_what_adapt_refuses(
 ) -> None:
     run, _ = run_recipe(recipe_for("llama"))
     before = contents(run.path)
-    with pytest.raises(UsageError, match="bits would change the codes, and adapt keeps them; allowed are rank, split"):
+    with pytest.raises(UsageError, match="bits would change the codes, and adapt keeps them; allowed are rank, init"):
         pipeline.adapt(run.path, {"bits": 3}, console=silent)
     with pytest.raises(UsageError, match="the rank is 0"):
         pipeline.adapt(run.path, {"rank": 0}, console=silent)

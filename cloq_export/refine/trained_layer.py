@@ -1,0 +1,141 @@
+"""A layer whose scales and adapter are trained while its codes stand, with the derivatives written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cloq_export.types import LoraPair, QuantizedLayer
+
+# Rates of Adam, relative to what is trained: a scale moves by at most this share of itself in a step, A and B by this
+# share of their root mean square.
+_SCALE_RATE, _ADAPTER_RATE = 5e-3, 1e-2
+_MOMENTUM, _SQUARES = 0.9, 0.99
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
+
+
+class _Adam:
+    """The direction of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) for one tensor, without its rate."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._mean = torch.zeros_like(like)
+        self._squares = torch.zeros_like(like)
+        self._steps = 0
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        self._steps += 1
+        self._mean.lerp_(gradient, 1.0 - _MOMENTUM)
+        self._squares.lerp_(gradient.square(), 1.0 - _SQUARES)
+        root = (self._squares / (1.0 - _SQUARES**self._steps)).sqrt_()
+        # No constant beside the root: gradients of a block have no natural size. Without any gradient nothing moves.
+        mean = self._mean / (1.0 - _MOMENTUM**self._steps)
+        return torch.where(root > 0, mean / root, mean)
+
+
+class TrainedLayer:
+    """One layer whose scales, A and B are trained through the gradient G of a loss by the served weight W'.
+
+    ```
+    W' = s (codes - z) + B A          dL/ds = sum over the group of G (codes - z)     dL/dA = Bᵀ G     dL/dB = G Aᵀ
+    ```
+
+    s is trained by its logarithm, so that it stays positive, and enters W' as float16 holds it; A and B enter as their
+    dtype holds them. So what is judged is what is stored, and the first W' is the start's to the last bit.
+
+    Args:
+        parameter: where `install` puts the weight; G is by this parameter.
+        quantized: the start, on the device of the training.
+        lora: the start's pair on the same device, or None.
+        dtype: of the installed weight.
+        scales: whether scales are trained; without them only the pair is.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        quantized: QuantizedLayer,
+        lora: LoraPair | None,
+        *,
+        dtype: torch.dtype,
+        scales: bool,
+    ) -> None:
+        self.parameter = parameter
+        self._dtype = dtype
+        self._quantized = quantized
+        out_features, groups = quantized.scales.shape
+        codes = quantized.codes.view(out_features, groups, -1).to(torch.float32)
+        self._centred = codes - quantized.zeros.to(torch.float32).unsqueeze(-1)
+        self._start = quantized.scales.to(torch.float32).unsqueeze(-1)
+        self._log = torch.zeros_like(self._start)
+        self._scale_steps = _Adam(self._log) if scales else None
+        self._lora = lora
+        if lora is not None:
+            self._lora_a = lora.lora_A.to(torch.float32, copy=True)
+            self._lora_b = lora.lora_B.to(torch.float32, copy=True)
+            self._a_steps, self._b_steps = _Adam(self._lora_a), _Adam(self._lora_b)
+            self._a_size, self._b_size = _root_mean_square(self._lora_a), _root_mean_square(self._lora_b)
+
+    def install(self) -> None:
+        """Put the weight that would be served now into `parameter`."""
+        weight = (self._centred * self._scales()).view(self.parameter.shape)
+        if self._lora is not None:
+            lora_a, lora_b = self._stored_pair()
+            weight = weight + (lora_b.to(torch.float32) @ lora_a.to(torch.float32)) * self._lora.scaling
+        self.parameter.data = weight.to(self._dtype)
+
+    def derivatives(self, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the derivatives of the loss by what is trained.
+
+        Args:
+            gradient: G, (out, in) float.
+
+        Returns:
+            "log_scales" (out, groups, 1), "lora_A" (rank, in) and "lora_B" (out, rank), float32, if they are trained.
+        """
+        by_weight = gradient.to(torch.float32)
+        found: dict[str, torch.Tensor] = {}
+        if self._scale_steps is not None:
+            by_scale = (by_weight.view(self._centred.shape) * self._centred).sum(-1, keepdim=True)
+            found["log_scales"] = by_scale * self._scales()
+        if self._lora is not None:
+            found["lora_A"] = (self._lora_b.t() @ by_weight) * self._lora.scaling
+            found["lora_B"] = (by_weight @ self._lora_a.t()) * self._lora.scaling
+        return found
+
+    def step(self, gradient: torch.Tensor, rate: float) -> None:
+        """Move scales, A and B by one step of Adam.
+
+        Args:
+            gradient: G, (out, in) float.
+            rate: share of the full rate, 1 to 0.
+        """
+        found = self.derivatives(gradient)
+        if self._scale_steps is not None:
+            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=_SCALE_RATE * rate)
+        if self._lora is not None:
+            size = _ADAPTER_RATE * rate
+            self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
+            self._lora_b.sub_(self._b_steps.direction(found["lora_B"]), alpha=size * self._b_size)
+
+    def result(self) -> tuple[QuantizedLayer, LoraPair | None]:
+        """Return the layer as it would be stored now."""
+        start = self._quantized
+        layer = QuantizedLayer(start.codes, self._scales().squeeze(-1).to(torch.float16), start.zeros, start.spec)
+        if self._lora is None:
+            return layer, None
+        lora_a, lora_b = self._stored_pair()
+        return layer, LoraPair(lora_a.clone(), lora_b.clone(), self._lora.alpha)
+
+    def _scales(self) -> torch.Tensor:
+        """Return the scales as they are stored, (out, groups, 1), in float32."""
+        moved = (self._start * self._log.exp()).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
+        # A scale that has not moved stays what it was, below the smallest normal number too.
+        return torch.where(self._log == 0, self._start, moved.to(torch.float16).to(torch.float32))
+
+    def _stored_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._lora is not None
+        return self._lora_a.to(self._lora.lora_A.dtype), self._lora_b.to(self._lora.lora_B.dtype)
+
+
+def _root_mean_square(tensor: torch.Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

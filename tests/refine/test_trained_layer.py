@@ -1,0 +1,114 @@
+"""The written-out derivatives beside finite differences, and the start that nothing has moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cloq_export.quantize.grid import fit_grid, round_to_grid
+from cloq_export.refine import TrainedLayer
+from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
+
+
+def solved_layer(spec: QuantSpec, rank: int = 3, shape=(7, 48)) -> tuple[QuantizedLayer, LoraPair]:
+    generator = torch.Generator().manual_seed(spec.bits)
+    weight = torch.randn(shape, generator=generator) * 0.05
+    scales, zeros = fit_grid(weight, spec)
+    span = shape[1] // scales.shape[1]
+    spread = (values.float().repeat_interleave(span, 1) for values in (scales, zeros))
+    codes = round_to_grid(weight, *spread, spec.max_code).to(torch.uint8)
+    pair = LoraPair(
+        (torch.randn(rank, shape[1], generator=generator) * 0.02).half(),
+        torch.randn(shape[0], rank, generator=generator).half(),
+        alpha=2.0 * rank,
+    )
+    return QuantizedLayer(codes, scales, zeros, spec), pair
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(2, 16), QuantSpec(3, -1), QuantSpec(4, 24, symmetric=True)])
+def test_the_start_is_what_was_given(spec) -> None:
+    quantized, pair = solved_layer(spec)
+    parameter = nn.Parameter(torch.full(quantized.codes.shape, torch.nan))
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer.install()
+    assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
+    stored, stored_pair = layer.result()
+    assert stored_pair is not None
+    for field in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(stored, field), getattr(quantized, field))
+    assert torch.equal(stored_pair.lora_A, pair.lora_A)
+    assert torch.equal(stored_pair.lora_B, pair.lora_B)
+    assert stored_pair.alpha == pair.alpha
+
+
+def test_derivatives_equal_finite_differences() -> None:
+    """The loss is any smooth function of the served weight; sums are in float64, steps symmetric."""
+    quantized, pair = solved_layer(QuantSpec(2, 16))
+    shape = quantized.codes.shape
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    parts = {
+        "log_scales": quantized.scales.double().log().unsqueeze(-1),
+        "lora_A": pair.lora_A.double(),
+        "lora_B": pair.lora_B.double(),
+    }
+    centred = (quantized.codes.double().view(7, -1, 16) - quantized.zeros.double().unsqueeze(-1)).requires_grad_(False)
+
+    def served(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        quantized_part = (centred * values["log_scales"].exp()).view(shape)
+        return quantized_part + pair.scaling * values["lora_B"] @ values["lora_A"]
+
+    def loss(values: dict[str, torch.Tensor]) -> float:
+        return float((served(values) * direction).sin().sum())
+
+    gradient = (served(parts) * direction).cos() * direction
+    parameter = nn.Parameter(torch.empty(shape))
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    found = layer.derivatives(gradient.float())
+    assert set(found) == set(parts)
+    for name, part in parts.items():
+        for position in range(0, part.numel(), 5):
+            away = torch.zeros_like(part)
+            away.view(-1)[position] = 1e-5
+            up, down = ({**parts, name: part + sign * away} for sign in (1.0, -1.0))
+            expected = (loss(up) - loss(down)) / 2e-5
+            assert float(found[name].reshape(-1)[position]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_step_goes_downhill_and_stays_storable() -> None:
+    quantized, pair = solved_layer(QuantSpec(2, 16))
+    wanted = quantized.dequantize() * 1.05 + 0.9 * pair.product()
+    parameter = nn.Parameter(torch.empty(quantized.codes.shape))
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer.install()
+    before = float((parameter.data - wanted).square().sum())
+    for _ in range(20):
+        layer.step(2.0 * (parameter.data - wanted), 1.0)
+        layer.install()
+    assert float((parameter.data - wanted).square().sum()) < 0.3 * before
+    stored, stored_pair = layer.result()
+    assert stored_pair is not None
+    assert torch.equal(parameter.data, stored.dequantize() + stored_pair.product())  # trained on what is stored
+    assert torch.equal(stored.codes, quantized.codes)
+    assert torch.equal(stored.zeros, quantized.zeros)
+
+
+def test_scales_stand_still_where_only_the_pair_is_trained() -> None:
+    quantized, pair = solved_layer(QuantSpec(3, 16))
+    parameter = nn.Parameter(torch.empty(quantized.codes.shape))
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=False)
+    layer.step(torch.ones(quantized.codes.shape), 1.0)
+    stored, stored_pair = layer.result()
+    assert torch.equal(stored.scales, quantized.scales)
+    assert stored_pair is not None
+    assert not torch.equal(stored_pair.lora_A, pair.lora_A)
+
+
+def test_without_a_gradient_nothing_moves() -> None:
+    """An expert without a token in the batch."""
+    quantized, pair = solved_layer(QuantSpec(2, 16))
+    parameter = nn.Parameter(torch.empty(quantized.codes.shape))
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer.step(torch.zeros(quantized.codes.shape), 1.0)
+    layer.install()
+    assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
