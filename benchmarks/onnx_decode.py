@@ -293,8 +293,10 @@ def main() -> None:
             if len(done) < len(case.adapters):
                 names = [name for name in case.adapters if name is not None]
                 adapters = {name: folder / "adapters" / name for name in names}
-                model: Any = Decoder(folder / "built", threads)
-                if case.style != FLOAT:
+                model: Any
+                if case.style == FLOAT:
+                    model = Decoder(folder / "built", threads)
+                else:
                     model = OnnxModel(folder, adapters, threads=threads)
                 for adapter in case.adapters:
                     row = case.key | {"adapter": adapter or BASE}

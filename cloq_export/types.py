@@ -256,6 +256,7 @@ class LayerCertificate:
         condition: condition number of the damped H.
         effective_rank: participation ratio of H's eigenvalues (undamped), `tr(H)^2 / ||H||_F^2`, between 1 and `in`.
         dead_columns: input channels that were zero on every calibration token.
+        spectral_error_adapted: as error_adapted in the spectral norm, relative to that of W; None in files of before.
         target: what the errors are measured against: the float weight, or the moved target of the error-aware mode.
         notes: everything that did not go the ordinary way, e.g. a fallback, in plain words.
         refined_error_before: of a refined layer, the error of its block (of itself, where layers are refined alone) on
@@ -278,6 +279,7 @@ class LayerCertificate:
     condition: float
     effective_rank: float
     dead_columns: int
+    spectral_error_adapted: float | None = None
     target: str = "float weight"
     notes: tuple[str, ...] = ()
     refined_error_before: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -50,6 +51,8 @@ FORMAT, FORMAT_VERSION = "cloq-compare", 1
 JSON_NAME = "compare.json"
 MEAN = "mean"
 _FLOAT_BITS, _NF4_BITS = 16, 4
+# Field of a certificate -> norm: the paper's Figure 2.
+_DISCREPANCIES = {"error_adapted": "frobenius", "spectral_error_adapted": "spectral"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,11 +271,13 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     failed = [row for row in result["rows"] if row.get("failed")]
     lines += [f"- {row['init']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed]
     if result["bases"]:
-        lines += ["", "| base | seconds | peak memory | mean relative error of a layer |", "|---|---|---|---|"]
+        lines += ["", "| base | seconds | peak memory | mean relative discrepancy of a layer, Frobenius | spectral |"]
+        lines += ["|---|---|---|---|---|"]
         for name, base in result["bases"].items():
             peak = "" if base["peak_memory_bytes"] is None else f"{base['peak_memory_bytes'] / 1e9:.2f} GB"
             note = "" if base["in_one_go"] else " (continued after an interruption)"
-            lines.append(f"| {name} | {base['seconds']:.0f}{note} | {peak} | {base['mean_error_adapted']:.4f} |")
+            discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
+            lines.append(f"| {name} | {base['seconds']:.0f}{note} | {peak} | {discrepancies} |")
     if result["missing_rows"]:
         lines += ["", f"{result['missing_rows']} rows are not measured yet."]
     return "\n".join(lines) + "\n"
@@ -594,8 +599,11 @@ def _bases(out: Path) -> dict[str, Any]:
         if not RunDirectory.is_run(folder) or "cost" not in RunDirectory.open(folder).reports():
             continue
         directory = RunDirectory.open(folder)
-        errors = [certificate.error_adapted for certificate in directory.certificates()]
-        found[folder.name] = directory.read_report("cost") | {"mean_error_adapted": statistics.fmean(errors)}
+        certificates = directory.certificates()
+        found[folder.name] = directory.read_report("cost") | {
+            f"mean_{field}": statistics.fmean(getattr(certificate, field) for certificate in certificates)
+            for field in _DISCREPANCIES
+        }
     return found
 
 
@@ -627,15 +635,15 @@ def _plots(
                 ]
                 plot = line_plot(series, x_label="step", y_label=f"loss at {width} bits")
                 pictures[f"{task}-losses-{width}"] = standalone(plot)
-    for width in comparison.bits:
+    for width, (field, norm) in itertools.product(comparison.bits, _DISCREPANCIES.items()):
         series = []
         for start in comparison.starts:
             folder = out / "bases" / base_name(STARTS[start], width)
             own_codes = STARTS[start].kind == "run" and STARTS[start].adapt is None and not STARTS[start].zero
             if own_codes and RunDirectory.is_run(folder):
-                errors = [c.error_adapted for c in RunDirectory.open(folder).certificates()]
+                errors = [getattr(certificate, field) for certificate in RunDirectory.open(folder).certificates()]
                 series.append((start, [float(n) for n in range(len(errors))], errors))
         if series:
-            plot = line_plot(series, x_label="layer", y_label="relative discrepancy, Frobenius", log_y=True)
-            pictures[f"discrepancy-{width}"] = standalone(plot)
+            plot = line_plot(series, x_label="layer", y_label=f"relative discrepancy, {norm}", log_y=True)
+            pictures[f"discrepancy-{norm}-{width}"] = standalone(plot)
     return pictures

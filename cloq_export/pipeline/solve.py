@@ -17,6 +17,7 @@ from cloq_export.quantize import (
     effective_rank,
     error_aware_target,
     quantize_group,
+    spectral_norm,
 )
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LayerStats, LoraPair, QuantizedLayer, QuantSpec
@@ -261,6 +262,10 @@ def best_pair(problem: LayerProblem, quantized: QuantizedLayer, recipe: Recipe) 
     return BestPair(result.pair, result.bound, notes)
 
 
+def _frobenius(matrix: torch.Tensor) -> float:
+    return float(matrix.norm(dtype=torch.float64))
+
+
 def finish_layer(
     problem: LayerProblem,
     quantized: QuantizedLayer,
@@ -283,12 +288,12 @@ def finish_layer(
     """
     plan, damped, target, shared = problem.plan, problem.damped, problem.target, problem.shared
     served = served_weight(quantized, lora)
-    if damped is None:
-        norm, measure = float(target.norm()), lambda error: float(error.norm())
-    else:
-        norm, measure = damped.norm(target), damped.norm
-    norm = norm or 1.0
-    error_quantized = measure(target - quantized.dequantize()) / norm
+    weighted = (lambda error: error) if damped is None else damped.weighted
+    whole, left = weighted(target), weighted(target - served)
+    norm = _frobenius(whole) or 1.0
+    error_quantized = (
+        _frobenius(weighted(target - quantized.dequantize())) / norm if plan.rank else _frobenius(left) / norm
+    )
     fields: dict[str, Any] = {
         "method": "loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
         "target": "float weight"
@@ -305,11 +310,12 @@ def finish_layer(
         damping=damped.damping if damped is not None else 0.0,
         damping_increases=damped.increases if damped is not None else 0,
         error_quantized=error_quantized,
-        error_adapted=measure(target - served) / norm if plan.rank else error_quantized,
+        error_adapted=_frobenius(left) / norm if plan.rank else error_quantized,
         error_bound=best.bound / norm if best.bound == best.bound else error_quantized,
         condition=shared.condition,
         effective_rank=shared.effective_rank,
         dead_columns=shared.dead_columns,
+        spectral_error_adapted=spectral_norm(left) / (spectral_norm(whole) or 1.0),
         notes=(*problem.notes, *best.notes, *notes),
         **fields,
     )

@@ -12,6 +12,7 @@ from cloq_export.errors import SingularStatsError
 _GROWTH = 10.0
 _ATTEMPTS = 6
 _POWER_ITERATIONS = 8
+_SUBSPACE, _SUBSPACE_ITERATIONS = 6, 8
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -38,9 +39,9 @@ class DampedGram:
         """Return L in float32, for everything that only has to be as good as the weights."""
         return self.lower.to(torch.float32)
 
-    def norm(self, error: torch.Tensor) -> float:
-        """Return `||E R^T||_F` with `R^T R` the damped H, for an error E (out, in) float."""
-        return float((error.to(torch.float32) @ self.lower_float32).norm(dtype=torch.float64))
+    def weighted(self, error: torch.Tensor) -> torch.Tensor:
+        """Return `E L`, (out, in) float32, for an error E (out, in); its norms are those of `E R^T`, `R^T R = H`."""
+        return error.to(torch.float32) @ self.lower_float32
 
     def condition(self) -> float:
         """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""
@@ -51,6 +52,22 @@ class DampedGram:
             largest = gram @ (largest / largest.norm())
             smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower_float32)
         return float(largest.norm()) * float(smallest.norm())
+
+
+def spectral_norm(matrix: torch.Tensor) -> float:
+    """Return the largest singular value of a matrix by subspace iteration from a fixed start.
+
+    Args:
+        matrix: (m, n) float32.
+
+    Returns:
+        float: never above the largest singular value, and where the next ones are close to it a few percent below.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(matrix.shape[1], min(_SUBSPACE, *matrix.shape), generator=generator).to(matrix.device)
+    for _ in range(_SUBSPACE_ITERATIONS):
+        vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
+    return float(torch.linalg.matrix_norm(matrix @ vectors, ord=2))
 
 
 def damp_gram(gram: torch.Tensor, fraction: float, dtype: torch.dtype = torch.float64) -> DampedGram:

@@ -69,7 +69,9 @@ def test_rows_means_and_files(
     assert json.loads((out / "compare.json").read_text())["rows"] == result["rows"]
     assert result["missing_rows"] == 0
     assert "| cloq |" in comparison_table(result)
-    assert {"text-perplexity", "text-losses-2", "discrepancy-2"} <= set(result["files"])
+    assert {"text-perplexity", "text-losses-2", "discrepancy-frobenius-2", "discrepancy-spectral-2"} <= set(
+        result["files"]
+    )
     # What served to choose a rate is gone; what was trained stays, bound to its base.
     assert RunDirectory.open(out / "bases" / "int2").adapters() == ["cloq", "cloq-text-seed0", "cloq-text-seed1"]
 

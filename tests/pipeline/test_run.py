@@ -200,6 +200,7 @@ def test_certificates_hold_on_what_the_layers_really_meet(
         quantized = layer.quantized.dequantize().double()
         product = layer.lora.lora_B.double() @ layer.lora.lora_A.double()
         left_over = torch.linalg.svdvals((target - quantized) @ root)[recipe.rank :]
+        largest = [torch.linalg.svdvals(matrix @ root)[0] for matrix in (target - quantized - product, target)]
         expected = {
             "error_quantized": error_of(target - quantized),
             "error_adapted": error_of(target - quantized - product),
@@ -210,6 +211,7 @@ def test_certificates_hold_on_what_the_layers_really_meet(
         # The drift may be summed from operands rounded to bfloat16, eight bits.
         tolerance = 1e-2 if recipe.error_aware else 2e-3
         assert {key: getattr(certificate, key) for key in expected} == pytest.approx(expected, rel=tolerance), module
+        assert certificate.spectral_error_adapted == pytest.approx(float(largest[0] / largest[1]), rel=3e-2)
         assert certificate.error_bound <= certificate.error_adapted * (1 + 1e-6)
         assert certificate.error_adapted <= 1.01 * certificate.error_bound
         assert certificate.error_adapted < certificate.error_quantized

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cloq_export.errors import SingularStatsError
-from cloq_export.quantize import QuantizeOptions, damp_gram, effective_rank, quantize_group
+from cloq_export.quantize import QuantizeOptions, damp_gram, effective_rank, quantize_group, spectral_norm
 from cloq_export.types import QuantSpec
 
 
@@ -80,10 +80,12 @@ def test_the_norm_is_the_error_on_the_tokens(correlated_inputs) -> None:
     inputs = correlated_inputs(150, 20)
     error = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
     damped = damp_gram(torch.from_numpy(inputs.T @ inputs), 0.0)
-    assert damped.norm(error) == pytest.approx(np.linalg.norm(inputs @ error.double().numpy().T), rel=1e-5)
+    assert float(damped.weighted(error).norm()) == pytest.approx(
+        np.linalg.norm(inputs @ error.double().numpy().T), rel=1e-5
+    )
     regularised = damp_gram(torch.from_numpy(inputs.T @ inputs), 0.1)
     expected = np.linalg.norm(inputs @ error.double().numpy().T) ** 2 + regularised.damping * float(error.norm()) ** 2
-    assert regularised.norm(error) ** 2 == pytest.approx(expected, rel=1e-5)
+    assert float(regularised.weighted(error).norm()) ** 2 == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("features", [1, 2, 40, 130])
@@ -105,3 +107,14 @@ def test_the_effective_rank_counts_directions(correlated_inputs) -> None:
     expected = values.sum() ** 2 / (values**2).sum()
     assert effective_rank(torch.from_numpy(inputs.T @ inputs)) == pytest.approx(expected)
     assert effective_rank(torch.from_numpy(inputs.T @ inputs).float()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (40, 3), (96, 64)])
+def test_the_spectral_norm_is_the_largest_singular_value(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Correlated columns: singular values fall slowly, as those of a layer's error do.
+    mixing = torch.randn(shape[1], shape[1], generator=generator) / shape[1] ** 0.5 + torch.eye(shape[1])
+    matrix = torch.randn(*shape, generator=generator) @ mixing
+    largest = float(torch.linalg.svdvals(matrix.double())[0])
+    assert 0.97 * largest <= spectral_norm(matrix) <= largest * (1 + 1e-5)
+    assert spectral_norm(torch.zeros(shape)) == 0.0

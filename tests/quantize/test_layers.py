@@ -60,7 +60,7 @@ def test_a_joint_magr_solve_serves_every_layer_as_well_as_separate_ones(targets,
     joint = quantize_group(targets, spec, damped, options).layers
     for target, layer in zip(targets, joint, strict=True):
         (alone,) = quantize_group([target], spec, damped, options).layers
-        together, apart = (damped.norm(target - result.dequantize()) for result in (layer, alone))
+        together, apart = (float(damped.weighted(target - result.dequantize()).norm()) for result in (layer, alone))
         assert together == pytest.approx(apart, rel=0.05)
 
 
@@ -94,7 +94,10 @@ def test_optq_is_well_below_rounding_on_correlated_inputs(bits, share, targets, 
     errors = {}
     for method in ("rtn", "optq"):
         group = quantize_group(targets, spec, damped, QuantizeOptions(method=method))
-        errors[method] = [damped.norm(w - layer.dequantize()) for w, layer in zip(targets, group.layers, strict=True)]
+        errors[method] = [
+            float(damped.weighted(w - layer.dequantize()).norm())
+            for w, layer in zip(targets, group.layers, strict=True)
+        ]
     assert all(walked < share * rounded for walked, rounded in zip(errors["optq"], errors["rtn"], strict=True))
 
 
@@ -105,7 +108,12 @@ def test_sweeps_and_refits_serve_the_original_weight(method, targets, damped) ->
     def errors(sweeps: int, refit: bool) -> np.ndarray:
         options = QuantizeOptions(method=method, sweeps=sweeps, refit=refit)
         group = quantize_group(targets, spec, damped, options)
-        return np.array([damped.norm(w - layer.dequantize()) for w, layer in zip(targets, group.layers, strict=True)])
+        return np.array(
+            [
+                float(damped.weighted(w - layer.dequantize()).norm())
+                for w, layer in zip(targets, group.layers, strict=True)
+            ]
+        )
 
     plain, swept, refitted, both = errors(0, False), errors(3, False), errors(0, True), errors(3, True)
     assert (swept < plain).all()
