@@ -47,6 +47,7 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
     return write
 
 
+@pytest.mark.slow
 def test_rows_means_and_files(
     recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,9 @@ def run_until(forks: Any, arguments: list[str], event: str, text: str) -> int:
     return int(process.exitcode)
 
 
-@modes
+@pytest.mark.parametrize(
+    "mode", [pytest.param(INDEPENDENT, marks=pytest.mark.slow), ERROR_AWARE], ids=["independent", "error-aware"]
+)
 def test_killed_everywhere_it_ends_with_the_same_bytes(
     mode: dict[str, float],
     tmp_path: Path,
