@@ -149,7 +149,7 @@ class PackedLinear(nn.Linear):
             # The buffers by name: a traced program must find them in the module.
             layer = (self.packed_codes, self.packed_scales, self.packed_zeros, self.bits)
             size = (self.out_features, self.in_features)
-            y: torch.Tensor = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, None, None, None, None, False)
+            y: torch.Tensor = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, *[None] * 6, False)
         else:
             y = cpu_linear.linear(x, self.native, self.bias)
         return y.to(input.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class PackedLoraLinear(lora.Linear):
     """
 
     _kept: tuple[tuple[Any, ...], cpu_linear.CpuLora] | None = None
-    _single: _Single | None = None
+    _served: _Served | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the layer.
@@ -38,10 +39,10 @@ class PackedLoraLinear(lora.Linear):
         Returns:
             torch.Tensor: (..., out), the dtype of x.
         """
-        single = self._single
-        if single is not None and not args and not kwargs and single.is_current(self, x):
-            return cpu_linear.lora_linear(x, single.native, single.bias, single.packed)
         rows: list[str] | None = kwargs.get("adapter_names")
+        served = self._served
+        if served is not None and not args and len(kwargs) == (rows is not None) and served.is_current(self, x, rows):
+            return cpu_linear.lora_linear(x, served.native, served.bias, served.packed, served.index(x))
         names = list(dict.fromkeys(self.active_adapters if rows is None else rows))
         names = [name for name in names if name in self.lora_A]
         base = self.base_layer
@@ -50,13 +51,9 @@ class PackedLoraLinear(lora.Linear):
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         self._check_forward_args(x, **kwargs)
-        packed = self._packed(names)
-        if rows is None:
-            self._single = None if torch.is_grad_enabled() else _Single(self, names[0], native, packed)
-            return cpu_linear.lora_linear(x, native, base.bias, packed)
-        slots = torch.tensor([names.index(row) if row in names else -1 for row in rows], dtype=torch.int32)
-        index = slots.view(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1])
-        return cpu_linear.lora_linear(x, native, base.bias, packed, index)
+        served = _Served(self, names, rows, native, self._packed(names))
+        self._served = None if torch.is_grad_enabled() else served
+        return cpu_linear.lora_linear(x, native, base.bias, served.packed, served.index(x))
 
     def _only_served(self, x: torch.Tensor, names: list[str], rows: list[str] | None) -> bool:
         if not names or (rows is None and len(names) > 1) or self.disable_adapters or self.merged:
@@ -77,49 +74,69 @@ class PackedLoraLinear(lora.Linear):
         return True
 
     def _packed(self, names: list[str]) -> cpu_linear.CpuLora:
-        """Return the pairs of these adapters in the library's layout, padded to the largest of their ranks."""
-        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight) for name in names]
+        """Return the pairs of these adapters in the library's layout, with room for the largest of their ranks."""
+        pairs = [(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()) for name in names]
         scaling = [self.scaling[name] for name in names]
         state = tuple((factor.data_ptr(), factor._version, factor.dtype) for pair in pairs for factor in pair)
         key = (*names, *scaling, *state)
         if self._kept is None or self._kept[0] != key:
-            rank = max(a.shape[0] for a, _ in pairs)
-            # No copy but the library's own stays: one adapter is the common case and needs no padding.
-            lora_a = torch.stack([nn.functional.pad(a.detach(), (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
-            lora_b = torch.stack([nn.functional.pad(b.detach(), (0, rank - b.shape[1])) for _, b in pairs])
-            dtype = next(dtype for dtype in _NARROWEST_FIRST if _holds(dtype, lora_a) and _holds(dtype, lora_b))
-            self._kept = key, cpu_linear.pack_lora(lora_a.to(dtype), lora_b.to(dtype), torch.tensor(scaling))
+            rank, (out_features, in_features) = max(a.shape[0] for a, _ in pairs), self.base_layer.weight.shape
+            factors = [factor for pair in pairs for factor in pair]
+            dtype = next(dtype for dtype in _NARROWEST_FIRST if all(_holds(dtype, factor) for factor in factors))
+            packed = cpu_linear.allocate_lora(len(pairs), rank, in_features, (out_features,), dtype)
+            for index, (a, b) in enumerate(pairs):
+                cpu_linear.place_adapter(packed, index, [(a.to(dtype), b.to(dtype))], scaling[index])
+            self._kept = key, packed
         return self._kept[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLoraLinear:
-        self._kept = self._single = None
+        self._kept = self._served = None
         super()._apply(fn, recurse)
         return self
 
 
-class _Single:
-    """What one adapter for all rows was found to need; a token costs as much as finding that out.
+class _Served:
+    """What one adapter for all rows, or one for each, was found to need; a token costs as much as finding that out.
 
     Args:
         layer: the layer.
-        name: the adapter.
+        names: the adapters.
+        rows: an adapter for every row of the batch, or None if the one is for all.
         native: the base.
-        packed: the pair.
+        packed: the pairs.
     """
 
     def __init__(
-        self, layer: PackedLoraLinear, name: str, native: cpu_linear.CpuWeight, packed: cpu_linear.CpuLora
+        self,
+        layer: PackedLoraLinear,
+        names: list[str],
+        rows: list[str] | None,
+        native: cpu_linear.CpuWeight,
+        packed: cpu_linear.CpuLora,
     ) -> None:
-        self.name, self.native, self.packed = name, native, packed
-        self.active, self.scaling, self.training = layer._active_adapter, layer.scaling[name], layer.training
+        self.names, self.native, self.packed = names, native, packed
+        self.rows = None if rows is None else list(rows)
+        self.slots = None if rows is None else tuple(names.index(row) if row in names else -1 for row in rows)
+        self.active, self.training = layer._active_adapter, layer.training
+        self.scaling = [layer.scaling[name] for name in names]
         self.base, self.bias = layer.base_layer, layer.base_layer.bias
-        self.modules = layer.lora_A[name], layer.lora_B[name]
-        self.factors = tuple(module.weight for module in self.modules)
-        self.state = tuple((factor.data_ptr(), factor._version) for factor in self.factors)
+        # Of every factor: where the layer keeps it, its module, the tensor, and the state that the tensor was in.
+        self.factors = []
+        for kind in ("lora_A", "lora_B"):
+            for name in names:
+                module = getattr(layer, kind)[name]
+                weight = module.weight
+                self.factors.append((kind, name, module, weight, weight.data_ptr(), weight._version))
 
-    def is_current(self, layer: PackedLoraLinear, x: torch.Tensor) -> bool:
+    def index(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the adapter of every token, or None for the first adapter."""
+        return None if self.slots is None else _index_of(self.slots, x.shape[:-1])
+
+    def is_current(self, layer: PackedLoraLinear, x: torch.Tensor, rows: list[str] | None) -> bool:
         """Return whether the layer would find the same again. Goes past the slow attribute look-up of modules."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
+            return False
+        if rows != self.rows or (rows is not None and len(rows) != x.shape[0]):
             return False
         if layer._disable_adapters or layer.merged_adapters or layer.training != self.training:
             return False
@@ -128,17 +145,24 @@ class _Single:
             return False
         if self.base.native is not self.native or self.base._parameters["bias"] is not self.bias:
             return False
-        if layer.scaling.get(self.name) != self.scaling:
+        if any(layer.scaling.get(name) != scaling for name, scaling in zip(self.names, self.scaling, strict=True)):
             return False
-        for kind, module, factor, state in zip(_KINDS, self.modules, self.factors, self.state, strict=True):
-            if modules[kind]._modules.get(self.name) is not module or module._parameters["weight"] is not factor:
+        pairs = {kind: modules[kind]._modules for kind in ("lora_A", "lora_B")}
+        for kind, name, module, weight, place, version in self.factors:
+            if pairs[kind].get(name) is not module or module._parameters["weight"] is not weight:
                 return False
-            if factor._version != state[1] or factor.data_ptr() != state[0]:
+            if weight._version != version or weight.data_ptr() != place:
                 return False
         return True
 
 
-_KINDS = ("lora_A", "lora_B")
+@functools.lru_cache(maxsize=64)
+def _index_of(slots: tuple[int, ...], shape: torch.Size) -> torch.Tensor:
+    """Return the adapter of every token, int32 of this shape, from that of every row: one tensor for all layers."""
+    rows = torch.tensor(slots, dtype=torch.int32).view(-1, *[1] * (len(shape) - 1))
+    return rows.expand(shape).contiguous()
+
+
 _NARROWEST_FIRST = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -13,7 +13,7 @@
 #endif
 
 // Changed with every change of this interface, and compared by library.py: an old build beside new Python is refused.
-#define CLOQ_ABI_VERSION 3
+#define CLOQ_ABI_VERSION 4
 
 CLOQ_EXPORT int cloq_abi_version(void);
 
@@ -69,12 +69,16 @@ struct cloq_weight {
 };
 
 // Low-rank terms: y of a token with adapter i gains scaling[i] * B_i (A_i x); a token with a negative index gains none.
+// Where several layers are computed as one, each is a slice: a range of blocks whose term has an A and a rank of its own.
 struct cloq_lora {
-    const void* a;         // (adapters, rank, in_features)
+    const void* a;         // (adapters, slices, rank, in_features)
     const void* b;         // (adapters, blocks, rank, 16): B, its rows in blocks, the last one padded with zeros
     const float* scaling;  // (adapters)
+    const int32_t* ranks;  // (adapters, slices), 0 to rank: how many rows of A count; what follows them is not looked at
+    const int32_t* ends;   // (slices), rising: the block after each slice; the last is the number of blocks
     const int32_t* index;  // (tokens); null means adapter 0 for every token
     int64_t adapters;
+    int64_t slices;
     int64_t rank;
     int64_t dtype;  // of a and b
 };

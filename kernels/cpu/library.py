@@ -16,7 +16,7 @@ import torch
 # Another build, for the sanitizers.
 LIBRARY_VARIABLE = "CLOQ_EXPORT_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent / "libcloq_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 ISA_VARIABLE = "CLOQ_EXPORT_CPU_ISA"
 ISAS = ("scalar", "avx2", "avx512", "amx")
 
@@ -44,8 +44,11 @@ class LoraStructure(ctypes.Structure):
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
         ("scaling", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
         ("index", ctypes.c_void_p),
         ("adapters", ctypes.c_int64),
+        ("slices", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
     ]

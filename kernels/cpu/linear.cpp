@@ -76,14 +76,14 @@ struct Linear {
     uint16_t* plain;    // tiles of activations that were not rounded to 8 bits, for the low-rank term
     float* sums;        // (chunks, groups, width)
     float* steps;       // (tokens): what one step of an 8-bit activation is worth
-    float* z;           // (rank, tokens): scaling * A x
+    float* z;           // (slices, rank, tokens): scaling * A x
 
     // Low-rank terms by tiles, in that mode.
     int32_t tile_adapters[kPassRows / 16];  // (row tiles): the adapter of all tokens, negative for none, or kMixed
     int32_t slots[kPassRows / 16];          // (row tiles): which of `packed` it is
     int32_t packed[kPassRows / 16];         // the adapters of whole row tiles
     int64_t packed_count;
-    uint16_t* ranks;    // (packed_count, rank tiles, units, tile): their A
+    uint16_t* ranks;    // (packed_count, slices, rank tiles, units, tile): their A
     uint16_t* tile_z;   // as in TileLora
 
     // A table of sixteen floats stands for two channels.
@@ -99,6 +99,12 @@ struct Linear {
     }
     int adapter_of(int64_t token) const { return index == nullptr ? 0 : index[token]; }
     int64_t rank_units() const { return ceil_div(lora->rank, kUnit); }
+    int64_t rank_of(int64_t adapter, int64_t slice) const { return lora->ranks[adapter * lora->slices + slice]; }
+    int64_t slice_of(int64_t block) const {
+        int64_t slice = 0;
+        while (block >= lora->ends[slice]) ++slice;
+        return slice;
+    }
 };
 
 // Where channel k (of a unit) stands among the unit's int8 activations: in the order of the words' bytes.
@@ -248,9 +254,12 @@ void pack_ranks_task(void* context, int64_t task) {
     const Linear& work = *static_cast<Linear*>(context);
     const cloq_lora& lora = *work.lora;
     const int64_t first = task % work.rank_tiles() * kLanes, in = work.layer.in_features;
-    const int64_t at = (work.packed[task / work.rank_tiles()] * lora.rank + first) * in;
+    const int64_t slice = task / work.rank_tiles() % lora.slices;
+    const int64_t adapter = work.packed[task / work.rank_tiles() / lora.slices], rank = work.rank_of(adapter, slice);
+    if (first >= rank) return;
+    const int64_t at = ((adapter * lora.slices + slice) * lora.rank + first) * in;
     work.kernels->pack_ranks(work.layer, static_cast<const char*>(lora.a) + at * (lora.dtype == CLOQ_FLOAT32 ? 4 : 2),
-                             static_cast<int>(lora.dtype), smaller(kLanes, lora.rank - first),
+                             static_cast<int>(lora.dtype), smaller(kLanes, rank - first),
                              work.ranks + task * work.layer.units() * kTile);
 }
 
@@ -264,10 +273,13 @@ void shrink_task(void* context, int64_t tile) {
         const float step = work.int8 ? work.steps[tile * 16 + i] : 1.0f;
         factors[i] = step == 0.0f ? 0.0f : work.lora->scaling[work.tile_adapters[tile]] / step;
     }
-    const int64_t units = work.layer.units();
-    work.kernels->shrink(x + tile * units * kTile, units,
-                         work.ranks + work.slots[tile] * work.rank_tiles() * units * kTile, work.rank_tiles(), factors,
-                         work.tile_z + tile * work.rank_units() * kTile);
+    const int64_t units = work.layer.units(), slices = work.lora->slices;
+    for (int64_t slice = 0; slice < slices; ++slice) {
+        const int64_t packed = (work.slots[tile] * slices + slice) * work.rank_tiles();
+        work.kernels->shrink(x + tile * units * kTile, units, work.ranks + packed * units * kTile,
+                             ceil_div(work.rank_of(work.tile_adapters[tile], slice), kLanes), factors,
+                             work.tile_z + (tile * slices + slice) * work.rank_units() * kTile);
+    }
 }
 
 constexpr int64_t kRankRows = 4;
@@ -279,11 +291,13 @@ void low_rank_task(void* context, int64_t task) {
     const cloq_lora& lora = *work.lora;
     const int64_t in = work.layer.in_features, element = lora.dtype == CLOQ_FLOAT32 ? 4 : 2;
     const int64_t row_tasks = ceil_div(lora.rank, kRankRows);
-    const int64_t r = task % row_tasks * kRankRows, rows = smaller(kRankRows, lora.rank - r);
-    const int64_t first = task / row_tasks * kRankTokens, last = smaller(work.tokens, first + kRankTokens);
+    const int64_t r = task % row_tasks * kRankRows, slice = task / row_tasks % lora.slices;
+    const int64_t first = task / row_tasks / lora.slices * kRankTokens, last = smaller(work.tokens, first + kRankTokens);
     adapter_runs(work, first, last, [&](int adapter, int64_t from, int64_t count) {
-        const char* a = static_cast<const char*>(lora.a) + (adapter * lora.rank + r) * in * element;
-        float* to = work.z + r * work.tokens + from;
+        const int64_t rows = smaller(kRankRows, work.rank_of(adapter, slice) - r);
+        if (rows <= 0) return;
+        const char* a = static_cast<const char*>(lora.a) + ((adapter * lora.slices + slice) * lora.rank + r) * in * element;
+        float* to = work.z + (slice * lora.rank + r) * work.tokens + from;
         work.rows->dots(a, static_cast<int>(lora.dtype), rows, in, work.values + from * in, in, count, to, work.tokens);
         for (int64_t row = 0; row < rows; ++row) {
             for (int64_t i = 0; i < count; ++i) to[row * work.tokens + i] *= lora.scaling[adapter];
@@ -307,9 +321,10 @@ void finish(const Linear& work, int64_t block, int64_t blocks, int64_t first, in
         adapter_runs(work, first, first + count, [&](int adapter, int64_t from, int64_t run) {
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t at = (adapter * work.layer.blocks() + block + b) * lora.rank * kLanes;
+                const int64_t slice = work.slice_of(block + b);
                 work.rows->add_low_rank(static_cast<const char*>(lora.b) + at * element, static_cast<int>(lora.dtype),
-                                        lora.rank, work.z + from, work.tokens, run,
-                                        sums + (from - first) * pitch + b * kLanes, pitch);
+                                        work.rank_of(adapter, slice), work.z + slice * lora.rank * work.tokens + from,
+                                        work.tokens, run, sums + (from - first) * pitch + b * kLanes, pitch);
             }
         });
     }
@@ -364,11 +379,8 @@ void multiply_tiles(void* context, int64_t task) {
         TileLora lora;
         tiles.lora = nullptr;
         if (work.packed_count > 0) {
-            lora = {work.lora->b,
-                    static_cast<int>(work.lora->dtype),
-                    work.lora->rank,
-                    work.rank_units(),
-                    work.tile_z + first / 16 * work.rank_units() * kTile,
+            lora = {work.lora, work.rank_units(),
+                    work.tile_z + first / 16 * work.lora->slices * work.rank_units() * kTile,
                     work.tile_adapters + first / 16};
             tiles.lora = &lora;
         }
@@ -449,10 +461,11 @@ void run_pass(Linear& work, int threads) {
     }
     const bool by_tile = work.packed_count > 0;
     const int64_t plain_count = by_tile && work.int8 ? tile_entries : 0;
-    const int64_t rank_count = by_tile ? work.packed_count * work.rank_tiles() * layer.units() * kTile : 0;
-    const int64_t tile_z_count = by_tile ? row_tiles * work.rank_units() * kTile : 0;
+    const int64_t slices = work.lora == nullptr ? 0 : work.lora->slices;
+    const int64_t rank_count = by_tile ? work.packed_count * slices * work.rank_tiles() * layer.units() * kTile : 0;
+    const int64_t tile_z_count = by_tile ? row_tiles * slices * work.rank_units() * kTile : 0;
     const int64_t value_count = by_token ? work.tokens * in : 0;
-    const int64_t z_count = by_token ? work.lora->rank * work.tokens : 0;
+    const int64_t z_count = by_token ? slices * work.lora->rank * work.tokens : 0;
     call_arena.reset(static_cast<size_t>(activation_bytes) + 2 * static_cast<size_t>(plain_count + rank_count + tile_z_count) +
                          4 * static_cast<size_t>(value_count + sum_count + work.tokens + z_count), 8);
     work.activations = call_arena.take<char>(activation_bytes);
@@ -474,11 +487,11 @@ void run_pass(Linear& work, int threads) {
     }
     parallel_for(work.tokens, work.tokens * in < 65536 ? 1 : threads, prepare_token, &work);
     if (by_tile) {
-        parallel_for(work.packed_count * work.rank_tiles(), threads, pack_ranks_task, &work);
+        parallel_for(work.packed_count * slices * work.rank_tiles(), threads, pack_ranks_task, &work);
         parallel_for(row_tiles, threads, shrink_task, &work);
     }
     if (by_token) {
-        const int64_t tasks = ceil_div(work.lora->rank, kRankRows) * ceil_div(work.tokens, kRankTokens);
+        const int64_t tasks = slices * ceil_div(work.lora->rank, kRankRows) * ceil_div(work.tokens, kRankTokens);
         const bool small = work.tokens * in * work.lora->rank < 65536;
         parallel_for(tasks, small ? 1 : threads, low_rank_task, &work);
     }

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+struct cloq_lora;
+
 namespace cloq {
 
 constexpr int kLanes = 16;  // output channels of a block
@@ -49,11 +51,10 @@ constexpr int kPassRows = 1024;  // tokens of a pass; a call gets some or all of
 
 // Low-rank terms whose rows of tiles each belong to one adapter.
 struct TileLora {
-    const void* b;  // as in cloq_lora
-    int dtype;
-    int64_t rank, rank_units;  // a unit is 32 ranks
-    const uint16_t* z;         // (row tiles, rank units, 16, 32) bfloat16
-    const int32_t* adapters;   // (row tiles), negative where there is nothing to add
+    const cloq_lora* lora;
+    int64_t rank_units;       // a unit is 32 ranks
+    const uint16_t* z;        // (row tiles, slices, rank units, 16, 32) bfloat16
+    const int32_t* adapters;  // (row tiles), negative where there is nothing to add
 };
 
 // Tiles of bfloat16; see linear_amx.cpp.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,12 +82,17 @@ class CpuWeight:
 
 @dataclasses.dataclass(frozen=True)
 class CpuLora:
-    """Low-rank adapters of one layer in the kernels' layout; made by `pack_lora`.
+    """Low-rank adapters of one layer in the kernels' layout; made by `pack_lora` or `allocate_lora`.
+
+    Where several layers are computed as one (q, k and v; gate and up), each is a slice of the outputs, and every adapter
+    has an A and a rank of its own there.
 
     Args:
-        a: (adapters, rank, in), any of float32, bfloat16, float16.
+        a: (adapters, slices, rank, in), any of float32, bfloat16, float16.
         b: (adapters, blocks, rank, 16), same dtype: B in blocks of sixteen output channels.
         scaling: (adapters) float32, the factor in front of B A.
+        ranks: (adapters, slices) int32, how many of the rank rows of A, and columns of B, count; 0 adds nothing.
+        ends: (slices) int32, the block after each slice.
 
     Raises:
         ValueError: the tensors do not belong together.
@@ -95,9 +101,11 @@ class CpuLora:
     a: torch.Tensor
     b: torch.Tensor
     scaling: torch.Tensor
+    ranks: torch.Tensor
+    ends: torch.Tensor
 
     def __post_init__(self) -> None:
-        _check_lora(self.a, self.b, self.scaling)
+        _check_lora(self.a, self.b, self.scaling, self.ranks, self.ends)
 
     def structure(self, index: torch.Tensor | None) -> library.LoraStructure:
         """Return the adapters as the library takes them, while this object and the index live."""
@@ -105,9 +113,10 @@ class CpuLora:
             self.a.data_ptr(),
             self.b.data_ptr(),
             self.scaling.data_ptr(),
+            self.ranks.data_ptr(),
+            self.ends.data_ptr(),
             None if index is None else index.data_ptr(),
-            self.a.shape[0],
-            self.a.shape[1],
+            *self.a.shape[:3],
             _DTYPES[self.a.dtype],
         )
 
@@ -191,7 +200,7 @@ def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor)
     Raises:
         ValueError: the tensors do not belong together.
     """
-    if lora_a.ndim != 3 or lora_b.ndim != 3 or lora_a.shape[::2][0] != lora_b.shape[0]:
+    if lora_a.ndim != 3 or lora_b.ndim != 3 or lora_a.shape[0] != lora_b.shape[0]:
         raise ValueError(
             f"adapters are A (adapters, rank, in) and B (adapters, out, rank); got {tuple(lora_a.shape)} and "
             f"{tuple(lora_b.shape)}."
@@ -201,12 +210,95 @@ def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor)
             f"A {tuple(lora_a.shape)} {lora_a.dtype} and B {tuple(lora_b.shape)} {lora_b.dtype} disagree about the "
             "rank or the dtype."
         )
-    adapters, out_features, rank = lora_b.shape
-    blocks = -(-out_features // LANES)
-    padded = torch.zeros(adapters, blocks * LANES, rank, dtype=lora_b.dtype)
-    padded[:, :out_features] = lora_b
-    blocked = padded.view(adapters, blocks, LANES, rank).transpose(2, 3).contiguous()
-    return CpuLora(lora_a.contiguous(), blocked, scaling.to(torch.float32).contiguous())
+    adapters, _, rank = lora_b.shape
+    blocked = _lora_in_blocks(lora_b)
+    return CpuLora(
+        lora_a.unsqueeze(1).contiguous(),
+        blocked,
+        scaling.to(torch.float32).contiguous(),
+        torch.full((adapters, 1), rank, dtype=torch.int32),
+        torch.tensor([blocked.shape[1]], dtype=torch.int32),
+    )
+
+
+def allocate_lora(
+    adapters: int, rank: int, in_features: int, outputs: Sequence[int], dtype: torch.dtype
+) -> CpuLora:
+    """Return room for adapters of a layer, none of which adds anything until `place_adapter` fills it.
+
+    Args:
+        adapters: how many.
+        rank: the largest of an adapter.
+        in_features: inputs of the layer.
+        outputs: of every slice; all but the last a multiple of 16.
+        dtype: of A and B, float32, bfloat16 or float16.
+
+    Returns:
+        CpuLora: with scaling 1 and ranks of 0.
+
+    Raises:
+        ValueError: a slice begins within a block, or the sizes allow no layer.
+    """
+    if not can_slice(outputs) or min(adapters, rank, in_features) < 1:
+        raise ValueError(
+            f"{adapters} adapters of rank {rank} for {in_features} inputs and slices of {tuple(outputs)} outputs are "
+            f"not possible; all slices but the last are multiples of {LANES}."
+        )
+    ends = torch.tensor([-(-size // LANES) for size in outputs], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return CpuLora(
+        torch.zeros(adapters, len(outputs), rank, in_features, dtype=dtype),
+        torch.zeros(adapters, int(ends[-1]), rank, LANES, dtype=dtype),
+        torch.ones(adapters),
+        torch.zeros(adapters, len(outputs), dtype=torch.int32),
+        ends,
+    )
+
+
+def can_slice(outputs: Sequence[int]) -> bool:
+    """Return whether slices of these sizes begin at whole blocks."""
+    return bool(outputs) and min(outputs) > 0 and not any(size % LANES for size in outputs[:-1])
+
+
+def place_adapter(
+    lora: CpuLora, adapter: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None], scaling: float = 1.0
+) -> None:
+    """Write one adapter over what stood in its place. Trailing ranks that add nothing are left out of the computation.
+
+    Args:
+        lora: the adapters, changed in place.
+        adapter: which one.
+        pairs: A (rank, in) and B (out, rank) of every slice, or None where the adapter adds nothing.
+        scaling: alpha / rank.
+
+    Raises:
+        ValueError: there is no such place, or a pair does not fit it.
+    """
+    count, slices, most, in_features = lora.a.shape
+    if not 0 <= adapter < count or len(pairs) != slices:
+        raise ValueError(
+            f"adapter {adapter} with {len(pairs)} pairs was given; there is room for {count} with {slices} each."
+        )
+    ends = [0, *lora.ends.tolist()]
+    for index, pair in enumerate(pairs):
+        lora.ranks[adapter, index] = 0
+        if pair is None:
+            continue
+        a, b = pair
+        blocks = ends[index + 1] - ends[index]
+        rank = a.shape[0]
+        if a.shape != (rank, in_features) or b.ndim != 2 or b.shape[1] != rank or -(-b.shape[0] // LANES) != blocks:
+            raise ValueError(
+                f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit slice {index}, which has {in_features} inputs "
+                f"and {blocks} blocks of {LANES} outputs."
+            )
+        used = ((a != 0).any(1) & (b != 0).any(0)).nonzero()
+        rank = int(used[-1]) + 1 if len(used) else 0
+        if rank > most:
+            raise ValueError(f"the adapter has rank {rank}; there is room for {most}.")
+        lora.a[adapter, index, :rank] = a[:rank]
+        lora.b[adapter, ends[index] : ends[index + 1], :rank] = _lora_in_blocks(b[None, :, :rank])[0]
+        lora.ranks[adapter, index] = rank
+    lora.scaling[adapter] = scaling
 
 
 def dequantize(
@@ -298,7 +390,7 @@ def lora_linear(
         raise RuntimeError("8-bit activations have no gradient; fine-tune in the precision 'exact'.")
     if wants_grad or type(x) is not torch.Tensor or torch.compiler.is_compiling():
         parts = (weight.words, weight.scales, weight.zeros, weight.bits, weight.out_features, weight.in_features)
-        adapters = (None, None, None) if lora is None else (lora.a, lora.b, lora.scaling)
+        adapters = (None,) * 5 if lora is None else (lora.a, lora.b, lora.scaling, lora.ranks, lora.ends)
         result: torch.Tensor = cpu_linear_op(x, *parts, bias, *adapters, index, precision == "int8")
         return result
     return _compute(x, weight, bias, lora, index, precision == "int8")
@@ -329,7 +421,7 @@ def _compute(
             raise ValueError("an adapter index was given, but no adapters.")
     else:
         blocks = weight.words.shape[0]
-        if lora.a.shape[2] != in_features or lora.b.shape[1] != blocks:
+        if lora.a.shape[3] != in_features or lora.b.shape[1] != blocks:
             raise ValueError(
                 f"the adapters are A {tuple(lora.a.shape)} and B {tuple(lora.b.shape)}; this layer has {in_features} "
                 f"inputs and {blocks} blocks of outputs."
@@ -365,7 +457,8 @@ def _compute(
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor words, Tensor scales, Tensor zeros, int bits, int out_features, int in_features, "
-        "Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scaling, Tensor? index, bool int8_activations) -> Tensor"
+        "Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scaling, Tensor? ranks, Tensor? ends, Tensor? index, "
+        "bool int8_activations) -> Tensor"
     ),
 )
 def cpu_linear_op(
@@ -380,6 +473,8 @@ def cpu_linear_op(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     scaling: torch.Tensor | None,
+    ranks: torch.Tensor | None,
+    ends: torch.Tensor | None,
     index: torch.Tensor | None,
     int8_activations: bool,
 ) -> torch.Tensor:
@@ -387,9 +482,9 @@ def cpu_linear_op(
     weight = CpuWeight(words, scales, zeros, bits, out_features, in_features)
     lora = None
     if lora_a is not None:
-        if lora_b is None or scaling is None:
-            raise ValueError("adapters are A, B and their scaling; one of them is missing.")
-        lora = CpuLora(lora_a, lora_b, scaling)
+        if lora_b is None or scaling is None or ranks is None or ends is None:
+            raise ValueError("adapters are A, B, their scaling, ranks and slices; one of them is missing.")
+        lora = CpuLora(lora_a, lora_b, scaling, ranks, ends)
     return _compute(x, weight, bias, lora, index, int8_activations)
 
 
@@ -406,6 +501,8 @@ def _cpu_linear_shape(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     scaling: torch.Tensor | None,
+    ranks: torch.Tensor | None,
+    ends: torch.Tensor | None,
     index: torch.Tensor | None,
     int8_activations: bool,
 ) -> torch.Tensor:
@@ -418,7 +515,7 @@ def _cpu_linear_shape(
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor words, Tensor scales, Tensor zeros, int bits, int out_features, int in_features, "
-        "Tensor? lora_a, Tensor? lora_b, Tensor? scaling, Tensor? index) -> Tensor"
+        "Tensor? lora_a, Tensor? lora_b, Tensor? scaling, Tensor? ranks, Tensor? ends, Tensor? index) -> Tensor"
     ),
 )
 def cpu_linear_input_grad_op(
@@ -432,6 +529,8 @@ def cpu_linear_input_grad_op(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     scaling: torch.Tensor | None,
+    ranks: torch.Tensor | None,
+    ends: torch.Tensor | None,
     index: torch.Tensor | None,
 ) -> torch.Tensor:
     """Compute `grad Q`, and the adapters' share of it in float32."""
@@ -456,15 +555,21 @@ def cpu_linear_input_grad_op(
         return result
     assert lora_b is not None
     assert scaling is not None
-    CpuLora(lora_a, lora_b, scaling)  # checks them
+    assert ranks is not None
+    assert ends is not None
+    CpuLora(lora_a, lora_b, scaling, ranks, ends)  # checks them
     with torch.autocast("cpu", enabled=False):
         rows, total = grad.view(-1, out_features).to(torch.float32), result.view(-1, in_features).to(torch.float32)
         which = torch.zeros(rows.shape[0], dtype=torch.int32) if index is None else index.reshape(-1)
+        starts = [0, *ends.tolist()]
         for adapter in range(lora_a.shape[0]):
             chosen = (which == adapter).nonzero()[:, 0]
-            blocked = lora_b[adapter].transpose(1, 2).reshape(-1, lora_b.shape[2])[:out_features]
-            inner = rows[chosen] @ blocked.to(torch.float32) * scaling[adapter]
-            total.index_add_(0, chosen, inner @ lora_a[adapter].to(torch.float32))
+            for number, rank in enumerate(ranks[adapter].tolist()):
+                first, last = starts[number] * LANES, min(starts[number + 1] * LANES, out_features)
+                blocked = lora_b[adapter, starts[number] : starts[number + 1], :rank]
+                b = blocked.transpose(1, 2).reshape(-1, rank)[: last - first].to(torch.float32)
+                inner = rows[chosen, first:last] @ b * scaling[adapter]
+                total.index_add_(0, chosen, inner @ lora_a[adapter, number, :rank].to(torch.float32))
     return total.to(grad.dtype).view(result.shape)
 
 
@@ -480,6 +585,8 @@ def _cpu_linear_input_grad_shape(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     scaling: torch.Tensor | None,
+    ranks: torch.Tensor | None,
+    ends: torch.Tensor | None,
     index: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return an empty tensor of the shape and dtype that `cpu_linear_input_grad_op` returns."""
@@ -488,8 +595,8 @@ def _cpu_linear_input_grad_shape(
 
 def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
     """Keep references to packed tensors only: no activation is needed."""
-    _, words, scales, zeros, bits, out_features, in_features, bias, lora_a, lora_b, scaling, index, _ = inputs
-    ctx.save_for_backward(words, scales, zeros, lora_a, lora_b, scaling, index)
+    _, words, scales, zeros, bits, out_features, in_features, bias, *adapters, _ = inputs
+    ctx.save_for_backward(words, scales, zeros, *adapters)
     ctx.sizes = (bits, out_features, in_features)  # type: ignore[attr-defined]
     ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
 
@@ -504,7 +611,7 @@ def _cpu_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.T
     if ctx.needs_input_grad[7]:  # type: ignore[attr-defined]
         summed = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
         bias_grad = summed.to(ctx.bias_dtype)  # type: ignore[attr-defined]
-    return (input_grad, *[None] * 6, bias_grad, *[None] * 5)
+    return (input_grad, *[None] * 6, bias_grad, *[None] * 7)
 
 
 cpu_linear_op.register_autograd(_cpu_linear_backward, setup_context=_keep_for_backward)
@@ -554,11 +661,22 @@ def _check_weight(
             raise ValueError(f"{name} are on {tensor.device}; these kernels compute on the CPU.")
 
 
-def _check_lora(a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor) -> None:
-    if a.ndim != 3 or b.ndim != 4 or b.shape[3] != LANES or (a.shape[0], a.shape[1]) != (b.shape[0], b.shape[2]):
+def _lora_in_blocks(b: torch.Tensor) -> torch.Tensor:
+    """Return (adapters, blocks, rank, 16) of (adapters, out, rank), padded with zeros."""
+    adapters, out_features, rank = b.shape
+    blocks = -(-out_features // LANES)
+    padded = torch.zeros(adapters, blocks * LANES, rank, dtype=b.dtype)
+    padded[:, :out_features] = b
+    return padded.view(adapters, blocks, LANES, rank).transpose(2, 3).contiguous()
+
+
+def _check_lora(
+    a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor, ranks: torch.Tensor, ends: torch.Tensor
+) -> None:
+    if a.ndim != 4 or b.ndim != 4 or b.shape[3] != LANES or (a.shape[0], a.shape[2]) != (b.shape[0], b.shape[2]):
         raise ValueError(
-            f"adapters are A (adapters, rank, in) and B (adapters, blocks, rank, {LANES}); got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}."
+            f"adapters are A (adapters, slices, rank, in) and B (adapters, blocks, rank, {LANES}); got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}."
         )
     if a.dtype != b.dtype or a.dtype not in _DTYPES:
         raise ValueError(
@@ -566,6 +684,13 @@ def _check_lora(a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor) -> None
         )
     if scaling.shape != (a.shape[0],) or scaling.dtype != torch.float32:
         raise ValueError(f"scaling is {tuple(scaling.shape)} {scaling.dtype}; allowed is ({a.shape[0]},) float32.")
-    for tensor in (a, b, scaling):
+    for name, tensor, shape in (("ranks", ranks, tuple(a.shape[:2])), ("ends", ends, (a.shape[1],))):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} are {tuple(tensor.shape)} {tensor.dtype}; allowed is {shape} int32.")
+    for tensor in (a, b, scaling, ranks, ends):
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("adapters must be contiguous and on the CPU.")
+    if a.shape[1] < 1 or int(ends[-1]) != b.shape[1] or bool((ends.diff() <= 0).any()) or int(ends[0]) < 1:
+        raise ValueError(f"the slices end at the blocks {ends.tolist()}; allowed are rising ends up to {b.shape[1]}.")
+    if ranks.numel() and not 0 <= int(ranks.min()) <= int(ranks.max()) <= a.shape[2]:
+        raise ValueError(f"ranks are {ranks.tolist()}; allowed are 0 to {a.shape[2]}.")

@@ -168,34 +168,48 @@ inline __m512i pairs_of(const void* b, int dtype, int64_t at, int64_t next, bool
     return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// Adds z B^T: for every run of row tiles of one adapter, its B becomes a panel of up to kTileUnits units.
-void add_low_rank_tiles(const cloq::TileWork& work) {
-    const cloq::TileLora& lora = *work.lora;
+// Adds z B^T of one slice to the row tiles from `row` to `last` - 1, which are of one adapter: the part of its B that
+// belongs to blocks `block` to `end` - 1 becomes a panel of up to kTileUnits units.
+void add_low_rank_slice(const cloq::TileWork& work, int64_t row, int64_t last, int64_t slice, int64_t block, int64_t end) {
+    const cloq::TileLora& tiles = *work.lora;
+    const cloq_lora& lora = *tiles.lora;
     const __m512i interleave = interleaving();
-    const int64_t element = lora.dtype == CLOQ_FLOAT32 ? 4 : 2;
-    for (int64_t row = 0, last; row < work.row_tiles; row = last) {
-        const int32_t adapter = lora.adapters[row];
-        for (last = row + 1; last < work.row_tiles && lora.adapters[last] == adapter; ++last) {
-        }
-        if (adapter < 0) continue;
-        for (int64_t unit = 0; unit < lora.rank_units; unit += cloq::kTileUnits) {
-            const int64_t units = cloq::smaller(cloq::kTileUnits, lora.rank_units - unit);
-            for (int64_t block = 0; block < work.blocks; ++block) {
-                const char* b = static_cast<const char*>(lora.b) +
-                                (adapter * work.layer->blocks() + work.block + block) * lora.rank * cloq::kLanes * element;
-                uint16_t* tile = work.panel + block * cloq::kTileUnits * kTile;
-                for (int64_t r = unit * cloq::kUnit; r < (unit + units) * cloq::kUnit; r += 2, tile += 32) {
-                    const __m512i both = r < lora.rank
-                                             ? pairs_of(b, lora.dtype, r * cloq::kLanes, (r + 1) * cloq::kLanes,
-                                                        r + 1 < lora.rank, interleave)
-                                             : _mm512_setzero_si512();
-                    _mm512_storeu_si512(tile, both);
-                }
+    const int64_t element = lora.dtype == CLOQ_FLOAT32 ? 4 : 2, adapter = tiles.adapters[row];
+    const int dtype = static_cast<int>(lora.dtype);
+    const int64_t rank = lora.ranks[adapter * lora.slices + slice], rank_units = cloq::ceil_div(rank, cloq::kUnit);
+    constexpr int64_t kPitch = cloq::kTileBlocks * cloq::kLanes;
+    for (int64_t unit = 0; unit < rank_units; unit += cloq::kTileUnits) {
+        const int64_t units = cloq::smaller(cloq::kTileUnits, rank_units - unit);
+        for (int64_t b = block; b < end; ++b) {
+            const char* from = static_cast<const char*>(lora.b) +
+                               (adapter * work.layer->blocks() + b) * lora.rank * cloq::kLanes * element;
+            uint16_t* tile = work.panel + (b - block) * cloq::kTileUnits * kTile;
+            for (int64_t r = unit * cloq::kUnit; r < (unit + units) * cloq::kUnit; r += 2, tile += 32) {
+                const __m512i both = r < rank ? pairs_of(from, dtype, r * cloq::kLanes, (r + 1) * cloq::kLanes,
+                                                         r + 1 < rank, interleave)
+                                              : _mm512_setzero_si512();
+                _mm512_storeu_si512(tile, both);
             }
-            multiply_all(lora.z + (row * lora.rank_units + unit) * kTile, lora.rank_units * kTile, last - row, work.panel,
-                         cloq::kTileUnits * kTile, work.blocks, units, false, 0,
-                         work.y + row * 16 * cloq::kTileBlocks * cloq::kLanes, cloq::kTileBlocks * cloq::kLanes,
-                         [](int64_t) {});
+        }
+        multiply_all(tiles.z + ((row * lora.slices + slice) * tiles.rank_units + unit) * kTile,
+                     lora.slices * tiles.rank_units * kTile, last - row, work.panel, cloq::kTileUnits * kTile, end - block,
+                     units, false, 0, work.y + row * 16 * kPitch + (block - work.block) * cloq::kLanes, kPitch,
+                     [](int64_t) {});
+    }
+}
+
+void add_low_rank_tiles(const cloq::TileWork& work) {
+    const cloq::TileLora& tiles = *work.lora;
+    for (int64_t row = 0, last; row < work.row_tiles; row = last) {
+        for (last = row + 1; last < work.row_tiles && tiles.adapters[last] == tiles.adapters[row]; ++last) {
+        }
+        if (tiles.adapters[row] < 0) continue;
+        int64_t block = work.block;
+        for (int64_t slice = 0; slice < tiles.lora->slices; ++slice) {
+            const int64_t end = cloq::smaller(tiles.lora->ends[slice], work.block + work.blocks);
+            if (end <= block) continue;
+            add_low_rank_slice(work, row, last, slice, block, end);
+            block = end;
         }
     }
 }

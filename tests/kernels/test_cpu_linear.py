@@ -182,6 +182,81 @@ def test_lora(isa, shape, rank, dtype, adapter_dtype, precision):
             )
 
 
+def make_slices(outputs, columns, ranks, dtype):
+    """Return three adapters of a layer that is several in one: a pair for every adapter and slice, or None."""
+    generator = torch.Generator().manual_seed(sum(outputs))
+
+    def pair(rank, out):
+        if not rank:
+            return None
+        a, b = torch.randn(rank, columns, generator=generator), torch.randn(out, rank, generator=generator)
+        return (a / columns**0.5).to(dtype), (b / rank**0.5).to(dtype)
+
+    return [[pair(rank, out) for rank, out in zip(own, outputs, strict=True)] for own in ranks]
+
+
+def sliced_truth(x, q, bias, outputs, adapters, scaling, index):
+    """Return every slice computed by itself and token by token."""
+    y = canonical.lora_linear(x, q, bias)
+    first = 0
+    for number, out in enumerate(outputs):
+        for token, adapter in enumerate(index.tolist()):
+            if adapter >= 0 and adapters[adapter][number] is not None:
+                a, b = (factor.to(torch.float64) for factor in adapters[adapter][number])
+                y[token, first : first + out] += scaling[adapter] * (b @ (a @ x[token].to(torch.float64)))
+        first += out
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [(48, 16, 16), (16, 96), (320, 37)])
+def test_slices_have_adapters_of_their_own(isa, outputs, dtype):
+    codes, scales, zeros, q = make_layer(sum(outputs), 72, 24, 3)
+    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    bias = random_input(sum(outputs), seed=2)
+    ranks = [[5, 0, 70][: len(outputs)], [33, 16, 8][: len(outputs)], [0, 0, 0][: len(outputs)]]
+    adapters = make_slices(outputs, 72, ranks, dtype)
+    lora = kernel.allocate_lora(3, 72, 72, outputs, dtype)
+    # What an adapter that was there before left behind must not be looked at.
+    lora.a.fill_(float("nan"))
+    lora.b.fill_(float("nan"))
+    scaling = [0.5, 2.0, 1.0]
+    for adapter, pairs in enumerate(adapters):
+        kernel.place_adapter(lora, adapter, pairs, scaling[adapter])
+    assert lora.ranks.tolist() == ranks
+    for tokens in (1, 4, 9, 40):
+        x = random_input(tokens, 72, dtype=dtype)
+        mixed = torch.randint(-1, 3, (tokens,), dtype=torch.int32, generator=torch.Generator().manual_seed(tokens))
+        runs = torch.arange(tokens, dtype=torch.int32) // 17 % 3  # whole tiles of one adapter, and mixed ones
+        for index in (mixed, runs):
+            truth = sliced_truth(x, q, bias, outputs, adapters, scaling, index)
+            result = kernel.lora_linear(x, weight, bias, lora, index)
+            tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            torch.testing.assert_close(
+                result.to(torch.float64), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max())
+            )
+
+
+def test_an_adapter_is_replaced_and_taken_away(isa):
+    codes, scales, zeros, q = make_layer(48, 64, 32, 2)
+    weight = kernel.pack_weight(codes, scales, zeros, 2)
+    lora = kernel.allocate_lora(2, 16, 64, (32, 16), torch.float32)
+    x, index = random_input(3, 64), torch.tensor([1, -1, 0], dtype=torch.int32)
+    base = kernel.linear(x, weight)
+    assert torch.equal(kernel.lora_linear(x, weight, None, lora, index), base)
+    for ranks in ([16, 4], [3, 0], [0, 0]):
+        pairs = make_slices((32, 16), 64, [ranks], torch.float32)[0]
+        kernel.place_adapter(lora, 1, pairs)
+        truth = sliced_truth(x, q, None, (32, 16), [None, pairs], [1.0, 1.0], torch.tensor([1, -1, -1]))
+        result = kernel.lora_linear(x, weight, None, lora, index)
+        torch.testing.assert_close(result.to(torch.float64), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+        assert torch.equal(result[1:], base[1:])
+    # Ranks beyond the adapter's own, which engines fill with zeros, cost nothing.
+    a, b = make_slices((32, 16), 64, [[4, 4]], torch.float32)[0][0]
+    kernel.place_adapter(lora, 0, [(torch.nn.functional.pad(a, (0, 0, 0, 9)), torch.nn.functional.pad(b, (0, 9))), None])
+    assert lora.ranks.tolist() == [[4, 0], [0, 0]]
+
+
 def test_tokens_without_an_adapter_get_the_base(isa):
     codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
     weight = kernel.pack_weight(codes, scales, zeros, 3)
@@ -256,7 +331,7 @@ def test_input_gradients(isa, shape, dtype):
     layer = (weight.words, weight.scales, weight.zeros, 3, weight.out_features, weight.in_features)
     for leading in [(0,), (1,), (2, 3), (33,), *([(530,)] if shape[0] == 48 else [])]:
         grad = random_input(*leading, shape[0], dtype=dtype)
-        result = kernel.cpu_linear_input_grad_op(grad, *layer, None, None, None, None)
+        result = kernel.cpu_linear_input_grad_op(grad, *layer, *[None] * 6)
         truth, plain = grad.to(torch.float64) @ q, grad @ q.to(dtype)
         largest = float((grad.to(torch.float64).abs() @ q.abs()).max()) if grad.numel() else 0.0
         assert_as_good_as_torch(result, plain, truth, largest)
@@ -272,7 +347,7 @@ def test_threads_change_no_gradient(isa, dtype):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             layer = (w.words, w.scales, w.zeros, 3, 330, 256)
-            results.append(kernel.cpu_linear_input_grad_op(grad, *layer, None, None, None, None))
+            results.append(kernel.cpu_linear_input_grad_op(grad, *layer, *[None] * 6))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -314,9 +389,9 @@ def test_operators_satisfy_the_rules_of_torch(isa):
     layer = (w.words, w.scales, w.zeros, 3, 48, 64)
     x = torch.randn(2, 64, requires_grad=True)
     bias = torch.randn(48, requires_grad=True)
-    adapters = (lora.a, lora.b, lora.scaling, index)
+    adapters = (lora.a, lora.b, lora.scaling, lora.ranks, lora.ends, index)
     torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, bias, *adapters, False))
-    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, None, None, None, None, None, False))
+    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, *[None] * 7, False))
     torch.library.opcheck(kernel.cpu_linear_input_grad_op, (torch.randn(2, 48), *layer, *adapters))
 
 
@@ -394,7 +469,7 @@ def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
         kernel.linear(x, weight, torch.zeros(19))
     layer = (weight.words, weight.scales, weight.zeros, 4, 20, 64)
     with pytest.raises(ValueError, match=r"the gradient is \(3, 19\) .*; this layer takes \(\.\.\., 20\)"):
-        kernel.cpu_linear_input_grad_op(x[:, :19], *layer, None, None, None, None)
+        kernel.cpu_linear_input_grad_op(x[:, :19], *layer, *[None] * 6)
     with pytest.raises(ValueError, match="the precision is 'fast'; allowed are"):
         kernel.linear(x, weight, precision="fast")
     with pytest.raises(ValueError, match="names 2; there are 2 adapters"):
@@ -409,6 +484,24 @@ def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
         kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 5), torch.ones(1))
     with pytest.raises(ValueError, match=r"scaling is \(2,\) torch.float32; allowed is \(1,\)"):
         kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=r"slices of \(8, 12\) outputs are not possible"):
+        kernel.allocate_lora(2, 4, 64, (8, 12), torch.float32)
+    room = kernel.allocate_lora(2, 4, 64, (16, 4), torch.float32)
+    a, b = torch.ones(5, 64), torch.ones(16, 5)
+    for pairs, place, message in (
+        ([(a, b), None], 0, "the adapter has rank 5; there is room for 4"),
+        ([(a[:4], b), None], 0, r"A \(4, 64\) and B \(16, 5\) do not fit slice 0"),
+        ([None, (a[:4, :63], b[:4, :4])], 0, r"A \(4, 63\) and B \(4, 4\) do not fit slice 1"),
+        ([None, (a[:4], b[:, :4][:0])], 0, "which has 64 inputs and 1 blocks"),
+        ([None], 0, "adapter 0 with 1 pairs was given; there is room for 2 with 2 each"),
+        ([None, None], 2, "adapter 2 with 2 pairs was given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel.place_adapter(room, place, pairs)
+    with pytest.raises(ValueError, match=r"the slices end at the blocks \[2, 1\]"):
+        kernel.CpuLora(room.a, room.b, room.scaling, room.ranks, torch.tensor([2, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="allowed are 0 to 4"):
+        kernel.CpuLora(room.a, room.b, room.scaling, room.ranks + 5, room.ends)
     with pytest.raises(ValueError, match=r"words are \(1, 4, 16\) torch.int32; this layer has contiguous \(2, 8, 16\)"):
         kernel.CpuWeight(weight.words[:1, :4], weight.scales, weight.zeros, 4, 20, 64)
     with pytest.raises(

@@ -71,6 +71,36 @@ def test_an_adapter_for_every_row(layer, peft_calls):
         layer(x, adapter_names=rows[1:])
 
 
+def test_what_was_found_for_a_batch_serves_the_next_one_only_while_it_holds(layer, peft_calls, monkeypatch):
+    add_adapter(layer, "other", 3)
+    prompt, x = torch.randn(3, 6, layer.in_features), torch.randn(3, 1, layer.in_features)
+    found = []
+    plain = PackedLoraLinear._only_served
+    monkeypatch.setattr(PackedLoraLinear, "_only_served", lambda *args: found.append(None) or plain(*args))
+
+    def check(rows, *, anew):
+        found.clear()
+        for given in (prompt, x):
+            fused = layer(given, adapter_names=rows)
+            assert not peft_calls
+            torch.testing.assert_close(
+                fused, lora.Linear.forward(layer, given, adapter_names=rows), rtol=1e-5, atol=1e-4
+            )
+            peft_calls.clear()
+        assert len(found) == anew
+
+    with torch.no_grad():
+        check(["other", "__base__", "default"], anew=True)
+        check(["other", "__base__", "default"], anew=False)
+        check(["default", "__base__", "default"], anew=True)
+        layer.lora_A["default"].weight.mul_(2)
+        check(["default", "__base__", "default"], anew=True)
+        layer.scaling["default"] *= 0.5
+        check(["default", "__base__", "default"], anew=True)
+        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+            layer(x[1:], adapter_names=["default", "__base__", "default"])
+
+
 def test_changed_factors_are_seen(layer, peft_calls):
     x = torch.randn(2, layer.in_features)
     before = layer(x)

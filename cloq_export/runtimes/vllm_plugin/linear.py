@@ -399,7 +399,7 @@ class NativeComputation(_Computation):
             return cpu_linear.linear(x, self.weight, bias)
         size = self.weight.bits, self.weight.out_features, self.weight.in_features
         return cpu_linear.cpu_linear_op(
-            x, layer.qweight, layer.scales, layer.qzeros, *size, bias, None, None, None, None, False
+            x, layer.qweight, layer.scales, layer.qzeros, *size, bias, *[None] * 6, False
         )
 
 
