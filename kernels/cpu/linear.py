@@ -84,8 +84,8 @@ class CpuWeight:
 class CpuLora:
     """Low-rank adapters of one layer in the kernels' layout; made by `pack_lora` or `allocate_lora`.
 
-    Where several layers are computed as one (q, k and v; gate and up), each is a slice of the outputs, and every adapter
-    has an A and a rank of its own there.
+    Where several layers are computed as one (q, k and v; gate and up), each is a slice of the outputs, and every
+    adapter has an A and a rank of its own there.
 
     Args:
         a: (adapters, slices, rank, in), any of float32, bfloat16, float16.
@@ -221,9 +221,7 @@ def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor)
     )
 
 
-def allocate_lora(
-    adapters: int, rank: int, in_features: int, outputs: Sequence[int], dtype: torch.dtype
-) -> CpuLora:
+def allocate_lora(adapters: int, rank: int, in_features: int, outputs: Sequence[int], dtype: torch.dtype) -> CpuLora:
     """Return room for adapters of a layer, none of which adds anything until `place_adapter` fills it.
 
     Args:

@@ -253,7 +253,8 @@ def test_an_adapter_is_replaced_and_taken_away(isa):
         assert torch.equal(result[1:], base[1:])
     # Ranks beyond the adapter's own, which engines fill with zeros, cost nothing.
     a, b = make_slices((32, 16), 64, [[4, 4]], torch.float32)[0][0]
-    kernel.place_adapter(lora, 0, [(torch.nn.functional.pad(a, (0, 0, 0, 9)), torch.nn.functional.pad(b, (0, 9))), None])
+    padded = torch.nn.functional.pad(a, (0, 0, 0, 9)), torch.nn.functional.pad(b, (0, 9))
+    kernel.place_adapter(lora, 0, [padded, None])
     assert lora.ranks.tolist() == [[4, 0], [0, 0]]
 
 

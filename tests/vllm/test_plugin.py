@@ -50,6 +50,14 @@ def test_low_rank_products_skip_rows_without_an_adapter(probe: Callable[..., Any
     assert all(error < ROUNDING for name, error in seen.items() if name.startswith("head"))
 
 
+@pytest.mark.usefixtures("only_on_cpu")
+def test_adapters_are_computed_with_their_layer(export: Any, probe: Callable[..., Any]) -> None:
+    for dtype, allowed in (("float32", ROUNDING), ("bfloat16", 1e-2)):
+        errors = probe("fused_lora.py", export.folder, dtype)
+        assert set(errors) == {"qkv", "gate_up", "RowParallelLinear", "ReplicatedLinear"}
+        assert max(errors.values()) < allowed, (dtype, errors)
+
+
 def test_rank_slices(write_export: Callable[..., Any], probe: Callable[..., Any]) -> None:
     plain = write_export(QuantSpec(bits=3, group_size=32)).folder
     per_channel = write_export(QuantSpec(bits=2, group_size=-1), layout=GPTQ_V1).folder

@@ -4,8 +4,9 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 
 - a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`);
 - on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`linear`);
-- on the CPU, low-rank products that leave requests without an adapter alone, and prompt log-probabilities with
-  adapters (`punica`);
+- on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
+- on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
+  log-probabilities with adapters (`punica`);
 - a check of every adapter that is loaded onto a base of ours (`guard`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
@@ -52,9 +53,10 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.runtimes.vllm_plugin import guard, linear, punica, quantization
+    from cloq_export.runtimes.vllm_plugin import fused_lora, guard, linear, punica, quantization
 
     quantization.register()
     linear.register()
     punica.register()
+    fused_lora.register()
     guard.register()

@@ -398,9 +398,7 @@ class NativeComputation(_Computation):
         if not torch.compiler.is_compiling():
             return cpu_linear.linear(x, self.weight, bias)
         size = self.weight.bits, self.weight.out_features, self.weight.in_features
-        return cpu_linear.cpu_linear_op(
-            x, layer.qweight, layer.scales, layer.qzeros, *size, bias, *[None] * 6, False
-        )
+        return cpu_linear.cpu_linear_op(x, layer.qweight, layer.scales, layer.qzeros, *size, bias, *[None] * 6, False)
 
 
 class ReferenceComputation(_Computation):
@@ -568,6 +566,21 @@ class CloqCpuKernel(MPLinearKernel):
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return `x Q^T + bias`."""
         return self.computation.apply(layer, x, bias)
+
+
+def native_weight(layer: Any) -> cpu_linear.CpuWeight | None:
+    """Return what the native CPU library computes a layer of vLLM from, or None where something else computes it.
+
+    Args:
+        layer: a linear layer with its weights loaded.
+    """
+    method = layer.quant_method
+    computation = getattr(method, "_compute", None) if isinstance(method, CloqLinearMethod) else None
+    kernel = getattr(getattr(layer, "scheme", None), "kernel", None)
+    if isinstance(kernel, CloqCpuKernel):
+        computation = kernel.computation
+    chosen = computation.chosen if isinstance(computation, CpuComputation) else None
+    return chosen.weight if isinstance(chosen, NativeComputation) else None
 
 
 def _type_bits(kind: ScalarType) -> int | None:
