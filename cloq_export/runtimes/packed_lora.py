@@ -118,15 +118,17 @@ class _Served:
         self.rows = None if rows is None else list(rows)
         self.slots = None if rows is None else tuple(names.index(row) if row in names else -1 for row in rows)
         self.active, self.training = layer._active_adapter, layer.training
-        self.scaling = [layer.scaling[name] for name in names]
+        self.scaling = dict(layer.scaling)
         self.base, self.bias = layer.base_layer, layer.base_layer.bias
-        # Of every factor: where the layer keeps it, its module, the tensor, and the state that the tensor was in.
+        self.pairs = layer.lora_A, layer.lora_B
+        # Of every factor: who keeps it under which name, and the state that it was in.
         self.factors = []
-        for kind in ("lora_A", "lora_B"):
+        for pairs in self.pairs:
             for name in names:
-                module = getattr(layer, kind)[name]
+                module = pairs[name]
                 weight = module.weight
-                self.factors.append((kind, name, module, weight, weight.data_ptr(), weight._version))
+                state = (weight._version, weight.data_ptr())
+                self.factors.append((pairs._modules, name, module, module._parameters, weight, *state))
 
     def index(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return the adapter of every token, or None for the first adapter."""
@@ -143,13 +145,14 @@ class _Served:
         modules = layer._modules
         if self.active != layer._active_adapter or modules["base_layer"] is not self.base:
             return False
+        if modules["lora_A"] is not self.pairs[0] or modules["lora_B"] is not self.pairs[1]:
+            return False
         if self.base.native is not self.native or self.base._parameters["bias"] is not self.bias:
             return False
-        if any(layer.scaling.get(name) != scaling for name, scaling in zip(self.names, self.scaling, strict=True)):
+        if layer.scaling != self.scaling:
             return False
-        pairs = {kind: modules[kind]._modules for kind in ("lora_A", "lora_B")}
-        for kind, name, module, weight, place, version in self.factors:
-            if pairs[kind].get(name) is not module or module._parameters["weight"] is not weight:
+        for held, name, module, parameters, weight, version, place in self.factors:
+            if held.get(name) is not module or parameters["weight"] is not weight:
                 return False
             if weight._version != version or weight.data_ptr() != place:
                 return False
