@@ -19,7 +19,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# This file is run by the interpreter of vLLM too, so nothing else but the standard library is imported at the top.
 from environment import describe_hardware, hardware_line
 
 PROMPT = 32
@@ -39,7 +43,6 @@ ENGINES = ("transformers", "cloq", "vllm", "vllm + cloq", VLLM_STOCK, VLLM_STOCK
 STOCK_INT8 = {VLLM_STOCK: "0", VLLM_STOCK_INT8: "1"}
 
 Row = dict[str, Any]
-Run = Callable[[int, int, int], None]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of every engine (default: as torch does)")
     parser.add_argument("--vllm-python", help="interpreter with vLLM and this package; without it vLLM is left out")
     parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -167,6 +171,7 @@ class Files:
         import torch
 
         from cloq_export.formats.peft import write_adapter
+        from cloq_export.formats.peft.codec import BINDING_NAME
         from cloq_export.types import LoraPair
 
         generator = torch.Generator().manual_seed(number)
@@ -180,6 +185,7 @@ class Files:
         }
         folder = self.place / f"adapter{number}"
         write_adapter(folder, pairs, base_model="random", base_fingerprint="random")
+        (folder / BINDING_NAME).unlink()  # it serves several bases
         return folder
 
 
@@ -212,10 +218,10 @@ def add_adapters(model: Any, count: int) -> list[str]:
 
 def prompts(rows: int, vocabulary: int) -> list[list[int]]:
     """Return the token ids of so many prompts."""
-    import torch
+    import random
 
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randint(vocabulary, (rows, PROMPT), generator=generator).tolist()
+    generator = random.Random(rows)
+    return [[generator.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(rows)]
 
 
 def generate_with(model: Any, rows: int, names: list[str]) -> Callable[[int], None]:
@@ -296,8 +302,16 @@ class Bench:
         return sorted(wanted - there)
 
     def note(self, model: str, engine: str, bits: int | None, adapters: int, batch: int, run: Any) -> None:
-        """Measure a row and write it."""
-        seconds = step_seconds(run, self.options.tokens, self.options.rounds)
+        """Measure a row and keep it."""
+        self.keep(model, engine, bits, adapters, batch, step_seconds(run, self.options.tokens, self.options.rounds))
+
+    def keep(self, model: str, engine: str, bits: int | None, adapters: int, batch: int, seconds: float) -> None:
+        """Write a row, unless something else took the machine's time meanwhile."""
+        if seconds <= 0:
+            print(
+                f"not kept: {model}, {engine}: longer answers took less time; leave the machine alone", file=sys.stderr
+            )
+            return
         row = {"model": model, "engine": engine, "bits": bits, "adapters": adapters, "sequences": batch}
         self.rows.append(row | {"seconds": seconds, "tokens_per_second": batch / seconds})
         self.write(self.rows)
@@ -335,40 +349,89 @@ class Bench:
 
     def in_vllm(self, files: Files, threads: int) -> None:
         """Measure what vLLM serves: first without room for adapters, then with."""
-        from cloq_export.runtimes.vllm_engine import VllmModel
-
         for engine, bits, folder in self.setups(files):
             for counts in ([0] if 0 in self.counts else [], [count for count in self.counts if count]):
                 todo = self.missing(files.label, engine, bits, counts)
                 if not todo:
                     continue
-                adapters = {f"adapter{i}": files.adapter(i) for i in range(max(count for count, _ in todo))}
-                with VllmModel(
-                    folder(),
-                    adapters,
-                    python=self.options.vllm_python,
-                    threads=threads,
-                    plugin=engine not in STOCK_INT8,
-                    environment={"VLLM_CPU_INT4_W4A8": STOCK_INT8[engine]} if engine in STOCK_INT8 else {},
-                    dtype="bfloat16",
-                    max_model_len=PROMPT + self.options.tokens,
-                    force=True,
-                ) as model:
-                    for count, batch in todo:
-                        self.note(files.label, engine, bits, count, batch, served_by(model, files, count, batch))
+                job = {
+                    "model": str(folder()),
+                    "adapters": [str(files.adapter(number)) for number in range(max(count for count, _ in todo))],
+                    "rows": todo,
+                    "tokens": self.options.tokens,
+                    "rounds": self.options.rounds,
+                    "vocabulary": files.vocabulary,
+                }
+                variables = {"VLLM_CPU_INT4_W4A8": STOCK_INT8.get(engine, "0")}
+                if engine in STOCK_INT8:
+                    variables["VLLM_PLUGINS"] = "none-of-them"
+                found = call_vllm(self.options.vllm_python, job, threads, variables, files.place)
+                for (count, batch), seconds in zip(todo, found, strict=True):
+                    self.keep(files.label, engine, bits, count, batch, seconds)
 
 
-def served_by(model: Any, files: Files, count: int, batch: int) -> Callable[[int], None]:
-    """Return a function that lets vLLM answer `batch` prompts at a length, each with its adapter if there are any."""
-    ids = prompts(batch, files.vocabulary)
-    names = [f"adapter{i}" if count else None for i in range(batch)]
+def call_vllm(python: str, job: Mapping[str, Any], threads: int, variables: Mapping[str, str], place: Path) -> Any:
+    """Run `serve_with_vllm` in a process of its own; return what it found.
 
-    def run(length: int) -> None:
-        answers = model.generate(ids, names, length)
-        if [len(answer) for answer in answers] != [length] * batch:
-            raise SystemExit(f"vLLM ended an answer early: lengths {[len(answer) for answer in answers]} of {length}.")
+    Raises:
+        SystemExit: it failed; the end of its output is shown.
+    """
+    from cloq_export.runtimes.vllm_engine import engine_environment
 
-    return run
+    result = place / "result.json"
+    result.unlink(missing_ok=True)
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    ran = subprocess.run(
+        [python, str(Path(__file__).resolve()), "--worker", json.dumps({**job, "result": str(result)})],
+        env=os.environ | engine_environment(1, threads=threads) | more | dict(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if not result.exists():
+        tail = ran.stdout.splitlines()[-20:]
+        raise SystemExit("\n".join([f"vLLM ended with {ran.returncode}; its last lines:", *tail]))
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def serve_with_vllm(job: Mapping[str, Any]) -> None:
+    """Measure the rows of a job with vLLM, and write the seconds of a step of each to the file that it names."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapters = [LoRARequest(f"adapter{i}", i + 1, folder) for i, folder in enumerate(job["adapters"])]
+    options: dict[str, Any] = {}
+    if adapters:
+        config = json.loads((Path(job["adapters"][0]) / "adapter_config.json").read_text(encoding="utf-8"))
+        targets = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+        options = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": len(adapters)}
+        options |= {"max_cpu_loras": len(adapters), "lora_target_modules": targets}
+    engine = LLM(
+        model=job["model"],
+        dtype="bfloat16",
+        max_model_len=PROMPT + job["tokens"],
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    found = []
+    for count, batch in job["rows"]:
+        asked = [{"prompt_token_ids": ids} for ids in prompts(batch, job["vocabulary"])]
+        lora = adapters[:batch] if count else None
+
+        def run(length: int, asked: Any = asked, lora: Any = lora) -> None:
+            sampling = SamplingParams(temperature=0.0, max_tokens=length, detokenize=False)
+            answers = engine.generate(asked, sampling, lora_request=lora, use_tqdm=False)
+            lengths = [len(answer.outputs[0].token_ids) for answer in answers]
+            if lengths != [length] * len(asked):
+                raise SystemExit(f"answers of {length} tokens were asked for, and came with {lengths}.")
+
+        found.append(step_seconds(run, job["tokens"], job["rounds"]))
+    Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own threads can keep an interpreter that has nothing left to do
 
 
 def show(rows: list[Row]) -> None:
@@ -387,8 +450,6 @@ def read_rows(path: Path | None, settings: Mapping[str, Any]) -> list[Row]:
     Raises:
         SystemExit: the report was measured with others.
     """
-    import json
-
     if path is None or not path.exists():
         return []
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -401,6 +462,9 @@ def read_rows(path: Path | None, settings: Mapping[str, Any]) -> list[Row]:
 def main() -> None:
     """Run the benchmark."""
     options = parse_arguments()
+    if options.worker:
+        serve_with_vllm(json.loads(options.worker))
+        return
     import torch
 
     from cloq_export.kernels import cpu

@@ -184,7 +184,7 @@ PARTS: Mapping[str, tuple[str, str, Callable[[Content], list[str]]]] = {
     ),
     "decode_cpu.json": (
         "Whole models on the CPU",
-        "python benchmarks/decode_cpu.py --json benchmarks/results/decode_cpu.json",
+        "python benchmarks/decode_cpu.py --vllm-python PYTHON --json benchmarks/results/decode_cpu.json",
         decode_cpu,
     ),
     "compare-small.json": (
