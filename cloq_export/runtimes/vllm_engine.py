@@ -229,7 +229,6 @@ class VllmModel:
         threads: threads on the CPU; None leaves it to vLLM.
         plugin: False leaves this package's plugin out, to see what vLLM does by itself.
         timeout: seconds after which a start or an answer is given up.
-        environment: variables of the engine's process, ahead of those that every engine of ours gets.
         how: more keyword arguments of `load`.
 
     Raises:
@@ -249,7 +248,6 @@ class VllmModel:
         threads: int | None = None,
         plugin: bool = True,
         timeout: float = 900,
-        environment: Mapping[str, str] | None = None,
         **how: Any,
     ) -> None:
         self._timeout, self._kv_cache_gib, self._plugin = timeout, kv_cache_gib, plugin
@@ -262,7 +260,6 @@ class VllmModel:
         }
         if not plugin:
             variables["VLLM_PLUGINS"] = "none-of-them"
-        variables |= environment or {}
         asked, asking = os.pipe()
         answering, answered = os.pipe()
         command = [str(python or sys.executable), "-m", __name__, str(asked), str(answered)]
