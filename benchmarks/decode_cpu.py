@@ -396,9 +396,12 @@ def call_vllm(python: str, job: Mapping[str, Any], threads: int, variables: Mapp
 
 def serve_with_vllm(job: Mapping[str, Any]) -> None:
     """Measure the rows of a job with vLLM, and write the seconds of a step of each to the file that it names."""
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    # Without this package's plugin vLLM's int4 kernel dies of an illegal instruction unless something asked for AMX.
+    torch.cpu._init_amx()  # type: ignore[attr-defined]
     adapters = [LoRARequest(f"adapter{i}", i + 1, folder) for i, folder in enumerate(job["adapters"])]
     options: dict[str, Any] = {}
     if adapters:
