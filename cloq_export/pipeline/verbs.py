@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from cloq_export.errors import CalibrationError, MissingPackageError, RunDirecto
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model
-from cloq_export.models.stream import BlockStream
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.runtime import float_model
@@ -39,7 +37,6 @@ from cloq_export.pipeline.answering import Subject, answer_tasks, group_means, r
 from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
-from cloq_export.pipeline.refining_model import refine_model, refined_layers, step_progress
 from cloq_export.pipeline.session import (
     Session,
     compute_dtype,
@@ -475,26 +472,9 @@ def _walk(
             f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
             "decides what they leave open; raise --samples or --seqlen"
         )
+    device = device_of(recipe)
     keep_freed_memory()
     watch = MemoryWatch()
-    if recipe.refine == "model":
-        _refine_model(session, loaded, plan, directory, recipe, windows, kept_codes)
-    else:
-        _walk_blocks(session, loaded, plan, directory, recipe, windows, kept_codes)
-    session.memory = watch.stop()
-
-
-def _walk_blocks(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve what is not yet in the directory, with fewer windows in a forward pass where memory runs out."""
-    device = device_of(recipe)
     solvers = solvers_of(recipe, device)
     windows_at_once = min(len(windows), usual_windows_per_batch(recipe))
     while True:
@@ -528,49 +508,11 @@ def _walk_blocks(
             "came in another order than with more memory"
         )
         session.say(session.notes[-1])
+    session.memory = watch.stop()
     for stage, seconds in dataclasses.asdict(walk.seconds).items():
         if stage == "refine" and recipe.refine == "none":
             continue
         session.seconds[stage.replace("_", " ")] = seconds
-
-
-def _refine_model(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve all layers beside the run, refine them together, and only then store them in it."""
-    work = directory.path / "work" / "solved"
-    with _started(work, recipe.changed({"refine": "none"}), directory.source_fingerprint) as solved:
-        if not solved.completed_modules().issuperset(plan.modules):
-            _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
-        device = device_of(recipe)
-        batch = min(len(windows), usual_windows_per_batch(recipe))
-        started = time.perf_counter()
-        try:
-            stream = BlockStream(
-                loaded.model, plan.blocks, windows, device=device, compute=compute_dtype(recipe, device), batch=batch
-            )
-            with step_progress(session.console, "refine the model", recipe.refine_steps) as progress:
-                found = refine_model(
-                    stream, plan, recipe, solved, keeps_codes=kept_codes is not None, progress=progress
-                )
-        except torch.OutOfMemoryError:
-            raise UsageError(
-                f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
-                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
-                "--seqlen or with --refine block."
-            ) from None
-        session.seconds["refine"] = time.perf_counter() - started
-        for name, stored in refined_layers(found, plan, solved).items():
-            directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
-    shutil.rmtree(work)
-    with contextlib.suppress(OSError):  # another adapter may be in the making there
-        work.parent.rmdir()
 
 
 def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
