@@ -291,9 +291,8 @@ def finish_layer(
     weighted = (lambda error: error) if damped is None else damped.weighted
     whole, left = weighted(target), weighted(target - served)
     norm = _frobenius(whole) or 1.0
-    error_quantized = (
-        _frobenius(weighted(target - quantized.dequantize())) / norm if plan.rank else _frobenius(left) / norm
-    )
+    error_adapted = _frobenius(left) / norm
+    error_quantized = _frobenius(weighted(target - quantized.dequantize())) / norm if plan.rank else error_adapted
     fields: dict[str, Any] = {
         "method": "loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
         "target": "float weight"
@@ -310,7 +309,7 @@ def finish_layer(
         damping=damped.damping if damped is not None else 0.0,
         damping_increases=damped.increases if damped is not None else 0,
         error_quantized=error_quantized,
-        error_adapted=_frobenius(left) / norm if plan.rank else error_quantized,
+        error_adapted=error_adapted,
         error_bound=best.bound / norm if best.bound == best.bound else error_quantized,
         condition=shared.condition,
         effective_rank=shared.effective_rank,

@@ -11,16 +11,7 @@ import functools
 from typing import Any
 
 import torch
-from vllm.lora import model_manager
-from vllm.lora.layers import (
-    ColumnParallelLinearWithLoRA,
-    MergedColumnParallelLinearVariableSliceWithLoRA,
-    MergedColumnParallelLinearWithLoRA,
-    MergedQKVParallelLinearWithLoRA,
-    QKVParallelLinearWithLoRA,
-    ReplicatedLinearWithLoRA,
-    RowParallelLinearWithLoRA,
-)
+from vllm.lora import layers, model_manager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -35,13 +26,13 @@ from cloq_export.kernels.cpu import linear as cpu_linear
 from cloq_export.runtimes.vllm_plugin.linear import native_weight
 
 _KINDS = (
-    ColumnParallelLinearWithLoRA,
-    MergedColumnParallelLinearVariableSliceWithLoRA,
-    MergedColumnParallelLinearWithLoRA,
-    MergedQKVParallelLinearWithLoRA,
-    QKVParallelLinearWithLoRA,
-    ReplicatedLinearWithLoRA,
-    RowParallelLinearWithLoRA,
+    layers.ColumnParallelLinearWithLoRA,
+    layers.MergedColumnParallelLinearVariableSliceWithLoRA,
+    layers.MergedColumnParallelLinearWithLoRA,
+    layers.MergedQKVParallelLinearWithLoRA,
+    layers.QKVParallelLinearWithLoRA,
+    layers.ReplicatedLinearWithLoRA,
+    layers.RowParallelLinearWithLoRA,
 )
 # Exactly these: a subclass may compute something else than its quantization method does.
 _BASES = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
