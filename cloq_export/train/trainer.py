@@ -26,6 +26,7 @@ from cloq_export.recipe import FineTuneRecipe
 from cloq_export.run.atomic import write_json, write_safetensors
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_tensors import read_safetensors
+from cloq_export.train.loss import next_token_loss
 from cloq_export.train.sequences import Sequences, pad_batch
 
 WEIGHTS_NAME = "trained.safetensors"
@@ -106,6 +107,7 @@ def train_adapter(
     """
     if dtype is torch.float16 and device.type == "cpu":
         raise UsageError("float16 cannot be trained on a CPU; choose --precision bfloat16 or float32.")
+    model.loss_function = next_token_loss
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(recipe, len(sequences.rows), evaluation is not None, folder, device, dtype),
