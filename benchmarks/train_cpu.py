@@ -1,6 +1,6 @@
 """Time and memory of a LoRA training step on the CPU: over packed codes, and over the float model in bfloat16.
 
-Both take the same tokens and the same adapters, in processes of their own, which alternate; every process gives the
+Both take the same tokens, adapters and loss, in processes of their own, which alternate; every process gives the
 median of its steps, and the table the medians over processes. The run must hold an adapter.
 
     cloq run --demo --out RUN
@@ -33,6 +33,7 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
     from cloq_export.models.source import open_model
     from cloq_export.pipeline.comparing import attach_pairs
     from cloq_export.run.directory import RunDirectory
+    from cloq_export.train.loss import next_token_loss
 
     torch.set_num_threads(threads)
     directory = RunDirectory.open(run)
@@ -42,6 +43,7 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
     else:
         model = open_model(directory.recipe["model"], dtype=torch.float32).model.to(torch.bfloat16)
         attach_pairs(model, read_adapter(directory.adapter_path(name)).pairs)
+    model.loss_function = next_token_loss
     model.train()
     model.config.use_cache = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -73,6 +73,11 @@ class Recipe:
         "truncated", "Truncated SVD with a checked residual, or the slow full one."
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "Dtype in which A and B are stored.")
+    budget: float = _option(
+        0.0,
+        "Stored bits per weight, codes, scales, zeros and adapters together: bits, group size and rank (at most rank) "
+        "of each layer are chosen for it; 0 leaves them as given.",
+    )
     error_aware: float = _option(
         0.5,
         "Share by which the targets of 2-bit layers move to mend the error of the layers before; 0 (independent "
@@ -182,6 +187,10 @@ class Recipe:
         mapping["overrides"] = [{"pattern": pattern, **settings} for pattern, settings in self.overrides.items()]
         mapping["finetune"] = dict(self.finetune)
         return mapping
+
+    def to_yaml(self) -> str:
+        """Return every option as a recipe file."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """Return this recipe with some options replaced.
@@ -394,6 +403,7 @@ _SHARES = ("damping", "magr_alpha", "error_aware", "float_share")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")
+_LARGEST_BUDGET = 32
 _SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
 
 
@@ -691,6 +701,8 @@ def _range_faults(name: str, value: Any) -> list[str]:
         wanted = f"it must be at least {_MINIMUM[name]}"
     elif name == "seed" and value >= 2**63:
         wanted = "it must be below 2**63"
+    elif name == "budget" and not 0 <= value <= _LARGEST_BUDGET:
+        wanted = f"it must be between 0 and {_LARGEST_BUDGET}"
     elif name in _SHARES and not 0 <= value <= 1:
         wanted = "it must be between 0 and 1"
     elif name == "device" and not _DEVICE.fullmatch(value):

@@ -39,6 +39,7 @@ _NAMED = (
     "method",
     "grid",
     "rank",
+    "budget",
     "split",
     "refine",
     "calibration",

@@ -189,6 +189,32 @@ class BlockStream:
             output = call.invoke(block, states.to(self.device))
             return output[0] if isinstance(output, (tuple, list)) else output
 
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the model makes of the hidden states behind its last block.
+
+        Args:
+            ids: token ids, (batch, seqlen) int64; the blocks are not run over them.
+            hidden: (batch, seqlen, hidden).
+
+        Returns:
+            Tensor: (batch, seqlen, vocabulary), where the model's head is.
+        """
+        last = len(self.blocks) - 1
+
+        def make_stub(index: int, block: nn.Module, _: Callable[..., Any]) -> Callable[..., Any]:
+            def stub(*args: Any, **kwargs: Any) -> Any:
+                states = _Arguments.split(args, kwargs)[0]
+                after = hidden.to(states.device, states.dtype) if index == last else states
+                beside = self._returns[type(block)]
+                return after if beside is None else (after, *beside)
+
+            return stub
+
+        where = _device_of(_embeddings(self.model))
+        with torch.no_grad(), forward_precision(self._precision, where), _replaced_forwards(self.blocks, make_stub):
+            found: torch.Tensor = self.model(input_ids=ids.to(where), use_cache=False).logits
+        return found
+
     @contextlib.contextmanager
     def block_on_device(self, index: int) -> Iterator[nn.Module]:
         """Hold one block on the device, and move it back afterwards with whatever weights it then has.

@@ -34,6 +34,15 @@ from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.runtime import float_model
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
 from cloq_export.pipeline.answering import Subject, answer_tasks, group_means, read_questions
+from cloq_export.pipeline.budgeting import (
+    BUDGET_REPORT,
+    RECIPE_NAME,
+    check_budget,
+    has_chosen,
+    measuring_recipe,
+    spend,
+    with_choices_of,
+)
 from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
@@ -50,6 +59,7 @@ from cloq_export.pipeline.session import (
 )
 from cloq_export.pipeline.solve import LOFTQ
 from cloq_export.recipe import Recipe
+from cloq_export.run.atomic import write_bytes
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.versions import environment
@@ -81,11 +91,12 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     """
     if recipe.codes_from:
         _refuse_codes_of_loftq(recipe)
-    recipe = _with_grid_of_codes(recipe)
+    recipe = with_choices_of(out, _with_grid_of_codes(recipe))
     session = Session(recipe, console or Console(stderr=True))
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
+        recipe = session.recipe = _budgeted(session, directory, calibration)
         model = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
@@ -112,10 +123,12 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     Raises:
         CloqError: anything a user can mend.
     """
-    session = Session(recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}), console or Console(stderr=True))
+    recipe_of_codes = recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)})
+    session = Session(with_choices_of(out, recipe_of_codes), console or Console(stderr=True))
     calibration = _calibration_text(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
+        session.recipe = _budgeted(session, directory, calibration)
         model = _compress(session, directory, session.recipe, calibration)
         write_run_checkpoint(session, directory, model)
         directory.set_state("quantized")
@@ -411,6 +424,31 @@ def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirect
             raise
 
 
+def _budgeted(session: Session, directory: RunDirectory, calibration: CalibrationText) -> Recipe:
+    """Return the recipe with what its budget is spent on, measured in the run's work folder if it is not yet."""
+    recipe = session.recipe
+    if not recipe.budget or has_chosen(directory, recipe):
+        return recipe
+    check_budget(recipe)
+    loaded, _ = open_planned(session, recipe)
+    windows = _windows(loaded, recipe, calibration)
+    path = directory.path / "work" / "budget"
+    with _started(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
+        spent = session.timed("budget", lambda: spend(session, loaded, work, windows, recipe))
+    directory.write_report(BUDGET_REPORT, spent.report())
+    # The budget is spent: a copy that was edited by hand must not choose again.
+    write_bytes(directory.path / RECIPE_NAME, spent.recipe.changed({"budget": 0.0}).to_yaml().encode("utf-8"))
+    directory.set_overrides(spent.recipe.to_mapping()["overrides"])
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+    session.say(
+        f"{spent.stored_bits_per_weight:.3f} stored bits per weight; what they are spent on stands in "
+        f"{directory.path / RECIPE_NAME}, and can be edited for another run with --recipe"
+    )
+    return spent.recipe
+
+
 def _compress(
     session: Session,
     directory: RunDirectory,
@@ -457,14 +495,7 @@ def _walk(
         return
     if done:
         session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
-    tokens = tokenize_text(loaded.tokenizer, calibration.text)
-    limit = context_length(loaded.model)
-    if limit is not None and recipe.seqlen > limit:
-        raise UsageError(
-            f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
-            f"{limit} or less."
-        )
-    windows = sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
+    windows = _windows(loaded, recipe, calibration)
     session.say(f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}")
     widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
     if windows.numel() < widest:
@@ -513,6 +544,18 @@ def _walk(
         if stage == "refine" and recipe.refine == "none":
             continue
         session.seconds[stage.replace("_", " ")] = seconds
+
+
+def _windows(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) -> torch.Tensor:
+    """Return the token ids to calibrate on, (samples, seqlen)."""
+    tokens = tokenize_text(loaded.tokenizer, calibration.text)
+    limit = context_length(loaded.model)
+    if limit is not None and recipe.seqlen > limit:
+        raise UsageError(
+            f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
+            f"{limit} or less."
+        )
+    return sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
 
 
 def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:

@@ -236,6 +236,18 @@ class RunDirectory:
         if state != self.state:
             self._write_manifest(self._manifest | {"state": state})
 
+    def set_overrides(self, overrides: list[dict[str, Any]]) -> None:
+        """Record the overrides that a run has chosen for itself, before its first layer.
+
+        Args:
+            overrides: as `Recipe.to_mapping` lists them.
+
+        Raises:
+            RunDirectoryError: the run cannot be written.
+        """
+        self._lock()
+        self._write_manifest(self._manifest | {"recipe": self._manifest["recipe"] | {"overrides": overrides}})
+
     @property
     def checkpoint_path(self) -> Path:
         """Return where the packed checkpoint stands."""

@@ -352,7 +352,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "ranks": _counted(ranks),
         "dtype": ", ".join(dtypes),
         "parameters": _parameters(adapter),
-        "adapter_bytes": _bytes_of(read_safetensors_header(folder / ADAPTER_WEIGHTS_NAME)[0].values()),
+        "adapter_bytes": bytes_of(read_safetensors_header(folder / ADAPTER_WEIGHTS_NAME)[0].values()),
     }
 
 
@@ -361,7 +361,7 @@ def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
     float_codes: collections.Counter[str] = collections.Counter()
     floats, roles = set(checkpoint.float_names()), checkpoint.grids.layout.roles
     for name, header in checkpoint.headers.items():
-        size = _bytes_of([header])
+        size = bytes_of([header])
         if name in floats:
             sizes["float_part_bytes"] += size
             float_codes[header[0]] += size
@@ -372,7 +372,7 @@ def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
     float_bits = _DTYPE_BITS.get(float_codes.most_common(1)[0][0], 8) if float_codes else 16
     adapter_bytes = None
     if adapter is not None:
-        adapter_bytes = _bytes_of(read_safetensors_header(adapter / ADAPTER_WEIGHTS_NAME)[0].values())
+        adapter_bytes = bytes_of(read_safetensors_header(adapter / ADAPTER_WEIGHTS_NAME)[0].values())
     return {
         "quantized_weights": weights,
         **sizes,
@@ -384,7 +384,7 @@ def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
     }
 
 
-def _bytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+def bytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
     # An unknown dtype is one byte or less (the eight-bit floats).
     return sum(math.prod(shape) * _DTYPE_BITS.get(code, 8) // 8 for code, shape in headers)
 

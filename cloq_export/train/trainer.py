@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -107,7 +107,7 @@ def train_adapter(
     """
     if dtype is torch.float16 and device.type == "cpu":
         raise UsageError("float16 cannot be trained on a CPU; choose --precision bfloat16 or float32.")
-    model.loss_function = next_token_loss
+    cast(Any, model).loss_function = next_token_loss
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(recipe, len(sequences.rows), evaluation is not None, folder, device, dtype),
