@@ -25,6 +25,8 @@ import torch
 from environment import describe_hardware
 from gpu_clock import describe_device, device_of
 
+from cloq_export.run.atomic import write_json
+
 HERE = Path(__file__).resolve().parent
 _SHOWN_CHARACTERS = 4000
 
@@ -105,11 +107,11 @@ def main() -> None:
             print(f"== {name}", flush=True)
             report["parts"][name] = run_part(arguments, seconds, Path(folder) / f"{number}.json")
             # Written after every part: what was measured is not lost with the machine.
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, report, sort_keys=False)
     if not options.smoke:
         tests = ["-m", "pytest", "-q", "-m", "gpu and not slow", "tests/kernels", "-k", "few_tokens or walk"]
         report["compute_sanitizer"] = sanitizer(tests, 30.0)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report, sort_keys=False)
     failed = [name for name, part in report["parts"].items() if part["ended"] != "exit code 0"]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; see {options.json}")

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from cloq_export.models.blocks import find_blocks
 from cloq_export.pipeline.compress import BlockWalk
 from cloq_export.pipeline.plan import make_plan
 from cloq_export.recipe import Recipe
+from cloq_export.run.atomic import write_json
 from cloq_export.run.directory import RunDirectory
 
 
@@ -259,7 +259,7 @@ def main() -> None:
             )
     if options.json:
         result = {"device": describe_device(device), "ceilings": ceilings, "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result, sort_keys=False)
     if any("failed" in row for row in rows):
         raise SystemExit(1)
 

@@ -14,7 +14,6 @@ Without a GPU, `--device cpu --shapes 64x96 --smoke` shows that the script works
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from cloq_export.kernels import dispatch
 from cloq_export.kernels import triton as triton_kernels
 from cloq_export.kernels.reference import linear as reference
 from cloq_export.kernels.reference.lora import compute_packed_lora_linear
+from cloq_export.run.atomic import write_json
 
 Row = dict[str, Any]
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -227,7 +227,7 @@ def main() -> None:
             _report(row, ceilings, rows)
     if options.json:
         result = {"device": describe_device(device), "ceilings": ceilings, "group": options.group, "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result, sort_keys=False)
 
 
 def _report(row: Row, ceilings: dict[str, float], rows: list[Row]) -> None:

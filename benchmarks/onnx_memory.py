@@ -22,6 +22,8 @@ from typing import Any
 
 from environment import describe_hardware, hardware_line
 
+from cloq_export.run.atomic import write_json
+
 STYLES = ("matmulnbits", "qdq")
 
 
@@ -138,7 +140,7 @@ def main() -> None:
                 f"{rows[-1]['largest_tensor_bytes'] / 1e6:.0f} MB"
             )
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "hardware": hardware}, indent=2) + "\n")
+        write_json(options.json, {"rows": rows, "hardware": hardware}, sort_keys=False)
 
 
 if __name__ == "__main__":

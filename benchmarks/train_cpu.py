@@ -20,6 +20,8 @@ from typing import Any
 
 from environment import describe_hardware, hardware_line
 
+from cloq_export.run.atomic import write_json
+
 SIDES = ("packed", "bfloat16")
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     if options.json:
         named = {"threads": options.threads, "batch": options.batch, "seqlen": options.seqlen, "steps": options.steps}
         content = {"hardware": describe_hardware(), "options": named}
-        options.json.write_text(json.dumps(content | {"rounds": found, "medians": medians}, indent=2) + "\n")
+        write_json(options.json, content | {"rounds": found, "medians": medians}, sort_keys=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from gpu_clock import describe_device, device_of, release, synchronize
 from gpu_init import SHAPES
 from torch import nn
 
+from cloq_export.run.atomic import write_json
 from cloq_export.runtimes.packed_linear import PackedLinear
 
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -145,7 +145,7 @@ def main() -> None:
         print(f"{kind}: {row['seconds'] * 1e3:.1f} ms a step, {row['over_float']:.2f}x float{peak}", flush=True)
     if options.json:
         result = {"device": describe_device(device), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result, sort_keys=False)
 
 
 if __name__ == "__main__":
