@@ -35,7 +35,7 @@ from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
 from cloq_export.train.examples import instruction_prompt, read_list, read_rows
-from cloq_export.train.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEMS
+from cloq_export.train.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS, WORD_PROBLEMS
 from cloq_export.train.word_problems import generate
 
 # Asked for in one breath with the tasks, though no question is asked for it.
@@ -444,7 +444,7 @@ def _rows_of(task: Task, file: str | None) -> tuple[Iterator[tuple[str, Mapping[
         reader = read_list if path.suffix.lower() == ".json" else read_rows
         return reader(path), str(path)
     if task.hub is None:
-        return _generated_rows(), f"generated ({WORD_PROBLEMS}, test)"
+        return _generated_rows(task.name), f"generated ({task.name}, test)"
     rows = hub_rows(
         *task.hub,
         remedy=f"Name a file with --tasks {task.name}=FILE, or put {task.files[0]} into the folder that the "
@@ -454,8 +454,9 @@ def _rows_of(task: Task, file: str | None) -> tuple[Iterator[tuple[str, Mapping[
     return ((f"row {number} of {origin}", row) for number, row in enumerate(rows, start=1)), origin
 
 
-def _generated_rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, problem in enumerate(generate(WORD_PROBLEM_COUNTS["test"], split="test"), start=1):
+def _generated_rows(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    problems = generate(WORD_PROBLEM_COUNTS["test"], split="test", most_steps=WORD_PROBLEM_SETS[name])
+    for number, problem in enumerate(problems, start=1):
         yield f"word problem {number}", {"question": problem.question, "answer": problem.answer}
 
 
@@ -501,8 +502,9 @@ def _training_problems() -> list[gsm8k.Problem]:
     return [gsm8k.problem_of(row, where) for where, row in rows]
 
 
-def _training_word_problems() -> list[gsm8k.Problem]:
-    return [gsm8k.Problem(each.question, each.answer) for each in generate(WORD_PROBLEM_COUNTS["train"])]
+def _training_word_problems(name: str) -> list[gsm8k.Problem]:
+    problems = generate(WORD_PROBLEM_COUNTS["train"], most_steps=WORD_PROBLEM_SETS[name])
+    return [gsm8k.Problem(each.question, each.answer) for each in problems]
 
 
 def _instructed(
@@ -588,7 +590,7 @@ def _labels(name: str, chosen: CommonsenseSet) -> Task:
 _GSM8K_HUB = ("openai/gsm8k", "main", "test")
 _MAKERS |= {
     "gsm8k": partial(_gsm8k_like, "gsm8k", _GSM8K_HUB, _training_problems),
-    WORD_PROBLEMS: partial(_gsm8k_like, WORD_PROBLEMS, None, _training_word_problems),
+    **{name: partial(_gsm8k_like, name, None, partial(_training_word_problems, name)) for name in WORD_PROBLEM_SETS},
     f"gsm8k:{INSTRUCTION}": partial(_numbers, f"gsm8k:{INSTRUCTION}", "gsm8k", _GSM8K_HUB, arithmetic.read_gsm8k),
     "svamp": partial(_numbers, "svamp", "SVAMP", ("ChilleD/SVAMP", None, "test"), arithmetic.read_svamp),
     "mawps": partial(_numbers, "mawps", "mawps", ("MU-NLPC/Calc-mawps", None, "test"), arithmetic.read_mawps),

@@ -52,6 +52,12 @@ JSON_NAME = "compare.json"
 MEAN = "mean"
 _FLOAT_BITS, _NF4_BITS = 16, 4
 # Field of a certificate -> norm: the paper's Figure 2.
+# Field of a row -> what the tables and plots call it.
+_FIGURES = {
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "held_out_perplexity": "perplexity of held-out examples",
+}
 _DISCREPANCIES = {"error_adapted": "frobenius", "spectral_error_adapted": "spectral"}
 
 
@@ -225,6 +231,8 @@ def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
         if path.exists():
             row = read_json(path)
             curves[task, start, width, seed] = row.pop("curve", None)
+            if row.get("held_out_loss") is not None:
+                row["held_out_perplexity"] = math.exp(row["held_out_loss"])
             rows.append(row)
     missing = len(comparison.cases()) - len(rows)
     rows += _means(rows)
@@ -256,12 +264,12 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     rows = [row for row in result["rows"] if row["seed"] == MEAN]
     for task in dict.fromkeys(row["task"] for row in rows):
-        for figure in ("perplexity", "accuracy"):
+        for figure, called in _FIGURES.items():
             chosen = [row for row in rows if row["task"] == task and row.get(figure) is not None]
             widths = sorted({row["bits"] for row in chosen})
             if not chosen:
                 continue
-            lines += [f"{task}, {figure} after training (mean ± spread over seeds):", ""]
+            lines += [f"{task}, {called} after training (mean ± spread over seeds):", ""]
             lines += ["| start | " + " | ".join(f"{width} bits" for width in widths) + " |"]
             lines += ["|---|" + "---|" * len(widths)]
             for init in dict.fromkeys(row["init"] for row in chosen):
@@ -575,7 +583,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not own:
             continue
         mean: dict[str, Any] = dict(zip(("task", "init", "bits"), key, strict=True)) | {"seed": MEAN, "seeds": len(own)}
-        for figure in ("perplexity", "accuracy", "held_out_loss"):
+        for figure in _FIGURES:
             values = [row[figure] for row in own if row.get(figure) is not None]
             if values:
                 mean[figure] = statistics.fmean(values)
@@ -613,14 +621,14 @@ def _plots(
     pictures = {}
     means = [row for row in rows if row["seed"] == MEAN]
     for task in comparison.tasks:
-        for figure in ("perplexity", "accuracy"):
+        for figure, called in _FIGURES.items():
             chosen = [row for row in means if row["task"] == task and row.get(figure) is not None]
             series = []
             for init in dict.fromkeys(row["init"] for row in chosen):
                 points = sorted((float(row["bits"]), float(row[figure])) for row in chosen if row["init"] == init)
                 series.append((init, [x for x, _ in points], [y for _, y in points]))
             if series:
-                plot = line_plot(series, x_label="bits", y_label=figure, log_y=figure == "perplexity")
+                plot = line_plot(series, x_label="bits", y_label=called, log_y=figure != "accuracy")
                 pictures[f"{task}-{figure}"] = standalone(plot)
         for width in comparison.bits:
             drawn = {

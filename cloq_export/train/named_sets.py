@@ -12,9 +12,11 @@ from typing import Any
 from cloq_export.errors import DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
 from cloq_export.train.examples import Example, ExampleSet, example_of, question_prompt, read_examples
-from cloq_export.train.word_problems import generate
+from cloq_export.train.word_problems import MOST_STEPS, generate
 
 WORD_PROBLEMS = "word-problems"
+# Name -> the most calculations that a problem takes; the short ones are within a small model's reach.
+WORD_PROBLEM_SETS = {WORD_PROBLEMS: MOST_STEPS, "short-word-problems": 2}
 WORD_PROBLEM_COUNTS = {"train": 2000, "test": 500}
 
 
@@ -74,7 +76,7 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
 
 def set_names() -> tuple[str, ...]:
     """Return the names that `load_named_set` knows."""
-    return (*NAMED_SETS, WORD_PROBLEMS)
+    return (*NAMED_SETS, *WORD_PROBLEM_SETS)
 
 
 def load_named_set(name: str, split: str = "train", *, count: int | None = None) -> ExampleSet:
@@ -92,8 +94,8 @@ def load_named_set(name: str, split: str = "train", *, count: int | None = None)
         MissingPackageError: it is on the hub, and `datasets` is not installed.
     """
     _check_count(count)
-    if name == WORD_PROBLEMS:
-        return _word_problems(split, count)
+    if name in WORD_PROBLEM_SETS:
+        return _word_problems(name, split, count)
     if name not in NAMED_SETS:
         raise DataError(f"there is no data set named {name!r}; there are {', '.join(set_names())}.")
     known = NAMED_SETS[name]
@@ -146,12 +148,12 @@ def load_examples(name: str, split: str | None = None, *, count: int | None = No
     return _of_rows(rows, _hub_origin(first, config or None, chosen), count)
 
 
-def _word_problems(split: str, count: int | None) -> ExampleSet:
+def _word_problems(name: str, split: str, count: int | None) -> ExampleSet:
     if split not in WORD_PROBLEM_COUNTS:
-        raise DataError(f"{WORD_PROBLEMS} has no split {split!r}; it has {', '.join(WORD_PROBLEM_COUNTS)}.")
-    problems = generate(count or WORD_PROBLEM_COUNTS[split], split=split)
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(WORD_PROBLEM_COUNTS)}.")
+    problems = generate(count or WORD_PROBLEM_COUNTS[split], split=split, most_steps=WORD_PROBLEM_SETS[name])
     examples = [Example(question_prompt(problem.question), f" {problem.answer}") for problem in problems]
-    return ExampleSet.of(examples, f"generated (word problems, {split})")
+    return ExampleSet.of(examples, f"generated ({name}, {split})")
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], origin: str, count: int | None) -> ExampleSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytes
     assert list(rows) == names
     for name, row in rows.items():
         assert row.get("perplexity", 0) > 0, (name, row)
+        assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]))
     assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq"}
     # The three splits begin with the same product; LoftQ is worse than CLoQ on the calibration inputs.
     before = {name: row["held_out_loss_before"] for name, row in rows.items() if "held_out_loss_before" in row}

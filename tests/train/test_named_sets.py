@@ -13,7 +13,7 @@ import pytest
 from cloq_export.errors import DataError, MissingPackageError, UsageError
 from cloq_export.run.data_sets import data_folder, local_file
 from cloq_export.train.examples import Example, instruction_prompt
-from cloq_export.train.named_sets import load_examples, load_named_set, set_names
+from cloq_export.train.named_sets import WORD_PROBLEM_SETS, load_examples, load_named_set, set_names
 from cloq_export.train.word_problems import generate
 
 ROW = {"instruction": "2+2?", "input": "", "output": "It is 4.", "answer": "4.0"}
@@ -108,8 +108,11 @@ def test_word_problems_are_generated(folder: Path, hub: dict[str, Any]) -> None:
     first = generate(1)[0]
     assert train.examples[0] == Example(f"Question: {first.question}\nAnswer:", f" {first.answer}")
     assert not set(train.examples) & set(test.examples)
-    assert test.origin == "generated (word problems, test)"
+    assert test.origin == "generated (word-problems, test)"
     assert len(load_named_set("word-problems").examples) == 2000
+    short = load_named_set("short-word-problems", "test", count=40).examples
+    assert max(example.completion.count("<<") for example in short) == 2
+    assert max(example.completion.count("<<") for example in test.examples) == 4
     assert hub["asked"] == []
 
 
@@ -123,7 +126,7 @@ def test_files_by_path(folder: Path, hub: dict[str, Any]) -> None:
 
 
 def test_unknown_names_and_splits(folder: Path) -> None:
-    assert set_names() == ("wikitext2", "gsm8k", "math10k", "commonsense170k", "word-problems")
+    assert set_names() == ("wikitext2", "gsm8k", "math10k", "commonsense170k", *WORD_PROBLEM_SETS)
     with pytest.raises(DataError, match="there is no data set named 'gsm'; there are wikitext2, gsm8k"):
         load_named_set("gsm")
     with pytest.raises(DataError, match="math10k has no split 'test'; it has train"):
