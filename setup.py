@@ -128,6 +128,7 @@ setup(
             "*.jinja",
             "recipes/*.yaml",
             "recipes/compare/*.yaml",
+            "recipes/frontier/*.yaml",
             "*.cpp",
             "*.h",
             "golden/**/*",

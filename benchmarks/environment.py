@@ -51,20 +51,14 @@ def model_folder(name: str, spare: Path) -> Path:
     Returns:
         Path: config.json, safetensors and tokenizer stand there.
     """
-    from cloq_export.models.source import find_source, load_source, quiet_transformers, save_source_files
+    from cloq_export.models.source import find_source, load_source, save_plain
 
     source = find_source(name)
     if source.kind == "folder":
         return source.folder.resolve()
     loaded = load_source(source)
     spare.mkdir(parents=True)
-    with quiet_transformers():
-        # A dequantized model still calls itself quantized, which would make its folder unreadable as a float one.
-        loaded.model.hf_quantizer = None
-        loaded.model.is_quantized = False
-        vars(loaded.model.config).pop("quantization_config", None)
-        loaded.model.save_pretrained(spare)
-    save_source_files(loaded, spare)
+    save_plain(loaded, spare)
     return spare.resolve()
 
 

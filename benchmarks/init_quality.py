@@ -28,7 +28,6 @@ from environment import describe_hardware, hardware_line, model_folder, put_into
 from cloq_export.errors import CloqError
 from cloq_export.recipe import PRESETS, Recipe
 from cloq_export.run.atomic import write_json
-from cloq_export.run.data_sets import local_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "init_quality.json"
@@ -125,7 +124,7 @@ def judged_texts(tokenizer: Any, options: argparse.Namespace) -> list[JudgedText
     """Return the three texts; `test` and `rest` are two parts of one file, and nothing is in both."""
     from cloq_export.calibrate.data import evaluation_text, tokenize_text
 
-    wikitext, problems = evaluation_text("wikitext2"), evaluation_text(gsm8k_name())
+    wikitext, problems = evaluation_text("wikitext2"), evaluation_text("gsm8k")
     ids = tokenize_text(tokenizer, wikitext.text)
     left_out = options.windows * options.window
     parts = [
@@ -147,12 +146,6 @@ def judged_texts(tokenizer: Any, options: argparse.Namespace) -> list[JudgedText
         )
         for name, text, tokens, windows, skipped in parts
     ]
-
-
-def gsm8k_name() -> str:
-    """Return the GSM8K test problems as a file of the data folder if it lies there, else as a hub id."""
-    path = local_file("gsm8k/test.jsonl")
-    return "openai/gsm8k:main:test" if path is None else str(path)
 
 
 class Report:

@@ -97,7 +97,7 @@ class Recipe:
         "layer-wise or block-wise scheme instead of solving.",
     )
     refine_steps: int = _option(200, "Steps of the refinement of each block (apiq-lw: of each layer).")
-    calibration: str = _option("wikitext2", "Calibration text: wikitext2, embedded, a file, or a hub id.")
+    calibration: str = _option("wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, or a hub id.")
     samples: int = _option(128, "Number of calibration windows.")
     seqlen: int = _option(2048, "Tokens in a calibration window.")
     seed: int = _option(0, "Seed that draws the calibration windows.")
@@ -123,7 +123,7 @@ class Recipe:
     )
     max_shard_size: str = _option("5GB", "Largest weight file of the checkpoint, e.g. 500MB or 5GB.")
     eval_text: str = _option(
-        "wikitext2", "Text on which perplexity is measured: wikitext2, embedded, a file, a hub id."
+        "wikitext2", "Text on which perplexity is measured: wikitext2, gsm8k, embedded, a file, a hub id."
     )
     eval_window: int = _option(512, "Tokens in an evaluation window.")
     eval_windows: int = _option(16, "Number of evaluation windows, from the start of the text.")
@@ -716,7 +716,7 @@ def _range_faults(name: str, value: Any) -> list[str]:
         if match is None or float(match[1]) == 0:
             wanted = "a size is needed, for example 500MB or 5GB"
     elif name in ("calibration", "eval_text") and not value.strip():
-        wanted = "give wikitext2, embedded, a file or a hub id"
+        wanted = "give wikitext2, gsm8k, embedded, a file or a hub id"
     return [f"{name} is {value!r}; {wanted}"] if wanted else []
 
 

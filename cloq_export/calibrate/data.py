@@ -15,10 +15,12 @@ from cloq_export.errors import CalibrationError, DataError
 from cloq_export.run.data_sets import hub_rows, local_file
 
 WIKITEXT2 = "wikitext2"
+GSM8K = "gsm8k"
 EMBEDDED = "embedded"
 
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
 _WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
+_GSM8K_HUB = ("openai/gsm8k", "main")
 _FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -59,9 +61,9 @@ def load_text(name: str) -> CalibrationText:
     """Return a calibration text.
 
     Args:
-        name: "wikitext2" (validation split, from the data folder or the hub), "embedded" (a text that every Python
-            installation has), a .txt or .jsonl file (rows with "text", or with "question" and "answer"), or a hub
-            data set `ID[:CONFIG[:SPLIT]]` (split "train" unless named).
+        name: "wikitext2" (validation split, from the data folder or the hub), "gsm8k" (training split, questions and
+            answers), "embedded" (a text that every Python installation has), a .txt or .jsonl file (rows with "text",
+            or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train" unless named).
 
     Returns:
         CalibrationText: the text with its origin and hash.
@@ -70,11 +72,11 @@ def load_text(name: str) -> CalibrationText:
         CalibrationError: the text is missing, unreadable, empty, or on the hub without network.
         MissingPackageError: a hub data set is asked for and `datasets` is not installed.
     """
-    return _wikitext("validation") if name == WIKITEXT2 else _load_any(name)
+    return _load_any(name, "validation", "train")
 
 
 def evaluation_text(name: str) -> CalibrationText:
-    """Return a text to measure perplexity on: as `load_text`, but "wikitext2" is its test split.
+    """Return a text to measure perplexity on: as `load_text`, but "wikitext2" and "gsm8k" are their test splits.
 
     Args:
         name: as in `load_text`.
@@ -86,7 +88,7 @@ def evaluation_text(name: str) -> CalibrationText:
         CalibrationError: as in `load_text`.
         MissingPackageError: as in `load_text`.
     """
-    return _wikitext("test") if name == WIKITEXT2 else _load_any(name)
+    return _load_any(name, "test", "test")
 
 
 def tokenize_text(tokenizer: Any, text: str) -> torch.Tensor:
@@ -136,7 +138,11 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
 
 
-def _load_any(name: str) -> CalibrationText:
+def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
+    if name == WIKITEXT2:
+        return _wikitext(wikitext_split)
+    if name == GSM8K:
+        return _gsm8k(gsm8k_split)
     if name == EMBEDDED:
         return _embedded()
     path = Path(name).expanduser()
@@ -173,6 +179,14 @@ def _wikitext(split: str) -> CalibrationText:
     # The hub drops the blank that the original file has on empty lines.
     text = "".join(row["text"] or " \n" for row in rows)
     return CalibrationText.of(text, f"hub:{':'.join(_WIKITEXT_HUB)}:{split}")
+
+
+def _gsm8k(split: str) -> CalibrationText:
+    path = local_file(f"gsm8k/{split}.jsonl")
+    if path is not None:
+        return CalibrationText.of(_read_file(path), str(path))
+    name = ":".join((*_GSM8K_HUB, split))
+    return CalibrationText.of(_join_rows(_hub_rows(*_GSM8K_HUB, split), name), f"hub:{name}")
 
 
 def _read_file(path: Path) -> str:

@@ -23,6 +23,7 @@ VERBS = {
     "adapt": "Make an adapter for the codes of a run, or of another tool's checkpoint.",
     "finetune": "Train an adapter over the codes of a run; the codes stay.",
     "compare": "Train from several start points, and put the results side by side.",
+    "frontier": "Perplexity for every stored bit: all methods, and other packages.",
     "export": "Write a deployable folder: a layout, adapters, certificate, model card.",
     "convert": "Turn any quantized checkpoint that is read into another layout.",
     "push": "Upload an export to the model hub.",
@@ -34,7 +35,7 @@ VERBS = {
 }
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.
-_RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "export")
+_RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "frontier", "export")
 
 
 class _VerbGroup(click.Group):

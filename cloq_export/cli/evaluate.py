@@ -15,7 +15,10 @@ from cloq_export.recipe import FIELDS
 @click.command(name="eval")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--text", default=FIELDS["eval_text"].default, show_default=True, help="wikitext2, embedded, a file or a hub id."
+    "--text",
+    default=FIELDS["eval_text"].default,
+    show_default=True,
+    help="wikitext2, gsm8k, embedded, a file or a hub id.",
 )
 @click.option(
     "--window",

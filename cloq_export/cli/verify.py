@@ -47,7 +47,10 @@ from cloq_export.recipe import FIELDS
 )
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Of transformers models.")
 @click.option(
-    "--text", default=FIELDS["eval_text"].default, show_default=True, help="wikitext2, embedded, a file or a hub id."
+    "--text",
+    default=FIELDS["eval_text"].default,
+    show_default=True,
+    help="wikitext2, gsm8k, embedded, a file or a hub id.",
 )
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="How many windows.")

@@ -213,6 +213,23 @@ def load_source(
     return LoadedModel(model.eval(), tokenizer, model.config, source)
 
 
+def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
+    """Write a model as the folder that other packages read: float weights, config, tokenizer.
+
+    Args:
+        loaded: the model.
+        folder: where it goes.
+    """
+    model: Any = loaded.model
+    # A dequantized model still calls itself quantized, which would make its folder unreadable as a float one.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    save_source_files(loaded, folder)
+
+
 def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
     """Write what a model folder needs beside its weights: config, tokenizer, generation settings, licence.
 

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import importlib.util
 import itertools
-import json
 import math
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from torch import nn
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import CloqError, DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
-from cloq_export.models.source import open_model
+from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
@@ -37,6 +36,7 @@ from cloq_export.pipeline.finetuning import (
     zero_pairs,
 )
 from cloq_export.pipeline.plan import make_plan
+from cloq_export.pipeline.row_folder import RowFolder, row_path
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import adapt, run
 from cloq_export.recipe import FineTuneRecipe, Recipe, read_yaml
@@ -208,9 +208,10 @@ def compare(
     work = _Work(comparison, out, console)
     for task, start, width, seed in comparison.cases():
         chosen = (not starts or start in starts) and (not tasks or task in tasks) and (not bits or width in bits)
-        if chosen and not work.row_path(task, start, width, seed).exists():
+        name = _row_name(task, start, width, seed)
+        if chosen and not work.rows.has(name):
             console.print(f"{task}, {start}, {width} bits, seed {seed}", highlight=False, markup=False)
-            write_json(work.row_path(task, start, width, seed), work.measure(task, start, width, seed))
+            work.rows.write(name, work.measure(task, start, width, seed))
             gc.collect()
     return write_comparison(comparison, out)
 
@@ -227,7 +228,7 @@ def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
     """
     rows, curves = [], {}
     for task, start, width, seed in comparison.cases():
-        path = _row_path(out, task, start, width, seed)
+        path = row_path(out, _row_name(task, start, width, seed))
         if path.exists():
             row = read_json(path)
             curves[task, start, width, seed] = row.pop("curve", None)
@@ -298,25 +299,8 @@ class _Work:
         self.comparison = comparison
         self.out = out
         self.console = console
-        asked = json.loads(json.dumps(dataclasses.asdict(comparison)))
-        path = out / "comparison.json"
-        if path.exists():
-            held = read_json(path)
-            differing = sorted(key for key in {*held, *asked} if held.get(key) != asked.get(key))
-            if differing:
-                raise UsageError(
-                    f"{out} holds another comparison ({', '.join(differing)} differ); choose another folder with --out."
-                )
-        elif out.exists() and any(out.iterdir()):
-            raise UsageError(f"{out} holds other files; choose an empty or new folder with --out.")
-        else:
-            (out / "rows").mkdir(parents=True)
-            (out / "bases").mkdir()
-            write_json(path, asked)
-
-    def row_path(self, task: str, start: str, width: int, seed: int) -> Path:
-        """Return where a row stands."""
-        return _row_path(self.out, task, start, width, seed)
+        self.rows = RowFolder(out, "comparison", dataclasses.asdict(comparison))
+        (out / "bases").mkdir(exist_ok=True)
 
     def measure(self, task: str, start: str, width: int, seed: int) -> dict[str, Any]:
         """Tune the rate, train and judge."""
@@ -363,7 +347,7 @@ class _Work:
 
     def _rate(self, trainer: _Trainer, task: str, start: str, width: int) -> tuple[float, dict[str, float | None]]:
         """Return the rate with the least held-out loss after a short training, and the loss of each."""
-        path = self.out / "rows" / f"rates-{task}-{start}-{width}.json"
+        path = row_path(self.out, f"rates-{task}-{start}-{width}")
         tried: dict[str, float | None] = read_json(path) if path.exists() else {}
         for rate in self.comparison.rates:
             if f"{rate:g}" in tried:
@@ -487,10 +471,8 @@ class _FloatTrainer(_Trainer):
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         folder = self._work.out / "bases" / "float-model"
-        if not folder.exists():
-            loaded.model.hf_quantizer = None
-            vars(loaded.model.config).pop("quantization_config", None)
-            loaded.model.save_pretrained(folder)
+        if not (folder / "config.json").exists():
+            save_plain(loaded, folder)
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -571,8 +553,8 @@ def _faults(content: Mapping[str, Any]) -> Iterable[str]:
             yield f"the task {name!r}: {error}"
 
 
-def _row_path(out: Path, task: str, start: str, width: int, seed: int) -> Path:
-    return out / "rows" / f"{task}-{start}-{width}-{seed}.json"
+def _row_name(task: str, start: str, width: int, seed: int) -> str:
+    return f"{task}-{start}-{width}-{seed}"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

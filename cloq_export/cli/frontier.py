@@ -1,0 +1,50 @@
+"""`cloq frontier`: perplexity for every stored bit, by method."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloq_export.cli.options import json_option
+
+
+@click.command(name="frontier")
+@click.argument("model", required=False, default="")
+@click.option("--recipe", default="small", show_default=True, metavar="NAME|FILE", help="What is measured.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Where all of it goes.")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Only this method or peer; can be repeated.")
+@click.option("--bits", type=int, multiple=True, help="Only this width; can be repeated.")
+@click.option("--rank", "ranks", type=int, multiple=True, help="Only this rank; can be repeated.")
+@click.option("--full", is_flag=True, help="The larger size, for a GPU, as the recipe's section `full` says.")
+@json_option()
+def command(
+    model: str,
+    recipe: str,
+    out: Path,
+    methods: tuple[str, ...],
+    bits: tuple[int, ...],
+    ranks: tuple[int, ...],
+    full: bool,
+    as_json: bool,
+) -> None:
+    """Measure what every method, and other packages, make of MODEL: perplexity against stored bits and time.
+
+    MODEL is taken instead of the recipe's. Rows that are measured already stay; an interrupted call continues.
+    """
+    from rich.console import Console
+
+    from cloq_export.cli.output import emit, progress_console
+
+    pipeline = importlib.import_module("cloq_export.pipeline.frontier")
+    frontier = pipeline.Frontier.read(recipe, model=model, full=full)
+    with progress_console(as_json=as_json) as console:
+        found = pipeline.measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
+
+    def render(result: Mapping[str, Any], target: Console) -> None:
+        target.print(pipeline.frontier_table(result), highlight=False, markup=False, soft_wrap=True)
+
+    emit(found, render, as_json=as_json)

@@ -1,0 +1,431 @@
+"""Measure what every method makes of a model, beside what it stores and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from cloq_export.calibrate.data import evaluation_text, load_text, sample_windows, tokenize_text
+from cloq_export.errors import CloqError, RecipeError, UsageError
+from cloq_export.models.source import open_model, save_plain
+from cloq_export.parity.perplexity import perplexity
+from cloq_export.parity.plots import line_plot, standalone
+from cloq_export.parity.runtime import float_model
+from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
+from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
+from cloq_export.pipeline.row_folder import RowFolder, row_path
+from cloq_export.pipeline.session import Session
+from cloq_export.pipeline.verbs import run
+from cloq_export.recipe import Recipe, read_yaml
+from cloq_export.run.atomic import write_bytes, write_json
+from cloq_export.run.directory import RunDirectory
+from cloq_export.run.hardware import describe_hardware
+from cloq_export.run.safe_json import read_json
+from cloq_export.run.versions import environment
+from cloq_export.runtimes.hf import load
+from cloq_export.runtimes.inspection import stored_sizes
+
+FORMAT, FORMAT_VERSION = "cloq-frontier", 1
+JSON_NAME = "frontier.json"
+MEAN = "mean"
+FLOAT = "float"
+# What a run measures by itself is not looked at.
+OWN_EVALUATION = {"eval_windows": 1, "eval_window": 64}
+# As published: layers on their own, the range of a group from its extremes.
+_PUBLISHED = {"error_aware": 0.0, "grid": "minmax", "refit": False, "sweeps": 0, "token_weighting": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to make codes, and perhaps an adapter, with this package.
+
+    Args:
+        options: recipe options.
+        preset: what the others come from.
+        adapters: whether it makes adapters; without, only rank 0 is measured.
+    """
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preset: str = "default"
+    adapters: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method({**_PUBLISHED, "method": "rtn"}, adapters=False),
+    "optq": Method({**_PUBLISHED, "method": "optq"}, adapters=False),
+    "magr": Method({**_PUBLISHED, "method": "magr"}, adapters=False),
+    # Coordinate sweeps from OPTQ's codes; COMQ itself begins with rounding to nearest.
+    "comq": Method({**_PUBLISHED, "method": "optq", "sweeps": 30, "refit": True}, adapters=False),
+    "apiq-lw": Method({"refine": "apiq-lw"}),
+    "apiq-bw": Method({"refine": "apiq-bw"}),
+    "cloq-paper": Method(preset="paper"),
+    "cloq": Method(),
+    "cloq-refine": Method({"refine": "block"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """What is measured.
+
+    Args:
+        model: the float model.
+        quantize: recipe options of every run, and what peers are given of them.
+        bits: widths.
+        ranks: ranks of adapters, 0 for none.
+        methods: names in `METHODS`.
+        peers: names in `PEERS`.
+        seeds: which draw the calibration windows.
+        texts: what perplexity is measured on, as `--eval-text` names it; the first orders the plot.
+        window: tokens in a window.
+        windows: windows of each text.
+        questions: a task by name.
+        problems: how many of its questions; 0 asks none.
+
+    Raises:
+        RecipeError: a value is missing or has another form; the message lists all faults.
+    """
+
+    model: str
+    quantize: Mapping[str, Any]
+    bits: tuple[int, ...]
+    ranks: tuple[int, ...]
+    methods: tuple[str, ...]
+    peers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    texts: tuple[str, ...]
+    window: int
+    windows: int
+    questions: str
+    problems: int
+
+    @classmethod
+    def read(cls, name: str, *, model: str = "", full: bool = False) -> Frontier:
+        """Return the frontier of a file, or of the package by name.
+
+        Args:
+            name: a YAML file, or a name such as "small".
+            model: taken instead of the file's.
+            full: with what its section `full` says instead.
+
+        Raises:
+            RecipeError: it cannot be read, or a value is wrong.
+        """
+        content = read_yaml(name, kind="frontier")
+        larger = content.pop("full", {}) or {}
+        content |= larger if full else {}
+        if model:
+            content["model"] = model
+        faults = [f"{key!r} is missing" for key in _KEYS if key not in content]
+        faults += [f"{key!r} is not an option of a frontier" for key in content if key not in _KEYS]
+        if not faults:
+            faults = list(_faults(content))
+        if faults:
+            raise RecipeError(f"{name}: {'; '.join(faults)}.")
+        found: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+        return cls(**found)
+
+    def cases(self) -> list[Case]:
+        """Return every row, in the order in which they are measured; the float model comes first."""
+        found = [Case(FLOAT, 16, 0, 0)]
+        for bits in self.bits:
+            for name in (*self.methods, *self.peers):
+                makes = METHODS[name].adapters if name in METHODS else PEERS[name].adapters
+                without = name in METHODS or not makes
+                ranks = [rank for rank in self.ranks if (rank and makes) or (not rank and without)]
+                found += [Case(name, bits, rank, seed) for rank in ranks for seed in self.seeds]
+        return found
+
+
+_KEYS = tuple(field.name for field in dataclasses.fields(Frontier))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a method or peer, a width, a rank and a seed."""
+
+    method: str
+    bits: int
+    rank: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of its file."""
+        return f"{self.method}-{self.bits}-{self.rank}-{self.seed}"
+
+
+def measure_frontier(
+    frontier: Frontier,
+    out: Path,
+    *,
+    methods: Sequence[str] = (),
+    bits: Sequence[int] = (),
+    ranks: Sequence[int] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure the rows that are not measured yet, and write the table and the plots of all there are.
+
+    A run is removed once its row is measured; one that was interrupted continues.
+
+    Args:
+        frontier: what is measured.
+        out: folder for rows, runs, table and plots.
+        methods: only these methods and peers; none is all.
+        bits: only these widths; none is all.
+        ranks: only these ranks; none is all.
+        console: where progress goes; None is standard error.
+
+    Returns:
+        dict: what frontier.json holds, with "files" beside it.
+
+    Raises:
+        UsageError: the folder holds another frontier, or a name is not in this one.
+        CloqError: the model or a text cannot be read.
+    """
+    console = console or Console(stderr=True)
+    known = (*frontier.methods, *frontier.peers)
+    strange = [name for name in methods if name not in known]
+    if strange:
+        raise UsageError(f"the frontier has no method {strange[0]!r}; it has {', '.join(known)}.")
+    work = _Work(frontier, out, console)
+    for case in frontier.cases():
+        chosen = case.method == FLOAT or (
+            (not methods or case.method in methods)
+            and (not bits or case.bits in bits)
+            and (not ranks or case.rank in ranks)
+        )
+        if chosen and not work.rows.has(case.name):
+            about = "" if case.method == FLOAT else f", {case.bits} bits, rank {case.rank}, seed {case.seed}"
+            console.print(f"{case.method}{about}", highlight=False, markup=False)
+            work.rows.write(case.name, dataclasses.asdict(case) | work.measure(case))
+            gc.collect()
+    return write_frontier(frontier, out)
+
+
+def write_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
+    """Write frontier.json, frontier.md and the plots from the rows that are there.
+
+    Args:
+        frontier: what is measured.
+        out: its folder.
+
+    Returns:
+        dict: what frontier.json holds, with "files" beside it.
+    """
+    cases = frontier.cases()
+    rows = [read_json(path) for case in cases if (path := row_path(out, case.name)).exists()]
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "frontier": dataclasses.asdict(frontier),
+        "hardware": describe_hardware(),
+        "versions": environment(),
+        "missing_rows": len(cases) - len(rows),
+        "rows": rows + _means(rows),
+    }
+    write_json(out / JSON_NAME, result)
+    write_bytes(out / "frontier.md", frontier_table(result).encode("utf-8"))
+    files = {"json": str(out / JSON_NAME), "table": str(out / "frontier.md")}
+    for name, picture in _plots(result).items():
+        write_bytes(out / f"{name}.svg", picture.encode("utf-8"))
+        files[name] = str(out / f"{name}.svg")
+    return result | {"files": files}
+
+
+def frontier_table(result: Mapping[str, Any]) -> str:
+    """Return the rows as a table in Markdown, by stored bits.
+
+    Args:
+        result: what frontier.json holds.
+    """
+    frontier = result["frontier"]
+    texts, asks = frontier["texts"], bool(frontier["problems"])
+    means = [row for row in result["rows"] if row["seed"] == MEAN]
+    plain = next((row for row in means if row["method"] == FLOAT), None)
+    head = ["method", "rank", "stored bits a weight", *texts, *([frontier["questions"]] if asks else []), "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(means, key=lambda row: row["stored_bits_per_weight"]):
+        cells = [f"{row['method']}, {row['bits']} bits" if row is not plain else FLOAT, str(row["rank"])]
+        cells.append(f"{row['stored_bits_per_weight']:.2f}")
+        for text in texts:
+            found = row["perplexity"][text]
+            cell = f"{found['value']:.2f} ± {found['standard_error']:.2f}"
+            if plain is not None and row is not plain:
+                cell += f" ({found['value'] / plain['perplexity'][text]['value']:.2f}x)"
+            cells.append(cell)
+        if asks:
+            cells.append(f"{row['accuracy']:.3f}")
+        cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    failed = [row for row in result["rows"] if row.get("failed")]
+    lines += ["", *(f"- {row['method']}, {row['bits']} bits, rank {row['rank']}: {row['failed']}" for row in failed)]
+    if result["missing_rows"]:
+        lines += ["", f"{result['missing_rows']} rows are not measured yet."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+class _Work:
+    """One frontier on disk."""
+
+    def __init__(self, frontier: Frontier, out: Path, console: Console) -> None:
+        self.frontier = frontier
+        self.out = out
+        self.console = console
+        self.rows = RowFolder(out, "frontier-recipe", dataclasses.asdict(frontier))
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Make what a row is about, and judge it."""
+        if case.method == FLOAT:
+            loaded = open_model(self.frontier.model, dtype=torch.float32)
+            float_bits = 16.0
+            return self._judge(loaded.model, loaded.tokenizer, case) | _cost(float_bits, None, None)
+        place = self.out / "runs" / case.name
+        made = self._own(case, place) if case.method in METHODS else self._of_peer(case, place)
+        if "failed" not in made:
+            shutil.rmtree(place, ignore_errors=True)
+        return made
+
+    def _own(self, case: Case, place: Path) -> dict[str, Any]:
+        from transformers import AutoTokenizer
+
+        method = METHODS[case.method]
+        options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
+        options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
+        try:
+            summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
+        except RecipeError:
+            raise
+        except CloqError as error:
+            return {"failed": " ".join(str(error).split())}
+        adapter = Recipe().adapter_name if case.rank else None
+        sizes = stored_sizes(place, adapter)
+        model = load(place, adapter, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(RunDirectory.open(place).checkpoint_path)
+        spent = sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model"))
+        stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
+        return self._judge(model, tokenizer, case) | _cost(stored, spent, summary["peak_memory_bytes"])
+
+    def _of_peer(self, case: Case, place: Path) -> dict[str, Any]:
+        folder = self.out / "model"
+        loaded = open_model(self.frontier.model, dtype=torch.float32)
+        if not (folder / "config.json").exists():
+            save_plain(loaded, folder)
+        options = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model, "seed": case.seed})
+        tokens = tokenize_text(loaded.tokenizer, load_text(options.calibration).text)
+        windows = sample_windows(tokens, options.samples, options.seqlen, case.seed)
+        job = {
+            "model": str(folder.resolve()),
+            "bits": case.bits,
+            "group_size": options.group_size,
+            "rank": case.rank,
+            "seed": case.seed,
+            "windows": windows.tolist(),
+            "out": str((place / "made").resolve()),
+        }
+        try:
+            report = run_peer(case.method, job, self.out / "peers", place, console=self.console)
+        except PeerError as error:
+            return {"failed": str(error)}
+        checkpoint, adapter = Path(report["checkpoint"]), report.get("adapter")
+        sizes = stored_sizes(checkpoint, adapter)
+        stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
+        model = load(checkpoint, adapter, dtype=torch.float32, force=True)
+        found = self._judge(model, loaded.tokenizer, case) | _cost(stored, report["seconds"], report["peak_bytes"])
+        return found | {"versions": report["versions"]}
+
+    def _judge(self, model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
+        model.eval()
+        found: dict[str, Any] = {"perplexity": {}}
+        for text in self.frontier.texts:
+            tokens = tokenize_text(tokenizer, evaluation_text(text).text)
+            measured = perplexity(
+                model, tokens, window=self.frontier.window, windows=self.frontier.windows, console=self.console
+            )
+            found["perplexity"][text] = {"value": measured.perplexity, "standard_error": measured.standard_error}
+        if self.frontier.problems:
+            questions = read_questions({self.frontier.questions: None}, self.frontier.problems, 0)
+            subject = Subject(case.name, float_model(model), None, case.name)  # type: ignore[arg-type]
+            session = Session(Recipe(), self.console)
+            entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[self.frontier.questions]
+            found["accuracy"] = entry["models"][case.name]["accuracy"]
+        return found
+
+
+def _cost(stored: float, seconds: float | None, peak: int | None) -> dict[str, Any]:
+    return {"stored_bits_per_weight": stored, "seconds": seconds, "peak_memory_bytes": peak}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each method, width and rank: means over seeds; error bars of one seed where there is one."""
+    found = []
+    for key in dict.fromkeys((row["method"], row["bits"], row["rank"]) for row in rows):
+        own = [r for r in rows if (r["method"], r["bits"], r["rank"]) == key and not r.get("failed")]
+        if not own:
+            continue
+        mean: dict[str, Any] = dict(zip(("method", "bits", "rank"), key, strict=True)) | {"seed": MEAN}
+        mean["perplexity"] = {
+            text: {
+                "value": statistics.fmean(row["perplexity"][text]["value"] for row in own),
+                "standard_error": statistics.fmean(row["perplexity"][text]["standard_error"] for row in own),
+                "spread": statistics.stdev(r["perplexity"][text]["value"] for r in own) if len(own) > 1 else None,
+            }
+            for text in own[0]["perplexity"]
+        }
+        for field in ("stored_bits_per_weight", "seconds", "peak_memory_bytes", "accuracy"):
+            values = [row[field] for row in own if row.get(field) is not None]
+            if values or field != "accuracy":
+                mean[field] = statistics.fmean(values) if values else None
+        found.append(mean)
+    return found
+
+
+def _plots(result: Mapping[str, Any]) -> dict[str, str]:
+    means = [row for row in result["rows"] if row["seed"] == MEAN and row["method"] != FLOAT]
+    pictures = {}
+    for text in result["frontier"]["texts"]:
+        for field, label in (("stored_bits_per_weight", "stored bits a weight"), ("seconds", "seconds")):
+            series = []
+            for method in dict.fromkeys(row["method"] for row in means):
+                points = sorted(
+                    (row[field], row["perplexity"][text]["value"])
+                    for row in means
+                    if row["method"] == method and row[field] is not None
+                )
+                series.append((method, [x for x, _ in points], [y for _, y in points]))
+            if any(xs for _, xs, _ in series):
+                plot = line_plot(series, x_label=label, y_label=f"perplexity, {text}", log_y=True, points=True)
+                pictures[f"{Path(text).stem}-{'seconds' if field == 'seconds' else 'bits'}"] = standalone(plot)
+    return pictures
+
+
+def _faults(content: Mapping[str, Any]) -> Iterator[str]:
+    for key, known in (("methods", METHODS), ("peers", PEERS)):
+        strange = [name for name in content[key] or () if name not in known]
+        if strange:
+            yield f"{key} has {strange[0]!r}; allowed are {', '.join(known)}"
+    for key in ("bits", "ranks", "seeds"):
+        if not isinstance(content[key], list) or not all(isinstance(number, int) for number in content[key]):
+            yield f"{key} is {content[key]!r}; a list of whole numbers is needed"
+    if not isinstance(content["texts"], list) or not content["texts"]:
+        yield f"texts is {content['texts']!r}; a list of texts is needed"
+    for key, least in (("window", 2), ("windows", 1), ("problems", 0)):
+        if not isinstance(content[key], int) or content[key] < least:
+            yield f"{key} is {content[key]!r}; a whole number of at least {least} is needed"
+    yield from _recipe_faults(content)
+
+
+def _recipe_faults(content: Mapping[str, Any]) -> Iterable[str]:
+    try:
+        Recipe.from_mapping({**content["quantize"], "model": content["model"]})
+    except RecipeError as error:
+        yield f"quantize: {error}"

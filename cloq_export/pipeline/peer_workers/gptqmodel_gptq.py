@@ -1,0 +1,59 @@
+"""Run GPTQModel on a job, with EoRA where a rank is asked for; this file runs in GPTQModel's own environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Read the job, quantize, and write where the checkpoint and the adapter are."""
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _do_without_torchvision()
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    options: dict[str, Any] = {"bits": job["bits"], "group_size": job["group_size"], "sym": False}
+    adapter = None
+    if job["rank"]:
+        from gptqmodel.adapter.adapter import Lora
+
+        adapter = Lora(path=str(Path(job["out"]) / "eora"), rank=job["rank"])
+        options["adapter"] = adapter
+    config = QuantizeConfig(**options, format="gptq_v2", offload_to_disk=False, wait_for_submodule_finalizers=True)
+    model = GPTQModel.load(job["model"], config)
+    calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["windows"]]
+    started = time.perf_counter()
+    model.quantize(calibration, batch_size=1)
+    seconds = time.perf_counter() - started
+    checkpoint = Path(job["out"]) / "checkpoint"
+    model.save(str(checkpoint))
+    report = {
+        "checkpoint": str(checkpoint),
+        "seconds": seconds,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "torch", "transformers")},
+    }
+    if adapter is not None:
+        found = sorted(path.parent for path in Path(job["out"]).rglob("adapter_config.json"))
+        report["adapter"] = str(found[0])
+    Path(sys.argv[2]).write_text(json.dumps(report), encoding="utf-8")
+
+
+def _do_without_torchvision() -> None:
+    """Let GPTQModel be imported without torchvision, which it does not require but imports for one vision model."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # a build for another torch raises whatever it likes
+        stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
+        stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
+        sys.modules[stand_in.__name__] = stand_in
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A folder in which a table is measured row by row, so that an interrupted call continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cloq_export.errors import UsageError
+from cloq_export.run.atomic import write_json
+from cloq_export.run.safe_json import read_json
+
+
+class RowFolder:
+    """The rows of one table, each in a file of its own from the moment it is measured.
+
+    Args:
+        path: the folder; new, empty, or of the same table.
+        what: what the table is, one word; `<what>.json` tells what was asked for.
+        asked: all that the rows depend on, as JSON values.
+
+    Raises:
+        UsageError: the folder holds another table, or something else.
+    """
+
+    def __init__(self, path: Path, what: str, asked: Mapping[str, Any]) -> None:
+        self.path = path
+        plain = json.loads(json.dumps(asked))
+        binding = path / f"{what}.json"
+        if binding.exists():
+            held = read_json(binding)
+            differing = sorted(key for key in {*held, *plain} if held.get(key) != plain.get(key))
+            if differing:
+                raise UsageError(
+                    f"{path} holds another {what} ({', '.join(differing)} differ); choose another folder with --out."
+                )
+        elif path.exists() and any(path.iterdir()):
+            raise UsageError(f"{path} holds other files; choose an empty or new folder with --out.")
+        else:
+            (path / "rows").mkdir(parents=True)
+            write_json(binding, plain)
+
+    def has(self, name: str) -> bool:
+        """Return whether a row is measured."""
+        return row_path(self.path, name).exists()
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """Keep a row."""
+        write_json(row_path(self.path, name), row)
+
+
+def row_path(folder: Path, name: str) -> Path:
+    """Return where the row of a name stands."""
+    return folder / "rows" / f"{name}.json"

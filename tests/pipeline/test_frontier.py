@@ -1,0 +1,161 @@
+"""The frontier: its rows, what it stores for them, and that a peer that fails does not spoil the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from cloq_export.cli import main
+from cloq_export.errors import RecipeError, UsageError
+from cloq_export.pipeline import frontier as module
+from cloq_export.pipeline import peers
+from cloq_export.pipeline.frontier import METHODS, Frontier, frontier_table, measure_frontier
+from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
+from cloq_export.recipe import Recipe
+
+
+@pytest.fixture
+def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_path: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        recipe = recipe_for("llama")
+        quantize = {name: getattr(recipe, name) for name in ("group_size", "samples", "seqlen", "precision")}
+        content: dict[str, Any] = {
+            "model": recipe.model,
+            "quantize": quantize | {"calibration": texts["calibration"], "refine_steps": 2},
+            "bits": [2],
+            "ranks": [0, 4],
+            "methods": ["rtn", "cloq"],
+            "peers": [],
+            "seeds": [0, 1],
+            "texts": [texts["eval_text"], texts["calibration"]],
+            "window": 16,
+            "windows": 4,
+            "questions": "word-problems",
+            "problems": 0,
+        }
+        path = tmp_path / "frontier.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _measured_on_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_windows": 1, "eval_window": 16})
+
+
+@pytest.mark.slow
+def test_rows_means_and_files(recipe_file: Any, texts: dict[str, str], silent: Console, tmp_path: Path) -> None:
+    frontier, out = Frontier.read(str(recipe_file())), tmp_path / "out"
+    partial = measure_frontier(frontier, out, methods=["rtn"], console=silent)
+    assert partial["missing_rows"] == 4
+    result = measure_frontier(frontier, out, console=silent)
+    assert result["missing_rows"] == 0
+    rows = {(row["method"], row["rank"], row["seed"]): row for row in result["rows"]}
+    assert set(rows) == {
+        ("float", 0, 0),
+        *(("rtn", 0, seed) for seed in (0, 1)),
+        *(("cloq", rank, seed) for rank in (0, 4) for seed in (0, 1)),
+        *((method, rank, "mean") for method, rank in (("float", 0), ("rtn", 0), ("cloq", 0), ("cloq", 4))),
+    }
+    evaluated = texts["eval_text"]
+    mean = rows["cloq", 4, "mean"]["perplexity"][evaluated]
+    values = [rows["cloq", 4, seed]["perplexity"][evaluated]["value"] for seed in (0, 1)]
+    assert mean["value"] == pytest.approx(sum(values) / 2)
+    assert mean["spread"] > 0
+    # 2 bits, and a scale of 16 and a zero of 2 bits for 32 of them; the adapter comes on top.
+    assert rows["rtn", 0, 0]["stored_bits_per_weight"] == pytest.approx(2 + 18 / 32)
+    assert rows["cloq", 4, 0]["stored_bits_per_weight"] > 3
+    assert rows["float", 0, 0]["perplexity"][evaluated]["value"] < mean["value"]
+    assert "| cloq, 2 bits | 4 |" in (out / "frontier.md").read_text()
+    assert (out / "evaluation-bits.svg").exists()
+    assert not list((out / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_every_method_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe_file(methods=list(METHODS), ranks=[4, 0], seeds=[0])
+    assert main(["frontier", "--recipe", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["seed"] == 0]
+    assert [row.get("failed") for row in rows] == [None] * len(rows)
+    assert {row["method"] for row in rows} == {"float", *METHODS}
+
+
+def test_a_peer_that_cannot_be_installed_says_so_in_its_row(
+    recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        options["stdout"].write("ERROR: No matching distribution found\n")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    path = recipe_file(methods=[], peers=["autoround"], seeds=[0])
+    result = measure_frontier(Frontier.read(str(path)), tmp_path / "out", console=silent)
+    row = next(row for row in result["rows"] if row["method"] == "autoround")
+    assert row["failed"].startswith("could not be installed: ERROR: No matching distribution found (the log is ")
+    assert "- autoround, 2 bits, rank 0: could not be installed" in frontier_table(result)
+
+
+def test_a_peer_that_fails_is_quoted(silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_environment", lambda *_: "python-that-runs-nothing")
+
+    def fail(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "PYTHONPATH" not in options["env"]
+        options["stdout"].write("Traceback\nValueError: too few tokens\n")
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(PeerError, match=r"failed with exit code 3: ValueError: too few tokens \(the log is"):
+        run_peer("gptqmodel", {}, tmp_path / "peers", tmp_path / "place", console=silent)
+
+
+def test_peers_have_their_workers() -> None:
+    for peer in PEERS.values():
+        assert (Path(peers.__file__).with_name("peer_workers") / peer.worker).is_file()
+
+
+def test_the_small_frontier_of_the_package_is_valid() -> None:
+    small = Frontier.read("small")
+    names = [case.method for case in small.cases()]
+    assert names[0] == "float"
+    assert set(names) == {"float", *METHODS, *PEERS}
+    assert {case.rank for case in small.cases() if case.method == "gptqmodel-eora"} == {16, 64}
+    assert {case.rank for case in small.cases() if case.method in ("rtn", "autoround")} == {0}
+    assert Frontier.read("small", full=True).bits == (2, 3, 4)
+    assert Frontier.read("small", model="elsewhere").model == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["clock"]}, "methods has 'clock'; allowed are rtn, "),
+        ({"peers": ["awq"]}, "peers has 'awq'; allowed are autoround, "),
+        ({"bits": 2}, "bits is 2; a list of whole numbers is needed"),
+        ({"texts": []}, r"texts is \[\]; a list of texts is needed"),
+        ({"window": 1}, "window is 1; a whole number of at least 2 is needed"),
+        ({"quantize": {"samples": 0}}, "quantize: samples is 0; it must be at least 1"),
+        ({"speed": 1}, "'speed' is not an option of a frontier"),
+    ],
+)
+def test_bad_recipes_are_refused(recipe_file: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Frontier.read(str(recipe_file(**changes)))
+
+
+def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent: Console, tmp_path: Path) -> None:
+    frontier, out = Frontier.read(str(recipe_file(methods=[], seeds=[0]))), tmp_path / "out"
+    measure_frontier(frontier, out, console=silent)
+    other = Frontier.read(str(recipe_file(methods=[], seeds=[0], windows=3)))
+    with pytest.raises(UsageError, match=r"holds another frontier-recipe \(windows differ\)"):
+        measure_frontier(other, out, console=silent)
+    with pytest.raises(UsageError, match="the frontier has no method 'cloq'; it has"):
+        measure_frontier(frontier, out, methods=["cloq"], console=silent)
