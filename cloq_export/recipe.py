@@ -61,10 +61,10 @@ class Recipe:
     sweeps: int = _option(0, "COMQ coordinate sweeps over the codes after OPTQ; 0 is none.")
     refit: bool = _option(False, "Refit the scales by least squares after OPTQ.")
     rank: int = _option(64, "Rank of the LoRA adapter; 0 makes none.")
-    init: Literal["cloq", "svd", "loftq"] = _option(
+    init: Literal["cloq", "svd", "loftq", "lq-lora"] = _option(
         "cloq",
-        "How A and B are made: cloq (closed form on the calibration inputs), svd (of the weight error alone), or loftq "
-        "(codes and svd in alternation, without calibration).",
+        "How A and B are made: cloq (closed form on the calibration inputs), svd (of the weight error alone), or, "
+        "codes and svd in alternation without calibration, loftq or lq-lora.",
     )
     split: Literal["paper", "balanced", "transposed"] = _option(
         "paper", "How the correction is shared between A and B (Table 6 of the CLoQ paper)."
@@ -358,7 +358,7 @@ FINETUNE_FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for fiel
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("optq", "magr", "rtn"),
     "grid": ("searched", "minmax"),
-    "init": ("cloq", "svd", "loftq"),
+    "init": ("cloq", "svd", "loftq", "lq-lora"),
     "split": ("paper", "balanced", "transposed"),
     "svd": ("truncated", "full"),
     "adapter_dtype": ("float16", "bfloat16", "float32"),

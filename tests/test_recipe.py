@@ -79,7 +79,7 @@ def test_demo_settings_are_valid():
         ({"adapter_name": ".."}, "adapter_name is '..'; letters, digits"),
         ({"max_shard_size": "huge"}, "a size is needed, for example 500MB or 5GB."),
         ({"max_shard_size": "0GB"}, "a size is needed"),
-        ({"calibration": " "}, "give wikitext2, embedded, a file or a hub id"),
+        ({"calibration": " "}, "give wikitext2, gsm8k, embedded, a file or a hub id"),
         ({"model": 7}, "model is 7; a text is needed."),
         ({"bitz": 4}, "'bitz' is not an option of a recipe (did you mean 'bits'?)."),
         ({"overrides": 3}, "overrides is 3; a mapping of module patterns to settings is needed."),

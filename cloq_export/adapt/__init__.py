@@ -1,7 +1,16 @@
 """From a weight, its quantized form and its input statistics to a LoRA pair."""
 
 from cloq_export.adapt.cloq import CloqResult, init_cloq
-from cloq_export.adapt.loftq import init_loftq, init_svd
+from cloq_export.adapt.loftq import init_loftq, init_lq_lora, init_svd
 from cloq_export.adapt.root import GramRoot, cholesky_root, eigen_root
 
-__all__ = ["CloqResult", "GramRoot", "cholesky_root", "eigen_root", "init_cloq", "init_loftq", "init_svd"]
+__all__ = [
+    "CloqResult",
+    "GramRoot",
+    "cholesky_root",
+    "eigen_root",
+    "init_cloq",
+    "init_loftq",
+    "init_lq_lora",
+    "init_svd",
+]

@@ -12,6 +12,8 @@ from cloq_export.types import LoraPair, QuantizedLayer
 
 # What LoftQ runs by default, as the CLoQ paper (section 3.2) notes.
 LOFTQ_ITERATIONS = 5
+# LQ-LoRA ends by itself, mostly after five to ten.
+LQ_LORA_ITERATIONS = 50
 
 
 def init_svd(
@@ -72,3 +74,42 @@ def init_loftq(
         pair = init_svd(weight, layer.dequantize(), rank, dtype=dtype if last else torch.float32)
         product = pair.product()
     return layer, pair
+
+
+def init_lq_lora(
+    weight: torch.Tensor,
+    quantize: Callable[[torch.Tensor], QuantizedLayer],
+    rank: int,
+    *,
+    iterations: int = LQ_LORA_ITERATIONS,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[QuantizedLayer, LoraPair]:
+    """Return codes and pair by the alternation of LQ-LoRA (arXiv 2311.12023, Algorithm 1), without its Fisher weights.
+
+    `B_t A_t = SVD_r(W - Q_{t-1})` and `Q_t = q(W - B_t A_t)`, from `Q_0 = 0`, until `||W - Q_t - B_t A_t||_F` rises.
+
+    Args:
+        weight: W, (out, in) float32.
+        quantize: q, from a weight to its codes on the grid.
+        rank: 1 <= rank <= min(out, in).
+        iterations: at most so many.
+        dtype: of the stored pair; the iteration itself does not round the pair.
+
+    Returns:
+        The last codes and pair before the error rose.
+
+    Raises:
+        ShapeError: rank is out of range.
+        NonFiniteError: the pair does not fit `dtype`.
+    """
+    dequantized, smallest = torch.zeros_like(weight), float("inf")
+    for _ in range(iterations):
+        before = dequantized
+        product = init_svd(weight, before, rank, dtype=torch.float32).product()
+        found = quantize(weight - product)
+        dequantized = found.dequantize()
+        error = float((weight - dequantized - product).norm())
+        if error >= smallest:
+            break
+        smallest, layer, origin = error, found, before
+    return layer, init_svd(weight, origin, rank, dtype=dtype)

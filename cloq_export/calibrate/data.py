@@ -150,8 +150,8 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
         return CalibrationText.of(_read_file(path), str(path))
     if path.is_dir() or path.suffix.lower() in _FILE_SUFFIXES or name.startswith((".", "/", "~")) or not name.strip():
         raise CalibrationError(
-            f"{name!r} is not a readable text file; allowed are wikitext2, embedded, a .txt or .jsonl file, or a data "
-            "set on the Hugging Face hub. Check the path."
+            f"{name!r} is not a readable text file; allowed are wikitext2, gsm8k, embedded, a .txt or .jsonl file, or "
+            "a data set on the Hugging Face hub. Check the path."
         )
     identifier, _, rest = name.partition(":")
     config, _, split = rest.partition(":")

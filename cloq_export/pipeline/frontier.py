@@ -65,6 +65,9 @@ METHODS: dict[str, Method] = {
     "magr": Method({**_PUBLISHED, "method": "magr"}, adapters=False),
     # Coordinate sweeps from OPTQ's codes; COMQ itself begins with rounding to nearest.
     "comq": Method({**_PUBLISHED, "method": "optq", "sweeps": 30, "refit": True}, adapters=False),
+    # Both on our integer grid instead of theirs; LQ-LoRA without its Fisher weights.
+    "loftq": Method({**_PUBLISHED, "init": "loftq"}),
+    "lq-lora": Method({**_PUBLISHED, "init": "lq-lora"}),
     "apiq-lw": Method({"refine": "apiq-lw"}),
     "apiq-bw": Method({"refine": "apiq-bw"}),
     "cloq-paper": Method(preset="paper"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq, init_loftq, init_svd
+from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq, init_loftq, init_lq_lora, init_svd
 from cloq_export.pipeline.plan import ModulePlan
 from cloq_export.quantize import (
     DampedGram,
@@ -26,7 +26,9 @@ ADAPTER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32
 
 
 # Choices of the recipe's `init`.
-CLOQ, LOFTQ = "cloq", "loftq"
+CLOQ = "cloq"
+# Those that make codes and pair in alternation, and know no inputs.
+ALTERNATIONS = {"loftq": init_loftq, "lq-lora": init_lq_lora}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +120,8 @@ def solve_group(
         if damped.increases:
             notes.append(f"damping was raised {damped.increases} times before H factorised")
     targets = {plan.name: weights[plan.name] for plan in plans}
-    # LoftQ knows no inputs, so it has no target but the weight.
-    if damped is not None and stats.drift_gram is not None and recipe.init != LOFTQ:
+    # An alternation has no target but the weight.
+    if damped is not None and stats.drift_gram is not None and recipe.init not in ALTERNATIONS:
         whole = stats.drift_gram is stats.gram
         # float32 is enough for a correction.
         of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping, torch.float32)
@@ -127,10 +129,10 @@ def solve_group(
             plan.name: error_aware_target(weights[plan.name], stats, of_drift, recipe.target_share(plan.spec.bits))
             for plan in plans
         }
-    loftq: dict[str, LoraPair] = {}
+    alternated: dict[str, LoraPair] = {}
     quantize_notes: dict[str, tuple[str, ...]] = {}
-    if kept_codes is None and recipe.init == LOFTQ:
-        quantized, loftq = _alternate(plans, targets, recipe)
+    if kept_codes is None and recipe.init in ALTERNATIONS:
+        quantized, alternated = _alternate(plans, targets, recipe)
     elif kept_codes is None:
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
     else:
@@ -143,8 +145,8 @@ def solve_group(
         name = plan.name
         more = (*notes, *quantize_notes.get(name, ()))
         problem = LayerProblem(plan, weights[name], targets[name], damped, root, shared, more)
-        if name in loftq:
-            best = BestPair(loftq[name], float("nan"))
+        if name in alternated:
+            best = BestPair(alternated[name], float("nan"))
         else:
             best = best_pair(problem, quantized[name], recipe)
         solved[name] = finish_layer(problem, quantized[name], best.pair, best, recipe)
@@ -173,7 +175,8 @@ class _SharedNumbers:
 def _alternate(
     plans: Sequence[ModulePlan], weights: Mapping[str, torch.Tensor], recipe: Recipe
 ) -> tuple[dict[str, QuantizedLayer], dict[str, LoraPair]]:
-    """Return LoftQ's codes and pairs; without an adapter there are only codes, rounded to nearest."""
+    """Return codes and pairs of an alternation; without an adapter there are only codes, rounded to nearest."""
+    alternate = ALTERNATIONS[recipe.init]
     options = QuantizeOptions(method="rtn", grid=recipe.grid)
     layers: dict[str, QuantizedLayer] = {}
     pairs: dict[str, LoraPair] = {}
@@ -184,7 +187,7 @@ def _alternate(
 
         if plan.rank:
             dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
-            layers[plan.name], pairs[plan.name] = init_loftq(weights[plan.name], rounded, plan.rank, dtype=dtype)
+            layers[plan.name], pairs[plan.name] = alternate(weights[plan.name], rounded, plan.rank, dtype=dtype)
         else:
             layers[plan.name] = rounded(weights[plan.name])
     return layers, pairs
@@ -294,7 +297,7 @@ def finish_layer(
     error_adapted = _frobenius(left) / norm
     error_quantized = _frobenius(weighted(target - quantized.dequantize())) / norm if plan.rank else error_adapted
     fields: dict[str, Any] = {
-        "method": "loftq" if recipe.init == LOFTQ else "rtn" if damped is None else recipe.method,
+        "method": recipe.init if recipe.init in ALTERNATIONS else "rtn" if damped is None else recipe.method,
         "target": "float weight"
         if target is problem.weight
         else f"error-aware target, share {recipe.target_share(plan.spec.bits):g}",

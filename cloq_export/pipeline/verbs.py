@@ -57,7 +57,7 @@ from cloq_export.pipeline.session import (
     solvers_of,
     source_fingerprint,
 )
-from cloq_export.pipeline.solve import LOFTQ
+from cloq_export.pipeline.solve import ALTERNATIONS
 from cloq_export.recipe import Recipe
 from cloq_export.run.atomic import write_bytes
 from cloq_export.run.directory import RunDirectory, natural_order
@@ -90,7 +90,7 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
         CloqError: anything a user can mend, in one line.
     """
     if recipe.codes_from:
-        _refuse_codes_of_loftq(recipe)
+        _refuse_codes_of_alternations(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
     session = Session(recipe, console or Console(stderr=True))
     calibration, judging = _texts(session, demo=demo)
@@ -164,7 +164,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     recipe = base_recipe.changed(asked)
     if recipe.rank == 0:
         raise UsageError("the rank is 0, which makes no adapter; choose one with --rank.")
-    _refuse_codes_of_loftq(recipe)
+    _refuse_codes_of_alternations(recipe)
     session = Session(recipe, console or Console(stderr=True))
     work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
     target = directory.adapter_path(recipe.adapter_name)
@@ -315,11 +315,11 @@ def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, for
     return describe(path, verify=verify, adapter=adapter, force=force)
 
 
-def _refuse_codes_of_loftq(recipe: Recipe) -> None:
-    if recipe.init == LOFTQ:
+def _refuse_codes_of_alternations(recipe: Recipe) -> None:
+    if recipe.init in ALTERNATIONS:
         raise UsageError(
-            "init loftq makes codes of its own, and these are kept; choose init cloq or svd, or make another run with "
-            f"--set init=loftq: cloq run {recipe.model} --out OTHER"
+            f"init {recipe.init} makes codes of its own, and these are kept; choose init cloq or svd, or make another "
+            f"run with --set init={recipe.init}: cloq run {recipe.model} --out OTHER"
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloq_export.adapt import init_loftq, init_svd
+from cloq_export.adapt import init_loftq, init_lq_lora, init_svd
 from cloq_export.errors import ShapeError
 from cloq_export.quantize import QuantizeOptions, quantize_group
 from cloq_export.types import QuantizedLayer, QuantSpec
@@ -55,6 +55,30 @@ def test_loftq_is_the_alternation_of_its_paper(shape: tuple[int, int], iteration
     codes, product = slow_loftq(weight.double().numpy(), 4, iterations)
     np.testing.assert_allclose(layer.dequantize().numpy(), codes, atol=1e-5)
     np.testing.assert_allclose(pair.product().numpy(), product, atol=1e-4)
+
+
+def slow_lq_lora(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    codes, kept, smallest = np.zeros_like(weight), None, np.inf
+    while True:
+        u, s, vt = np.linalg.svd(weight - codes)
+        product = sum(s[i] * np.outer(u[:, i], vt[i]) for i in range(rank))
+        codes = slow_round(weight - product)
+        error = np.linalg.norm(weight - codes - product)
+        if error >= smallest:
+            return kept  # type: ignore[return-value]
+        smallest, kept = error, (codes, product)
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (40, 16)])
+def test_lq_lora_is_the_alternation_of_its_paper(shape: tuple[int, int]) -> None:
+    weight = a_weight(*shape)
+    layer, pair = init_lq_lora(weight, rounded, 4, dtype=torch.float32)
+    codes, product = slow_lq_lora(weight.double().numpy(), 4)
+    np.testing.assert_allclose(layer.dequantize().numpy(), codes, atol=1e-5)
+    np.testing.assert_allclose(pair.product().numpy(), product, atol=1e-4)
+    first, of_first = init_lq_lora(weight, rounded, 4, iterations=1, dtype=torch.float32)
+    error = (weight - layer.dequantize() - pair.product()).norm()
+    assert error <= (weight - first.dequantize() - of_first.product()).norm()
 
 
 def test_alternating_helps_the_weight_error() -> None:

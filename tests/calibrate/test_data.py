@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import types
 from pathlib import Path
@@ -119,9 +120,18 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         load_text(str(tmp_path / "c.parquet"))
 
 
+def test_gsm8k_by_name(data_folder: Path) -> None:
+    (data_folder / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        row = {"question": f"{split}?", "answer": "#### 1"}
+        (data_folder / "gsm8k" / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert load_text("gsm8k").text == "train?\n#### 1"
+    assert evaluation_text("gsm8k").text == "test?\n#### 1"
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/nowhere/at/all", ""])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name: str, hub: dict[str, Any]) -> None:
-    with pytest.raises(CalibrationError, match="is not a readable text file; allowed are wikitext2, embedded"):
+    with pytest.raises(CalibrationError, match="is not a readable text file; allowed are wikitext2, gsm8k, embedded"):
         load_text(name)
     assert hub["asked"] == []
 
