@@ -32,6 +32,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
+def release_freed_memory() -> bool:
+    """Let glibc hand back what is free, so that what is measured next does not count it; return whether it could."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
     """Host memory of one piece of work.

@@ -20,6 +20,7 @@ from torch import nn
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import CloqError, DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.host_memory import release_freed_memory
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
@@ -51,6 +52,8 @@ FORMAT, FORMAT_VERSION = "cloq-compare", 1
 JSON_NAME = "compare.json"
 MEAN = "mean"
 _FLOAT_BITS, _NF4_BITS = 16, 4
+# The start that all others are put beside.
+_LORA = "lora"
 # Field of a certificate -> norm: the paper's Figure 2.
 # Field of a row -> what the tables and plots call it.
 _FIGURES = {
@@ -93,7 +96,7 @@ STARTS: dict[str, Start] = {
     "cloq-64": Start(quantize={"samples": 64}),
     "cloq-128": Start(quantize={"samples": 128}),
     "cloq-256": Start(quantize={"samples": 256}),
-    "lora": Start(kind="float", zero=True),
+    _LORA: Start(kind="float", zero=True),
     "qlora": Start(kind="nf4", zero=True),
 }
 
@@ -270,7 +273,10 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             widths = sorted({row["bits"] for row in chosen})
             if not chosen:
                 continue
-            lines += [f"{task}, {called} after training (mean ± spread over seeds):", ""]
+            beside = (
+                "; beside 16-bit LoRA" if figure == "perplexity" and any(r["init"] == _LORA for r in chosen) else ""
+            )
+            lines += [f"{task}, {called} after training (mean ± spread over seeds{beside}):", ""]
             lines += ["| start | " + " | ".join(f"{width} bits" for width in widths) + " |"]
             lines += ["|---|" + "---|" * len(widths)]
             for init in dict.fromkeys(row["init"] for row in chosen):
@@ -280,13 +286,17 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     failed = [row for row in result["rows"] if row.get("failed")]
     lines += [f"- {row['init']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed]
     if result["bases"]:
-        lines += ["", "| base | seconds | peak memory | mean relative discrepancy of a layer, Frobenius | spectral |"]
+        lines += [
+            "",
+            "| base | seconds | peak memory beyond the model | mean relative discrepancy, Frobenius | spectral |",
+        ]
         lines += ["|---|---|---|---|---|"]
         for name, base in result["bases"].items():
-            peak = "" if base["peak_memory_bytes"] is None else f"{base['peak_memory_bytes'] / 1e9:.2f} GB"
+            beyond = base["memory_beyond_model_bytes"]
+            memory = "" if beyond is None else f"{beyond / 1e9:.2f} GB"
             note = "" if base["in_one_go"] else " (continued after an interruption)"
             discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
-            lines.append(f"| {name} | {base['seconds']:.0f}{note} | {peak} | {discrepancies} |")
+            lines.append(f"| {name} | {base['seconds']:.0f}{note} | {memory} | {discrepancies} |")
     if result["missing_rows"]:
         lines += ["", f"{result['missing_rows']} rows are not measured yet."]
     return "\n".join(lines) + "\n"
@@ -329,10 +339,12 @@ class _Work:
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
+            gc.collect()
+            release_freed_memory()
             summary = run(recipe, folder, console=self.console)
             figures = {
                 "seconds": sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model")),
-                "peak_memory_bytes": summary["peak_memory_bytes"],
+                "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"],
                 "in_one_go": in_one_go,
                 "perplexity": summary["perplexity"],
             }
@@ -580,7 +592,11 @@ def _cell(rows: Sequence[Mapping[str, Any]], init: str, width: int, figure: str)
         return ""
     spread = row.get(f"{figure}_spread")
     digits = 2 if figure == "perplexity" else 3
-    return f"{row[figure]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    cell = f"{row[figure]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    whole = next((row for row in rows if row["init"] == _LORA), None)
+    if whole is not None and init != _LORA and figure == "perplexity":
+        cell += f" ({row[figure] / whole[figure]:.2f}x)"
+    return cell
 
 
 def _bases(out: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from cloq_export.calibrate.data import evaluation_text, load_text, sample_windows, tokenize_text
 from cloq_export.errors import CloqError, RecipeError, UsageError
+from cloq_export.models.host_memory import release_freed_memory
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
@@ -210,8 +211,9 @@ def measure_frontier(
         if chosen and not work.rows.has(case.name):
             about = "" if case.method == FLOAT else f", {case.bits} bits, rank {case.rank}, seed {case.seed}"
             console.print(f"{case.method}{about}", highlight=False, markup=False)
-            work.rows.write(case.name, dataclasses.asdict(case) | work.measure(case))
             gc.collect()
+            release_freed_memory()
+            work.rows.write(case.name, dataclasses.asdict(case) | work.measure(case))
     return write_frontier(frontier, out)
 
 
@@ -316,7 +318,7 @@ class _Work:
         tokenizer = AutoTokenizer.from_pretrained(RunDirectory.open(place).checkpoint_path)
         spent = sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model"))
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
-        return self._judge(model, tokenizer, case) | _cost(stored, spent, summary["peak_memory_bytes"])
+        return self._judge(model, tokenizer, case) | _cost(stored, spent, summary["memory_beyond_model_bytes"])
 
     def _of_peer(self, case: Case, place: Path) -> dict[str, Any]:
         folder = self.out / "model"
@@ -343,7 +345,9 @@ class _Work:
         sizes = stored_sizes(checkpoint, adapter)
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
         model = load(checkpoint, adapter, dtype=torch.float32, force=True)
-        found = self._judge(model, loaded.tokenizer, case) | _cost(stored, report["seconds"], report["peak_bytes"])
+        found = self._judge(model, loaded.tokenizer, case) | _cost(
+            stored, report["seconds"], report["memory_beyond_model_bytes"]
+        )
         return found | {"versions": report["versions"]}
 
     def _judge(self, model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
@@ -364,8 +368,8 @@ class _Work:
         return found
 
 
-def _cost(stored: float, seconds: float | None, peak: int | None) -> dict[str, Any]:
-    return {"stored_bits_per_weight": stored, "seconds": seconds, "peak_memory_bytes": peak}
+def _cost(stored: float, seconds: float | None, memory: int | None) -> dict[str, Any]:
+    return {"stored_bits_per_weight": stored, "seconds": seconds, "memory_beyond_model_bytes": memory}
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -384,7 +388,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             for text in own[0]["perplexity"]
         }
-        for field in ("stored_bits_per_weight", "seconds", "peak_memory_bytes", "accuracy"):
+        for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes", "accuracy"):
             values = [row[field] for row in own if row.get(field) is not None]
             if values or field != "accuracy":
                 mean[field] = statistics.fmean(values) if values else None

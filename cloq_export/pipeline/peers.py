@@ -58,7 +58,7 @@ def run_peer(name: str, job: Mapping[str, Any], environments: Path, place: Path,
         console: where progress goes.
 
     Returns:
-        dict: "checkpoint" and perhaps "adapter" (folders), "seconds", "peak_bytes", "versions".
+        dict: "checkpoint" and perhaps "adapter" (folders), "seconds", "memory_beyond_model_bytes", "versions".
 
     Raises:
         PeerError: it cannot be installed, or failed; the log's last line is quoted.

@@ -718,6 +718,7 @@ def _summary(
         "perplexity": perplexity,
         "seconds": session.seconds,
         "peak_memory_bytes": session.memory.peak if session.memory else None,
+        "memory_beyond_model_bytes": session.memory.beyond_start if session.memory else None,
         "peak_memory_beyond_model_bytes": session.memory.beyond_start if session.memory else None,
         "stored": stored,
         "layers": {

@@ -21,6 +21,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     windows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))} for row in job["windows"]]
+    before = _peak_bytes()
     started = time.perf_counter()
     rounding = AutoRound(
         model,
@@ -41,10 +42,14 @@ def main() -> None:
     report = {
         "checkpoint": str(found[0]),
         "seconds": seconds,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory_beyond_model_bytes": _peak_bytes() - before,
         "versions": {name: importlib.metadata.version(name) for name in ("auto-round", "torch", "transformers")},
     }
     Path(sys.argv[2]).write_text(json.dumps(report), encoding="utf-8")
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def main() -> None:
     config = QuantizeConfig(**options, format="gptq_v2", offload_to_disk=False, wait_for_submodule_finalizers=True)
     model = GPTQModel.load(job["model"], config)
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["windows"]]
+    before = _peak_bytes()
     started = time.perf_counter()
     model.quantize(calibration, batch_size=1)
     seconds = time.perf_counter() - started
@@ -36,7 +37,7 @@ def main() -> None:
     report = {
         "checkpoint": str(checkpoint),
         "seconds": seconds,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory_beyond_model_bytes": _peak_bytes() - before,
         "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "torch", "transformers")},
     }
     if adapter is not None:
@@ -53,6 +54,10 @@ def _do_without_torchvision() -> None:
         stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
         stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
         sys.modules[stand_in.__name__] = stand_in
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
