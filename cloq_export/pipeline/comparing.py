@@ -292,7 +292,7 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         ]
         lines += ["|---|---|---|---|---|"]
         for name, base in result["bases"].items():
-            beyond = base["memory_beyond_model_bytes"]
+            beyond = base.get("memory_beyond_model_bytes")
             memory = "" if beyond is None else f"{beyond / 1e9:.2f} GB"
             note = "" if base["in_one_go"] else " (continued after an interruption)"
             discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
@@ -346,7 +346,8 @@ class _Work:
                 "seconds": sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model")),
                 "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"],
                 "in_one_go": in_one_go,
-                "perplexity": summary["perplexity"],
+                # Where the text lay says nothing; its hash does.
+                "perplexity": {key: value for key, value in summary["perplexity"].items() if key != "text"},
             }
             with RunDirectory.open(folder) as directory:
                 directory.write_report("cost", figures)
