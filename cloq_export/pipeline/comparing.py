@@ -37,19 +37,16 @@ from cloq_export.pipeline.finetuning import (
     zero_pairs,
 )
 from cloq_export.pipeline.plan import make_plan
-from cloq_export.pipeline.row_folder import RowFolder, row_path
+from cloq_export.pipeline.row_folder import RowFolder, making_seconds, row_path, write_table
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import adapt, run
 from cloq_export.recipe import FineTuneRecipe, Recipe, read_yaml
-from cloq_export.run.atomic import write_bytes, write_json
+from cloq_export.run.atomic import write_json
 from cloq_export.run.directory import RunDirectory
-from cloq_export.run.hardware import describe_hardware
 from cloq_export.run.safe_json import read_json
-from cloq_export.run.versions import environment
 from cloq_export.runtimes.hf import load
 
 FORMAT, FORMAT_VERSION = "cloq-compare", 1
-JSON_NAME = "compare.json"
 MEAN = "mean"
 _FLOAT_BITS, _NF4_BITS = 16, 4
 # The start that all others are put beside.
@@ -240,23 +237,15 @@ def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
             rows.append(row)
     missing = len(comparison.cases()) - len(rows)
     rows += _means(rows)
-    result: dict[str, Any] = {
+    content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "comparison": dataclasses.asdict(comparison),
-        "hardware": describe_hardware(),
-        "versions": environment(),
         "missing_rows": missing,
         "bases": _bases(out),
         "rows": rows,
     }
-    write_json(out / JSON_NAME, result)
-    write_bytes(out / "compare.md", comparison_table(result).encode("utf-8"))
-    files = {"json": str(out / JSON_NAME), "table": str(out / "compare.md")}
-    for name, picture in _plots(comparison, out, rows, curves).items():
-        write_bytes(out / f"{name}.svg", picture.encode("utf-8"))
-        files[name] = str(out / f"{name}.svg")
-    return result | {"files": files}
+    return write_table(out, "compare", content, comparison_table, _plots(comparison, out, rows, curves))
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
@@ -343,7 +332,7 @@ class _Work:
             release_freed_memory()
             summary = run(recipe, folder, console=self.console)
             figures = {
-                "seconds": sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model")),
+                "seconds": making_seconds(summary),
                 "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"],
                 "in_one_go": in_one_go,
                 # Where the text lay says nothing; its hash does.

@@ -23,20 +23,16 @@ from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
 from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
-from cloq_export.pipeline.row_folder import RowFolder, row_path
+from cloq_export.pipeline.row_folder import RowFolder, making_seconds, row_path, write_table
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import run
 from cloq_export.recipe import Recipe, read_yaml
-from cloq_export.run.atomic import write_bytes, write_json
 from cloq_export.run.directory import RunDirectory
-from cloq_export.run.hardware import describe_hardware
 from cloq_export.run.safe_json import read_json
-from cloq_export.run.versions import environment
 from cloq_export.runtimes.hf import load
 from cloq_export.runtimes.inspection import stored_sizes
 
 FORMAT, FORMAT_VERSION = "cloq-frontier", 1
-JSON_NAME = "frontier.json"
 MEAN = "mean"
 FLOAT = "float"
 # What a run measures by itself is not looked at.
@@ -229,22 +225,16 @@ def write_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
     """
     cases = frontier.cases()
     rows = [read_json(path) for case in cases if (path := row_path(out, case.name)).exists()]
-    result: dict[str, Any] = {
+    missing = len(cases) - len(rows)
+    rows += _means(rows)
+    content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "frontier": dataclasses.asdict(frontier),
-        "hardware": describe_hardware(),
-        "versions": environment(),
-        "missing_rows": len(cases) - len(rows),
-        "rows": rows + _means(rows),
+        "missing_rows": missing,
+        "rows": rows,
     }
-    write_json(out / JSON_NAME, result)
-    write_bytes(out / "frontier.md", frontier_table(result).encode("utf-8"))
-    files = {"json": str(out / JSON_NAME), "table": str(out / "frontier.md")}
-    for name, picture in _plots(result).items():
-        write_bytes(out / f"{name}.svg", picture.encode("utf-8"))
-        files[name] = str(out / f"{name}.svg")
-    return result | {"files": files}
+    return write_table(out, "frontier", content, frontier_table, _plots(content))
 
 
 def frontier_table(result: Mapping[str, Any]) -> str:
@@ -316,9 +306,10 @@ class _Work:
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(RunDirectory.open(place).checkpoint_path)
-        spent = sum(s for stage, s in summary["seconds"].items() if stage not in ("measure", "read model"))
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
-        return self._judge(model, tokenizer, case) | _cost(stored, spent, summary["memory_beyond_model_bytes"])
+        return self._judge(model, tokenizer, case) | _cost(
+            stored, making_seconds(summary), summary["memory_beyond_model_bytes"]
+        )
 
     def _of_peer(self, case: Case, place: Path) -> dict[str, Any]:
         folder = self.out / "model"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import UsageError
-from cloq_export.run.atomic import write_json
+from cloq_export.run.atomic import write_bytes, write_json
+from cloq_export.run.hardware import describe_hardware
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.versions import environment
 
 
 class RowFolder:
@@ -53,3 +55,37 @@ class RowFolder:
 def row_path(folder: Path, name: str) -> Path:
     """Return where the row of a name stands."""
     return folder / "rows" / f"{name}.json"
+
+
+def write_table(
+    folder: Path,
+    name: str,
+    content: Mapping[str, Any],
+    table: Callable[[Mapping[str, Any]], str],
+    pictures: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write NAME.json, NAME.md and the plots of a table.
+
+    Args:
+        folder: where they go.
+        name: of the table.
+        content: what the JSON holds beside the hardware and the versions.
+        table: gives the Markdown of what the JSON holds.
+        pictures: name -> SVG.
+
+    Returns:
+        dict: what the JSON holds, with "files" beside it.
+    """
+    result = {**content, "hardware": describe_hardware(), "versions": environment()}
+    files = {"json": str(folder / f"{name}.json"), "table": str(folder / f"{name}.md")}
+    write_json(folder / f"{name}.json", result)
+    write_bytes(folder / f"{name}.md", table(result).encode("utf-8"))
+    for picture, svg in pictures.items():
+        files[picture] = str(folder / f"{picture}.svg")
+        write_bytes(folder / f"{picture}.svg", svg.encode("utf-8"))
+    return result | {"files": files}
+
+
+def making_seconds(summary: Mapping[str, Any]) -> float:
+    """Return the seconds that a run's summary names, less reading the model and measuring the result."""
+    return sum(spent for stage, spent in summary["seconds"].items() if stage not in ("measure", "read model"))
