@@ -89,6 +89,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "default+refine": ("default", {"refine": "block"}),
     "default+refine-rank-0": ("default", {"refine": "block", "rank": 0}),
     "default+refine-rank-16": ("default", {"refine": "block", "rank": 16}),
+    "default+refine-model": ("default", {"refine": "model"}),
+    "default+refine-model-rank-0": ("default", {"refine": "model", "rank": 0}),
+    "default+refine-model-rank-16": ("default", {"refine": "model", "rank": 16}),
     "apiq-lw": ("default", {"refine": "apiq-lw"}),
     "apiq-bw": ("default", {"refine": "apiq-bw"}),
     # The same number of adapter parameters as rank 64 everywhere, for blocks shaped as the demo model's.

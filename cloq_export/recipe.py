@@ -86,18 +86,18 @@ class Recipe:
     float_share: float = _option(
         0.5,
         "Share of the calibration windows that also run through the float model, to tell what error_aware mends; with "
-        "refine all of them do.",
+        "refine block all of them do.",
     )
     token_weighting: Literal["none", "inverse_norm"] = _option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."
     )
-    refine: Literal["none", "block", "apiq-lw", "apiq-bw"] = _option(
+    refine: Literal["none", "block", "model", "apiq-lw", "apiq-bw"] = _option(
         "none",
-        "Train on the output: block (scales and adapters of a block together, from what was solved), or ApiQ's "
-        "layer-wise or block-wise scheme instead of solving.",
+        "Train scales and adapters, from what was solved: block (those of a block together, on its output) or model "
+        "(all together, on what the model says); or ApiQ's layer-wise or block-wise scheme instead of solving.",
     )
-    refine_steps: int = _option(200, "Steps of the refinement of each block (apiq-lw: of each layer).")
-    calibration: str = _option("wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, or a hub id.")
+    refine_steps: int = _option(200, "Steps of the refinement of each block, or of the model (apiq-lw: of each layer).")
+    calibration: str = _option("wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, a hub id, or several joined by +.")
     samples: int = _option(128, "Number of calibration windows.")
     seqlen: int = _option(2048, "Tokens in a calibration window.")
     seed: int = _option(0, "Seed that draws the calibration windows.")
@@ -362,7 +362,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("paper", "balanced", "transposed"),
     "svd": ("truncated", "full"),
     "adapter_dtype": ("float16", "bfloat16", "float32"),
-    "refine": ("none", "block", "apiq-lw", "apiq-bw"),
+    "refine": ("none", "block", "model", "apiq-lw", "apiq-bw"),
     "token_weighting": ("none", "inverse_norm"),
     "solvers": ("local", "ray"),
     "precision": ("auto", "float32", "bfloat16"),

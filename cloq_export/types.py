@@ -259,7 +259,8 @@ class LayerCertificate:
         spectral_error_adapted: as error_adapted in the spectral norm, relative to that of W; None in files of before.
         target: what the errors are measured against: the float weight, or the moved target of the error-aware mode.
         notes: everything that did not go the ordinary way, e.g. a fallback, in plain words.
-        refined_error_before: of a refined layer, the error of its block (of itself, where layers are refined alone) on
+        refined_error_before: of a refined layer, the error of its block (of itself, where layers are refined alone; of
+            the model, in nats per token, where all are together, and the errors above are then those of the start) on
             held-out windows at the start of the refinement; None without refinement, or where it is NaN or Inf.
         refined_error_after: the same error of what was kept.
         refined_step: the step that was kept, 0 for the start.

@@ -32,11 +32,13 @@ class CalibrationText:
         text: the whole text, not empty.
         origin: a file path, "hub:<id>", or "embedded (<what>)", for reports.
         sha256: of the text in UTF-8, hexadecimal.
+        parts: of a mix, the texts that take turns in giving a window; empty for one text.
     """
 
     text: str
     origin: str
     sha256: str
+    parts: tuple[CalibrationText, ...] = ()
 
     @classmethod
     def of(cls, text: str, origin: str) -> CalibrationText:
@@ -58,12 +60,13 @@ class CalibrationText:
 
 
 def load_text(name: str) -> CalibrationText:
-    """Return a calibration text.
+    """Return a calibration text, or a mix of several.
 
     Args:
         name: "wikitext2" (validation split, from the data folder or the hub), "gsm8k" (training split, questions and
             answers), "embedded" (a text that every Python installation has), a .txt or .jsonl file (rows with "text",
             or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train" unless named).
+            Several, joined by "+", are a mix.
 
     Returns:
         CalibrationText: the text with its origin and hash.
@@ -72,7 +75,11 @@ def load_text(name: str) -> CalibrationText:
         CalibrationError: the text is missing, unreadable, empty, or on the hub without network.
         MissingPackageError: a hub data set is asked for and `datasets` is not installed.
     """
-    return _load_any(name, "validation", "train")
+    if "+" not in name or Path(name).expanduser().is_file():
+        return _load_any(name, "validation", "train")
+    parts = tuple(_load_any(part.strip(), "validation", "train") for part in name.split("+"))
+    whole = CalibrationText.of("\n\n".join(part.text for part in parts), " + ".join(part.origin for part in parts))
+    return dataclasses.replace(whole, parts=parts)
 
 
 def evaluation_text(name: str) -> CalibrationText:
@@ -104,6 +111,37 @@ def tokenize_text(tokenizer: Any, text: str) -> torch.Tensor:
     # verbose=False: a whole text is meant to exceed the model's context; windows are cut from it.
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_windows(
+    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """Return random windows of a text; of a mix, window i is from the text i modulo their number.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        calibration: one text or a mix.
+        samples: number of windows, at least 1.
+        seqlen: tokens per window, at least 1.
+        seed: of the draw from each text.
+
+    Returns:
+        Tensor: (samples, seqlen) int64.
+
+    Raises:
+        CalibrationError: a text is shorter than one window, there are fewer windows than texts, or none is asked for.
+    """
+    parts = calibration.parts or (calibration,)
+    if 1 <= samples < len(parts):
+        raise CalibrationError(
+            f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
+            "(--samples)."
+        )
+    drawn = [
+        sample_windows(tokenize_text(tokenizer, part.text), len(range(place, samples, len(parts))), seqlen, seed)
+        for place, part in enumerate(parts)
+    ]
+    return torch.stack([drawn[i % len(parts)][i // len(parts)] for i in range(samples)])
 
 
 def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:

@@ -108,7 +108,7 @@ class BlockStream:
         self._calls: list[list[_Arguments]] = []
         self.hidden: list[torch.Tensor] = []
         self._probe(windows[:1, :_PROBE_TOKENS])
-        batches = windows.split(batch)
+        batches = self._windows = windows.split(batch)
         # The same mask serves every batch of the same shape; one copy is kept.
         pool: list[torch.Tensor] = []
         for batch_index, ids in enumerate(batches):
@@ -189,31 +189,48 @@ class BlockStream:
             output = call.invoke(block, states.to(self.device))
             return output[0] if isinstance(output, (tuple, list)) else output
 
-    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the model makes of the hidden states behind its last block.
+    def differentiable_logits(self, batch_index: int, states: torch.Tensor, positions: slice) -> torch.Tensor:
+        """Run what stands behind the last block, with the gradients that the caller has switched on.
 
         Args:
-            ids: token ids, (batch, seqlen) int64; the blocks are not run over them.
-            hidden: (batch, seqlen, hidden).
+            batch_index: number of the batch that `states` belongs to.
+            states: hidden states after the last block at those positions, (batch, positions, hidden).
+            positions: which of the windows' positions.
 
         Returns:
-            Tensor: (batch, seqlen, vocabulary), where the model's head is.
+            Tensor: logits, (batch, positions, vocabulary), where the model's head stands.
         """
+        ids = self._windows[batch_index][:, positions]
         last = len(self.blocks) - 1
 
-        def make_stub(index: int, block: nn.Module, _: Callable[..., Any]) -> Callable[..., Any]:
+        def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
-                states = _Arguments.split(args, kwargs)[0]
-                after = hidden.to(states.device, states.dtype) if index == last else states
+                given, _ = _Arguments.split(args, kwargs)
+                after = states.to(given.device) if index == last else given
                 beside = self._returns[type(block)]
                 return after if beside is None else (after, *beside)
 
             return stub
 
-        where = _device_of(_embeddings(self.model))
-        with torch.no_grad(), forward_precision(self._precision, where), _replaced_forwards(self.blocks, make_stub):
-            found: torch.Tensor = self.model(input_ids=ids.to(where), use_cache=False).logits
-        return found
+        with _replaced_forwards(self.blocks, make_stub):
+            host = _device_of(_embeddings(self.model))
+            with forward_precision(self._precision, host):
+                logits: torch.Tensor = self.model(input_ids=ids.to(host), use_cache=False).logits
+                return logits
+
+    @contextlib.contextmanager
+    def head_on_device(self) -> Iterator[None]:
+        """Hold all of the model that is outside of its blocks on the device, e.g. its embeddings and its head."""
+        inside = {id(tensor) for block in self.blocks for tensor in (*block.parameters(), *block.buffers())}
+        outside = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in inside]
+        home = [tensor.data for tensor in outside]
+        for tensor in outside:
+            tensor.data = tensor.data.to(self.device)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(outside, home, strict=True):
+                tensor.data = data
 
     @contextlib.contextmanager
     def block_on_device(self, index: int) -> Iterator[nn.Module]:

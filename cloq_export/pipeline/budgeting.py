@@ -199,7 +199,7 @@ def spend(session: Session, loaded: LoadedModel, work: RunDirectory, windows: to
     stream = BlockStream(
         loaded.model, plan.blocks, windows[:kept, :_TOKENS], device=device, compute=compute, batch=kept
     )
-    divergences = _divergences(session, stream, windows[:kept, :_TOKENS], groups, work)
+    divergences = _divergences(session, stream, windows[:kept, :_TOKENS].numel(), groups, work)
     return choose(recipe, loaded.model, groups, divergences)
 
 
@@ -254,7 +254,7 @@ def _cheapest_plan(model: nn.Module, recipe: Recipe) -> Plan:
 def _divergences(
     session: Session,
     stream: BlockStream,
-    ids: torch.Tensor,
+    tokens: int,
     groups: Sequence[Mapping[str, Any]],
     work: RunDirectory,
 ) -> dict[str, float]:
@@ -266,16 +266,16 @@ def _divergences(
         return found
     hidden = stream.hidden[0]
     with torch.no_grad(), session.progress("measure each layer's weight in the whole") as progress:
-        expected = _log_probabilities(stream, ids, _through(stream, 0, hidden))
+        expected = _log_probabilities(stream, _through(stream, 0, hidden))
         for index, block in enumerate(stream.blocks):
             linears = find_linears(block, stream.blocks.prefix(index))
             for names in (names for names in missing if names[0] in linears):
                 with stream.block_on_device(index), _replaced(linears, names, work):
                     after = stream.forward_batch(index, 0, hidden)
-                reached = _log_probabilities(stream, ids, _through(stream, index + 1, after))
+                reached = _log_probabilities(stream, _through(stream, index + 1, after))
                 divergence = nn.functional.kl_div(reached, expected, reduction="sum", log_target=True)
                 # Rounding can leave a sum of almost nothing below zero.
-                found[names[0]] = max(0.0, float(divergence) / ids.numel())
+                found[names[0]] = max(0.0, float(divergence) / tokens)
                 work.write_report(_DIVERGENCES, found)
                 progress(len(found), len(of_group))
             hidden = stream.forward_batch(index, 0, hidden)
@@ -288,8 +288,8 @@ def _through(stream: BlockStream, start: int, hidden: torch.Tensor) -> torch.Ten
     return hidden
 
 
-def _log_probabilities(stream: BlockStream, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    return stream.logits(ids, hidden).float().log_softmax(dim=-1)
+def _log_probabilities(stream: BlockStream, hidden: torch.Tensor) -> torch.Tensor:
+    return stream.differentiable_logits(0, hidden, slice(None)).float().log_softmax(dim=-1)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ class BlockWalk:
         self._device = device
         self._kept_codes = kept_codes
         self._console = console
-        # A refinement takes its inputs from behind the compressed prefix, whatever the layers' targets are.
+        # A refinement of blocks takes its inputs from behind the compressed prefix, whatever the layers' targets are.
         self._error_aware = recipe.error_aware > 0.0 or recipe.refine != "none"
         self._here = LocalSolvers([device])
         self._solvers = solvers or self._here

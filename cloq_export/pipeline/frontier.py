@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.calibrate.data import evaluation_text, load_text, sample_windows, tokenize_text
+from cloq_export.calibrate.data import calibration_windows, evaluation_text, load_text, tokenize_text
 from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.models.host_memory import release_freed_memory
 from cloq_export.models.source import open_model, save_plain
@@ -69,7 +69,8 @@ METHODS: dict[str, Method] = {
     "apiq-bw": Method({"refine": "apiq-bw"}),
     "cloq-paper": Method(preset="paper"),
     "cloq": Method(),
-    "cloq-refine": Method({"refine": "block"}),
+    "cloq-refine-block": Method({"refine": "block"}),
+    "cloq-refine": Method({"refine": "model"}),
 }
 
 
@@ -317,8 +318,8 @@ class _Work:
         if not (folder / "config.json").exists():
             save_plain(loaded, folder)
         options = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model, "seed": case.seed})
-        tokens = tokenize_text(loaded.tokenizer, load_text(options.calibration).text)
-        windows = sample_windows(tokens, options.samples, options.seqlen, case.seed)
+        calibration = load_text(options.calibration)
+        windows = calibration_windows(loaded.tokenizer, calibration, options.samples, options.seqlen, case.seed)
         job = {
             "model": str(folder.resolve()),
             "bits": case.bits,

@@ -41,8 +41,8 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "autoround": Peer("autoround.py", ("auto-round==0.16.1",)),
-    "gptqmodel": Peer("gptqmodel_gptq.py", ("gptqmodel==7.3.2",)),
-    "gptqmodel-eora": Peer("gptqmodel_gptq.py", ("gptqmodel==7.3.2",), adapters=True),
+    "gptqmodel": Peer("gptqmodel_gptq.py", ("gptqmodel==7.3.2", "requests")),
+    "gptqmodel-eora": Peer("gptqmodel_gptq.py", ("gptqmodel==7.3.2", "requests"), adapters=True),
 }
 
 

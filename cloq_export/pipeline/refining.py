@@ -27,6 +27,7 @@ from cloq_export.pipeline.solve import (
 from cloq_export.recipe import Recipe
 from cloq_export.refine import (
     ClippedLayer,
+    OutputObjective,
     Refinement,
     TrainableLayer,
     TrainedLayer,
@@ -120,9 +121,8 @@ class BlockRefiner:
         }
         if not trainable:
             return dict(solved)
-        found = train_layers(
-            trainable, forward, targets, steps=recipe.refine_steps, seed=recipe.seed + index, measure=measure
-        )
+        objective = OutputObjective(trainable, forward, targets, measure)
+        found = train_layers(trainable, objective, steps=recipe.refine_steps, seed=recipe.seed + index)
         refined = {name: (layer.quantized, layer.lora) for name, layer in solved.items()}
         refined |= found.layers or {}
         best = {name: _best_pair(layer, refined[name][0], recipe) for name, layer in solved.items()}
@@ -163,14 +163,9 @@ class BlockRefiner:
             weight = _problem(layer).weight.to(self._device, self._dtype)
             seen = [met[b].to(self._dtype) for b in batches]
             targets = [nn.functional.linear(asked[b].to(self._dtype), weight) for b in batches]
-            found = train_layers(
-                {name: self._trainable(parameter, layer)},
-                _linear(seen, parameter),
-                targets,
-                steps=self._recipe.refine_steps,
-                seed=self._recipe.seed,
-                measure=squared_error,
-            )
+            trainable = {name: self._trainable(parameter, layer)}
+            objective = OutputObjective(trainable, _linear(seen, parameter), targets, squared_error)
+            found = train_layers(trainable, objective, steps=self._recipe.refine_steps, seed=self._recipe.seed)
             refined = {name: (found.layers or {name: (layer.quantized, layer.lora)})[name]}
             best = {name: _best_pair(layer, refined[name][0], self._recipe)}
             finished |= self._finished({name: layer}, refined, best, found, found.error_after)
@@ -191,7 +186,7 @@ class BlockRefiner:
         return TrainedLayer(
             parameter,
             on_device(layer.quantized, self._device),
-            _pair_on(layer.lora, self._device),
+            pair_on(layer.lora, self._device),
             dtype=self._dtype,
             scales=not self._keeps_codes,
         )
@@ -219,8 +214,8 @@ class BlockRefiner:
     ) -> dict[str, SolvedLayer]:
         """Return the refined layers with certificates; where nothing was better, the start with a note."""
         fields: dict[str, Any] = {
-            "refined_error_before": _finite(found.error_before),
-            "refined_error_after": _finite(error),
+            "refined_error_before": finite(found.error_before),
+            "refined_error_after": finite(error),
             "refined_step": found.best_step,
         }
         if self._recipe.refine in APIQ:
@@ -228,7 +223,7 @@ class BlockRefiner:
         finished: dict[str, SolvedLayer] = {}
         for name, layer in solved.items():
             quantized, lora = refined[name]
-            notes = () if found.layers else (_kept_start(found),)
+            notes = () if found.layers else (kept_start(found),)
             finished[name] = _finish(layer, quantized, lora, best[name], self._recipe, fields, notes)
         return finished
 
@@ -259,17 +254,20 @@ def _finish(
     problem = _problem(layer)
     # Where the device had no memory for it the problem stands on the CPU.
     device = problem.weight.device
-    return finish_layer(problem, on_device(quantized, device), _pair_on(lora, device), best, recipe, fields, notes)
+    return finish_layer(problem, on_device(quantized, device), pair_on(lora, device), best, recipe, fields, notes)
 
 
-def _finite(error: float) -> float | None:
+def finite(error: float) -> float | None:
+    """Return an error as certificates hold it."""
     return error if math.isfinite(error) else None
 
 
-def _pair_on(lora: LoraPair | None, device: torch.device) -> LoraPair | None:
+def pair_on(lora: LoraPair | None, device: torch.device) -> LoraPair | None:
+    """Return the pair with its tensors on a device."""
     return lora and LoraPair(lora.lora_A.to(device), lora.lora_B.to(device), lora.alpha)
 
 
-def _kept_start(found: Refinement) -> str:
+def kept_start(found: Refinement) -> str:
+    """Return the note of a layer whose refinement brought nothing."""
     how = "the error turned NaN or Inf" if found.diverged else "no step was better on the windows held out"
     return f"the refinement was given up after {found.steps} steps and the layer kept at its start: {how}"

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from cloq_export.calibrate.data import (
     EMBEDDED,
     WIKITEXT2,
     CalibrationText,
+    calibration_windows,
     evaluation_text,
     load_text,
-    sample_windows,
     tokenize_text,
 )
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.stream import BlockStream
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.runtime import float_model
@@ -46,6 +48,7 @@ from cloq_export.pipeline.budgeting import (
 from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
+from cloq_export.pipeline.refining_model import refine_model, refined_layers, refinement_batches, step_progress
 from cloq_export.pipeline.session import (
     Session,
     compute_dtype,
@@ -503,9 +506,26 @@ def _walk(
             f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
             "decides what they leave open; raise --samples or --seqlen"
         )
-    device = device_of(recipe)
     keep_freed_memory()
     watch = MemoryWatch()
+    if recipe.refine == "model":
+        _refine_model(session, loaded, plan, directory, recipe, calibration, windows, kept_codes)
+    else:
+        _walk_blocks(session, loaded, plan, directory, recipe, windows, kept_codes)
+    session.memory = watch.stop()
+
+
+def _walk_blocks(
+    session: Session,
+    loaded: LoadedModel,
+    plan: Plan,
+    directory: RunDirectory,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    kept_codes: Callable[[str], QuantizedLayer] | None,
+) -> None:
+    """Solve what is not yet in the directory, with fewer windows in a forward pass where memory runs out."""
+    device = device_of(recipe)
     solvers = solvers_of(recipe, device)
     windows_at_once = min(len(windows), usual_windows_per_batch(recipe))
     while True:
@@ -539,7 +559,6 @@ def _walk(
             "came in another order than with more memory"
         )
         session.say(session.notes[-1])
-    session.memory = watch.stop()
     for stage, seconds in dataclasses.asdict(walk.seconds).items():
         if stage == "refine" and recipe.refine == "none":
             continue
@@ -548,14 +567,56 @@ def _walk(
 
 def _windows(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) -> torch.Tensor:
     """Return the token ids to calibrate on, (samples, seqlen)."""
-    tokens = tokenize_text(loaded.tokenizer, calibration.text)
     limit = context_length(loaded.model)
     if limit is not None and recipe.seqlen > limit:
         raise UsageError(
             f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
             f"{limit} or less."
         )
-    return sample_windows(tokens, recipe.samples, recipe.seqlen, recipe.seed)
+    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed)
+
+
+def _refine_model(
+    session: Session,
+    loaded: LoadedModel,
+    plan: Plan,
+    directory: RunDirectory,
+    recipe: Recipe,
+    calibration: CalibrationText,
+    windows: torch.Tensor,
+    kept_codes: Callable[[str], QuantizedLayer] | None,
+) -> None:
+    """Solve all layers beside the run, refine them together, and only then store them in it."""
+    work = directory.path / "work" / "solved"
+    with _started(work, recipe.changed({"refine": "none"}), directory.source_fingerprint) as solved:
+        if not solved.completed_modules().issuperset(plan.modules):
+            _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
+        device = device_of(recipe)
+        batch = usual_windows_per_batch(recipe)
+        # What the layers were solved on would flatter them: to them, those windows' errors are the ones that are mended.
+        other = recipe.changed({"samples": batch * refinement_batches(recipe.refine_steps), "seed": recipe.seed + 1})
+        fresh = _windows(loaded, other, calibration)
+        started = time.perf_counter()
+        try:
+            stream = BlockStream(
+                loaded.model, plan.blocks, fresh, device=device, compute=compute_dtype(recipe, device), batch=batch
+            )
+            with step_progress(session.console, "refine the model", recipe.refine_steps) as progress:
+                found = refine_model(
+                    stream, plan, recipe, solved, keeps_codes=kept_codes is not None, progress=progress
+                )
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
+                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
+                "--seqlen or with --refine block."
+            ) from None
+        session.seconds["refine"] = time.perf_counter() - started
+        for name, stored in refined_layers(found, plan, solved).items():
+            directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
+    shutil.rmtree(work)
+    with contextlib.suppress(OSError):  # another adapter may be in the making there
+        work.parent.rmdir()
 
 
 def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:

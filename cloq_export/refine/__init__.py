@@ -1,23 +1,40 @@
-"""From a solved block to a better one: what its layers hold is trained together on what the block puts out."""
+"""From solved layers to better ones: what they hold is trained together on what the block or the model puts out."""
 
 from cloq_export.refine.clipped_layer import ClippedLayer
-from cloq_export.refine.trained_layer import TrainedLayer
+from cloq_export.refine.trained_layer import BLOCK_RATES, MODEL_RATES, Rates, TrainedLayer
 from cloq_export.refine.training import (
+    JUDGEMENTS,
+    Objective,
+    OutputObjective,
     Refinement,
     TrainableLayer,
+    divergence,
+    gradients_by,
+    held_out_batches,
     held_out_error,
     relative_error,
     squared_error,
     train_layers,
+    zeros_for_none,
 )
 
 __all__ = [
+    "BLOCK_RATES",
+    "JUDGEMENTS",
+    "MODEL_RATES",
     "ClippedLayer",
+    "Objective",
+    "OutputObjective",
+    "Rates",
     "Refinement",
     "TrainableLayer",
     "TrainedLayer",
+    "divergence",
+    "gradients_by",
+    "held_out_batches",
     "held_out_error",
     "relative_error",
     "squared_error",
     "train_layers",
+    "zeros_for_none",
 ]

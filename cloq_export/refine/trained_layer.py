@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from cloq_export.types import LoraPair, QuantizedLayer
 
-# Rates of Adam, relative to what is trained: a scale moves by at most this share of itself in a step, A and B by this
-# share of their root mean square.
-_SCALE_RATE, _ADAPTER_RATE = 5e-3, 1e-2
 _MOMENTUM, _SQUARES = 0.9, 0.99
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
 
@@ -32,6 +31,22 @@ class _Adam:
         return torch.where(root > 0, mean / root, mean)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Rates of Adam, relative to what is trained.
+
+    Args:
+        scales: the share of itself by which a scale moves at most in a step.
+        adapter: the share of their root mean square by which A and B do.
+    """
+
+    scales: float
+    adapter: float
+
+
+BLOCK_RATES, MODEL_RATES = Rates(5e-3, 1e-2), Rates(1e-3, 5e-3)
+
+
 class TrainedLayer:
     """One layer whose scales, A and B are trained through the gradient G of a loss by the served weight W'.
 
@@ -48,6 +63,7 @@ class TrainedLayer:
         lora: the start's pair on the same device, or None.
         dtype: of the installed weight.
         scales: whether scales are trained; without them only the pair is.
+        rates: how fast.
     """
 
     def __init__(
@@ -58,13 +74,17 @@ class TrainedLayer:
         *,
         dtype: torch.dtype,
         scales: bool,
+        rates: Rates = BLOCK_RATES,
     ) -> None:
         self.parameter = parameter
+        self._rates = rates
         self._dtype = dtype
         self._quantized = quantized
         out_features, groups = quantized.scales.shape
-        codes = quantized.codes.view(out_features, groups, -1).to(torch.float32)
-        self._centred = codes - quantized.zeros.to(torch.float32).unsqueeze(-1)
+        # Kept narrow: all layers of a model may be trained at once.
+        narrow = torch.int8 if quantized.spec.bits < 8 else torch.int16
+        codes = quantized.codes.view(out_features, groups, -1).to(narrow)
+        self._centred = codes - quantized.zeros.to(narrow).unsqueeze(-1)
         self._start = quantized.scales.to(torch.float32).unsqueeze(-1)
         self._log = torch.zeros_like(self._start)
         self._scale_steps = _Adam(self._log) if scales else None
@@ -77,7 +97,7 @@ class TrainedLayer:
 
     def install(self) -> None:
         """Put the weight that would be served now into `parameter`."""
-        weight = (self._centred * self._scales()).view(self.parameter.shape)
+        weight = self._wide().mul_(self._scales()).view(self.parameter.shape)
         if self._lora is not None:
             lora_a, lora_b = self._stored_pair()
             weight = weight + (lora_b.to(torch.float32) @ lora_a.to(torch.float32)) * self._lora.scaling
@@ -92,15 +112,20 @@ class TrainedLayer:
         Returns:
             "log_scales" (out, groups, 1), "lora_A" (rank, in) and "lora_B" (out, rank), float32, if they are trained.
         """
-        by_weight = gradient.to(torch.float32)
         found: dict[str, torch.Tensor] = {}
         if self._scale_steps is not None:
-            by_scale = (by_weight.view(self._centred.shape) * self._centred).sum(-1, keepdim=True)
-            found["log_scales"] = by_scale * self._scales()
+            by_code = self._wide().mul_(gradient.to(torch.float32).view(self._centred.shape))
+            found["log_scales"] = by_code.sum(-1, keepdim=True) * self._scales()
         if self._lora is not None:
-            found["lora_A"] = (self._lora_b.t() @ by_weight) * self._lora.scaling
-            found["lora_B"] = (by_weight @ self._lora_a.t()) * self._lora.scaling
+            # In the dtype of G: widening it would tell nothing more.
+            lora_a, lora_b = self._lora_a.to(gradient.dtype), self._lora_b.to(gradient.dtype)
+            found["lora_A"] = (lora_b.t() @ gradient).to(torch.float32) * self._lora.scaling
+            found["lora_B"] = (gradient @ lora_a.t()).to(torch.float32) * self._lora.scaling
         return found
+
+    def _wide(self) -> torch.Tensor:
+        """Return codes less zeros in float32: products of mixed dtypes take several times as long."""
+        return self._centred.to(torch.float32)
 
     def step(self, gradient: torch.Tensor, rate: float) -> None:
         """Move scales, A and B by one step of Adam.
@@ -111,9 +136,9 @@ class TrainedLayer:
         """
         found = self.derivatives(gradient)
         if self._scale_steps is not None:
-            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=_SCALE_RATE * rate)
+            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=self._rates.scales * rate)
         if self._lora is not None:
-            size = _ADAPTER_RATE * rate
+            size = self._rates.adapter * rate
             self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
             self._lora_b.sub_(self._b_steps.direction(found["lora_B"]), alpha=size * self._b_size)
 

@@ -1,11 +1,11 @@
-"""Train the layers of a block together on what the block puts out, and keep the best step."""
+"""Train layers together on what they put out, and keep the best step."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 
 from cloq_export.types import LoraPair, QuantizedLayer
 
-# Windows that judge are never trained on: one batch in eight.
-_HELD_OUT_EVERY = 8
+# Windows that judge are never trained on: one batch in eight, and eight are enough.
+_HELD_OUT_EVERY, _HELD_OUT_AT_MOST = 8, 8
 # A step costs three times a judgement's batch; ten judgements tell the best step well enough.
-_JUDGEMENTS = 10
+JUDGEMENTS = 10
 _PATIENCE = 4
 
 
@@ -39,6 +39,23 @@ class TrainableLayer(Protocol):
 
 
 Solution = dict[str, tuple[QuantizedLayer, LoraPair | None]]
+
+
+class Objective(Protocol):
+    """What training lowers, with the weights that its layers would serve now."""
+
+    @property
+    def batches(self) -> int:
+        """Return the number of batches."""
+
+    def error(self, batches: Sequence[int]) -> float:
+        """Return the mean error of some batches, NaN or Inf where it is no number."""
+
+    def gradients(self, batch: int) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yield each layer's name and the derivative of one batch's error by its weight.
+
+        A layer may be stepped as soon as its own derivative is there.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +108,22 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.to(torch.float32) - target.to(output.device, torch.float32)).square().mean()
 
 
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the sum over tokens of `KL(p || q) = sum_v p_v (log p_v - log q_v)`, in nats, a float32 scalar.
+
+    Args:
+        logits: of q, (..., vocabulary) float.
+        wanted: of p, same shape.
+    """
+    log_p = wanted.to(torch.float32).log_softmax(-1)
+    log_q = logits.to(torch.float32).log_softmax(-1)
+    return nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+
+
 def held_out_batches(batches: int) -> list[int]:
-    """Return the batches that only judge: the last eighth, at least one; all of them where there is only one."""
-    return list(range(batches - max(1, batches // _HELD_OUT_EVERY), batches))
+    """Return the batches that only judge: the last eighth, from one to eight; all of them where there is only one."""
+    judging = min(max(1, batches // _HELD_OUT_EVERY), _HELD_OUT_AT_MOST)
+    return list(range(batches - judging, batches))
 
 
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -109,90 +139,130 @@ def held_out_error(
         targets: per batch, what its output should be.
         measure: error of an output beside its target.
     """
-    with torch.no_grad():
-        errors = [float(measure(forward(batch), targets[batch])) for batch in held_out_batches(len(targets))]
-    return sum(errors) / len(errors)
+    return _mean_error(forward, targets, measure, held_out_batches(len(targets)))
 
 
-def train_layers(
-    layers: Mapping[str, TrainableLayer],
-    forward: Callable[[int], torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    *,
-    steps: int,
-    seed: int,
-    measure: Measure = relative_error,
-) -> Refinement:
-    """Train layers together until `forward` puts out nearly the targets, and leave the best step installed.
-
-    A step takes one batch, drawn without repetition until all were seen. The rate falls linearly to zero. Ten times on
-    the way, and before the first step, the layers are judged on batches that are never trained on; training ends early
-    when four judgements in a row are no better than the best one. The same seed gives the same bits.
+class OutputObjective:
+    """The error of an output that one call gives: of a block, or of a single layer.
 
     Args:
         layers: module name -> layer; their parameters are the weights that `forward` uses.
         forward: runs a batch, by number, through the weights as they stand, with gradients if those are on.
         targets: per batch, what its output should be, of the shape of the output.
+        measure: error of an output beside its target.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, TrainableLayer],
+        forward: Callable[[int], torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        measure: Measure = relative_error,
+    ) -> None:
+        self._layers = layers
+        self._forward = forward
+        self._targets = targets
+        self._measure = measure
+
+    @property
+    def batches(self) -> int:
+        """Return the number of batches."""
+        return len(self._targets)
+
+    def error(self, batches: Sequence[int]) -> float:
+        """Return the mean error of some batches."""
+        self._install()
+        return _mean_error(self._forward, self._targets, self._measure, batches)
+
+    def gradients(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return each layer's name and the derivative of one batch's error by its weight."""
+        self._install()
+        parameters = [layer.parameter for layer in self._layers.values()]
+        with gradients_by(parameters):
+            loss = self._measure(self._forward(batch), self._targets[batch])
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return zip(self._layers, zeros_for_none(found, parameters), strict=True)
+
+    def _install(self) -> None:
+        for layer in self._layers.values():
+            layer.install()
+
+
+def train_layers(
+    layers: Mapping[str, TrainableLayer],
+    objective: Objective,
+    *,
+    steps: int,
+    seed: int,
+    warmup: float = 0.0,
+    patience: int = _PATIENCE,
+    progress: Callable[[int], None] | None = None,
+) -> Refinement:
+    """Train layers together until an objective is nearly reached, and keep the best step.
+
+    A step takes one batch, drawn without repetition until all were seen. The rate falls linearly to zero, after it has
+    risen from it over the share `warmup` of the steps. Ten times on
+    the way, and before the first step, the layers are judged on batches that are never trained on; training ends early
+    when `patience` judgements in a row are no better than the best one. The same seed gives the same bits.
+
+    Args:
+        layers: module name -> layer.
+        objective: what is lowered; its names are those of `layers`.
         steps: how many steps at most.
         seed: draws the order of batches.
-        measure: the error that is trained on and judged by.
-
-    Returns:
-        Refinement. Without a better step the start stays installed.
+        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
+        patience: four where the start is near the end; as long as a rising rate first undoes what was solved, more.
+        progress: is told how many steps are made.
     """
-    held_out = held_out_batches(len(targets))
-    trained_on = [batch for batch in range(len(targets)) if batch not in held_out] or held_out
-    parameters = [layer.parameter for layer in layers.values()]
+    held_out = held_out_batches(objective.batches)
+    trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-
-    def loss_of(batch: int) -> torch.Tensor:
-        return measure(forward(batch), targets[batch])
-
-    def judged() -> float:
-        for layer in layers.values():
-            layer.install()
-        return held_out_error(forward, targets, measure)
-
-    error_before = best = judged()
-    start = [parameter.data for parameter in parameters]
-    kept, kept_weights, best_step, since, step, diverged = None, start, 0, 0, 0, not math.isfinite(error_before)
-    while step < steps and not diverged and since < _PATIENCE:
+    error_before = best = objective.error(held_out)
+    kept: Solution | None = None
+    best_step, since, step, diverged = 0, 0, 0, not math.isfinite(error_before)
+    while step < steps and not diverged and since < patience:
         if not order:
             order = [trained_on[i] for i in torch.randperm(len(trained_on), generator=generator).tolist()]
-        batch = order.pop()
-        gradients = _gradients(parameters, functools.partial(loss_of, batch))
-        for layer, gradient in zip(layers.values(), gradients, strict=True):
-            layer.step(gradient, 1.0 - step / steps)
+        rate = (1.0 - step / steps) * min(1.0, (step + 1) / max(1.0, warmup * steps))
+        for name, gradient in objective.gradients(order.pop()):
+            layers[name].step(gradient, rate)
         step += 1
-        if step % max(1, steps // _JUDGEMENTS) and step < steps:
-            for layer in layers.values():
-                layer.install()
+        if progress is not None:
+            progress(step)
+        if step % max(1, steps // JUDGEMENTS) and step < steps:
             continue
-        error = judged()
+        error = objective.error(held_out)
         since += 1
         diverged = not math.isfinite(error)
         if error < best:
             best, best_step, since = error, step, 0
             kept = {name: layer.result() for name, layer in layers.items()}
-            kept_weights = [parameter.data for parameter in parameters]
-    for parameter, weight in zip(parameters, kept_weights, strict=True):
-        parameter.data = weight
     return Refinement(kept, error_before, best, best_step, step, diverged)
 
 
-def _gradients(parameters: Sequence[nn.Parameter], loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    """Return the derivatives of a loss by some parameters; a parameter that had no part in it gets zeros."""
+def _mean_error(
+    forward: Callable[[int], torch.Tensor], targets: Sequence[torch.Tensor], measure: Measure, batches: Sequence[int]
+) -> float:
+    with torch.no_grad():
+        return sum(float(measure(forward(batch), targets[batch])) for batch in batches) / len(batches)
+
+
+@contextlib.contextmanager
+def gradients_by(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Record what is computed from some parameters; their `requires_grad` is then as it was."""
     wanted = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+            yield
     finally:
         for parameter, before in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(before)
-    return [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
-    ]
+
+
+def zeros_for_none(found: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> Iterator[torch.Tensor]:
+    """Yield derivatives; a parameter that had no part in the error gets zeros."""
+    for parameter, gradient in zip(parameters, found, strict=True):
+        yield torch.zeros_like(parameter) if gradient is None else gradient

@@ -1,6 +1,9 @@
 """The GPTQ layout, versions 1 and 2; see SPEC.md."""
 
 from cloq_export.formats.gptq.codec import (
+    AUTO_ROUND,
+    AUTO_ROUND_DEFAULT,
+    AUTO_ROUND_PACKINGS,
     GPTQ_V1,
     GPTQ_V2,
     GptqLayout,
@@ -13,6 +16,9 @@ from cloq_export.formats.gptq.codec import (
 )
 
 __all__ = [
+    "AUTO_ROUND",
+    "AUTO_ROUND_DEFAULT",
+    "AUTO_ROUND_PACKINGS",
     "GPTQ_V1",
     "GPTQ_V2",
     "GptqLayout",

@@ -23,8 +23,18 @@ Version = Literal[1, 2]
 
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
+AUTO_ROUND = "auto-round"
+# packing_format of AutoRound -> the layout of its words; a file that says nothing is of a version that stored zero - 1.
+AUTO_ROUND_PACKINGS: Mapping[str, str] = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round": "gptq_v2",
+}
+AUTO_ROUND_DEFAULT = "auto_round:auto_gptq"
+
 _WORD_BITS = 32
 _LAYOUT_NAMES: dict[int, str] = {1: "gptq", 2: "gptq_v2"}
+_MODULE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 _EXACT_PATTERN = re.compile(r"[+-]:\^(?P<name>(?:[\w-]|\\[.\-])+)\$")
 
 
@@ -215,7 +225,7 @@ def quantization_config(
 
 
 def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quantization_config") -> StoredGrids:
-    """Read a `quantization_config`, ours or a plain one of the same layout.
+    """Read a `quantization_config`, ours, a plain one of the same layout, or one of AutoRound's.
 
     Args:
         config: the JSON object.
@@ -227,6 +237,8 @@ def parse_quantization_config(config: Mapping[str, Any], *, source: str = "quant
     Raises:
         FormatError: it is of another method or format version, asks for act-order, or is damaged.
     """
+    if config.get("quant_method") == AUTO_ROUND:
+        return _parse_auto_round(config, source)
     if config.get("quant_method") != "gptq":
         raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r:.80}; this reader knows 'gptq'.")
     # GPTQModel writes the same thing under two names; some files have only the second.
@@ -269,18 +281,20 @@ class GptqLayout(Layout):
 
     Args:
         version: 1 stores `zero - 1`, 2 stores `zero`.
+        indexed: whether a file has a g_idx; AutoRound leaves it out. Written it always is.
     """
 
     quant_method = "gptq"
     roles: Mapping[str, Role] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales", "g_idx": "index"}
 
-    def __init__(self, version: Version) -> None:
+    def __init__(self, version: Version, *, indexed: bool = True) -> None:
         self.name = layout_name(version)
         self.version: Version = version
+        self._indexed = indexed
 
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
         """Return the parts, the same for every grid."""
-        return TENSOR_NAMES
+        return TENSOR_NAMES if self._indexed else tuple(part for part in TENSOR_NAMES if part != "g_idx")
 
     def check_packable(self, out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
         """Refuse what `check_packable` refuses."""
@@ -289,12 +303,13 @@ class GptqLayout(Layout):
     def headers(self, out_features: int, in_features: int, spec: QuantSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return part -> (dtype code, shape); SPEC.md section 1."""
         groups = spec.group_count(in_features)
-        return {
+        whole: dict[str, tuple[str, tuple[int, ...]]] = {
             "qweight": ("I32", (in_features * spec.bits // _WORD_BITS, out_features)),
             "qzeros": ("I32", (groups, out_features * spec.bits // _WORD_BITS)),
             "scales": ("F16", (groups, out_features)),
             "g_idx": ("I32", (in_features,)),
         }
+        return {part: whole[part] for part in self.parts(spec)}
 
     def features(
         self,
@@ -321,6 +336,10 @@ class GptqLayout(Layout):
         self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, *, name: str = "layer"
     ) -> QuantizedLayer:
         """Return the layer; see `unpack_layer`."""
+        if not self._indexed and "qweight" in tensors:
+            words = tensors["qweight"]
+            in_features = words.shape[0] * _WORD_BITS // spec.bits if words.ndim else 0
+            tensors = {**tensors, "g_idx": _group_index(in_features, spec, words.device)}
         return unpack_layer(tensors, spec, version=self.version, name=name)
 
     def quantization_config(
@@ -340,6 +359,35 @@ class GptqLayout(Layout):
 GPTQ_V1 = GptqLayout(1)
 GPTQ_V2 = GptqLayout(2)
 _LAYOUTS: dict[Version, GptqLayout] = {1: GPTQ_V1, 2: GPTQ_V2}
+_WITHOUT_INDEX: dict[str, GptqLayout] = {
+    layout_name(version): GptqLayout(version, indexed=False) for version in _LAYOUTS
+}
+
+
+def _parse_auto_round(config: Mapping[str, Any], source: str) -> StoredGrids:
+    """Read what AutoRound 0.16 writes of its own: the words of GPTQ, without g_idx."""
+    packing = config.get("packing_format", AUTO_ROUND_DEFAULT)
+    if not isinstance(packing, str) or packing not in AUTO_ROUND_PACKINGS:
+        raise FormatError(
+            f"{source}: packing_format is {packing!r:.80}; of AutoRound's, this reader knows "
+            f"{', '.join(AUTO_ROUND_PACKINGS)}. Export it again with one of those."
+        )
+    if config.get("data_type", "int") != "int":
+        raise FormatError(f"{source}: data_type is {config['data_type']!r:.80}; only 'int' is read.")
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, Mapping):
+        raise FormatError(f"{source}: extra_config is a {type(extra).__name__}; expected an object.")
+    overrides: dict[str, QuantSpec | None] = {}
+    for module, values in extra.items():
+        if not isinstance(module, str) or not _MODULE_NAME.fullmatch(module) or not isinstance(values, Mapping):
+            raise FormatError(
+                f"{source}: extra_config speaks of {str(module)[:80]!r}, which is not an exact module name with an "
+                "object of options; patterns are not read."
+            )
+        # A layer that stays float is written as one of 16 bits.
+        overrides[module] = None if values.get("bits") in (16, 32) else _read_spec(config, values, source)
+    layout = _WITHOUT_INDEX[AUTO_ROUND_PACKINGS[packing]]
+    return StoredGrids(layout, _read_spec(config, {}, source), overrides, None, None)
 
 
 def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -> QuantSpec:

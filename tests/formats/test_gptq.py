@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -390,3 +391,53 @@ def test_hostile_config(change: dict, message: str) -> None:
     config = quantization_config({"a": QuantSpec(4, 64)}, base_fingerprint=FINGERPRINT) | change
     with pytest.raises(FormatError, match=message):
         parse_quantization_config(config, source="c")
+
+
+AUTO_ROUND_CONFIG: dict[str, Any] = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round",
+    "data_type": "int",
+    "bits": 2,
+    "group_size": 64,
+    "sym": False,
+}
+
+
+@pytest.mark.parametrize(("packing", "version"), [("auto_round", 2), ("auto_round:gptqmodel", 2), (None, 1)])
+def test_autoround_files_hold_the_words_of_gptq_without_an_index(packing: str | None, version: int) -> None:
+    layer = make_layer(QuantSpec(2, 64), 16, 128, least_zero=1)
+    parts = gptq.pack_layer(layer, version=version)
+    del parts["g_idx"]
+    config = {key: value for key, value in AUTO_ROUND_CONFIG.items() if key != "packing_format"}
+    grids = gptq.parse_quantization_config(config if packing is None else {**config, "packing_format": packing})
+    assert grids.layout.name == gptq.layout_name(version)
+    assert set(grids.layout.parts(grids.default)) == set(parts) == set(grids.layout.headers(16, 128, grids.default))
+    assert_same(grids.layout.unpack_layer(parts, grids.default), layer)
+
+
+def test_autoround_names_the_layers_that_differ() -> None:
+    extra = {"a.b": {"bits": 4, "group_size": 32}, "a.c": {"bits": 16}}
+    grids = gptq.parse_quantization_config({**AUTO_ROUND_CONFIG, "extra_config": extra})
+    assert grids.spec_for("a.b") == QuantSpec(4, 32)
+    assert grids.spec_for("a.c") is None
+    assert grids.spec_for("a.d") == QuantSpec(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packing_format": "auto_round:auto_awq"}, "packing_format is 'auto_round:auto_awq'; of AutoRound's"),
+        ({"data_type": "mx_fp"}, "data_type is 'mx_fp'; only 'int' is read"),
+        ({"extra_config": {".*down.*": {"bits": 4}}}, "extra_config speaks of '.*down.*', which is not an exact"),
+        ({"extra_config": []}, None),
+        ({"extra_config": [1]}, "extra_config is a list"),
+        ({"bits": "2"}, "bits '2'"),
+    ],
+)
+def test_other_autoround_configs_are_refused(changes: dict[str, Any], message: str | None) -> None:
+    config = {**AUTO_ROUND_CONFIG, **changes}
+    if message is None:
+        assert not gptq.parse_quantization_config(config).overrides
+        return
+    with pytest.raises(FormatError, match=re.escape(message)):
+        gptq.parse_quantization_config(config)

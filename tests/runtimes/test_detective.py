@@ -386,9 +386,11 @@ def test_autoround_files_without_index(tmp_path, packing, version, label):
     }
     found = examine(write(tmp_path / "m", quantization, make))
     assert (found.label, found.content, found.producer) == (label, label, "auto_round:0.16.1")
-    assert not found.readable
-    assert only(found, "no-index").level == "wrong"
+    assert found.readable
+    assert "no-index" not in kinds(found)
     assert "version" not in kinds(found)
+    relabelled = gptq_config(4, 64)
+    assert only(examine(write(tmp_path / "n", relabelled, make)), "no-index").level == "wrong"
 
 
 def test_autoround_symmetric_files_may_have_negative_scales(tmp_path):

@@ -37,7 +37,8 @@ def main() -> None:
     )
     rounding.quantize()
     seconds = time.perf_counter() - started
-    rounding.save_quantized(job["out"], format="auto_gptq", inplace=True)
+    # Its own format: what it writes as auto_gptq cannot hold a zero of 0.
+    rounding.save_quantized(job["out"], format="auto_round", inplace=True)
     found = sorted(path.parent for path in Path(job["out"]).rglob("config.json"))
     report = {
         "checkpoint": str(found[0]),

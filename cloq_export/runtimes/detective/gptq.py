@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
 from cloq_export.formats.layout import Headers
 from cloq_export.kernels.bitpack import unpack_columns, unpack_rows
 from cloq_export.run.directory import natural_order
@@ -38,8 +39,6 @@ from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _LABELS = ("gptq", "gptq_v2", "gptq_p")
-# AutoRound's names -> ours; the first stores zeros less one, the others as they are.
-_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2"}
 
 
 @dataclasses.dataclass
@@ -57,11 +56,12 @@ def examine_gptq(case: Case, modules: list[str]) -> Verdict:
     note_extra(case, modules, _PARTS)
     whole = [module for module in modules if all(f"{module}.{part}" in case.headers for part in _PARTS[:3])]
     lacking = [module for module in whole if f"{module}.g_idx" not in case.headers]
-    if lacking:
+    # AutoRound leaves it out, groups being sequential, and its label says that the file is one of those.
+    if lacking and case.text("quant_method") != AUTO_ROUND:
         case.suspect(
             "no-index",
             "wrong",
-            f"{counted(lacking, modules)} have no g_idx, which AutoRound leaves out where groups are sequential",
+            f"{counted(lacking, modules)} have no g_idx, which only AutoRound's own format may leave out",
             f"the first is {lacking[0]}",
             "add a g_idx of i // group_size to each module, or export again with GPTQModel.",
         )
@@ -98,9 +98,9 @@ def examine_gptq(case: Case, modules: list[str]) -> Verdict:
 
 def gptq_label(case: Case) -> tuple[str, str]:
     """Return the layout that the file says it has, and in which words it says so."""
-    if case.text("quant_method") == "auto-round":
-        packing = case.text("packing_format") or "auto_round:auto_gptq"
-        return _AUTO_ROUND.get(packing, packing), f"packing_format {packing!r}"
+    if case.text("quant_method") == AUTO_ROUND:
+        packing = case.text("packing_format") or AUTO_ROUND_DEFAULT
+        return AUTO_ROUND_PACKINGS.get(packing, packing), f"packing_format {packing!r}"
     told = {key: case.text(key) for key in ("checkpoint_format", "format") if case.text(key) is not None}
     if len(set(told.values())) > 1:
         case.suspect(
