@@ -80,6 +80,8 @@ class Start:
 
 STARTS: dict[str, Start] = {
     "cloq": Start(),
+    "cloq-paper": Start(quantize={"preset": "paper"}),
+    "cloq-refine": Start(quantize={"refine": "model"}),
     # Table 6 of the CLoQ paper.
     "cloq-balanced": Start(adapt={"split": "balanced"}),
     "cloq-transposed": Start(adapt={"split": "transposed"}),

@@ -44,7 +44,7 @@ class Rates:
     adapter: float
 
 
-BLOCK_RATES, MODEL_RATES = Rates(5e-3, 1e-2), Rates(1e-3, 5e-3)
+BLOCK_RATES, MODEL_RATES = Rates(5e-3, 1e-2), Rates(2e-3, 5e-3)
 
 
 class TrainedLayer:
