@@ -97,7 +97,9 @@ class Recipe:
         "(all together, on what the model says); or ApiQ's layer-wise or block-wise scheme instead of solving.",
     )
     refine_steps: int = _option(200, "Steps of the refinement of each block, or of the model (apiq-lw: of each layer).")
-    calibration: str = _option("wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, a hub id, or several joined by +.")
+    calibration: str = _option(
+        "wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, a hub id, or several joined by +."
+    )
     samples: int = _option(128, "Number of calibration windows.")
     seqlen: int = _option(2048, "Tokens in a calibration window.")
     seed: int = _option(0, "Seed that draws the calibration windows.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -22,13 +24,16 @@ from cloq_export.refine import (
     JUDGEMENTS,
     MODEL_RATES,
     Refinement,
+    Standing,
     TrainedLayer,
     divergence,
     gradients_by,
     train_layers,
     zeros_for_none,
 )
+from cloq_export.run.atomic import write_safetensors
 from cloq_export.run.directory import RunDirectory, StoredLayer
+from cloq_export.run.safe_tensors import read_safetensors, read_safetensors_header
 
 # Tokens whose logits stand in memory at once: a vocabulary is up to hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
@@ -47,6 +52,7 @@ def refine_model(
     recipe: Recipe,
     solved: RunDirectory,
     *,
+    folder: Path,
     keeps_codes: bool,
     progress: Callable[[int], None] | None = None,
 ) -> Refinement:
@@ -57,6 +63,7 @@ def refine_model(
         plan: which layers; their weights in the model are the float ones, and stay so.
         recipe: every option of the run.
         solved: holds the start of every layer.
+        folder: where training keeps what it goes on from after a kill.
         keeps_codes: train the adapters alone, and no scales.
         progress: is told how many steps are made.
 
@@ -89,8 +96,57 @@ def refine_model(
             seed=recipe.seed,
             warmup=_WARMUP,
             patience=JUDGEMENTS,
+            record=TrainingRecord(folder, everything),
             progress=progress,
         )
+
+
+class TrainingRecord:
+    """What the layers of a training hold, in files: `now.safetensors`, and `best-STEP.safetensors` where that is other.
+
+    Args:
+        folder: where the files are, made if need be.
+        layers: module name -> layer.
+    """
+
+    def __init__(self, folder: Path, layers: Mapping[str, TrainedLayer]) -> None:
+        self._folder = folder
+        self._layers = layers
+        self._now = folder / "now.safetensors"
+
+    def save(self, standing: Standing) -> None:
+        """Keep all that the layers hold now."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{module}/{part}": tensor
+            for module, layer in self._layers.items()
+            for part, tensor in layer.state().items()
+        }
+        best = self._best(standing)
+        if standing.best_step == standing.step:
+            write_safetensors(best, tensors)
+        # The best comes first: a kill in between leaves the last file and the best of its time.
+        write_safetensors(self._now, tensors, {"standing": json.dumps(dataclasses.asdict(standing))})
+        for path in self._folder.glob("best-*.safetensors"):
+            if path != best:
+                path.unlink()
+
+    def load(self) -> Standing | None:
+        """Return where training stood at the last `save`."""
+        if not self._now.exists():
+            return None
+        return Standing(**json.loads(read_safetensors_header(self._now)[1]["standing"]))
+
+    def restore(self, *, best: bool) -> None:
+        """Put back into the layers what they held at the best judgement, or else at the last one."""
+        standing = self.load()
+        assert standing is not None
+        tensors, _ = read_safetensors(self._best(standing) if best else self._now)
+        for module, layer in self._layers.items():
+            layer.restore({part: tensors[f"{module}/{part}"] for part in layer.state()})
+
+    def _best(self, standing: Standing) -> Path:
+        return self._folder / f"best-{standing.best_step}.safetensors"
 
 
 def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:

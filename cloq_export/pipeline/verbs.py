@@ -593,7 +593,7 @@ def _refine_model(
             _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
         device = device_of(recipe)
         batch = usual_windows_per_batch(recipe)
-        # What the layers were solved on would flatter them: to them, those windows' errors are the ones that are mended.
+        # Windows that the layers were solved on would flatter the start: its errors on those are mended already.
         other = recipe.changed({"samples": batch * refinement_batches(recipe.refine_steps), "seed": recipe.seed + 1})
         fresh = _windows(loaded, other, calibration)
         started = time.perf_counter()
@@ -603,7 +603,13 @@ def _refine_model(
             )
             with step_progress(session.console, "refine the model", recipe.refine_steps) as progress:
                 found = refine_model(
-                    stream, plan, recipe, solved, keeps_codes=kept_codes is not None, progress=progress
+                    stream,
+                    plan,
+                    recipe,
+                    solved,
+                    folder=work.parent / "refinement",
+                    keeps_codes=kept_codes is not None,
+                    progress=progress,
                 )
         except torch.OutOfMemoryError:
             raise UsageError(
@@ -614,7 +620,8 @@ def _refine_model(
         session.seconds["refine"] = time.perf_counter() - started
         for name, stored in refined_layers(found, plan, solved).items():
             directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
-    shutil.rmtree(work)
+    for done in (work, work.parent / "refinement"):
+        shutil.rmtree(done, ignore_errors=True)
     with contextlib.suppress(OSError):  # another adapter may be in the making there
         work.parent.rmdir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -29,6 +30,14 @@ class _Adam:
         # No constant beside the root: gradients of a block have no natural size. Without any gradient nothing moves.
         mean = self._mean / (1.0 - _MOMENTUM**self._steps)
         return torch.where(root > 0, mean / root, mean)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"mean": self._mean, "squares": self._squares, "steps": torch.tensor(self._steps)}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._mean.copy_(state["mean"])
+        self._squares.copy_(state["squares"])
+        self._steps = int(state["steps"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +150,33 @@ class TrainedLayer:
             size = self._rates.adapter * rate
             self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
             self._lora_b.sub_(self._b_steps.direction(found["lora_B"]), alpha=size * self._b_size)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that training moves, e.g. "log_scales" (out, groups, 1) and "log_scales.mean"; not copied."""
+        return {
+            name if part is None else f"{name}.{part}": tensor
+            for name, (values, adam) in self._trained().items()
+            for part, tensor in {None: values, **adam.state()}.items()
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state` returned.
+
+        Args:
+            state: on any device, with the names and shapes of this layer.
+        """
+        for name, (values, adam) in self._trained().items():
+            values.copy_(state[name])
+            adam.restore({part: state[f"{name}.{part}"] for part in adam.state()})
+
+    def _trained(self) -> dict[str, tuple[torch.Tensor, _Adam]]:
+        found: dict[str, tuple[torch.Tensor, _Adam]] = {}
+        if self._scale_steps is not None:
+            found["log_scales"] = self._log, self._scale_steps
+        if self._lora is not None:
+            found["lora_A"] = self._lora_a, self._a_steps
+            found["lora_B"] = self._lora_b, self._b_steps
+        return found
 
     def result(self) -> tuple[QuantizedLayer, LoraPair | None]:
         """Return the layer as it would be stored now."""

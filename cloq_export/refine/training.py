@@ -59,6 +59,38 @@ class Objective(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where training stands after a judgement.
+
+    Args:
+        step: steps that were made.
+        error_before: held-out error of the start.
+        best: the lowest held-out error so far.
+        best_step: its step, 0 for the start.
+        since: judgements since then.
+    """
+
+    step: int
+    error_before: float
+    best: float
+    best_step: int
+    since: int
+
+
+class Record(Protocol):
+    """Keeps what layers hold after every judgement outside of the process, so that training goes on after a kill."""
+
+    def save(self, standing: Standing) -> None:
+        """Keep all that the layers hold now; it is the best if `standing.best_step` is `standing.step`."""
+
+    def load(self) -> Standing | None:
+        """Return where training stood at the last `save`, None if there was none."""
+
+    def restore(self, *, best: bool) -> None:
+        """Put back into the layers what they held at the best judgement, or else at the last one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Refinement:
     """What training brought.
 
@@ -196,14 +228,15 @@ def train_layers(
     seed: int,
     warmup: float = 0.0,
     patience: int = _PATIENCE,
+    record: Record | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Refinement:
     """Train layers together until an objective is nearly reached, and keep the best step.
 
     A step takes one batch, drawn without repetition until all were seen. The rate falls linearly to zero, after it has
-    risen from it over the share `warmup` of the steps. Ten times on
-    the way, and before the first step, the layers are judged on batches that are never trained on; training ends early
-    when `patience` judgements in a row are no better than the best one. The same seed gives the same bits.
+    risen from it over the share `warmup` of the steps. Ten times on the way, and before the first step, the layers are
+    judged on batches that are never trained on; training ends early when `patience` judgements in a row are no better
+    than the best one. The same seed gives the same bits, wherever training was stopped in between.
 
     Args:
         layers: module name -> layer.
@@ -212,22 +245,38 @@ def train_layers(
         seed: draws the order of batches.
         warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
         patience: four where the start is near the end; as long as a rising rate first undoes what was solved, more.
+        record: where training may have stood before; None begins at the start.
         progress: is told how many steps are made.
+
+    Returns:
+        Refinement: the layers as the best judgement found them.
     """
     held_out = held_out_batches(objective.batches)
     trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    error_before = best = objective.error(held_out)
     kept: Solution | None = None
-    best_step, since, step, diverged = 0, 0, 0, not math.isfinite(error_before)
+    standing = record.load() if record is not None else None
+    if record is None or standing is None:
+        before = objective.error(held_out)
+        standing = Standing(0, before, before, 0, 0)
+    else:
+        if standing.best_step:
+            record.restore(best=True)
+            kept = _results(layers)
+        record.restore(best=False)
+    error_before, best, best_step, since = standing.error_before, standing.best, standing.best_step, standing.since
+    step, diverged = 0, not math.isfinite(error_before)
     while step < steps and not diverged and since < patience:
         if not order:
             order = [trained_on[i] for i in torch.randperm(len(trained_on), generator=generator).tolist()]
-        rate = (1.0 - step / steps) * min(1.0, (step + 1) / max(1.0, warmup * steps))
-        for name, gradient in objective.gradients(order.pop()):
-            layers[name].step(gradient, rate)
+        batch = order.pop()
         step += 1
+        if step <= standing.step:
+            continue
+        rate = (1.0 - (step - 1) / steps) * min(1.0, step / max(1.0, warmup * steps))
+        for name, gradient in objective.gradients(batch):
+            layers[name].step(gradient, rate)
         if progress is not None:
             progress(step)
         if step % max(1, steps // JUDGEMENTS) and step < steps:
@@ -237,8 +286,14 @@ def train_layers(
         diverged = not math.isfinite(error)
         if error < best:
             best, best_step, since = error, step, 0
-            kept = {name: layer.result() for name, layer in layers.items()}
+            kept = _results(layers)
+        if record is not None and not diverged:
+            record.save(Standing(step, error_before, best, best_step, since))
     return Refinement(kept, error_before, best, best_step, step, diverged)
+
+
+def _results(layers: Mapping[str, TrainableLayer]) -> Solution:
+    return {name: layer.result() for name, layer in layers.items()}
 
 
 def _mean_error(

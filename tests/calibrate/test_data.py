@@ -208,7 +208,7 @@ def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
     # A file's own name may have the sign in it.
     single = load_text(str(tmp_path / "c+c.txt"))
     assert (single.text, single.parts) == ("c" * 50, ())
-    with pytest.raises(CalibrationError, match="'missing.txt' is not a readable text file"):
+    with pytest.raises(CalibrationError, match=r"'missing\.txt' is not a readable text file"):
         load_text(f"{tmp_path / 'one.txt'}+missing.txt")
 
 

@@ -634,7 +634,9 @@ def test_act_order_is_refused_by_its_tensor() -> None:
 def test_checkpoint_without_packed_tensors() -> None:
     with pytest.raises(FormatError, match=r"c: there is no quantized module \(no tensor is named weight_packed\)"):
         read_quantization_config(foreign(LINEAR), {"a.weight": ("F16", (4, 4))}, source="c")
-    with pytest.raises(FormatError, match="quant_method is 'awq'; this program reads auto-round, compressed-tensors, gptq"):
+    with pytest.raises(
+        FormatError, match="quant_method is 'awq'; this program reads auto-round, compressed-tensors, gptq"
+    ):
         read_quantization_config({"quant_method": "awq"}, {})
 
 

@@ -95,6 +95,12 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
     assert summary["seconds"]["refine"] > 0
     assert not (whole / "work").exists()
 
+    steps, calls_of_last = TrainedLayer.step, [0]
+
+    def counted(*args: Any) -> None:
+        calls_of_last[0] += 1
+        steps(*args)
+
     for place, number in ((RunDirectory, 5), (TrainedLayer, 60), (RunDirectory, 8)):
         name = "write_layer" if place is RunDirectory else "step"
         plain, calls = getattr(place, name), 0
@@ -107,12 +113,17 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
             plain(*args)
 
         with monkeypatch.context() as patch:
+            calls_of_last = [0]
+            patch.setattr(TrainedLayer, "step", counted)
             patch.setattr(place, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 pipeline.run(recipe, stopped, console=silent)
         assert (stopped / "work" / "solved" / "layers").is_dir()
+    # Stopped in the fifth step, it went on from the fourth: a judgement comes every second one.
+    assert calls_of_last == [14 * 16]
     pipeline.run(recipe, stopped, console=silent)
     assert contents(stopped) == contents(whole)
+    assert not (stopped / "work").exists()
 
 
 def test_a_divergence_that_is_no_number_keeps_what_was_solved(
