@@ -152,11 +152,18 @@ def train_cpu(content: Content) -> list[str]:
     ]
 
 
-def compare_small(content: Content) -> list[str]:
+def comparison(content: Content) -> list[str]:
     """Return the start points after training."""
     from cloq_export.pipeline.comparing import comparison_table
 
     return comparison_table(content).strip().splitlines()
+
+
+def frontier(content: Content) -> list[str]:
+    """Return what every method makes of a model, by stored bits."""
+    from cloq_export.pipeline.frontier import frontier_table
+
+    return frontier_table(content).strip().splitlines()
 
 
 # File -> heading, command, what renders it.
@@ -190,7 +197,17 @@ PARTS: Mapping[str, tuple[str, str, Callable[[Content], list[str]]]] = {
     "compare-small.json": (
         "Which start trains best",
         "cloq compare small --out COMPARISON",
-        compare_small,
+        comparison,
+    ),
+    "compare-refined.json": (
+        "What a refined start is worth after training",
+        "cloq compare refined --out COMPARISON",
+        comparison,
+    ),
+    "frontier-small.json": (
+        "Perplexity for every stored bit",
+        "cloq frontier --out FRONTIER",
+        frontier,
     ),
     "train_cpu.json": (
         "A training step on the CPU",
