@@ -18,6 +18,7 @@ from cloq_export.run.safe_json import read_json
 
 _WORKERS = Path(__file__).with_name("peer_workers")
 _SHOWN_CHARACTERS = 300
+_HOURS = 6.0
 
 
 class PeerError(Exception):
@@ -72,7 +73,12 @@ def run_peer(name: str, job: Mapping[str, Any], environments: Path, place: Path,
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     command = [str(python), str(_WORKERS / peer.worker), str(job_file), str(result)]
     with console.status(f"{name} is at work; its log is {log}"), log.open("w", encoding="utf-8") as sink:
-        code = subprocess.run(command, cwd=place, env=clean, stdout=sink, stderr=subprocess.STDOUT).returncode
+        try:
+            code = subprocess.run(
+                command, cwd=place, env=clean, stdout=sink, stderr=subprocess.STDOUT, timeout=3600 * _HOURS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise PeerError(f"gave no result within {_HOURS:g} hours (the log is {log})") from None
     if code or not result.exists():
         raise PeerError(f"failed with exit code {code}: {_last_line(log)} (the log is {log})")
     return read_json(result)

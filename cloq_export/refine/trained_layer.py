@@ -153,11 +153,11 @@ class TrainedLayer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all that training moves, e.g. "log_scales" (out, groups, 1) and "log_scales.mean"; not copied."""
-        return {
-            name if part is None else f"{name}.{part}": tensor
-            for name, (values, adam) in self._trained().items()
-            for part, tensor in {None: values, **adam.state()}.items()
-        }
+        found: dict[str, torch.Tensor] = {}
+        for name, (values, adam) in self._trained().items():
+            found[name] = values
+            found |= {f"{name}.{part}": tensor for part, tensor in adam.state().items()}
+        return found
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over what `state` returned.

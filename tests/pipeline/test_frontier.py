@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,25 @@ def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent
         measure_frontier(other, out, console=silent)
     with pytest.raises(UsageError, match="the frontier has no method 'cloq'; it has"):
         measure_frontier(frontier, out, methods=["cloq"], console=silent)
+
+
+def test_a_peer_that_never_ends_is_stopped(tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(peers, "_HOURS", 1e-4)
+    monkeypatch.setattr(peers, "_WORKERS", tmp_path)
+    (tmp_path / PEERS["gptqmodel"].worker).write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
+    with pytest.raises(PeerError, match=r"gave no result within 0.0001 hours \(the log is"):
+        run_peer("gptqmodel", {}, tmp_path / "peers", tmp_path / "place", console=silent)
+
+
+def test_peers_measure_their_peak_from_a_moment_on() -> None:
+    code = (
+        "from peak_memory import PeakMemory\n"
+        "large = bytearray(200_000_000)\nlarge[::1024] = b'1' * len(large[::1024])\ndel large\n"
+        "memory = PeakMemory()\n"
+        "small = bytearray(50_000_000)\nsmall[::1024] = b'1' * len(small[::1024])\ndel small\n"
+        "print(memory.beyond())"
+    )
+    folder = Path(peers.__file__).with_name("peer_workers")
+    said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "None" or 45_000_000 < int(said) < 70_000_000

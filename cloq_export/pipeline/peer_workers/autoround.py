@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from peak_memory import PeakMemory
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     windows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))} for row in job["windows"]]
-    before = _peak_bytes()
+    memory = PeakMemory()
     started = time.perf_counter()
     rounding = AutoRound(
         model,
@@ -43,14 +44,10 @@ def main() -> None:
     report = {
         "checkpoint": str(found[0]),
         "seconds": seconds,
-        "memory_beyond_model_bytes": _peak_bytes() - before,
+        "memory_beyond_model_bytes": memory.beyond(),
         "versions": {name: importlib.metadata.version(name) for name in ("auto-round", "torch", "transformers")},
     }
     Path(sys.argv[2]).write_text(json.dumps(report), encoding="utf-8")
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 import types
 from pathlib import Path
 from typing import Any
+
+from peak_memory import PeakMemory
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     config = QuantizeConfig(**options, format="gptq_v2", offload_to_disk=False, wait_for_submodule_finalizers=True)
     model = GPTQModel.load(job["model"], config)
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["windows"]]
-    before = _peak_bytes()
+    memory = PeakMemory()
     started = time.perf_counter()
     model.quantize(calibration, batch_size=1)
     seconds = time.perf_counter() - started
@@ -37,7 +38,7 @@ def main() -> None:
     report = {
         "checkpoint": str(checkpoint),
         "seconds": seconds,
-        "memory_beyond_model_bytes": _peak_bytes() - before,
+        "memory_beyond_model_bytes": memory.beyond(),
         "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "torch", "transformers")},
     }
     if adapter is not None:
@@ -54,10 +55,6 @@ def _do_without_torchvision() -> None:
         stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
         stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
         sys.modules[stand_in.__name__] = stand_in
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
