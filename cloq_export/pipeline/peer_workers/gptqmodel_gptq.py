@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import sys
@@ -22,6 +23,7 @@ def main() -> None:
     options: dict[str, Any] = {"bits": job["bits"], "group_size": job["group_size"], "sym": False}
     adapter = None
     if job["rank"]:
+        _pack_without_the_parents_lock()
         from gptqmodel.adapter.adapter import Lora
 
         adapter = Lora(path=str(Path(job["out"]) / "eora"), rank=job["rank"])
@@ -55,6 +57,17 @@ def _do_without_torchvision() -> None:
         stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
         stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
         sys.modules[stand_in.__name__] = stand_in
+
+
+def _pack_without_the_parents_lock() -> None:
+    """Keep two threads of GPTQModel 7.3.2 from waiting for each other forever, as they do with EoRA.
+
+    One packs a layer under the lock of its parent and wants the processor's; one restores a layer's weight under the
+    processor's and wants that of the parent. What packing guards by the first, it guards by the second too.
+    """
+    from gptqmodel.looper import gptq_processor
+
+    gptq_processor.parent_module_lock = lambda _: contextlib.nullcontext()
 
 
 if __name__ == "__main__":
