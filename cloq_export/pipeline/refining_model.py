@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from cloq_export.models.blocks import find_linears
@@ -54,7 +52,7 @@ def refine_model(
     *,
     folder: Path,
     keeps_codes: bool,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
     """Train scales, A and B of all layers on how far what the model says with them is from what the float model says.
 
@@ -65,7 +63,7 @@ def refine_model(
         solved: holds the start of every layer.
         folder: where training keeps what it goes on from after a kill.
         keeps_codes: train the adapters alone, and no scales.
-        progress: is told how many steps are made.
+        progress: is told how many steps are made, and of how many.
 
     Returns:
         Refinement: its errors are nats per token, on windows that were not trained on.
@@ -176,22 +174,6 @@ def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[
         host = torch.device("cpu")
         layers[name] = StoredLayer(on_device(quantized, host), pair_on(lora, host), certificate)
     return layers
-
-
-@contextlib.contextmanager
-def step_progress(console: Console, description: str, steps: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar with the time left; what is yielded is to be told how many steps are made."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=steps)
-        yield lambda made: progress.update(task, completed=made)
 
 
 class ModelObjective:

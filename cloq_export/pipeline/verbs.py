@@ -48,7 +48,7 @@ from cloq_export.pipeline.budgeting import (
 from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
 from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
 from cloq_export.pipeline.plan import Plan
-from cloq_export.pipeline.refining_model import refine_model, refined_layers, refinement_batches, step_progress
+from cloq_export.pipeline.refining_model import refine_model, refined_layers, refinement_batches
 from cloq_export.pipeline.session import (
     Session,
     compute_dtype,
@@ -601,7 +601,7 @@ def _refine_model(
             stream = BlockStream(
                 loaded.model, plan.blocks, fresh, device=device, compute=compute_dtype(recipe, device), batch=batch
             )
-            with step_progress(session.console, "refine the model", recipe.refine_steps) as progress:
+            with session.progress("refine the model") as progress:
                 found = refine_model(
                     stream,
                     plan,

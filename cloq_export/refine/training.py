@@ -229,7 +229,7 @@ def train_layers(
     warmup: float = 0.0,
     patience: int = _PATIENCE,
     record: Record | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
     """Train layers together until an objective is nearly reached, and keep the best step.
 
@@ -246,7 +246,7 @@ def train_layers(
         warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
         patience: four where the start is near the end; as long as a rising rate first undoes what was solved, more.
         record: where training may have stood before; None begins at the start.
-        progress: is told how many steps are made.
+        progress: is told how many steps are made, and of how many.
 
     Returns:
         Refinement: the layers as the best judgement found them.
@@ -278,7 +278,7 @@ def train_layers(
         for name, gradient in objective.gradients(batch):
             layers[name].step(gradient, rate)
         if progress is not None:
-            progress(step)
+            progress(step, steps)
         if step % max(1, steps // JUDGEMENTS) and step < steps:
             continue
         error = objective.error(held_out)
