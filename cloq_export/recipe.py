@@ -86,17 +86,20 @@ class Recipe:
     float_share: float = _option(
         0.5,
         "Share of the calibration windows that also run through the float model, to tell what error_aware mends; with "
-        "refine block all of them do.",
+        "refine all of them do.",
     )
     token_weighting: Literal["none", "inverse_norm"] = _option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."
     )
     refine: Literal["none", "block", "model", "apiq-lw", "apiq-bw"] = _option(
         "none",
-        "Train scales and adapters, from what was solved: block (those of a block together, on its output) or model "
-        "(all together, on what the model says); or ApiQ's layer-wise or block-wise scheme instead of solving.",
+        "Train what was solved: block (codes, scales and adapters of a block together, on its output), or model (that, "
+        "then the scales and adapters of all blocks, on what the model says); or ApiQ's layer-wise or block-wise "
+        "scheme instead of solving.",
     )
-    refine_steps: int = _option(200, "Steps of the refinement of each block, or of the model (apiq-lw: of each layer).")
+    refine_steps: int = _option(
+        200, "Steps of the refinement of each block, and of the model (apiq-lw: of each layer)."
+    )
     calibration: str = _option(
         "wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, a hub id, or several joined by +."
     )

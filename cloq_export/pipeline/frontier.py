@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     "cloq-paper": Method(preset="paper"),
     "cloq": Method(),
     "cloq-refine-block": Method({"refine": "block"}),
-    "cloq-refine": Method({"refine": "model", "refine_steps": 200}),
+    "cloq-refine": Method({"refine": "model"}),
 }
 
 

@@ -40,6 +40,8 @@ from cloq_export.types import LoraPair, QuantizedLayer
 
 # Schemes that make codes and a pair of their own.
 APIQ = ("apiq-lw", "apiq-bw")
+# Share of the steps over which rates rise: Adam's first steps know one gradient and no more.
+WARMUP = 0.1
 
 Forward = Callable[[int], torch.Tensor]
 
@@ -122,7 +124,7 @@ class BlockRefiner:
         if not trainable:
             return dict(solved)
         objective = OutputObjective(trainable, forward, targets, measure)
-        found = train_layers(trainable, objective, steps=recipe.refine_steps, seed=recipe.seed + index)
+        found = train_layers(trainable, objective, steps=recipe.refine_steps, seed=recipe.seed + index, warmup=WARMUP)
         refined = {name: (layer.quantized, layer.lora) for name, layer in solved.items()}
         refined |= found.layers or {}
         best = {name: _best_pair(layer, refined[name][0], recipe) for name, layer in solved.items()}
@@ -189,6 +191,7 @@ class BlockRefiner:
             pair_on(layer.lora, self._device),
             dtype=self._dtype,
             scales=not self._keeps_codes,
+            weight=None if self._keeps_codes else _problem(layer).weight.to(self._device),
         )
 
     def _clipped(self, parameter: nn.Parameter, layer: SolvedLayer) -> ClippedLayer:

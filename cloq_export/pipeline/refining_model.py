@@ -15,7 +15,7 @@ from torch import nn
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.stream import BlockStream
 from cloq_export.pipeline.plan import Plan
-from cloq_export.pipeline.refining import finite, kept_start, pair_on
+from cloq_export.pipeline.refining import WARMUP, finite, kept_start, pair_on
 from cloq_export.pipeline.solve import on_device
 from cloq_export.recipe import Recipe
 from cloq_export.refine import (
@@ -35,7 +35,6 @@ from cloq_export.run.safe_tensors import read_safetensors, read_safetensors_head
 
 # Tokens whose logits stand in memory at once: a vocabulary is up to hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
-_WARMUP = 0.1
 _JUDGING_BATCHES = 8
 
 
@@ -92,7 +91,7 @@ def refine_model(
             objective,
             steps=recipe.refine_steps,
             seed=recipe.seed,
-            warmup=_WARMUP,
+            warmup=WARMUP,
             patience=JUDGEMENTS,
             record=TrainingRecord(folder, everything),
             progress=progress,

@@ -586,9 +586,9 @@ def _refine_model(
     windows: torch.Tensor,
     kept_codes: Callable[[str], QuantizedLayer] | None,
 ) -> None:
-    """Solve all layers beside the run, refine them together, and only then store them in it."""
+    """Solve all layers and refine their blocks beside the run, then all together, and only then store them in it."""
     work = directory.path / "work" / "solved"
-    with _started(work, recipe.changed({"refine": "none"}), directory.source_fingerprint) as solved:
+    with _started(work, recipe.changed({"refine": "block"}), directory.source_fingerprint) as solved:
         if not solved.completed_modules().issuperset(plan.modules):
             _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
         device = device_of(recipe)
@@ -617,7 +617,7 @@ def _refine_model(
                 "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
                 "--seqlen or with --refine block."
             ) from None
-        session.seconds["refine"] = time.perf_counter() - started
+        session.seconds["refine the model"] = time.perf_counter() - started
         for name, stored in refined_layers(found, plan, solved).items():
             directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
     for done in (work, work.parent / "refinement"):

@@ -1,4 +1,4 @@
-"""A layer whose scales and adapter are trained while its codes stand, with the derivatives written out."""
+"""A layer whose codes, scales and adapter are trained, with the derivatives written out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cloq_export.types import LoraPair, QuantizedLayer
 
 _MOMENTUM, _SQUARES = 0.9, 0.99
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
+# A position starts where its code is what it rounds to, however far away OPTQ has put that code.
+_FARTHEST_START = 0.49
 
 
 class _Adam:
@@ -47,24 +49,29 @@ class Rates:
     Args:
         scales: the share of itself by which a scale moves at most in a step.
         adapter: the share of their root mean square by which A and B do.
+        codes: the share of the distance of two codes by which a position does.
     """
 
     scales: float
     adapter: float
+    codes: float = 0.0
 
 
-BLOCK_RATES, MODEL_RATES = Rates(5e-3, 1e-2), Rates(2e-3, 5e-3)
+BLOCK_RATES, MODEL_RATES = Rates(5e-3, 1e-2, 1e-3), Rates(2e-3, 5e-3)
 
 
 class TrainedLayer:
-    """One layer whose scales, A and B are trained through the gradient G of a loss by the served weight W'.
+    """One layer whose codes, s, A and B are trained through the gradient G of a loss by the served weight W'.
 
     ```
     W' = s (codes - z) + B A          dL/ds = sum over the group of G (codes - z)     dL/dA = Bᵀ G     dL/dB = G Aᵀ
+    codes = round(p)                  dL/dp = s G, straight through the rounding
     ```
 
-    s is trained by its logarithm, so that it stays positive, and enters W' as float16 holds it; A and B enter as their
-    dtype holds them. So what is judged is what is stored, and the first W' is the start's to the last bit.
+    p is the position of each weight on the grid, between 0 and the largest code. It starts where W - B A lies, or, if
+    that is nearer to another code than the start's, at the end of the start's own cell on that side. s is trained by
+    its logarithm, so that it stays positive, and enters W' as float16 holds it; A and B enter as their dtype holds
+    them. So what is judged is what is stored, and the first W' is the start's to the last bit.
 
     Args:
         parameter: where `install` puts the weight; G is by this parameter.
@@ -72,6 +79,7 @@ class TrainedLayer:
         lora: the start's pair on the same device, or None.
         dtype: of the installed weight.
         scales: whether scales are trained; without them only the pair is.
+        weight: W, (out, in) float32 on the same device, whose codes are trained; None keeps the codes.
         rates: how fast.
     """
 
@@ -83,6 +91,7 @@ class TrainedLayer:
         *,
         dtype: torch.dtype,
         scales: bool,
+        weight: torch.Tensor | None = None,
         rates: Rates = BLOCK_RATES,
     ) -> None:
         self.parameter = parameter
@@ -91,13 +100,16 @@ class TrainedLayer:
         self._quantized = quantized
         out_features, groups = quantized.scales.shape
         # Kept narrow: all layers of a model may be trained at once.
-        narrow = torch.int8 if quantized.spec.bits < 8 else torch.int16
-        codes = quantized.codes.view(out_features, groups, -1).to(narrow)
-        self._centred = codes - quantized.zeros.to(narrow).unsqueeze(-1)
+        self._narrow = torch.int8 if quantized.spec.bits < 8 else torch.int16
+        codes = quantized.codes.view(out_features, groups, -1).to(self._narrow)
+        self._centred = codes - self._zeros()
         self._start = quantized.scales.to(torch.float32).unsqueeze(-1)
         self._log = torch.zeros_like(self._start)
         self._scale_steps = _Adam(self._log) if scales else None
         self._lora = lora
+        self._positions = None if weight is None else self._first_positions(weight)
+        if self._positions is not None:
+            self._position_steps = _Adam(self._positions)
         if lora is not None:
             self._lora_a = lora.lora_A.to(torch.float32, copy=True)
             self._lora_b = lora.lora_B.to(torch.float32, copy=True)
@@ -119,9 +131,12 @@ class TrainedLayer:
             gradient: G, (out, in) float.
 
         Returns:
-            "log_scales" (out, groups, 1), "lora_A" (rank, in) and "lora_B" (out, rank), float32, if they are trained.
+            "log_scales" (out, groups, 1), "positions" (out, groups, span), "lora_A" (rank, in) and "lora_B" (out,
+            rank), float32, if they are trained.
         """
         found: dict[str, torch.Tensor] = {}
+        if self._positions is not None:
+            found["positions"] = gradient.to(torch.float32).view(self._centred.shape) * self._scales()
         if self._scale_steps is not None:
             by_code = self._wide().mul_(gradient.to(torch.float32).view(self._centred.shape))
             found["log_scales"] = by_code.sum(-1, keepdim=True) * self._scales()
@@ -137,7 +152,7 @@ class TrainedLayer:
         return self._centred.to(torch.float32)
 
     def step(self, gradient: torch.Tensor, rate: float) -> None:
-        """Move scales, A and B by one step of Adam.
+        """Move codes, scales, A and B by one step of Adam.
 
         Args:
             gradient: G, (out, in) float.
@@ -146,6 +161,10 @@ class TrainedLayer:
         found = self.derivatives(gradient)
         if self._scale_steps is not None:
             self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=self._rates.scales * rate)
+        if self._positions is not None:
+            self._positions.sub_(self._position_steps.direction(found["positions"]), alpha=self._rates.codes * rate)
+            self._positions.clamp_(0.0, float(self._quantized.spec.max_code))
+            self._centred = self._codes() - self._zeros()
         if self._lora is not None:
             size = self._rates.adapter * rate
             self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
@@ -168,11 +187,15 @@ class TrainedLayer:
         for name, (values, adam) in self._trained().items():
             values.copy_(state[name])
             adam.restore({part: state[f"{name}.{part}"] for part in adam.state()})
+        if self._positions is not None:
+            self._centred = self._codes() - self._zeros()
 
     def _trained(self) -> dict[str, tuple[torch.Tensor, _Adam]]:
         found: dict[str, tuple[torch.Tensor, _Adam]] = {}
         if self._scale_steps is not None:
             found["log_scales"] = self._log, self._scale_steps
+        if self._positions is not None:
+            found["positions"] = self._positions, self._position_steps
         if self._lora is not None:
             found["lora_A"] = self._lora_a, self._a_steps
             found["lora_B"] = self._lora_b, self._b_steps
@@ -181,11 +204,33 @@ class TrainedLayer:
     def result(self) -> tuple[QuantizedLayer, LoraPair | None]:
         """Return the layer as it would be stored now."""
         start = self._quantized
-        layer = QuantizedLayer(start.codes, self._scales().squeeze(-1).to(torch.float16), start.zeros, start.spec)
+        codes = start.codes if self._positions is None else self._codes().to(torch.uint8).view(start.codes.shape)
+        layer = QuantizedLayer(codes, self._scales().squeeze(-1).to(torch.float16), start.zeros, start.spec)
         if self._lora is None:
             return layer, None
         lora_a, lora_b = self._stored_pair()
         return layer, LoraPair(lora_a.clone(), lora_b.clone(), self._lora.alpha)
+
+    def _first_positions(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return p, (out, groups, span) float32; its rounding is the start's codes."""
+        beside = weight
+        if self._lora is not None:
+            beside = weight - self._lora.product().to(weight.device)
+        codes = self._quantized.codes.view(self._centred.shape).to(torch.float32)
+        away = beside.view(codes.shape) / self._start + self._zeros().to(torch.float32) - codes
+        # A scale of zero tells nothing about where a weight lies.
+        away = torch.where(self._start > 0, away, torch.zeros_like(away))
+        positions = codes + away.clamp_(-_FARTHEST_START, _FARTHEST_START)
+        return positions.clamp_(0.0, float(self._quantized.spec.max_code))
+
+    def _codes(self) -> torch.Tensor:
+        """Return the codes as they are stored, (out, groups, span)."""
+        assert self._positions is not None
+        return self._positions.round().to(self._narrow)
+
+    def _zeros(self) -> torch.Tensor:
+        """Return the zeros, (out, groups, 1)."""
+        return self._quantized.zeros.to(self._narrow).unsqueeze(-1)
 
     def _scales(self) -> torch.Tensor:
         """Return the scales as they are stored, (out, groups, 1), in float32."""

@@ -15,6 +15,7 @@ from rich.console import Console
 from cloq_export import pipeline
 from cloq_export.errors import RecipeError
 from cloq_export.pipeline import ExportOptions
+from cloq_export.pipeline.refining import BlockRefiner
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
 
@@ -62,6 +63,28 @@ def test_every_scheme_lowers_the_held_out_error(scheme: str, made: Callable[[str
     if scheme != "apiq-lw":
         # One block, one error.
         assert len({c.refined_error_before for c in certificates}) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_codes_are_trained_with_the_block(
+    rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, changed = BlockRefiner.refine_block, []
+
+    def watched(self: BlockRefiner, index: int, linears: Any, solved: Any, *rest: Any) -> Any:
+        refined = plain(self, index, linears, solved, *rest)
+        for name, layer in solved.items():
+            before, after = layer.quantized, refined[name].quantized
+            assert torch.equal(before.zeros, after.zeros)
+            changed.append(float((before.codes != after.codes).double().mean()))
+        return refined
+
+    monkeypatch.setattr(BlockRefiner, "refine_block", watched)
+    recipe = recipe_for("llama", **{**SMALL, "rank": rank, "refine": "block", "refine_steps": 60, "samples": 96})
+    pipeline.run(recipe, tmp_path / "run", console=silent)
+    assert len(changed) == 14
+    assert sum(share > 0 for share in changed) >= 7
+    assert max(changed) < 0.2
 
 
 def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bytes(

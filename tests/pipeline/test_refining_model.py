@@ -93,51 +93,57 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
     assert certificates[0].refined_error_after < certificates[0].refined_error_before  # type: ignore[operator]
     assert not any(c.notes for c in certificates)
     assert summary["seconds"]["refine"] > 0
+    assert summary["seconds"]["refine the model"] > 0
     assert not (whole / "work").exists()
 
-    steps, calls_of_last = TrainedLayer.step, [0]
+    gradients, steps_of_last = ModelObjective.gradients, 0
 
-    def counted(*args: Any) -> None:
-        calls_of_last[0] += 1
-        steps(*args)
+    def counted(*args: Any) -> Any:
+        nonlocal steps_of_last
+        steps_of_last += 1
+        return gradients(*args)
 
-    for place, number in ((RunDirectory, 5), (TrainedLayer, 60), (RunDirectory, 8)):
-        name = "write_layer" if place is RunDirectory else "step"
+    for place, name, number in (
+        (RunDirectory, "write_layer", 5),
+        (ModelObjective, "gradients", 5),
+        (RunDirectory, "write_layer", 8),
+    ):
         plain, calls = getattr(place, name), 0
 
-        def stop(*args: Any, plain: Any = plain, number: int = number) -> None:
+        def stop(*args: Any, plain: Any = plain, number: int = number) -> Any:
             nonlocal calls
             calls += 1
             if calls == number:
                 raise KeyboardInterrupt
-            plain(*args)
+            return plain(*args)
 
         with monkeypatch.context() as patch:
-            calls_of_last = [0]
-            patch.setattr(TrainedLayer, "step", counted)
+            steps_of_last = 0
+            patch.setattr(ModelObjective, "gradients", counted)
             patch.setattr(place, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 pipeline.run(recipe, stopped, console=silent)
         assert (stopped / "work" / "solved" / "layers").is_dir()
     # Stopped in the fifth step, it went on from the fourth: a judgement comes every second one.
-    assert calls_of_last == [14 * 16]
+    assert steps_of_last == 16
     pipeline.run(recipe, stopped, console=silent)
     assert contents(stopped) == contents(whole)
     assert not (stopped / "work").exists()
 
 
-def test_a_divergence_that_is_no_number_keeps_what_was_solved(
+def test_a_divergence_that_is_no_number_keeps_the_refined_blocks(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.run(recipe_for("llama", **{**SMALL, "refine": "none"}), tmp_path / "solved", console=silent)
+    pipeline.run(recipe_for("llama", **{**SMALL, "refine": "block"}), tmp_path / "blocks", console=silent)
     monkeypatch.setattr("cloq_export.pipeline.refining_model.divergence", lambda _, wanted: wanted.sum() * torch.nan)
     pipeline.run(recipe_for("llama", **SMALL), tmp_path / "run", console=silent)
-    kept, solved = (RunDirectory.open(tmp_path / name) for name in ("run", "solved"))
+    kept, blocks = (RunDirectory.open(tmp_path / name) for name in ("run", "blocks"))
     for certificate in kept.certificates():
-        assert certificate.notes == (
-            "the refinement was given up after 0 steps and the layer kept at its start: the error turned NaN or Inf",
+        assert certificate.notes[-1] == (
+            "the refinement was given up after 0 steps and the layer kept at its start: the error turned NaN or Inf"
         )
-        one, other = kept.read_layer(certificate.module), solved.read_layer(certificate.module)
+        one, other = kept.read_layer(certificate.module), blocks.read_layer(certificate.module)
+        assert torch.equal(one.quantized.codes, other.quantized.codes)
         assert torch.equal(one.quantized.scales, other.quantized.scales)
         assert one.lora is not None
         assert other.lora is not None
@@ -145,8 +151,10 @@ def test_a_divergence_that_is_no_number_keeps_what_was_solved(
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_codes_stay_and_the_rest_is_trained(rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
-    pipeline.run(recipe_for("llama", **{**SMALL, "refine": "none", "rank": rank}), tmp_path / "start", console=silent)
+def test_codes_of_blocks_stay_and_the_rest_is_trained(
+    rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console
+) -> None:
+    pipeline.run(recipe_for("llama", **{**SMALL, "refine": "block", "rank": rank}), tmp_path / "start", console=silent)
     pipeline.run(recipe_for("llama", **{**SMALL, "rank": rank}), tmp_path / "run", console=silent)
     start, run = (RunDirectory.open(tmp_path / name) for name in ("start", "run"))
     for name in run.completed_modules():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cloq_export.quantize.grid import fit_grid, round_to_grid
-from cloq_export.refine import TrainedLayer
+from cloq_export.refine import Rates, TrainedLayer
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 
@@ -26,11 +26,16 @@ def solved_layer(spec: QuantSpec, rank: int = 3, shape=(7, 48)) -> tuple[Quantiz
     return QuantizedLayer(codes, scales, zeros, spec), pair
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(2, 16), QuantSpec(3, -1), QuantSpec(4, 24, symmetric=True)])
-def test_the_start_is_what_was_given(spec) -> None:
+@pytest.mark.parametrize("trains_codes", [False, True])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(2, 16), QuantSpec(3, -1), QuantSpec(4, 24, symmetric=True), QuantSpec(8, 48)]
+)
+def test_the_start_is_what_was_given(spec, trains_codes) -> None:
     quantized, pair = solved_layer(spec)
     parameter = nn.Parameter(torch.full(quantized.codes.shape, torch.nan))
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    # Far from what the codes say: they still are the start.
+    weight = torch.randn(quantized.codes.shape, generator=torch.Generator().manual_seed(5)) if trains_codes else None
+    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True, weight=weight)
     layer.install()
     assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
     stored, stored_pair = layer.result()
@@ -112,3 +117,91 @@ def test_without_a_gradient_nothing_moves() -> None:
     layer.step(torch.zeros(quantized.codes.shape), 1.0)
     layer.install()
     assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
+
+
+def correlated_rows(bits: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, QuantizedLayer]:
+    """Return W, H of correlated inputs, and W rounded to nearest."""
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(width, width, generator=generator) * 0.3 + torch.randn(width, 1, generator=generator)
+    inputs = torch.randn(256, width, generator=generator) @ mixing
+    weight = torch.randn(rows, width, generator=generator) * 0.05
+    spec = QuantSpec(bits, width)
+    scales, zeros = fit_grid(weight, spec)
+    spread = (values.float().repeat_interleave(width, 1) for values in (scales, zeros))
+    codes = round_to_grid(weight, *spread, spec.max_code).to(torch.uint8)
+    return weight, inputs.t() @ inputs / 256, QuantizedLayer(codes, scales, zeros, spec)
+
+
+def test_trained_codes_come_near_the_best_of_all_codes() -> None:
+    """The oracle tries every row of codes: 4^8 of them, for the scales that stand."""
+    weight, gram, start = correlated_rows(bits=2, width=8, rows=6)
+    every = torch.cartesian_prod(*[torch.arange(4.0)] * 8)
+
+    def errors(quantized: torch.Tensor) -> torch.Tensor:
+        off = quantized - weight
+        return (off @ gram * off).sum(-1)
+
+    grids = zip(weight, start.scales.float(), start.zeros.float(), strict=True)
+    offs = [(every - zero) * scale - row for row, scale, zero in grids]
+    best = torch.stack([(off @ gram * off).sum(-1).min() for off in offs])
+    parameter = nn.Parameter(torch.empty(weight.shape))
+    rates = Rates(scales=0.0, adapter=0.0, codes=1e-2)
+    layer = TrainedLayer(parameter, start, None, dtype=torch.float32, scales=False, weight=weight, rates=rates)
+    layer.install()
+    reached = before = errors(parameter.data)
+    for step in range(300):
+        layer.step(2.0 * (parameter.data - weight) @ gram, 1.0 - step / 300)
+        layer.install()
+        reached = torch.minimum(reached, errors(parameter.data))
+    stored = layer.result()[0]
+    assert torch.equal(stored.dequantize(), parameter.data)
+    assert torch.equal(stored.scales, start.scales)
+    assert torch.equal(stored.zeros, start.zeros)
+    assert bool((reached >= best * (1 - 1e-5)).all())
+    assert float((reached - best).sum()) < 0.05 * float((before - best).sum())
+
+
+def test_a_code_goes_straight_through_its_rounding_and_stays_in_its_range() -> None:
+    quantized, _ = solved_layer(QuantSpec(3, 16))
+    weight = quantized.dequantize()
+    rates = Rates(scales=0.0, adapter=0.0, codes=0.1)
+    parameter = nn.Parameter(torch.empty(weight.shape))
+    layer = TrainedLayer(parameter, quantized, None, dtype=torch.float32, scales=False, weight=weight, rates=rates)
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    expected = gradient.view(7, -1, 16) * quantized.scales.float().unsqueeze(-1)
+    assert torch.equal(layer.derivatives(gradient)["positions"], expected)
+    for _ in range(80):
+        layer.step(torch.ones(weight.shape), 1.0)
+    assert int(layer.result()[0].codes.max()) == 0
+    # What has run against the end of the range turns around at once.
+    for _ in range(120):
+        layer.step(-torch.ones(weight.shape), 1.0)
+    assert int(layer.result()[0].codes.min()) == 7
+
+
+def test_what_was_kept_of_trained_codes_comes_back() -> None:
+    weight, gram, start = correlated_rows(bits=2, width=16, rows=5)
+    rates = Rates(scales=1e-2, adapter=0.0, codes=5e-2)
+
+    def fresh() -> tuple[nn.Parameter, TrainedLayer]:
+        parameter = nn.Parameter(torch.empty(weight.shape))
+        layer = TrainedLayer(parameter, start, None, dtype=torch.float32, scales=True, weight=weight, rates=rates)
+        layer.install()
+        return parameter, layer
+
+    def train(parameter: nn.Parameter, layer: TrainedLayer, steps: int) -> None:
+        for _ in range(steps):
+            layer.step((parameter.data - weight) @ gram, 1.0)
+            layer.install()
+
+    parameter, layer = fresh()
+    train(parameter, layer, 20)
+    kept = {name: tensor.clone() for name, tensor in layer.state().items()}
+    assert not torch.equal(layer.result()[0].codes, start.codes)
+    other_parameter, other = fresh()
+    other.restore(kept)
+    other.install()
+    for one, two in ((parameter, layer), (other_parameter, other)):
+        train(one, two, 10)
+    assert torch.equal(parameter.data, other_parameter.data)
+    assert torch.equal(layer.result()[0].codes, other.result()[0].codes)
