@@ -205,8 +205,13 @@ PARTS: Mapping[str, tuple[str, str, Callable[[Content], list[str]]]] = {
         comparison,
     ),
     "frontier-small.json": (
-        "Perplexity for every stored bit",
+        "Perplexity for every stored bit at 2 bits",
         "cloq frontier --out FRONTIER",
+        frontier,
+    ),
+    "frontier-small-3-4.json": (
+        "The same at 3 and 4 bits",
+        "cloq frontier --recipe small-3-4 --out FRONTIER",
         frontier,
     ),
     "train_cpu.json": (

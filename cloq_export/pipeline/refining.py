@@ -131,7 +131,7 @@ class BlockRefiner:
         error = found.error_after
         paired = any(layer.lora is not None for layer in solved.values())
         if recipe.refine == "block" and found.layers and paired and not self._keeps_codes:
-            # The scales have moved: the pair that is solved for the new ones may beat the one that was trained along.
+            # The pair that is solved for the new codes and scales may beat the one that was trained along with them.
             for name, (quantized, _) in refined.items():
                 weight = served_weight(on_device(quantized, self._device), best[name].pair)
                 linears[name].weight.data = weight.to(self._dtype)
