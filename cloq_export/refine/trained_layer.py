@@ -164,7 +164,7 @@ class TrainedLayer:
         if self._positions is not None:
             self._positions.sub_(self._position_steps.direction(found["positions"]), alpha=self._rates.codes * rate)
             self._positions.clamp_(0.0, float(self._quantized.spec.max_code))
-            self._centred = self._codes() - self._zeros()
+            self._round_positions()
         if self._lora is not None:
             size = self._rates.adapter * rate
             self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
@@ -188,7 +188,7 @@ class TrainedLayer:
             values.copy_(state[name])
             adam.restore({part: state[f"{name}.{part}"] for part in adam.state()})
         if self._positions is not None:
-            self._centred = self._codes() - self._zeros()
+            self._round_positions()
 
     def _trained(self) -> dict[str, tuple[torch.Tensor, _Adam]]:
         found: dict[str, tuple[torch.Tensor, _Adam]] = {}
@@ -204,7 +204,7 @@ class TrainedLayer:
     def result(self) -> tuple[QuantizedLayer, LoraPair | None]:
         """Return the layer as it would be stored now."""
         start = self._quantized
-        codes = start.codes if self._positions is None else self._codes().to(torch.uint8).view(start.codes.shape)
+        codes = (self._centred + self._zeros()).to(torch.uint8).view(start.codes.shape)
         layer = QuantizedLayer(codes, self._scales().squeeze(-1).to(torch.float16), start.zeros, start.spec)
         if self._lora is None:
             return layer, None
@@ -223,10 +223,9 @@ class TrainedLayer:
         positions = codes + away.clamp_(-_FARTHEST_START, _FARTHEST_START)
         return positions.clamp_(0.0, float(self._quantized.spec.max_code))
 
-    def _codes(self) -> torch.Tensor:
-        """Return the codes as they are stored, (out, groups, span)."""
+    def _round_positions(self) -> None:
         assert self._positions is not None
-        return self._positions.round().to(self._narrow)
+        self._centred = self._positions.round().to(self._narrow) - self._zeros()
 
     def _zeros(self) -> torch.Tensor:
         """Return the zeros, (out, groups, 1)."""
