@@ -185,13 +185,15 @@ class BlockRefiner:
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
         if self._recipe.refine in APIQ:
             return self._clipped(parameter, layer)
+        # An adapter corrects what moved codes would, and with fewer numbers: beside it they only learn the windows.
+        moves_codes = not self._keeps_codes and layer.lora is None
         return TrainedLayer(
             parameter,
             on_device(layer.quantized, self._device),
             pair_on(layer.lora, self._device),
             dtype=self._dtype,
             scales=not self._keeps_codes,
-            weight=None if self._keeps_codes else _problem(layer).weight.to(self._device),
+            weight=_problem(layer).weight.to(self._device) if moves_codes else None,
         )
 
     def _clipped(self, parameter: nn.Parameter, layer: SolvedLayer) -> ClippedLayer:

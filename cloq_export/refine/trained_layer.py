@@ -14,6 +14,7 @@ _MOMENTUM, _SQUARES = 0.9, 0.99
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
 # A position starts where its code is what it rounds to, however far away OPTQ has put that code.
 _FARTHEST_START = 0.49
+_LARGEST_2_BIT_CODE = 3
 
 
 class _Adam:
@@ -45,6 +46,9 @@ class _Adam:
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """Rates of Adam, relative to what is trained.
+
+    Of scales and codes for 2 bits: the more codes a grid has, the farther a step of its scale moves the outermost one,
+    and the less there is to win by moving any. Wider layers take `3 / (2^bits - 1)` of both.
 
     Args:
         scales: the share of itself by which a scale moves at most in a step.
@@ -96,6 +100,7 @@ class TrainedLayer:
     ) -> None:
         self.parameter = parameter
         self._rates = rates
+        self._of_grid = _LARGEST_2_BIT_CODE / quantized.spec.max_code
         self._dtype = dtype
         self._quantized = quantized
         out_features, groups = quantized.scales.shape
@@ -160,9 +165,11 @@ class TrainedLayer:
         """
         found = self.derivatives(gradient)
         if self._scale_steps is not None:
-            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=self._rates.scales * rate)
+            size = self._rates.scales * self._of_grid * rate
+            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=size)
         if self._positions is not None:
-            self._positions.sub_(self._position_steps.direction(found["positions"]), alpha=self._rates.codes * rate)
+            size = self._rates.codes * self._of_grid * rate
+            self._positions.sub_(self._position_steps.direction(found["positions"]), alpha=size)
             self._positions.clamp_(0.0, float(self._quantized.spec.max_code))
             self._round_positions()
         if self._lora is not None:
