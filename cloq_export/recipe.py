@@ -93,9 +93,9 @@ class Recipe:
     )
     refine: Literal["none", "block", "model", "apiq-lw", "apiq-bw"] = _option(
         "none",
-        "Train what was solved: block (codes, scales and adapters of a block together, on its output), or model (that, "
-        "then the scales and adapters of all blocks, on what the model says); or ApiQ's layer-wise or block-wise "
-        "scheme instead of solving.",
+        "Train what was solved: block (scales and adapters of a block, or codes where there is no adapter, together on "
+        "its output), or model (that, then the scales and adapters of all blocks, on what the model says); or ApiQ's "
+        "layer-wise or block-wise scheme instead of solving.",
     )
     refine_steps: int = _option(
         200, "Steps of the refinement of each block, and of the model (apiq-lw: of each layer)."

@@ -98,6 +98,29 @@ def test_a_step_goes_downhill_and_stays_storable() -> None:
     assert torch.equal(stored.zeros, quantized.zeros)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_step_moves_the_outermost_weight_as_far_on_every_grid(bits: int) -> None:
+    """By the scale, in distances of two codes; positions go by as much of the range."""
+    weight, _, quantized = correlated_rows(bits=bits, width=16, rows=5)
+    rates = Rates(scales=1e-2, adapter=0.0, codes=3e-2)
+    layer = TrainedLayer(
+        nn.Parameter(torch.empty(weight.shape)),
+        quantized,
+        None,
+        dtype=torch.float32,
+        scales=True,
+        weight=weight,
+        rates=rates,
+    )
+    before = {name: tensor.clone() for name, tensor in layer.state().items()}
+    layer.step(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), 1.0)
+    after = layer.state()
+    outermost = quantized.spec.max_code * (after["log_scales"] - before["log_scales"]).abs()
+    assert torch.allclose(outermost, torch.tensor(3e-2), rtol=1e-4)
+    moved = (after["positions"] - before["positions"]).abs().max() * quantized.spec.max_code
+    assert float(moved) == pytest.approx(9e-2, rel=1e-3)
+
+
 def test_scales_stand_still_where_only_the_pair_is_trained() -> None:
     quantized, pair = solved_layer(QuantSpec(3, 16))
     parameter = nn.Parameter(torch.empty(quantized.codes.shape))
@@ -164,7 +187,7 @@ def test_trained_codes_come_near_the_best_of_all_codes() -> None:
 def test_a_code_goes_straight_through_its_rounding_and_stays_in_its_range() -> None:
     quantized, _ = solved_layer(QuantSpec(3, 16))
     weight = quantized.dequantize()
-    rates = Rates(scales=0.0, adapter=0.0, codes=0.1)
+    rates = Rates(scales=0.0, adapter=0.0, codes=0.25)
     parameter = nn.Parameter(torch.empty(weight.shape))
     layer = TrainedLayer(parameter, quantized, None, dtype=torch.float32, scales=False, weight=weight, rates=rates)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
