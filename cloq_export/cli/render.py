@@ -34,14 +34,14 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     if summary.get("perplexity"):
         render_perplexity(summary["perplexity"], console)
     facts = Table("run", "", title_justify="left", show_header=False)
+    layers = summary.get("layers") or {}
     for name in ("model", "bits", "group_size", "rank", "preset", "format"):
         if summary.get(name) is not None:
-            facts.add_row(name.replace("_", " "), escape(str(summary[name])))
+            facts.add_row(name.replace("_", " "), _of_layers(layers.get(name) or {}) or escape(str(summary[name])))
     for name, value in (summary.get("stored") or {}).items():
         if value is not None:
             shown = format_bytes(value) if name.endswith("_bytes") else f"{value:.3f}"
             facts.add_row(_STORED_LABELS.get(name, name.replace("_", " ")), shown)
-    layers = summary.get("layers") or {}
     if layers.get("count") is not None:
         facts.add_row("layers", str(layers["count"]))
     if layers.get("worst_error_adapted") is not None:
@@ -53,7 +53,7 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     if seconds:
         facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
     if summary.get("peak_memory_bytes") is not None:
-        beyond = summary.get("peak_memory_beyond_model_bytes")
+        beyond = summary.get("memory_beyond_model_bytes")
         more = "" if beyond is None else f", {format_bytes(beyond)} beyond the loaded model"
         facts.add_row("peak memory", format_bytes(summary["peak_memory_bytes"]) + more)
     if facts.row_count:
@@ -66,6 +66,13 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     _paths(summary.get("files") or {}, console)
     _commands(summary.get("next") or [], console)
     _gates(summary.get("gates") or [], console)
+
+
+def _of_layers(counts: Mapping[str, int]) -> str:
+    """Return which layers have which value, or nothing where all have the same."""
+    if len(counts) < 2:
+        return ""
+    return ", ".join(f"{value} in {count} layers" for value, count in counts.items())
 
 
 def render_export(summary: Mapping[str, Any], console: Console) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -746,6 +746,11 @@ def _adapter_files(directory: RunDirectory) -> dict[str, str]:
     return {f"adapter {name}": str(directory.adapter_path(name)) for name in directory.adapters()}
 
 
+def _counted(values: Iterable[int]) -> dict[str, int]:
+    """Return how many layers have each value, as JSON holds it."""
+    return {str(value): count for value, count in sorted(collections.Counter(values).items())}
+
+
 def _summary(
     session: Session,
     directory: RunDirectory,
@@ -787,12 +792,12 @@ def _summary(
         "seconds": session.seconds,
         "peak_memory_bytes": session.memory.peak if session.memory else None,
         "memory_beyond_model_bytes": session.memory.beyond_start if session.memory else None,
-        "peak_memory_beyond_model_bytes": session.memory.beyond_start if session.memory else None,
         "stored": stored,
         "layers": {
             "count": len(certificates),
             "worst_error_adapted": worst.error_adapted,
             "worst_module": worst.module,
+            **{name: _counted(getattr(c, name) for c in certificates) for name in ("bits", "group_size", "rank")},
             "warnings": shown,
         },
         "files": files,

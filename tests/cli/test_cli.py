@@ -49,6 +49,8 @@ def summary_of(recipe: Recipe, out: Path) -> dict[str, Any]:
             "count": 210,
             "worst_error_adapted": 0.25,
             "worst_module": "model.layers.0.mlp.down_proj",
+            "bits": {"2": 200, "4": 10},
+            "rank": {"64": 210},
             "warnings": ["few tokens [red]here[/red]"],
         },
         "files": {"checkpoint": f"{out}/checkpoint", "adapter": f"{out}/adapters/cloq"},
@@ -357,6 +359,8 @@ def test_the_summary_for_people(pipeline, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for expected in ("29.500", "90.250", "45.125", "1.530", "2.281", "60.00 MB", "1.50 GB", "210", "8176 tokens"):
         assert expected in shown
+    assert "2 in 200 layers, 4 in 10 layers" in shown
+    assert "64 in" not in shown
     assert "few tokens [red]here[/red]" in shown
     assert "note: calibrated on the embedded text" in shown
     # Paths and commands are never wrapped, so that they can be copied.

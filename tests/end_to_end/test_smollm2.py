@@ -103,7 +103,7 @@ def test_the_summary(bits: int, finished: Callable[[int], Finished]) -> None:
     # On layers this narrow a float16 adapter of rank 64 weighs more than two bits.
     assert 2.5 < summary["stored"]["bits_per_weight_with_adapter"] - summary["stored"]["bits_per_weight_base"] < 4
     assert summary["next"][0] == f"cloq inspect {out}"
-    assert summary["peak_memory_beyond_model_bytes"] is not None
+    assert summary["memory_beyond_model_bytes"] is not None
     assert RunDirectory.open(out).state == "done"
 
 

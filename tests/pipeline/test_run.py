@@ -250,10 +250,13 @@ def test_overrides_choose_bits_groups_ranks_and_what_stays_float(
         "model.layers.0.*": {"skip": False},
     }
     recipe = recipe_for("llama", bits=2, overrides=overrides, **mode)
-    run, _ = run_recipe(recipe)
+    run, summary = run_recipe(recipe)
     layers = stored_layers(run)
     source = open_model(recipe.model).model
     assert block_linears(source) - set(layers) == {"model.layers.1.mlp.down_proj"}
+    assert summary["layers"]["bits"] == {"2": 10, "3": 2, "4": 1}
+    assert summary["layers"]["group_size"] == {"-1": 1, "32": 12}
+    assert summary["layers"]["rank"] == {"0": 2, "4": 9, "8": 2}
     for module, layer in layers.items():
         kind = module.rpartition(".")[2]
         spec = layer.quantized.spec
