@@ -1,7 +1,7 @@
 """Time the refinement of blocks against AutoRound's: same windows, iterations and tokens in each, same CPU.
 
 Both take a model that is cut to its first blocks, and take turns, each time in a fresh process. What is timed starts
-with windows of tokens and ends when the last block is done; reading and writing files is outside on either side.
+with windows of tokens and ends when the last block is done; ours writes each finished layer meanwhile.
 
     python benchmarks/refine_speed.py --blocks 3 --json benchmarks/results/refine_speed.json
 """
@@ -122,15 +122,23 @@ def main() -> None:
         f"{options.blocks} blocks, {options.samples} x {options.seqlen} tokens, {ITERATIONS} iterations for each block"
     )
     peers = [entry["seconds"] for entry in found["autoround"]]
-    for side, entries in found.items():
-        ratio = statistics.median(entry["seconds"] / peer for entry, peer in zip(entries, peers, strict=True))
-        seconds = statistics.median(entry["seconds"] for entry in entries)
-        print(f"{side:12} {seconds / options.blocks:.1f} s for each block, {ratio:.2f} of AutoRound's time")
+    medians = {
+        side: {
+            "seconds_per_block": statistics.median(entry["seconds"] for entry in entries) / options.blocks,
+            "over_autoround": statistics.median(
+                entry["seconds"] / peer for entry, peer in zip(entries, peers, strict=True)
+            ),
+        }
+        for side, entries in found.items()
+    }
+    for side, median in medians.items():
+        each, ratio = median["seconds_per_block"], median["over_autoround"]
+        print(f"{side:12} {each:.1f} s for each block, {ratio:.2f} of AutoRound's time")
     if options.json:
         named = {
             key: value for key, value in vars(options).items() if key not in ("json", "side", "job", "environments")
         }
-        content = {"hardware": describe_hardware(), "options": named, "iterations": ITERATIONS}
+        content = {"hardware": describe_hardware(), "options": named, "iterations": ITERATIONS, "medians": medians}
         write_json(options.json, content | {"windows_per_iteration": WINDOWS_PER_ITERATION, "rounds": found})
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,12 +168,11 @@ def frontier(content: Content) -> list[str]:
 
 def refine_speed(content: Content) -> list[str]:
     """Return block refinement's time beside AutoRound's."""
-    options, peers = content["options"], [entry["seconds"] for entry in content["rounds"]["autoround"]]
-    rows = []
-    for side, entries in content["rounds"].items():
-        ratio = statistics.median(entry["seconds"] / peer for entry, peer in zip(entries, peers, strict=True))
-        seconds = statistics.median(entry["seconds"] for entry in entries)
-        rows.append((side, f"{seconds / options['blocks']:.1f}", f"{ratio:.2f}"))
+    options = content["options"]
+    rows = [
+        (side, f"{median['seconds_per_block']:.1f}", f"{median['over_autoround']:.2f}")
+        for side, median in content["medians"].items()
+    ]
     return [
         *table(("side", "seconds a block", "of AutoRound's time"), rows),
         "",
