@@ -20,6 +20,7 @@ from typing import Any
 from environment import describe_hardware, hardware_line
 
 from cloq_export.run.atomic import write_json
+from cloq_export.run.versions import environment
 
 # What AutoRound does unless told otherwise; its worker tells it nothing else.
 ITERATIONS, WINDOWS_PER_ITERATION = 200, 8
@@ -80,6 +81,22 @@ def measure_autoround(job: dict[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("seconds", "versions")}
 
 
+def medians_of(rounds: dict[str, list[dict[str, Any]]], blocks: int) -> dict[str, dict[str, float]]:
+    """Return what the rounds of each side come to; ours may end a block early, so both units are given."""
+    peers = [entry["seconds"] for entry in rounds["autoround"]]
+    found = {}
+    for side, entries in rounds.items():
+        seconds = [entry["seconds"] for entry in entries]
+        made = [sum(block["steps"] for block in entry.get("blocks", ())) or ITERATIONS * blocks for entry in entries]
+        found[side] = {
+            "seconds_per_block": statistics.median(seconds) / blocks,
+            "over_autoround": statistics.median(own / peer for own, peer in zip(seconds, peers, strict=True)),
+            "iterations_per_block": statistics.median(made) / blocks,
+            "seconds_per_iteration": statistics.median(own / steps for own, steps in zip(seconds, made, strict=True)),
+        }
+    return found
+
+
 SIDES = {"autoround": measure_autoround, "same tokens": measure_ours, "as shipped": measure_ours}
 
 
@@ -121,25 +138,18 @@ def main() -> None:
     print(
         f"{options.blocks} blocks, {options.samples} x {options.seqlen} tokens, {ITERATIONS} iterations for each block"
     )
-    peers = [entry["seconds"] for entry in found["autoround"]]
-    medians = {
-        side: {
-            "seconds_per_block": statistics.median(entry["seconds"] for entry in entries) / options.blocks,
-            "over_autoround": statistics.median(
-                entry["seconds"] / peer for entry, peer in zip(entries, peers, strict=True)
-            ),
-        }
-        for side, entries in found.items()
-    }
+    medians = medians_of(found, options.blocks)
     for side, median in medians.items():
-        each, ratio = median["seconds_per_block"], median["over_autoround"]
-        print(f"{side:12} {each:.1f} s for each block, {ratio:.2f} of AutoRound's time")
+        each, iteration = median["seconds_per_block"], median["seconds_per_iteration"]
+        print(f"{side:12} {each:.1f} s for each block, {median['over_autoround']:.2f} of AutoRound's time; ", end="")
+        print(f"{median['iterations_per_block']:.0f} iterations, {iteration:.3f} s for each")
     if options.json:
         named = {
             key: value for key, value in vars(options).items() if key not in ("json", "side", "job", "environments")
         }
-        content = {"hardware": describe_hardware(), "options": named, "iterations": ITERATIONS, "medians": medians}
-        write_json(options.json, content | {"windows_per_iteration": WINDOWS_PER_ITERATION, "rounds": found})
+        content = {"hardware": describe_hardware(), "versions": environment(), "options": named, "medians": medians}
+        content |= {"iterations": ITERATIONS, "windows_per_iteration": WINDOWS_PER_ITERATION, "rounds": found}
+        write_json(options.json, content)
 
 
 if __name__ == "__main__":

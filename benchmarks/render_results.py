@@ -170,16 +170,24 @@ def refine_speed(content: Content) -> list[str]:
     """Return block refinement's time beside AutoRound's."""
     options = content["options"]
     rows = [
-        (side, f"{median['seconds_per_block']:.1f}", f"{median['over_autoround']:.2f}")
+        (
+            side,
+            f"{median['seconds_per_block']:.1f}",
+            f"{median['over_autoround']:.2f}",
+            f"{median['iterations_per_block']:.0f}",
+            f"{median['seconds_per_iteration']:.2f}",
+        )
         for side, median in content["medians"].items()
     ]
+    heading = ("side", "seconds a block", "of AutoRound's time", "iterations made", "seconds an iteration")
     return [
-        *table(("side", "seconds a block", "of AutoRound's time"), rows),
+        *table(heading, rows),
         "",
-        f"INT{options['bits']}, the first {options['blocks']} blocks, {options['samples']} x {options['seqlen']} "
-        f"tokens, {content['iterations']} iterations for each block. AutoRound takes "
-        f"{content['windows_per_iteration']} windows in each; so does `same tokens`, and `as shipped` takes 1,024 "
-        "tokens. Ours includes solving the start.",
+        f"INT{options['bits']}, rank {options['rank']}, the first {options['blocks']} blocks, {options['samples']} x "
+        f"{options['seqlen']} tokens, at most {content['iterations']} iterations for each block; ours ends a block "
+        "where held-out windows gain no more. Seconds have all in them, solving the start too. AutoRound takes "
+        f"{content['windows_per_iteration']} windows in an iteration; so does `same tokens`, and `as shipped` takes "
+        "1,024 tokens.",
     ]
 
 

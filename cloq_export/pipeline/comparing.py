@@ -37,7 +37,14 @@ from cloq_export.pipeline.finetuning import (
     zero_pairs,
 )
 from cloq_export.pipeline.plan import make_plan
-from cloq_export.pipeline.row_folder import RowFolder, making_seconds, row_path, write_table
+from cloq_export.pipeline.row_folder import (
+    RowFolder,
+    environment_lines,
+    environment_mark,
+    making_seconds,
+    row_path,
+    write_table,
+)
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import adapt, run
 from cloq_export.recipe import FineTuneRecipe, Recipe, read_yaml
@@ -51,13 +58,13 @@ MEAN = "mean"
 _FLOAT_BITS, _NF4_BITS = 16, 4
 # The start that all others are put beside.
 _LORA = "lora"
-# Field of a certificate -> norm: the paper's Figure 2.
 # Field of a row -> what the tables and plots call it.
 _FIGURES = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
     "held_out_perplexity": "perplexity of held-out examples",
 }
+# Field of a certificate -> norm: the paper's Figure 2.
 _DISCREPANCIES = {"error_adapted": "frobenius", "spectral_error_adapted": "spectral"}
 
 
@@ -275,19 +282,21 @@ def comparison_table(result: Mapping[str, Any]) -> str:
                 lines.append(f"| {init} | " + " | ".join(cells) + " |")
             lines.append("")
     failed = [row for row in result["rows"] if row.get("failed")]
-    lines += [f"- {row['init']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed]
+    if failed:
+        lines += [*(f"- {row['init']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed), ""]
     if result["bases"]:
         lines += [
-            "",
             "| base | seconds | peak memory beyond the model | mean relative discrepancy, Frobenius | spectral |",
         ]
         lines += ["|---|---|---|---|---|"]
         for name, base in result["bases"].items():
             beyond = base.get("memory_beyond_model_bytes")
             memory = "" if beyond is None else f"{beyond / 1e9:.2f} GB"
-            note = "" if base["in_one_go"] else " (continued after an interruption)"
+            note = environment_mark([base["environment"]], result["environments"])
+            note += "" if base["in_one_go"] else " (continued after an interruption)"
             discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
             lines.append(f"| {name} | {base['seconds']:.0f}{note} | {memory} | {discrepancies} |")
+    lines += environment_lines(result["environments"])
     if result["missing_rows"]:
         lines += ["", f"{result['missing_rows']} rows are not measured yet."]
     return "\n".join(lines) + "\n"
@@ -337,6 +346,7 @@ class _Work:
                 "seconds": making_seconds(summary),
                 "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"],
                 "in_one_go": in_one_go,
+                "environment": self.rows.environment(),
                 # Where the text lay says nothing; its hash does.
                 "perplexity": {key: value for key, value in summary["perplexity"].items() if key != "text"},
             }

@@ -23,7 +23,14 @@ from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
 from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
-from cloq_export.pipeline.row_folder import RowFolder, making_seconds, row_path, write_table
+from cloq_export.pipeline.row_folder import (
+    RowFolder,
+    environment_lines,
+    environment_mark,
+    making_seconds,
+    row_path,
+    write_table,
+)
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import run
 from cloq_export.recipe import Recipe, read_yaml
@@ -244,7 +251,7 @@ def frontier_table(result: Mapping[str, Any]) -> str:
     Args:
         result: what frontier.json holds.
     """
-    frontier = result["frontier"]
+    frontier, environments = result["frontier"], result["environments"]
     texts, asks = frontier["texts"], bool(frontier["problems"])
     means = [row for row in result["rows"] if row["seed"] == MEAN]
     plain = next((row for row in means if row["method"] == FLOAT), None)
@@ -261,13 +268,20 @@ def frontier_table(result: Mapping[str, Any]) -> str:
             cells.append(cell)
         if asks:
             cells.append(f"{row['accuracy']:.3f}")
-        cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
+        mark = environment_mark(row["environments"], environments)
+        cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}{mark}")
         lines.append("| " + " | ".join(cells) + " |")
     failed = [row for row in result["rows"] if row.get("failed")]
-    lines += ["", *(f"- {row['method']}, {row['bits']} bits, rank {row['rank']}: {row['failed']}" for row in failed)]
+    if failed:
+        lines += ["", "Failed", ""]
+    lines += [f"- {row['method']}, {row['bits']} bits, rank {row['rank']}: {row['failed']}" for row in failed]
+    lines += environment_lines(environments)
+    of_peers = {row["method"]: row["versions"] for row in result["rows"] if "versions" in row}
+    for peer, versions in of_peers.items():
+        lines.append(f"- {peer}: {', '.join(f'{package} {version}' for package, version in versions.items())}")
     if result["missing_rows"]:
         lines += ["", f"{result['missing_rows']} rows are not measured yet."]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines) + "\n"
 
 
 class _Work:
@@ -372,6 +386,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not own:
             continue
         mean: dict[str, Any] = dict(zip(("method", "bits", "rank"), key, strict=True)) | {"seed": MEAN}
+        mean["environments"] = sorted({row["environment"] for row in own})
         mean["perplexity"] = {
             text: {
                 "value": statistics.fmean(row["perplexity"][text]["value"] for row in own),

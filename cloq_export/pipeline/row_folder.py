@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import UsageError
 from cloq_export.run.atomic import write_bytes, write_json
-from cloq_export.run.hardware import describe_hardware
+from cloq_export.run.hardware import describe_hardware, hardware_line
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.versions import environment
+
+_ENVIRONMENTS = "environments.json"
 
 
 class RowFolder:
     """The rows of one table, each in a file of its own from the moment it is measured.
+
+    A table may be continued on another machine, so each row names the one that it was measured on.
 
     Args:
         path: the folder; new, empty, or of the same table.
@@ -48,8 +52,19 @@ class RowFolder:
         return row_path(self.path, name).exists()
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Keep a row."""
-        write_json(row_path(self.path, name), row)
+        """Keep a row, with the name of the environment."""
+        write_json(row_path(self.path, name), {**row, "environment": self.environment()})
+
+    def environment(self) -> str:
+        """Return the name that this hardware with these versions has in the folder; a new one gets the next number."""
+        known = _environments(self.path)
+        here = {"hardware": describe_hardware(), "versions": environment()}
+        for name, told in known.items():
+            if told == here:
+                return name
+        name = str(len(known) + 1)
+        write_json(self.path / _ENVIRONMENTS, {**known, name: here})
+        return name
 
 
 def row_path(folder: Path, name: str) -> Path:
@@ -69,14 +84,14 @@ def write_table(
     Args:
         folder: where they go.
         name: of the table.
-        content: what the JSON holds beside the hardware and the versions.
+        content: what the JSON holds beside the environments that its rows name.
         table: gives the Markdown of what the JSON holds.
         pictures: name -> SVG.
 
     Returns:
         dict: what the JSON holds, with "files" beside it.
     """
-    result = {**content, "hardware": describe_hardware(), "versions": environment()}
+    result = {**content, "environments": _environments(folder)}
     files = {"json": str(folder / f"{name}.json"), "table": str(folder / f"{name}.md")}
     write_json(folder / f"{name}.json", result)
     write_bytes(folder / f"{name}.md", table(result).encode("utf-8"))
@@ -84,6 +99,34 @@ def write_table(
         files[picture] = str(folder / f"{picture}.svg")
         write_bytes(folder / f"{picture}.svg", svg.encode("utf-8"))
     return result | {"files": files}
+
+
+def environment_lines(environments: Mapping[str, Any]) -> list[str]:
+    """Return what the rows of a table were measured on, in Markdown, to stand below the table.
+
+    Args:
+        environments: name -> "hardware" and "versions", as the table's JSON holds them.
+    """
+    lines = ["", "Measured on", ""]
+    for name, told in environments.items():
+        versions = ", ".join(f"{package} {told['versions'][package]}" for package in ("torch", "transformers"))
+        lines.append(f"-{environment_mark([name], environments)} {hardware_line(told['hardware'])}; {versions}")
+    return lines
+
+
+def environment_mark(names: Iterable[str], environments: Mapping[str, Any]) -> str:
+    """Return what stands behind a figure that depends on the machine; nothing where all have the same.
+
+    Args:
+        names: of the environments that the figure comes from.
+        environments: all of the table.
+    """
+    return f" [{', '.join(sorted(set(names)))}]" if len(environments) > 1 else ""
+
+
+def _environments(folder: Path) -> dict[str, Any]:
+    path = folder / _ENVIRONMENTS
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def making_seconds(summary: Mapping[str, Any]) -> float:

@@ -51,8 +51,8 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
     Args:
         hardware: as `describe_hardware` returns it.
     """
-    memory = hardware["memory_bytes"]
-    parts = [*hardware.get("gpus", ()), str(hardware["cpu"]), f"{hardware['cores']} cores"]
+    memory, cores = hardware["memory_bytes"], hardware["cores"]
+    parts = [*hardware.get("gpus", ()), str(hardware["cpu"]), f"{cores} core{'s' if cores != 1 else ''}"]
     if memory:
         parts.append(f"{memory / 2**30:.0f} GiB")
     return ", ".join(parts) + (f" ({' '.join(hardware['isa'])})" if hardware["isa"] else "")

@@ -16,7 +16,7 @@ from rich.console import Console
 from cloq_export.cli import main
 from cloq_export.errors import RecipeError, UsageError
 from cloq_export.pipeline import frontier as module
-from cloq_export.pipeline import peers
+from cloq_export.pipeline import peers, row_folder
 from cloq_export.pipeline.frontier import METHODS, Frontier, frontier_table, measure_frontier
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.recipe import Recipe
@@ -150,6 +150,34 @@ def test_the_small_frontier_of_the_package_is_valid() -> None:
 def test_bad_recipes_are_refused(recipe_file: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Frontier.read(str(recipe_file(**changes)))
+
+
+def test_rows_name_the_machine_that_they_were_measured_on(
+    recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frontier, out = Frontier.read(str(recipe_file(methods=[], peers=["autoround"], seeds=[0]))), tmp_path / "out"
+    machine = {"cpu": "Slow CPU", "cores": 1, "memory_bytes": None, "isa": []}
+    monkeypatch.setattr(row_folder, "describe_hardware", lambda: machine)
+    first = measure_frontier(frontier, out, methods=["autoround"], bits=[4], console=silent)
+    assert [row["environment"] for row in first["rows"] if row["seed"] == 0] == ["1"]
+    alone = frontier_table(first)
+    assert "\nMeasured on\n\n- Slow CPU, 1 core; torch " in alone
+    assert "[1]" not in alone
+
+    def made(self: Any, case: Any, place: Path) -> dict[str, Any]:
+        judged = {text: {"value": 20.0, "standard_error": 1.0} for text in frontier.texts}
+        cost = {"stored_bits_per_weight": 2.5, "seconds": 7.0, "memory_beyond_model_bytes": None}
+        return {"perplexity": judged, **cost, "versions": {"auto-round": "9.9"}}
+
+    monkeypatch.setattr(module._Work, "_of_peer", made)
+    monkeypatch.setattr(row_folder, "describe_hardware", lambda: {**machine, "cpu": "Fast CPU", "cores": 8})
+    both = measure_frontier(frontier, out, console=silent)
+    assert [row["environment"] for row in both["rows"] if row["seed"] == 0] == ["1", "2"]
+    table = frontier_table(both)
+    assert next(line for line in table.splitlines() if line.startswith("| autoround")).endswith("| 7 [2] |")
+    assert "\n- [1] Slow CPU, 1 core; torch " in table
+    assert "\n- [2] Fast CPU, 8 cores; torch " in table
+    assert "\n- autoround: auto-round 9.9\n" in table
 
 
 def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent: Console, tmp_path: Path) -> None:
