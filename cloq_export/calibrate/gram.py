@@ -37,8 +37,7 @@ class GramAccumulator:
         weighting: "none" or "inverse_norm".
         drift: also sum D; `add` then needs the float model's inputs.
         rounded: the layers multiply their inputs rounded to bfloat16, so H is summed over the rounded inputs too: it
-            is then exactly the Gram matrix of what the products take, in float32 sums. CPUs without bfloat16
-            instructions sum the unrounded inputs.
+            is then exactly the Gram matrix of what the products take, in float32 sums. Weighted tokens are not rounded.
         device: where the sums live and are computed.
     """
 
@@ -90,6 +89,9 @@ class GramAccumulator:
                 root = self._token_weights(tokens, weights).sqrt_().unsqueeze_(1)
                 # Both factors carry the root, so that H stays a sum of squares under rounding.
                 tokens = plain * root
+            elif self.rounded:
+                # torch itself rounds operands only on CPUs with AMX, and not those of small products.
+                tokens = plain.to(torch.bfloat16).to(torch.float32)
             if not fused:
                 with _products(rounded=rounded):
                     self._add_gram(tokens, _ROUNDED_PANELS if rounded else _PANELS)

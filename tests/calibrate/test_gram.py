@@ -62,6 +62,15 @@ def test_drift_of_equal_streams_is_exactly_zero() -> None:
     assert not drift.any()
 
 
+def test_rounded_inputs_are_summed_as_the_layers_multiply_them_on_any_processor() -> None:
+    x = correlated(300, 96)
+    sums = GramAccumulator(96, rounded=True)
+    sums.add(x)
+    taken = x.to(torch.bfloat16).double()
+    assert relative_error(sums.stats().gram, taken.T @ taken) < 1e-6
+    assert relative_error(sums.stats().gram, x.double().T @ x.double()) > 1e-4
+
+
 def test_given_weights_multiply_the_weighting() -> None:
     x = correlated(50, 40)
     weights = torch.rand(2, 25, generator=torch.Generator().manual_seed(3))
