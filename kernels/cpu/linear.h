@@ -135,7 +135,9 @@ struct RowKernels {
     // to[r * to_pitch + i] = sum_k a[r * length + k] * x[i * pitch + k] for r < rows and i < count
     void (*dots)(const void* a, int dtype, int64_t rows, int64_t length, const float* x, int64_t pitch, int64_t count,
                  float* to, int64_t to_pitch);
-    // y[i * y_pitch + n] += sum_r z[r * pitch + i] * b[r * 16 + n] for i < count and n < 16
+    // y[i * y_pitch + n] += sum_r z[r * pitch + i] * b[r * 16 + n] for i < count and n < 16. The sum is whole before it
+    // meets y: where y is thousands of times as large, as a model's few huge activations are, each of its terms would
+    // be rounded to the last place of y.
     void (*add_low_rank)(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
                          int64_t y_pitch);
 };

@@ -198,11 +198,11 @@ void dots(const void* a, int dtype, int64_t rows, int64_t length, const float* x
 void add_low_rank(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
                   int64_t y_pitch) {
     for (int64_t i = 0; i < count; ++i, ++z, y += y_pitch) {
-        Vector sum = load_row(y, CLOQ_FLOAT32, 0);
+        Vector sum = Vector::zero();
         for (int64_t r = 0; r < rank; ++r) {
             sum = multiply_add(load_row(b, dtype, r * cloq::kLanes), Vector::all(z[r * pitch]), sum);
         }
-        sum.store(y);
+        (load_row(y, CLOQ_FLOAT32, 0) + sum).store(y);
     }
 }
 

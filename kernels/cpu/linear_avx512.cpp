@@ -207,8 +207,7 @@ void add_low_rank_of(const void* b, int dtype, int64_t rank, const float* z, int
     constexpr int kChains = width == 1 ? 4 : 1;
     __m512 sum[kChains][width];
     for (int i = 0; i < width; ++i) {
-        sum[0][i] = _mm512_loadu_ps(y + i * y_pitch);
-        for (int chain = 1; chain < kChains; ++chain) sum[chain][i] = _mm512_setzero_ps();
+        for (int chain = 0; chain < kChains; ++chain) sum[chain][i] = _mm512_setzero_ps();
     }
     for (int64_t r = 0; r < rank; r += kChains) {
         for (int chain = 0; chain < kChains && r + chain < rank; ++chain) {
@@ -220,7 +219,7 @@ void add_low_rank_of(const void* b, int dtype, int64_t rank, const float* z, int
     }
     for (int i = 0; i < width; ++i) {
         for (int chain = 1; chain < kChains; ++chain) sum[0][i] = _mm512_add_ps(sum[0][i], sum[chain][i]);
-        _mm512_storeu_ps(y + i * y_pitch, sum[0][i]);
+        _mm512_storeu_ps(y + i * y_pitch, _mm512_add_ps(_mm512_loadu_ps(y + i * y_pitch), sum[0][i]));
     }
 }
 

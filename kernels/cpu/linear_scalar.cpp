@@ -156,12 +156,20 @@ void dots(const void* a, int dtype, int64_t rows, int64_t length, const float* x
 
 void add_low_rank(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
                   int64_t y_pitch) {
+    constexpr int64_t kTogether = 8;
     const int64_t size = dtype == CLOQ_FLOAT32 ? 4 : 2;
-    for (int64_t r = 0; r < rank; ++r) {
-        float row[cloq::kLanes];
-        to_float(static_cast<const char*>(b) + r * cloq::kLanes * size, dtype, cloq::kLanes, row);
-        for (int64_t i = 0; i < count; ++i) {
-            for (int n = 0; n < cloq::kLanes; ++n) y[i * y_pitch + n] += z[r * pitch + i] * row[n];
+    for (int64_t first = 0; first < count; first += kTogether) {
+        const int64_t tokens = cloq::smaller(kTogether, count - first);
+        float sums[kTogether][cloq::kLanes] = {};
+        for (int64_t r = 0; r < rank; ++r) {
+            float row[cloq::kLanes];
+            to_float(static_cast<const char*>(b) + r * cloq::kLanes * size, dtype, cloq::kLanes, row);
+            for (int64_t i = 0; i < tokens; ++i) {
+                for (int n = 0; n < cloq::kLanes; ++n) sums[i][n] += z[r * pitch + first + i] * row[n];
+            }
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+            for (int n = 0; n < cloq::kLanes; ++n) y[(first + i) * y_pitch + n] += sums[i][n];
         }
     }
 }

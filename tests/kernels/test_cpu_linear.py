@@ -182,6 +182,22 @@ def test_lora(isa, shape, rank, dtype, adapter_dtype, precision):
             )
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_low_rank_term_meets_a_huge_output_once(isa, tokens):
+    codes, scales, zeros, q = make_layer(48, 128, 64, 2)
+    a, b, scaling = make_lora(1, 64, 48, 128, torch.float32)
+    a[..., 5] = 0.0
+    x = torch.zeros(tokens, 128)
+    x[:, 5], x[:, 6] = 2.0**20, 30.0  # makes the output huge, and is what the adapter sees
+    index = torch.zeros(tokens, dtype=torch.int32)
+    truth = canonical.lora_linear(x, q, None, a, b, scaling, index)
+    result = kernel.lora_linear(x, kernel.pack_weight(codes, scales, zeros, 2), None, kernel.pack_lora(a, b, scaling))
+    # The base and the sum of both are rounded, by half a unit in the last place each.
+    allowed = 2.0**-23 * truth.abs() + 1e-4
+    assert ((result - truth).abs() <= allowed).all()
+    assert truth.abs().max() > 1e5
+
+
 def make_slices(outputs, columns, ranks, dtype):
     """Return three adapters of a layer that is several in one: a pair for every adapter and slice, or None."""
     generator = torch.Generator().manual_seed(sum(outputs))
