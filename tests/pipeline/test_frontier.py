@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -156,12 +157,12 @@ def test_rows_name_the_machine_that_they_were_measured_on(
     recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frontier, out = Frontier.read(str(recipe_file(methods=[], peers=["autoround"], seeds=[0]))), tmp_path / "out"
-    machine = {"cpu": "Slow CPU", "cores": 1, "memory_bytes": None, "isa": []}
+    machine = {"cpu": "Slow CPU", "cores": 1, "memory_bytes": 2**34, "isa": []}
     monkeypatch.setattr(row_folder, "describe_hardware", lambda: machine)
     first = measure_frontier(frontier, out, methods=["autoround"], bits=[4], console=silent)
     assert [row["environment"] for row in first["rows"] if row["seed"] == 0] == ["1"]
     alone = frontier_table(first)
-    assert "\nMeasured on\n\n- Slow CPU, 1 core; torch " in alone
+    assert "\nMeasured on\n\n- Slow CPU, 1 core, 16 GiB; torch " in alone
     assert "[1]" not in alone
 
     def made(self: Any, case: Any, place: Path) -> dict[str, Any]:
@@ -175,9 +176,19 @@ def test_rows_name_the_machine_that_they_were_measured_on(
     assert [row["environment"] for row in both["rows"] if row["seed"] == 0] == ["1", "2"]
     table = frontier_table(both)
     assert next(line for line in table.splitlines() if line.startswith("| autoround")).endswith("| 7 [2] |")
-    assert "\n- [1] Slow CPU, 1 core; torch " in table
-    assert "\n- [2] Fast CPU, 8 cores; torch " in table
+    assert "\n- [1] Slow CPU, 1 core, 16 GiB; torch " in table
+    assert "\n- [2] Fast CPU, 8 cores, 16 GiB; torch " in table
     assert "\n- autoround: auto-round 9.9\n" in table
+
+
+def test_a_machine_that_was_started_again_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = itertools.count(2**34, 4096)
+    told = {"cpu": "CPU", "cores": 2, "isa": []}
+    monkeypatch.setattr(row_folder, "describe_hardware", lambda: {**told, "memory_bytes": next(memory)})
+    folder = row_folder.RowFolder(tmp_path / "out", "table", {})
+    assert [folder.environment() for _ in range(3)] == ["1", "1", "1"]
+    monkeypatch.setattr(row_folder, "environment", lambda: {"torch": "99.0", "transformers": "9.0"})
+    assert folder.environment() == "2"
 
 
 def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent: Console, tmp_path: Path) -> None:
