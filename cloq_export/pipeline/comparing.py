@@ -39,10 +39,10 @@ from cloq_export.pipeline.finetuning import (
 from cloq_export.pipeline.plan import make_plan
 from cloq_export.pipeline.row_folder import (
     RowFolder,
-    environment_lines,
     environment_mark,
     making_seconds,
     row_path,
+    table_foot,
     write_table,
 )
 from cloq_export.pipeline.session import Session
@@ -296,9 +296,7 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             note += "" if base["in_one_go"] else " (continued after an interruption)"
             discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
             lines.append(f"| {name} | {base['seconds']:.0f}{note} | {memory} | {discrepancies} |")
-    lines += environment_lines(result["environments"])
-    if result["missing_rows"]:
-        lines += ["", f"{result['missing_rows']} rows are not measured yet."]
+    lines += table_foot(result)
     return "\n".join(lines) + "\n"
 
 

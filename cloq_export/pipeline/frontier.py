@@ -25,10 +25,10 @@ from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.pipeline.row_folder import (
     RowFolder,
-    environment_lines,
     environment_mark,
     making_seconds,
     row_path,
+    table_foot,
     write_table,
 )
 from cloq_export.pipeline.session import Session
@@ -275,12 +275,7 @@ def frontier_table(result: Mapping[str, Any]) -> str:
     if failed:
         lines += ["", "Failed", ""]
     lines += [f"- {row['method']}, {row['bits']} bits, rank {row['rank']}: {row['failed']}" for row in failed]
-    lines += environment_lines(environments)
-    of_peers = {row["method"]: row["versions"] for row in result["rows"] if "versions" in row}
-    for peer, versions in of_peers.items():
-        lines.append(f"- {peer}: {', '.join(f'{package} {version}' for package, version in versions.items())}")
-    if result["missing_rows"]:
-        lines += ["", f"{result['missing_rows']} rows are not measured yet."]
+    lines += table_foot(result)
     return "\n".join(lines) + "\n"
 
 

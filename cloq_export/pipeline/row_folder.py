@@ -105,16 +105,24 @@ def write_table(
     return result | {"files": files}
 
 
-def environment_lines(environments: Mapping[str, Any]) -> list[str]:
-    """Return what the rows of a table were measured on, in Markdown, to stand below the table.
+def table_foot(result: Mapping[str, Any]) -> list[str]:
+    """Return what stands below a table in Markdown: what its rows were measured on, and how many are missing.
 
     Args:
-        environments: name -> "hardware" and "versions", as the table's JSON holds them.
+        result: what the table's JSON holds.
     """
+    environments = result["environments"]
     lines = ["", "Measured on", ""]
     for name, told in environments.items():
-        versions = ", ".join(f"{package} {told['versions'][package]}" for package in ("torch", "transformers"))
-        lines.append(f"-{environment_mark([name], environments)} {hardware_line(told['hardware'])}; {versions}")
+        hardware, versions = _in_words(told)
+        lines.append(
+            f"-{environment_mark([name], environments)} {hardware}; {_listed(versions, 'torch', 'transformers')}"
+        )
+    # Rows that another package made have the versions of its own environment.
+    of_peers = {row["method"]: row["versions"] for row in result["rows"] if "versions" in row}
+    lines += [f"- {peer}: {_listed(versions, *versions)}" for peer, versions in of_peers.items()]
+    if result["missing_rows"]:
+        lines += ["", f"{result['missing_rows']} rows are not measured yet."]
     return lines
 
 
@@ -126,6 +134,15 @@ def environment_mark(names: Iterable[str], environments: Mapping[str, Any]) -> s
         environments: all of the table.
     """
     return f" [{', '.join(sorted(set(names)))}]" if len(environments) > 1 else ""
+
+
+def _in_words(told: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
+    # The bytes of a machine's memory differ from one start to the next; in words it stays the same.
+    return hardware_line(told["hardware"]), told["versions"]
+
+
+def _listed(versions: Mapping[str, str], *packages: str) -> str:
+    return ", ".join(f"{package} {versions[package]}" for package in packages)
 
 
 def _environments(folder: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_rows_name_the_machine_that_they_were_measured_on(
     frontier, out = Frontier.read(str(recipe_file(methods=[], peers=["autoround"], seeds=[0]))), tmp_path / "out"
     machine = {"cpu": "Slow CPU", "cores": 1, "memory_bytes": 2**34, "isa": []}
     monkeypatch.setattr(row_folder, "describe_hardware", lambda: machine)
-    first = measure_frontier(frontier, out, methods=["autoround"], bits=[4], console=silent)
+    first = measure_frontier(frontier, out, bits=[4], console=silent)  # the float model alone
     assert [row["environment"] for row in first["rows"] if row["seed"] == 0] == ["1"]
     alone = frontier_table(first)
     assert "\nMeasured on\n\n- Slow CPU, 1 core, 16 GiB; torch " in alone
