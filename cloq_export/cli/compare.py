@@ -29,9 +29,10 @@ def command(
     full: bool,
     as_json: bool,
 ) -> None:
-    """Train from several start points on the same data and steps; RECIPE is small, or a YAML file.
+    """Train from several start points on the same data and steps.
 
-    Rows that are measured already stay; an interrupted call continues.
+    NAME is a recipe of the package, small or refined; FILE is one of your own in YAML. Rows that are measured already
+    stay; an interrupted call continues.
     """
     from rich.console import Console
 
