@@ -60,11 +60,7 @@ class RowFolder:
         known = _environments(self.path)
         here = {"hardware": describe_hardware(), "versions": environment()}
         for name, told in known.items():
-            # In words: the bytes of a machine's memory differ from one start to the next.
-            if (
-                hardware_line(told["hardware"]) == hardware_line(here["hardware"])
-                and told["versions"] == here["versions"]
-            ):
+            if _in_words(told) == _in_words(here):
                 return name
         name = str(len(known) + 1)
         write_json(self.path / _ENVIRONMENTS, {**known, name: here})
