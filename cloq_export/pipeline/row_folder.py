@@ -114,9 +114,9 @@ def table_foot(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"-{environment_mark([name], environments)} {hardware}; {_listed(versions, 'torch', 'transformers')}"
         )
-    # Rows that another package made have the versions of its own environment.
-    of_peers = {row["method"]: row["versions"] for row in result["rows"] if "versions" in row}
-    lines += [f"- {peer}: {_listed(versions, *versions)}" for peer, versions in of_peers.items()]
+    # Rows that another package made have the versions of its own environment, perhaps others when it was made again.
+    peers = [(row["method"], row["versions"]) for row in result["rows"] if "versions" in row]
+    lines += dict.fromkeys(f"- {peer}: {_listed(versions, *versions)}" for peer, versions in peers)
     if result["missing_rows"]:
         lines += ["", f"{result['missing_rows']} rows are not measured yet."]
     return lines

@@ -18,7 +18,7 @@ from cloq_export.cli import main
 from cloq_export.errors import RecipeError, UsageError
 from cloq_export.pipeline import frontier as module
 from cloq_export.pipeline import peers, row_folder
-from cloq_export.pipeline.frontier import METHODS, Frontier, frontier_table, measure_frontier
+from cloq_export.pipeline.frontier import MEAN, METHODS, Frontier, frontier_table, measure_frontier
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.recipe import Recipe
 
@@ -156,11 +156,11 @@ def test_bad_recipes_are_refused(recipe_file: Any, changes: dict[str, Any], mess
 def test_rows_name_the_machine_that_they_were_measured_on(
     recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frontier, out = Frontier.read(str(recipe_file(methods=[], peers=["autoround"], seeds=[0]))), tmp_path / "out"
+    frontier, out = Frontier.read(str(recipe_file(methods=[], peers=["autoround"], seeds=[0, 1]))), tmp_path / "out"
     machine = {"cpu": "Slow CPU", "cores": 1, "memory_bytes": 2**34, "isa": []}
     monkeypatch.setattr(row_folder, "describe_hardware", lambda: machine)
     first = measure_frontier(frontier, out, bits=[4], console=silent)  # the float model alone
-    assert [row["environment"] for row in first["rows"] if row["seed"] == 0] == ["1"]
+    assert [row["environment"] for row in first["rows"] if row["seed"] != MEAN] == ["1"]
     alone = frontier_table(first)
     assert "\nMeasured on\n\n- Slow CPU, 1 core, 16 GiB; torch " in alone
     assert "[1]" not in alone
@@ -168,17 +168,17 @@ def test_rows_name_the_machine_that_they_were_measured_on(
     def made(self: Any, case: Any, place: Path) -> dict[str, Any]:
         judged = {text: {"value": 20.0, "standard_error": 1.0} for text in frontier.texts}
         cost = {"stored_bits_per_weight": 2.5, "seconds": 7.0, "memory_beyond_model_bytes": None}
-        return {"perplexity": judged, **cost, "versions": {"auto-round": "9.9"}}
+        return {"perplexity": judged, **cost, "versions": {"auto-round": f"9.{case.seed}"}}
 
     monkeypatch.setattr(module._Work, "_of_peer", made)
     monkeypatch.setattr(row_folder, "describe_hardware", lambda: {**machine, "cpu": "Fast CPU", "cores": 8})
     both = measure_frontier(frontier, out, console=silent)
-    assert [row["environment"] for row in both["rows"] if row["seed"] == 0] == ["1", "2"]
+    assert [row["environment"] for row in both["rows"] if row["seed"] != MEAN] == ["1", "2", "2"]
     table = frontier_table(both)
     assert next(line for line in table.splitlines() if line.startswith("| autoround")).endswith("| 7 [2] |")
     assert "\n- [1] Slow CPU, 1 core, 16 GiB; torch " in table
     assert "\n- [2] Fast CPU, 8 cores, 16 GiB; torch " in table
-    assert "\n- autoround: auto-round 9.9\n" in table
+    assert "\n- autoround: auto-round 9.0\n- autoround: auto-round 9.1\n" in table
 
 
 def test_a_machine_that_was_started_again_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
