@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import gc
 import platform
 import sys
 from pathlib import Path
@@ -32,17 +34,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
-def release_freed_memory() -> bool:
-    """Let glibc hand back what is free, so that what is measured next does not count it; return whether it could."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
     """Host memory of one piece of work.
@@ -58,9 +49,14 @@ class MemoryUse:
 
 
 class MemoryWatch:
-    """Measures the host memory of the work between its creation and `stop`."""
+    """Measures the host memory of the work between its creation and `stop`.
+
+    What earlier work has freed is handed back first: kept, it would serve this work and not be counted.
+    """
 
     def __init__(self) -> None:
+        gc.collect()
+        _release_freed_memory()
         self._peak_before = _peak_bytes()
         self._start = _status_bytes("VmRSS")
         try:
@@ -73,6 +69,12 @@ class MemoryWatch:
         """Return what was used since the creation."""
         peak = _peak_bytes()
         return MemoryUse(max(peak, self._peak_before), None if self._start is None else max(0, peak - self._start))
+
+
+def _release_freed_memory() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -20,7 +20,6 @@ from torch import nn
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import CloqError, DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
-from cloq_export.models.host_memory import release_freed_memory
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
@@ -338,7 +337,6 @@ class _Work:
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
             gc.collect()
-            release_freed_memory()
             summary = run(recipe, folder, console=self.console)
             figures = {
                 "seconds": making_seconds(summary),

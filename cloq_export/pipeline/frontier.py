@@ -16,7 +16,6 @@ from torch import nn
 
 from cloq_export.calibrate.data import calibration_windows, evaluation_text, load_text, tokenize_text
 from cloq_export.errors import CloqError, RecipeError, UsageError
-from cloq_export.models.host_memory import release_freed_memory
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
@@ -216,7 +215,6 @@ def measure_frontier(
             about = "" if case.method == FLOAT else f", {case.bits} bits, rank {case.rank}, seed {case.seed}"
             console.print(f"{case.method}{about}", highlight=False, markup=False)
             gc.collect()
-            release_freed_memory()
             work.rows.write(case.name, dataclasses.asdict(case) | work.measure(case))
     return write_frontier(frontier, out)
 
