@@ -162,8 +162,19 @@ def comparison(content: Content) -> list[str]:
 def frontier(content: Content) -> list[str]:
     """Return what every method makes of a model, by stored bits."""
     from cloq_export.pipeline.frontier import frontier_table
+    from cloq_export.recipe import Recipe
 
-    return frontier_table(content).strip().splitlines()
+    measured = content["frontier"]
+    steps = Recipe.from_mapping(measured["quantize"]).refine_steps
+    notes = [
+        "[method.md](method.md) and [recipes.md](recipes.md) say what each method is; ours are all on one integer "
+        f"grid, and train for at most {steps} steps a block or layer."
+    ]
+    if "apiq-lw" in measured["methods"]:
+        notes.append("So do ApiQ's two schemes, where its authors make 20 passes over 128 windows.")
+    if "lq-lora" in measured["methods"]:
+        notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
+    return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
 
 
 def refine_speed(content: Content) -> list[str]:
