@@ -171,7 +171,10 @@ def frontier(content: Content) -> list[str]:
         f"grid, and train for at most {steps} steps a block or layer."
     ]
     if "apiq-lw" in measured["methods"]:
-        notes.append("So do ApiQ's two schemes, where its authors make 20 passes over 128 windows.")
+        notes.append(
+            "So do ApiQ's two schemes, where its authors make 20 passes over 128 windows: at their rates so few steps "
+            "move the ends of a range by a few hundredths of it, and their rows say little of ApiQ as published."
+        )
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
     return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
