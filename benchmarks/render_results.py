@@ -168,12 +168,12 @@ def frontier(content: Content) -> list[str]:
     steps = Recipe.from_mapping(measured["quantize"]).refine_steps
     notes = [
         "[method.md](method.md) and [recipes.md](recipes.md) say what each method is; ours are all on one integer "
-        f"grid, and train for at most {steps} steps a block or layer."
+        f"grid, and train for at most {steps} steps a block or layer, and `cloq-refine` as many more for the model."
     ]
     if "apiq-lw" in measured["methods"]:
         notes.append(
-            "So do ApiQ's two schemes, where its authors make 20 passes over 128 windows: at their rates so few steps "
-            "move the ends of a range by a few hundredths of it, and their rows say little of ApiQ as published."
+            "ApiQ's two schemes get the same, where its authors make 20 passes over 128 windows: at their rates so few "
+            "steps move the ends of a range by a few hundredths of it, and their rows say little of ApiQ as published."
         )
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")

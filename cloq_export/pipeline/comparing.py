@@ -336,7 +336,6 @@ class _Work:
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
-            gc.collect()
             summary = run(recipe, folder, console=self.console)
             figures = {
                 "seconds": making_seconds(summary),
