@@ -162,18 +162,19 @@ def comparison(content: Content) -> list[str]:
 def frontier(content: Content) -> list[str]:
     """Return what every method makes of a model, by stored bits."""
     from cloq_export.pipeline.frontier import frontier_table
-    from cloq_export.recipe import Recipe
+    from cloq_export.recipe import REFINE_STEPS
 
     measured = content["frontier"]
-    steps = Recipe.from_mapping(measured["quantize"]).refine_steps
+    steps = measured["quantize"].get("refine_steps") or REFINE_STEPS
     notes = [
         "[method.md](method.md) and [recipes.md](recipes.md) say what each method is; ours are all on one integer "
         f"grid, and train for at most {steps} steps a block or layer, and `cloq-refine` as many more for the model."
     ]
     if "apiq-lw" in measured["methods"]:
         notes.append(
-            "ApiQ's two schemes get the same, where its authors make 20 passes over 128 windows: at their rates so few "
-            "steps move the ends of a range by a few hundredths of it, and their rows say little of ApiQ as published."
+            "The rows of ApiQ's two schemes are older than their default, its authors' 20 passes over the windows: "
+            "they are of 200 steps too, which at their rates move the ends of a range by a few hundredths of it, and "
+            "say little of ApiQ as published."
         )
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")

@@ -23,6 +23,8 @@ from cloq_export.errors import RecipeError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 FINETUNE_PREFIX = "finetune."
+# Where a recipe says 0: after so many steps ours are near their end, and ApiQ's authors make so many passes.
+REFINE_STEPS, APIQ_PASSES = 200, 20
 OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
@@ -98,7 +100,9 @@ class Recipe:
         "layer-wise or block-wise scheme instead of solving.",
     )
     refine_steps: int = _option(
-        200, "Steps of the refinement of each block, and of the model (apiq-lw: of each layer)."
+        0,
+        "Steps of the refinement of each block, and of the model (apiq-lw: of each layer); 0 is "
+        f"{REFINE_STEPS}, and with apiq-lw and apiq-bw {APIQ_PASSES} passes over the windows.",
     )
     calibration: str = _option(
         "wikitext2", "Calibration text: wikitext2, gsm8k, embedded, a file, a hub id, or several joined by +."
@@ -387,7 +391,7 @@ EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft", "onnx", "onnx-adapter")
 _MINIMUM: dict[str, int] = {
     "sweeps": 0,
     "rank": 0,
-    "refine_steps": 1,
+    "refine_steps": 0,
     "samples": 1,
     "seqlen": 2,
     "seed": 0,

@@ -24,13 +24,14 @@ from cloq_export.pipeline.solve import (
     on_device,
     served_weight,
 )
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import APIQ_PASSES, REFINE_STEPS, Recipe
 from cloq_export.refine import (
     ClippedLayer,
     OutputObjective,
     Refinement,
     TrainableLayer,
     TrainedLayer,
+    held_out_batches,
     held_out_error,
     relative_error,
     squared_error,
@@ -124,7 +125,8 @@ class BlockRefiner:
         if not trainable:
             return dict(solved)
         objective = OutputObjective(trainable, forward, targets, measure)
-        found = train_layers(trainable, objective, steps=recipe.refine_steps, seed=recipe.seed + index, warmup=WARMUP)
+        steps = self._steps(objective.batches)
+        found = train_layers(trainable, objective, steps=steps, seed=recipe.seed + index, warmup=WARMUP)
         refined = {name: (layer.quantized, layer.lora) for name, layer in solved.items()}
         refined |= found.layers or {}
         best = {name: _best_pair(layer, refined[name][0], recipe) for name, layer in solved.items()}
@@ -167,7 +169,7 @@ class BlockRefiner:
             targets = [nn.functional.linear(asked[b].to(self._dtype), weight) for b in batches]
             trainable = {name: self._trainable(parameter, layer)}
             objective = OutputObjective(trainable, _linear(seen, parameter), targets, squared_error)
-            found = train_layers(trainable, objective, steps=self._recipe.refine_steps, seed=self._recipe.seed)
+            found = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
             refined = {name: (found.layers or {name: (layer.quantized, layer.lora)})[name]}
             best = {name: _best_pair(layer, refined[name][0], self._recipe)}
             finished |= self._finished({name: layer}, refined, best, found, found.error_after)
@@ -181,6 +183,11 @@ class BlockRefiner:
             best = _best_pair(layer, quantized, self._recipe)
             started[name] = _finish(layer, quantized, lora, best, self._recipe, {"method": self._recipe.refine})
         return started
+
+    def _steps(self, batches: int) -> int:
+        if self._recipe.refine not in APIQ:
+            return self._recipe.refine_steps or REFINE_STEPS
+        return self._recipe.refine_steps or APIQ_PASSES * max(1, batches - len(held_out_batches(batches)))
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
         if self._recipe.refine in APIQ:

@@ -17,7 +17,7 @@ from cloq_export.models.stream import BlockStream
 from cloq_export.pipeline.plan import Plan
 from cloq_export.pipeline.refining import WARMUP, finite, kept_start, pair_on
 from cloq_export.pipeline.solve import on_device
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import REFINE_STEPS, Recipe
 from cloq_export.refine import (
     JUDGEMENTS,
     MODEL_RATES,
@@ -38,9 +38,9 @@ _TOKENS_AT_ONCE = 512
 _JUDGING_BATCHES = 8
 
 
-def refinement_batches(steps: int) -> int:
+def refinement_batches(recipe: Recipe) -> int:
     """Return how many batches of windows a refinement takes: one for each step, and those that judge."""
-    return steps + _JUDGING_BATCHES
+    return (recipe.refine_steps or REFINE_STEPS) + _JUDGING_BATCHES
 
 
 def refine_model(
@@ -89,7 +89,7 @@ def refine_model(
         return train_layers(
             everything,
             objective,
-            steps=recipe.refine_steps,
+            steps=recipe.refine_steps or REFINE_STEPS,
             seed=recipe.seed,
             warmup=WARMUP,
             patience=JUDGEMENTS,

@@ -594,7 +594,7 @@ def _refine_model(
         device = device_of(recipe)
         batch = usual_windows_per_batch(recipe)
         # Windows that the layers were solved on would flatter the start: its errors on those are mended already.
-        other = recipe.changed({"samples": batch * refinement_batches(recipe.refine_steps), "seed": recipe.seed + 1})
+        other = recipe.changed({"samples": batch * refinement_batches(recipe), "seed": recipe.seed + 1})
         fresh = _windows(loaded, other, calibration)
         started = time.perf_counter()
         try:

@@ -17,6 +17,7 @@ from cloq_export.errors import RecipeError
 from cloq_export.pipeline import ExportOptions
 from cloq_export.pipeline.refining import BlockRefiner
 from cloq_export.recipe import Recipe
+from cloq_export.refine import train_layers
 from cloq_export.run.directory import RunDirectory
 
 RecipeFor = Callable[..., Recipe]
@@ -63,6 +64,29 @@ def test_every_scheme_lowers_the_held_out_error(scheme: str, made: Callable[[str
     if scheme != "apiq-lw":
         # One block, one error.
         assert len({c.refined_error_before for c in certificates}) == 2
+
+
+@pytest.mark.parametrize(("scheme", "asked", "steps"), [("block", 0, 200), ("apiq-lw", 0, 140), ("apiq-bw", 7, 7)])
+def test_steps_without_a_number_are_those_of_the_scheme(
+    scheme: str,
+    asked: int,
+    steps: int,
+    tmp_path: Path,
+    recipe_for: RecipeFor,
+    silent: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def watched(layers: Any, objective: Any, **options: Any) -> Any:
+        assert objective.batches == 8  # one of them judges: a pass has seven steps
+        made.append(options["steps"])
+        return train_layers(layers, objective, **options | {"steps": 1})
+
+    monkeypatch.setattr("cloq_export.pipeline.refining.train_layers", watched)
+    recipe = recipe_for("llama", refine=scheme, **{**SMALL, "refine_steps": asked})
+    pipeline.run(recipe, tmp_path / "run", console=silent)
+    assert set(made) == {steps}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
