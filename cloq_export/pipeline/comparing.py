@@ -39,8 +39,9 @@ from cloq_export.pipeline.plan import make_plan
 from cloq_export.pipeline.row_folder import (
     RowFolder,
     environment_mark,
-    making_seconds,
+    making_cost,
     row_path,
+    seconds_cell,
     table_foot,
     write_table,
 )
@@ -291,10 +292,9 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         for name, base in result["bases"].items():
             beyond = base.get("memory_beyond_model_bytes")
             memory = "" if beyond is None else f"{beyond / 1e9:.2f} GB"
-            note = environment_mark([base["environment"]], result["environments"])
-            note += "" if base["in_one_go"] else " (continued after an interruption)"
+            seconds = seconds_cell(base["seconds"], environment_mark([base["environment"]], result["environments"]))
             discrepancies = " | ".join(f"{base[f'mean_{field}']:.4f}" for field in _DISCREPANCIES)
-            lines.append(f"| {name} | {base['seconds']:.0f}{note} | {memory} | {discrepancies} |")
+            lines.append(f"| {name} | {seconds} | {memory} | {discrepancies} |")
     lines += table_foot(result)
     return "\n".join(lines) + "\n"
 
@@ -338,9 +338,7 @@ class _Work:
             in_one_go = not folder.exists()
             summary = run(recipe, folder, console=self.console)
             figures = {
-                "seconds": making_seconds(summary),
-                "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"],
-                "in_one_go": in_one_go,
+                **making_cost(summary, in_one_go=in_one_go),
                 "environment": self.rows.environment(),
                 # Where the text lay says nothing; its hash does.
                 "perplexity": {key: value for key, value in summary["perplexity"].items() if key != "text"},

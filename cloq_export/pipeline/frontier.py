@@ -25,8 +25,9 @@ from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.pipeline.row_folder import (
     RowFolder,
     environment_mark,
-    making_seconds,
+    making_cost,
     row_path,
+    seconds_cell,
     table_foot,
     write_table,
 )
@@ -267,7 +268,7 @@ def frontier_table(result: Mapping[str, Any]) -> str:
         if asks:
             cells.append(f"{row['accuracy']:.3f}")
         mark = environment_mark(row["environments"], environments)
-        cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}{mark}")
+        cells.append(seconds_cell(row["seconds"], mark) if row is not plain else "")
         lines.append("| " + " | ".join(cells) + " |")
     failed = [row for row in result["rows"] if row.get("failed")]
     if failed:
@@ -290,8 +291,8 @@ class _Work:
         """Make what a row is about, and judge it."""
         if case.method == FLOAT:
             loaded = open_model(self.frontier.model, dtype=torch.float32)
-            float_bits = 16.0
-            return self._judge(loaded.model, loaded.tokenizer, case) | _cost(float_bits, None, None)
+            judged = self._judge(loaded.model, loaded.tokenizer, case)
+            return judged | {"stored_bits_per_weight": 16.0, "seconds": None, "memory_beyond_model_bytes": None}
         place = self.out / "runs" / case.name
         made = self._own(case, place) if case.method in METHODS else self._of_peer(case, place)
         if "failed" not in made:
@@ -304,6 +305,7 @@ class _Work:
         method = METHODS[case.method]
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
+        in_one_go = not place.exists()
         try:
             summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
         except RecipeError:
@@ -315,9 +317,8 @@ class _Work:
         model = load(place, adapter, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(RunDirectory.open(place).checkpoint_path)
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
-        return self._judge(model, tokenizer, case) | _cost(
-            stored, making_seconds(summary), summary["memory_beyond_model_bytes"]
-        )
+        made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
+        return self._judge(model, tokenizer, case) | made
 
     def _of_peer(self, case: Case, place: Path) -> dict[str, Any]:
         folder = self.out / "model"
@@ -344,10 +345,8 @@ class _Work:
         sizes = stored_sizes(checkpoint, adapter)
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
         model = load(checkpoint, adapter, dtype=torch.float32, force=True)
-        found = self._judge(model, loaded.tokenizer, case) | _cost(
-            stored, report["seconds"], report["memory_beyond_model_bytes"]
-        )
-        return found | {"versions": report["versions"]}
+        told = {name: report[name] for name in ("seconds", "memory_beyond_model_bytes", "versions")}
+        return self._judge(model, loaded.tokenizer, case) | {"stored_bits_per_weight": stored, **told}
 
     def _judge(self, model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
         model.eval()
@@ -365,10 +364,6 @@ class _Work:
             entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[self.frontier.questions]
             found["accuracy"] = entry["models"][case.name]["accuracy"]
         return found
-
-
-def _cost(stored: float, seconds: float | None, memory: int | None) -> dict[str, Any]:
-    return {"stored_bits_per_weight": stored, "seconds": seconds, "memory_beyond_model_bytes": memory}
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

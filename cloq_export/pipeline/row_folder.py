@@ -146,6 +146,22 @@ def _environments(folder: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def making_seconds(summary: Mapping[str, Any]) -> float:
-    """Return the seconds that a run's summary names, less reading the model and measuring the result."""
-    return sum(spent for stage, spent in summary["seconds"].items() if stage not in ("measure", "read model"))
+def making_cost(summary: Mapping[str, Any], *, in_one_go: bool) -> dict[str, Any]:
+    """Return what making a run took, without reading the model and measuring the result.
+
+    Args:
+        summary: of the run's last call.
+        in_one_go: that call began the run; of one that went on where an earlier call had stopped, nothing is known.
+
+    Returns:
+        dict: "seconds" and "memory_beyond_model_bytes", None where they are not known.
+    """
+    if not in_one_go:
+        return {"seconds": None, "memory_beyond_model_bytes": None}
+    spent = (seconds for stage, seconds in summary["seconds"].items() if stage not in ("measure", "read model"))
+    return {"seconds": sum(spent), "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"]}
+
+
+def seconds_cell(seconds: float | None, mark: str) -> str:
+    """Return what a table says of the seconds of a row that was made: `mark` names the machine behind them."""
+    return "not in one go" if seconds is None else f"{seconds:.0f}{mark}"

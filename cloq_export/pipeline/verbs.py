@@ -589,7 +589,10 @@ def _refine_model(
     """Solve all layers and refine their blocks beside the run, then all together, and only then store them in it."""
     work = directory.path / "work" / "solved"
     with _started(work, recipe.changed({"refine": "block"}), directory.source_fingerprint) as solved:
-        if not solved.completed_modules().issuperset(plan.modules):
+        already = solved.completed_modules()
+        if already:
+            session.notes.append(f"continued a refinement that had {len(already)} of {len(plan.modules)} layers solved")
+        if not already.issuperset(plan.modules):
             _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
         device = device_of(recipe)
         batch = usual_windows_per_batch(recipe)

@@ -20,6 +20,7 @@ from cloq_export.pipeline import frontier as module
 from cloq_export.pipeline import peers, row_folder
 from cloq_export.pipeline.frontier import MEAN, METHODS, Frontier, frontier_table, measure_frontier
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
+from cloq_export.pipeline.verbs import run
 from cloq_export.recipe import Recipe
 
 
@@ -77,6 +78,7 @@ def test_rows_means_and_files(recipe_file: Any, texts: dict[str, str], silent: C
     assert rows["rtn", 0, 0]["stored_bits_per_weight"] == pytest.approx(2 + 18 / 32)
     assert rows["cloq", 4, 0]["stored_bits_per_weight"] > 3
     assert rows["float", 0, 0]["perplexity"][evaluated]["value"] < mean["value"]
+    assert all(row["seconds"] > 0 for (method, *_), row in rows.items() if method != "float")
     assert "| cloq, 2 bits | 4 |" in (out / "frontier.md").read_text()
     assert (out / "evaluation-bits.svg").exists()
     assert not list((out / "runs").iterdir())
@@ -89,6 +91,26 @@ def test_every_method_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pyte
     rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["seed"] == 0]
     assert [row.get("failed") for row in rows] == [None] * len(rows)
     assert {row["method"] for row in rows} == {"float", *METHODS}
+
+
+def test_a_row_that_was_interrupted_has_no_cost(
+    recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frontier, out = Frontier.read(str(recipe_file(methods=["rtn"], ranks=[0], seeds=[0]))), tmp_path / "out"
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        run(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_frontier(frontier, out, console=silent)
+    monkeypatch.setattr(module, "run", run)
+    result = measure_frontier(frontier, out, console=silent)
+    row = next(row for row in result["rows"] if (row["method"], row["seed"]) == ("rtn", 0))
+    # The last call, which found all layers finished, tells of itself alone.
+    assert (row["seconds"], row["memory_beyond_model_bytes"]) == (None, None)
+    assert "| not in one go |" in frontier_table(result)
 
 
 def test_a_peer_that_cannot_be_installed_says_so_in_its_row(

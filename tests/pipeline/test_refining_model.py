@@ -126,7 +126,8 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
         assert (stopped / "work" / "solved" / "layers").is_dir()
     # Stopped in the fifth step, it went on from the fourth: a judgement comes every second one.
     assert steps_of_last == 16
-    pipeline.run(recipe, stopped, console=silent)
+    notes = pipeline.run(recipe, stopped, console=silent)["notes"]
+    assert "continued a refinement that had 14 of 14 layers solved" in notes
     assert contents(stopped) == contents(whole)
     assert not (stopped / "work").exists()
 
