@@ -261,7 +261,9 @@ def frontier_table(result: Mapping[str, Any]) -> str:
         cells.append(f"{row['stored_bits_per_weight']:.2f}")
         for text in texts:
             found = row["perplexity"][text]
-            cell = f"{found['value']:.2f} ± {found['standard_error']:.2f}"
+            cell = f"{found['value']:.2f}"
+            if found["standard_error"] is not None:
+                cell += f" ± {found['standard_error']:.2f}"
             if plain is not None and row is not plain:
                 cell += f" ({found['value'] / plain['perplexity'][text]['value']:.2f}x)"
             cells.append(cell)
@@ -294,9 +296,13 @@ class _Work:
             judged = self._judge(loaded.model, loaded.tokenizer, case)
             return judged | {"stored_bits_per_weight": 16.0, "seconds": None, "memory_beyond_model_bytes": None}
         place = self.out / "runs" / case.name
-        made = self._own(case, place) if case.method in METHODS else self._of_peer(case, place)
-        if "failed" not in made:
-            shutil.rmtree(place, ignore_errors=True)
+        try:
+            made = self._own(case, place) if case.method in METHODS else self._of_peer(case, place)
+        except RecipeError:
+            raise
+        except (CloqError, PeerError) as error:
+            return {"failed": " ".join(str(error).split())}
+        shutil.rmtree(place, ignore_errors=True)
         return made
 
     def _own(self, case: Case, place: Path) -> dict[str, Any]:
@@ -306,12 +312,7 @@ class _Work:
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
         in_one_go = not place.exists()
-        try:
-            summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
-        except RecipeError:
-            raise
-        except CloqError as error:
-            return {"failed": " ".join(str(error).split())}
+        summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
         adapter = Recipe().adapter_name if case.rank else None
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)
@@ -337,10 +338,7 @@ class _Work:
             "windows": windows.tolist(),
             "out": str((place / "made").resolve()),
         }
-        try:
-            report = run_peer(case.method, job, self.out / "peers", place, console=self.console)
-        except PeerError as error:
-            return {"failed": str(error)}
+        report = run_peer(case.method, job, self.out / "peers", place, console=self.console)
         checkpoint, adapter = Path(report["checkpoint"]), report.get("adapter")
         sizes = stored_sizes(checkpoint, adapter)
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
@@ -378,17 +376,23 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mean["perplexity"] = {
             text: {
                 "value": statistics.fmean(row["perplexity"][text]["value"] for row in own),
-                "standard_error": statistics.fmean(row["perplexity"][text]["standard_error"] for row in own),
+                "standard_error": _mean(row["perplexity"][text]["standard_error"] for row in own),
                 "spread": statistics.stdev(r["perplexity"][text]["value"] for r in own) if len(own) > 1 else None,
             }
             for text in own[0]["perplexity"]
         }
         for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes", "accuracy"):
-            values = [row[field] for row in own if row.get(field) is not None]
-            if values or field != "accuracy":
-                mean[field] = statistics.fmean(values) if values else None
+            value = _mean(row.get(field) for row in own)
+            if value is not None or field != "accuracy":
+                mean[field] = value
         found.append(mean)
     return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; a single window, for one, has no standard error."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _plots(result: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -111,6 +112,27 @@ def test_a_row_that_was_interrupted_has_no_cost(
     # The last call, which found all layers finished, tells of itself alone.
     assert (row["seconds"], row["memory_beyond_model_bytes"]) == (None, None)
     assert "| not in one go |" in frontier_table(result)
+
+
+def test_a_model_that_gives_no_numbers_fails_its_row_alone(
+    recipe_file: Any, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **options: Any) -> Any:
+        model = module_load(*arguments, **options)
+        model.get_output_embeddings().weight.data.fill_(torch.nan)
+        return model
+
+    module_load = module.load
+    monkeypatch.setattr(module, "load", load)
+    # A single window, too, which has no standard error.
+    path = recipe_file(methods=["rtn"], ranks=[0], seeds=[0], windows=1)
+    result = measure_frontier(Frontier.read(str(path)), tmp_path / "out", console=silent)
+    failed = [row.get("failed", "") for row in result["rows"] if row["seed"] == 0]
+    assert failed[0] == ""
+    assert failed[1].startswith("the model gives NaN or Inf on window 1 of 1; ")
+    table = frontier_table(result)
+    assert "- rtn, 2 bits, rank 0: the model gives NaN or Inf" in table
+    assert "±" not in table
 
 
 def test_a_peer_that_cannot_be_installed_says_so_in_its_row(

@@ -68,6 +68,7 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
         windows=2,
         prompts=8,
         new_tokens=8,
+        liveness_tokens=24,
         python=Path(engine_python),
         out=tmp_path / "parity",
     )
