@@ -29,8 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words, text, run = folder / "words.jsonl", folder / "text.txt", folder / "run"
     text.write_text(evaluation_text(EMBEDDED).text, encoding="utf-8")
     assert main(["data", "word-problems", "--most-steps", "2", "--count", "400", "--out", str(words)]) == 0
-    # Few tokens, and only rounded: the codes are not what is tested here.
-    quick = "--bits 4 --method rtn --rank 16 --samples 4 --seqlen 256 --set eval_windows=1 --set eval_window=64"
+    # Few tokens and the quick path: the codes are not what is tested here.
+    quick = "--bits 4 --rank 16 --samples 4 --seqlen 256 --set error_aware=0 --set eval_windows=1 --set eval_window=64"
     assert main(["run", "--demo", *quick.split(), "--out", str(run)]) == 0
     learn = ["finetune", str(run), "--eval-samples", "0", "--eval-every", "0"]
     task = "--steps 24 --batch-size 8 --seqlen 160 --learning-rate 2e-3"
@@ -68,7 +68,6 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
         windows=2,
         prompts=8,
         new_tokens=8,
-        liveness_tokens=24,
         python=Path(engine_python),
         out=tmp_path / "parity",
     )
