@@ -146,6 +146,11 @@ def _environments(folder: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
+def making_seconds(summary: Mapping[str, Any]) -> float:
+    """Return the seconds that a run's summary names, less reading the model and measuring the result."""
+    return sum(spent for stage, spent in summary["seconds"].items() if stage not in ("measure", "read model"))
+
+
 def making_cost(summary: Mapping[str, Any], *, in_one_go: bool) -> dict[str, Any]:
     """Return what making a run took, without reading the model and measuring the result.
 
@@ -158,8 +163,8 @@ def making_cost(summary: Mapping[str, Any], *, in_one_go: bool) -> dict[str, Any
     """
     if not in_one_go:
         return {"seconds": None, "memory_beyond_model_bytes": None}
-    spent = (seconds for stage, seconds in summary["seconds"].items() if stage not in ("measure", "read model"))
-    return {"seconds": sum(spent), "memory_beyond_model_bytes": summary["memory_beyond_model_bytes"]}
+    beyond = summary["memory_beyond_model_bytes"]
+    return {"seconds": making_seconds(summary), "memory_beyond_model_bytes": beyond}
 
 
 def seconds_cell(seconds: float | None, mark: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -29,3 +30,12 @@ def test_a_benchmark_prints_its_help(
         module.main()
     assert ended.value.code == 0
     assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_later_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "cloq_export":
+            for alias in node.names:
+                # As the statement itself does: an attribute, or else a module of the package.
+                exec(f"from {node.module} import {alias.name}", {})
