@@ -172,9 +172,9 @@ def frontier(content: Content) -> list[str]:
     ]
     if "apiq-lw" in measured["methods"]:
         notes.append(
-            "ApiQ's two schemes make their authors' 20 passes over the windows; but the rows of apiq-bw, and that of "
-            "apiq-lw at rank 64, are older than this default: they are of 200 steps too, which at ApiQ's rates move "
-            "the ends of a range by a few hundredths of it, and say little of ApiQ as published."
+            "ApiQ's two schemes make their authors' 20 passes over the windows; but their rows at rank 64 are older "
+            "than this default: they are of 200 steps too, which at ApiQ's rates move the ends of a range by a few "
+            "hundredths of it, and say little of ApiQ as published."
         )
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
