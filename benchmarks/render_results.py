@@ -172,9 +172,8 @@ def frontier(content: Content) -> list[str]:
     ]
     if "apiq-lw" in measured["methods"]:
         notes.append(
-            "ApiQ's two schemes make their authors' 20 passes over the windows; but their rows at rank 64 are older "
-            "than this default: they are of 200 steps too, which at ApiQ's rates move the ends of a range by a few "
-            "hundredths of it, and say little of ApiQ as published."
+            "ApiQ's two schemes make their authors' 20 passes over the windows; but the row of apiq-bw at rank 64 is "
+            "older than this default: it is of 200 steps too, which at ApiQ's rates say little of ApiQ as published."
         )
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
