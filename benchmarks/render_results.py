@@ -171,10 +171,7 @@ def frontier(content: Content) -> list[str]:
         f"grid, and train for at most {steps} steps a block or layer, and `cloq-refine` as many more for the model."
     ]
     if "apiq-lw" in measured["methods"]:
-        notes.append(
-            "ApiQ's two schemes make their authors' 20 passes over the windows; but the row of apiq-bw at rank 64 is "
-            "older than this default: it is of 200 steps too, which at ApiQ's rates say little of ApiQ as published."
-        )
+        notes.append("ApiQ's two schemes make their authors' 20 passes over the windows instead.")
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
     return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
