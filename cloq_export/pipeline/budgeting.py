@@ -170,11 +170,16 @@ def spend(session: Session, loaded: LoadedModel, work: RunDirectory, windows: to
         Budgeted.
 
     Raises:
-        UsageError: the budget cannot be met; the smallest that can is named.
+        UsageError: the budget cannot be met, the smallest that can is named; or nothing is left to choose. Both before
+            anything is measured.
         CloqError: as a run.
     """
     device = device_of(recipe)
     plan = _cheapest_plan(loaded.model, recipe)
+    if all(recipe.override_for(name) for name in plan.modules):
+        raise UsageError("an override concerns every layer, so nothing is left for the budget to choose.")
+    shapes = _shapes(loaded.model, plan)
+    _check_smallest(recipe, _planned_bits(recipe, plan, shapes, plan.modules) / _weights(shapes))
     measuring = measuring_recipe(recipe)
     compute = compute_dtype(recipe, device)
     session.say("measuring what bits, groups and ranks of each layer are worth")
@@ -193,8 +198,6 @@ def spend(session: Session, loaded: LoadedModel, work: RunDirectory, windows: to
     walk.run()
     reports = set(work.reports())
     groups = [work.read_report(_report_of(name)) for name in plan.modules if _report_of(name) in reports]
-    if not groups:
-        raise UsageError("an override concerns every layer, so nothing is left for the budget to choose.")
     kept = max(1, _TOKENS // windows.shape[1])
     stream = BlockStream(
         loaded.model, plan.blocks, windows[:kept, :_TOKENS], device=device, compute=compute, batch=kept
@@ -363,24 +366,14 @@ def choose(
         UsageError: the budget cannot be met.
     """
     plan = make_plan(find_blocks(model, recipe.blocks), recipe)
-    weights_of = {name: cast(torch.Tensor, model.get_submodule(name).weight) for name in plan.modules}
-    shapes = {name: tuple(weight.shape) for name, weight in weights_of.items()}
+    shapes = _shapes(model, plan)
     free = {name for group in groups for name in group["grids"][0]["left"]}
-    taken = sum(
-        _stored_bits(recipe, shapes[name], plan.modules[name].spec, plan.modules[name].rank)
-        for name in plan.modules
-        if name not in free
-    )
+    taken = _planned_bits(recipe, plan, shapes, plan.modules.keys() - free)
     hulls = [hull_of_group(_ranked(recipe, group, shapes, divergences)) for group in groups]
-    weights = sum(math.prod(shape) for shape in shapes.values())
+    weights = _weights(shapes)
     smallest = (taken + sum(hull[0].stored_bits for hull in hulls)) / weights
-    limit = math.floor(recipe.budget * weights) - taken
-    if recipe.budget < smallest:
-        raise UsageError(
-            f"a budget of {recipe.budget:g} bits per weight cannot be met: the smallest that these layers can take is "
-            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more with --budget."
-        )
-    choices = allocate(hulls, limit)
+    _check_smallest(recipe, smallest)
+    choices = allocate(hulls, math.floor(recipe.budget * weights) - taken)
     settings = {
         name: {"bits": choice.spec.bits, "group_size": choice.spec.group_size, "rank": rank}
         for choice in choices
@@ -389,3 +382,24 @@ def choose(
     overrides = {**recipe.overrides, **{name: settings[name] for name in plan.modules if name in settings}}
     spent = (taken + sum(choice.stored_bits for choice in choices)) / weights
     return Budgeted(recipe.changed({"overrides": overrides}), spent, smallest, tuple(choices))
+
+
+def _check_smallest(recipe: Recipe, smallest: float) -> None:
+    if recipe.budget < smallest:
+        raise UsageError(
+            f"a budget of {recipe.budget:g} bits per weight cannot be met: the smallest that these layers can take is "
+            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more with --budget."
+        )
+
+
+def _shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(cast(torch.Tensor, model.get_submodule(name).weight).shape) for name in plan.modules}
+
+
+def _weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _planned_bits(recipe: Recipe, plan: Plan, shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:
+    """Return what some layers of a plan take, as they are planned."""
+    return sum(_stored_bits(recipe, shapes[name], plan.modules[name].spec, plan.modules[name].rank) for name in names)

@@ -176,11 +176,13 @@ class RunDirectory:
         self._lock()
 
     def discard_if_empty(self) -> None:
-        """Remove the run, folder included if nothing else is in it, unless a layer was ever written.
+        """Remove the run, folder included if nothing else is in it, unless a layer or work on one was ever written.
 
         There is nothing to continue then, and a manifest would only refuse another recipe. It gives the lock back.
         """
-        if _entries(self.path / "layers"):
+        with contextlib.suppress(OSError):
+            (self.path / "work").rmdir()
+        if _entries(self.path / "layers") or _entries(self.path / "work"):
             return
         self._lock()
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cloq_export.errors import UsageError
+from cloq_export.errors import CloqError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
@@ -77,8 +78,13 @@ def test_the_same_command_goes_on_with_the_same_choice(budgeted: tuple[Recipe, p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, CloqError("the disk is full")], ids=["interrupted", "failed"])
 def test_it_continues_where_it_was_stopped(
-    budgeted: tuple[Recipe, pathlib.Path], silent: Console, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    budgeted: tuple[Recipe, pathlib.Path],
+    silent: Console,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: BaseException | type[BaseException],
 ) -> None:
     recipe, folder = budgeted
     measured: list[int] = []
@@ -87,11 +93,11 @@ def test_it_continues_where_it_was_stopped(
     def stop_at_third(*args: Any) -> torch.Tensor:
         measured.append(1)
         if len(measured) == 4:
-            raise KeyboardInterrupt
+            raise stop
         return original(*args)
 
     monkeypatch.setattr(budgeting, "_log_probabilities", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, CloqError)):
         run(recipe, tmp_path / "run", console=silent)
     solved: list[str] = []
     measure = budgeting.CostMeter._measure
@@ -137,11 +143,31 @@ def test_an_override_is_left_as_it_is(
         ({"budget": 3.0, "overrides": {"*": {"bits": 2}}}, "an override concerns every layer"),
     ],
 )
-def test_what_cannot_be_met_is_refused(
-    recipe_for: Callable[..., Recipe], silent: Console, tmp_path: pathlib.Path, options: dict[str, Any], message: str
+def test_what_cannot_be_met_is_refused_before_anything_is_measured(
+    recipe_for: Callable[..., Recipe],
+    silent: Console,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
 ) -> None:
+    monkeypatch.setattr(budgeting.BlockWalk, "run", lambda *args: pytest.fail("layers were measured"))
     with pytest.raises(UsageError, match=message):
         run(recipe_for(**options), tmp_path / "run", console=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_smallest_that_is_named_can_be_met(
+    recipe_for: Callable[..., Recipe], silent: Console, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        run(recipe_for(budget=1.0), tmp_path / "run", console=silent)
+    named = re.search(r"can take is ([0-9.]+);", str(refused.value))
+    assert named is not None
+    smallest = float(named[1])
+    quantize(recipe_for(budget=smallest), tmp_path / "run", console=silent)
+    stored = stored_sizes(tmp_path / "run", None)["bits_per_weight"]
+    assert smallest - 0.001 <= stored <= smallest
 
 
 def test_logits_behind_the_last_block_are_the_models_own(

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export import pipeline
+from cloq_export.errors import UsageError
 from cloq_export.models.blocks import find_blocks, find_linears
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
@@ -103,25 +104,33 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
         steps_of_last += 1
         return gradients(*args)
 
-    for place, name, number in (
-        (RunDirectory, "write_layer", 5),
-        (ModelObjective, "gradients", 5),
-        (RunDirectory, "write_layer", 8),
+    for place, name, number, fault, told in (
+        (RunDirectory, "write_layer", 5, KeyboardInterrupt, pytest.raises(KeyboardInterrupt)),
+        (
+            ModelObjective,
+            "gradients",
+            5,
+            torch.OutOfMemoryError,
+            pytest.raises(
+                UsageError, match=r"memory ran out in the refinement of the model.*the solved layers are kept"
+            ),
+        ),
+        (RunDirectory, "write_layer", 8, KeyboardInterrupt, pytest.raises(KeyboardInterrupt)),
     ):
         plain, calls = getattr(place, name), 0
 
-        def stop(*args: Any, plain: Any = plain, number: int = number) -> Any:
+        def stop(*args: Any, plain: Any = plain, number: int = number, fault: type[BaseException] = fault) -> Any:
             nonlocal calls
             calls += 1
             if calls == number:
-                raise KeyboardInterrupt
+                raise fault
             return plain(*args)
 
         with monkeypatch.context() as patch:
             steps_of_last = 0
             patch.setattr(ModelObjective, "gradients", counted)
             patch.setattr(place, name, stop)
-            with pytest.raises(KeyboardInterrupt):
+            with told:
                 pipeline.run(recipe, stopped, console=silent)
         assert (stopped / "work" / "solved" / "layers").is_dir()
     # Stopped in the fifth step, it went on from the fourth: a judgement comes every second one.
