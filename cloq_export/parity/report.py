@@ -11,12 +11,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.liveness import ZERO
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
 from cloq_export.parity.tasks import gate_key
-from cloq_export.run.atomic import translate_os_errors, write_bytes, write_json
+from cloq_export.run.atomic import make_folder, translate_os_errors, write_bytes, write_json
 from cloq_export.run.safe_json import parse_json
 
 JSON_NAME = "parity.json"
@@ -92,11 +91,9 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
         RunDirectoryError: the folder cannot be written.
     """
     paths = {"json": folder / JSON_NAME, "html": folder / HTML_NAME}
-    if folder.exists() and not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is not a folder; choose another one with --out.")
     page = render_html(report)
+    make_folder(folder)
     with translate_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         # A kill between the two must not leave a new file beside an old one.
         for path in paths.values():
             path.unlink(missing_ok=True)

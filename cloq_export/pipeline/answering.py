@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.answers import Answers, AnswerStore
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.parity.tasks import GROUPS, Questions, Task, WrittenTask, find_task, load_questions, task_entry
 from cloq_export.pipeline.session import Session
-from cloq_export.run.atomic import translate_os_errors, write_json
+from cloq_export.run.atomic import make_folder, write_json
 
 TASKS_FILE = "tasks.json"
 
@@ -79,10 +78,7 @@ def answer_tasks(
     """
     answers: dict[str, dict[str, Answers]] = {name: {} for name in tasks}
     if out is not None:
-        if out.exists() and not out.is_dir():
-            raise RunDirectoryError(f"{out} is not a folder; choose another one with --out.")
-        with translate_os_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     for subject in subjects:
         for name, (task, questions) in tasks.items():
             store = (

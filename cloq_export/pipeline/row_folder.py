@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import UsageError
-from cloq_export.run.atomic import write_bytes, write_json
+from cloq_export.run.atomic import make_folder, write_bytes, write_json
 from cloq_export.run.hardware import describe_hardware, hardware_line
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.versions import environment
@@ -28,11 +28,13 @@ class RowFolder:
 
     Raises:
         UsageError: the folder holds another table, or something else.
+        RunDirectoryError: it is a file, or cannot be made or written.
     """
 
     def __init__(self, path: Path, what: str, asked: Mapping[str, Any]) -> None:
         self.path = path
         plain = json.loads(json.dumps(asked))
+        make_folder(path)
         binding = path / f"{what}.json"
         if binding.exists():
             held = read_json(binding)
@@ -41,10 +43,10 @@ class RowFolder:
                 raise UsageError(
                     f"{path} holds another {what} ({', '.join(differing)} differ); choose another folder with --out."
                 )
-        elif path.exists() and any(path.iterdir()):
+        elif any(path.iterdir()):
             raise UsageError(f"{path} holds other files; choose an empty or new folder with --out.")
         else:
-            (path / "rows").mkdir(parents=True)
+            (path / "rows").mkdir()
             write_json(binding, plain)
 
     def has(self, name: str) -> bool:

@@ -62,12 +62,12 @@ from cloq_export.pipeline.session import (
 )
 from cloq_export.pipeline.solve import ALTERNATIONS
 from cloq_export.recipe import Recipe
-from cloq_export.run.atomic import write_bytes
+from cloq_export.run.atomic import make_folder, write_bytes
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.runtimes.hf import find_adapter, load
+from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.inspection import describe, stored_sizes
 from cloq_export.runtimes.merged import is_merged
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
@@ -99,7 +99,7 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        recipe = session.recipe = _budgeted(session, directory, calibration)
+        recipe = session.recipe = _budgeted(session, directory, calibration, judging)
         model = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
@@ -279,12 +279,15 @@ def evaluate(
     session = Session(recipe, console)
     questions = read_questions(asked, problems, shots)
     judging = evaluation_text(text) if PERPLEXITY in tasks else None
+    chosen = adapter or _adapter_of(session, path)
+    _check_measured(path, chosen, force)
+    if questions and out is not None:
+        make_folder(out)
     loaded: LoadedModel | None = None
     name = reference or recipe.model
     if name:
         loaded = open_model(name, dtype=torch.float32)
     result: dict[str, Any] = {}
-    chosen = adapter or _adapter_of(session, path)
     if judging is not None:
         result = _measure(session, path, judging, window, windows, loaded, adapter=chosen, force=force)
     if questions:
@@ -427,13 +430,16 @@ def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirect
             raise
 
 
-def _budgeted(session: Session, directory: RunDirectory, calibration: CalibrationText) -> Recipe:
+def _budgeted(
+    session: Session, directory: RunDirectory, calibration: CalibrationText, judging: CalibrationText | None = None
+) -> Recipe:
     """Return the recipe with what its budget is spent on, measured in the run's work folder if it is not yet."""
     recipe = session.recipe
     if not recipe.budget or has_chosen(directory, recipe):
         return recipe
     check_budget(recipe)
     loaded, _ = open_planned(session, recipe)
+    _check_judging(loaded, recipe, judging)
     windows = _windows(loaded, recipe, calibration)
     path = directory.path / "work" / "budget"
     with _started(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
@@ -460,14 +466,18 @@ def _compress(
     judging: CalibrationText | None = None,
 ) -> LoadedModel:
     loaded, plan = open_planned(session, recipe)
-    if judging is not None:
-        tokens = tokenize_text(loaded.tokenizer, judging.text)
-        check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
+    _check_judging(loaded, recipe, judging)
     codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
     _walk(session, loaded, plan, directory, recipe, calibration, codes)
     directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
     directory.write_report("layers", _certificate_report(directory.certificates()))
     return loaded
+
+
+def _check_judging(loaded: LoadedModel, recipe: Recipe, judging: CalibrationText | None) -> None:
+    if judging is not None:
+        tokens = tokenize_text(loaded.tokenizer, judging.text)
+        check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
 
 
 def _with_grid_of_codes(recipe: Recipe) -> Recipe:
@@ -662,8 +672,6 @@ def _measure(
     """Measure from the files on disk, so that what is reported is what was written."""
     adapter = adapter or _adapter_of(session, path)
     merged = is_merged(path)
-    if merged and adapter is not None:
-        raise UsageError(f"{path} is a merged export and takes no adapter; leave --adapter out.")
     served = open_model(str(path), dtype=torch.float32).model if merged else _served(session, path, adapter, force)
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
     tokens = tokenize_text(tokenizer, text.text)
@@ -713,6 +721,17 @@ def _subjects(
     # Its tensors too: an adapter that was trained on keeps its name.
     digest = hashlib.sha256((find_adapter(path, adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield Subject("adapter", float_model(served), None, f"{base}+{digest}")
+
+
+def _check_measured(path: Path, adapter: str | None, force: bool) -> None:
+    """Refuse what is not there or does not fit, which is cheap, before anything is measured."""
+    if is_merged(path):
+        if adapter is not None:
+            raise UsageError(f"{path} is a merged export and takes no adapter; leave --adapter out.")
+        return
+    checkpoint = Checkpoint.open(path)
+    if adapter is not None:
+        read_bound_adapter(find_adapter(path, adapter), checkpoint, force=force)
 
 
 def _served(session: Session, path: Path, adapter: str | None, force: bool) -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib
-import importlib.util
 import re
 import tempfile
 import time
@@ -18,7 +16,7 @@ import torch
 from rich.console import Console
 
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
-from cloq_export.errors import CloqError, FormatError, MissingPackageError, UsageError
+from cloq_export.errors import CloqError, FormatError, UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
@@ -43,6 +41,7 @@ from cloq_export.parity.tasks import PERPLEXITY, Questions, Task, expand_names, 
 from cloq_export.pipeline.exporting import adapters_in
 from cloq_export.pipeline.session import Session
 from cloq_export.recipe import Recipe
+from cloq_export.run.atomic import make_folder
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.certificate import verify_certificate
@@ -133,6 +132,9 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
         CloqError: the model, an adapter or the engine cannot be loaded, so that nothing can be measured.
     """
     plan = _Plan.make(Path(export), options)
+    _check_engine(plan)
+    if options.out is not None:
+        make_folder(options.out)
     session = Session(Recipe(), console or Console(stderr=True))
     report = _Verification(plan, session).run()
     if options.out is not None:
@@ -240,32 +242,21 @@ def _open_hf(export: Path, adapters: Mapping[str, Path], options: VerifyOptions)
 
 
 def _open_vllm(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-    engine = _engine_module("vllm_engine", options).VllmModel
-    opened: ServedModel = engine(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
-    return opened
+    from cloq_export.runtimes.vllm_engine import VllmModel
+
+    return VllmModel(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
 
 
 def _open_vllm_server(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-    server = _engine_module("vllm_server", options).VllmServer
-    opened: ServedModel = server.start(
-        export, adapters, dtype=options.dtype, python=options.python, force=options.force
-    )
-    return opened
+    from cloq_export.runtimes.vllm_server import VllmServer
+
+    return VllmServer.start(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
 
 
 def _open_onnx(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
     from cloq_export.runtimes.onnx_runtime import OnnxModel
 
     return OnnxModel(export, adapters, force=options.force)
-
-
-def _engine_module(name: str, options: VerifyOptions) -> Any:
-    if options.python is None and importlib.util.find_spec("vllm") is None:
-        raise MissingPackageError(
-            f"--runtime {options.runtime} needs vLLM, which is not installed here; install it beside cloq_export, name "
-            "the interpreter of an environment that has both with --python, or verify with --runtime hf."
-        )
-    return importlib.import_module(f"cloq_export.runtimes.{name}")
 
 
 # Runtime -> what opens it; engines are imported when they are asked for.
@@ -275,6 +266,18 @@ OPENERS: dict[str, Opener] = {
     "vllm-server": _open_vllm_server,
     "onnx": _open_onnx,
 }
+
+
+def _check_engine(plan: _Plan) -> None:
+    """Refuse what vLLM would refuse at its start: long before that, the float model and the reference are measured."""
+    options = plan.options
+    if not isinstance(plan.checkpoint, Checkpoint) or not options.runtime.startswith("vllm"):
+        return
+    from cloq_export.runtimes.vllm_engine import engine_options
+    from cloq_export.runtimes.vllm_server import engine_facts
+
+    engine_options(plan.checkpoint, plan.folders, dtype=options.dtype, kv_cache_gib=1, force=options.force)
+    engine_facts(options.python)
 
 
 class _Verification:

@@ -325,6 +325,23 @@ def is_partial(name: str) -> bool:
     return PARTIAL_NAME.fullmatch(name) is not None
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder that results will go to, so that it is known to take them before they are made.
+
+    Args:
+        path: of the folder; what lies in it stays.
+
+    Raises:
+        RunDirectoryError: it is a file, or cannot be made or written.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{path} is not a folder; choose another one with --out.")
+    with translate_os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _write_error(path, PermissionError(errno.EACCES, ""))
+
+
 @contextlib.contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
     """Turn an operating system error of the block into one line that names the path and the remedy.

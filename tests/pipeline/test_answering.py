@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from cloq_export import pipeline
-from cloq_export.errors import DataError, RunDirectoryError, UsageError
+from cloq_export.errors import BindingError, DataError, FormatError, RunDirectoryError, UsageError
+from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import answers, runtime
-from cloq_export.pipeline import answering
+from cloq_export.pipeline import ExportOptions, answering
 from cloq_export.pipeline.answering import group_means
 
 
@@ -88,7 +89,7 @@ def test_a_killed_call_goes_on(
 
 
 def test_bad_input_is_found_before_a_model_is_read(
-    run: Path, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cloq_export.pipeline.verbs.open_model", lambda *_, **__: pytest.fail("a model was read"))
     (tmp_path / "a.jsonl").write_text('{"instruction": "w1", "answer": 1}\n{"instruction": "w1", "answer": "none"}\n')
@@ -96,12 +97,20 @@ def test_bad_input_is_found_before_a_model_is_read(
         evaluate(run, (f"svamp={tmp_path / 'a.jsonl'}",), silent)
     with pytest.raises(UsageError, match="--tasks is 'svmp'"):
         evaluate(run, ("svmp",), silent)
-
-
-def test_an_output_that_is_a_file(run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
         evaluate(run, tasks, silent, out=tmp_path / "file")
+    with pytest.raises(RunDirectoryError, match="run has no adapter 'another'; it has cloq"):
+        evaluate(run, tasks, silent, adapter="another")
+    read = read_adapter(run / "adapters" / "cloq")
+    write_adapter(tmp_path / "other", read.pairs, base_model="m", base_fingerprint="sha256:" + "0" * 64)
+    with pytest.raises(BindingError, match="is bound to the base sha256:000"):
+        evaluate(run, tasks, silent, adapter=str(tmp_path / "other"))
+    pipeline.export(run, ExportOptions(format="merged", out=tmp_path / "merged"), console=silent)
+    with pytest.raises(UsageError, match="merged is a merged export and takes no adapter; leave --adapter out"):
+        evaluate(tmp_path / "merged", tasks, silent, adapter="cloq")
+    with pytest.raises(FormatError, match="nothing does not exist; give a run directory or a checkpoint folder"):
+        evaluate(tmp_path / "nothing", tasks, silent)
 
 
 def test_groups_have_a_mean() -> None:

@@ -141,6 +141,7 @@ def test_an_override_is_left_as_it_is(
         ({"budget": 1.0}, r"a budget of 1 bits per weight cannot be met: the smallest .* can take is 2\.[0-9]+;"),
         ({"budget": 3.0, "init": "svd"}, "a budget weighs what CLoQ's closed form leaves, and init is svd"),
         ({"budget": 3.0, "overrides": {"*": {"bits": 2}}}, "an override concerns every layer"),
+        ({"budget": 3.0, "eval_window": 100}, "this model reads at most 64"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_measured(

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from cloq_export.cli import main
-from cloq_export.errors import RecipeError, UsageError
+from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.pipeline import frontier as module
 from cloq_export.pipeline import peers, row_folder
 from cloq_export.pipeline.frontier import MEAN, METHODS, Frontier, frontier_table, measure_frontier
@@ -243,6 +243,9 @@ def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent
         measure_frontier(other, out, console=silent)
     with pytest.raises(UsageError, match="the frontier has no method 'cloq'; it has"):
         measure_frontier(frontier, out, methods=["cloq"], console=silent)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+        measure_frontier(frontier, tmp_path / "file", console=silent)
 
 
 def test_a_peer_that_never_ends_is_stopped(tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch) -> None:

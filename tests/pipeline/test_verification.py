@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from rich.console import Console
 
 from cloq_export import pipeline
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, DataError, MissingPackageError, UsageError
+from cloq_export.errors import BindingError, DataError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
 from cloq_export.parity.report import schema
 from cloq_export.parity.runtime import ServedModel, packed_model
 from cloq_export.pipeline import ExportOptions, VerifyOptions, missed_gates, planned_gates, verification, verify
+from cloq_export.runtimes import vllm_engine, vllm_server
+from cloq_export.types import LoraPair
 
 DEAD = "model.layers.1.mlp.up_proj"
 
@@ -320,12 +323,40 @@ def test_an_adapter_of_another_base_is_refused(
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "vllm-server"])
-def test_a_missing_engine_is_named(
-    exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch, runtime: str
+def test_what_an_engine_cannot_do_is_told_before_anything_is_measured(
+    tmp_path: Path,
+    exported: Path,
+    options: VerifyOptions,
+    silent: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: str,
 ) -> None:
-    monkeypatch.setattr(verification.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=f"--runtime {runtime} needs vLLM, which is not installed here"):
-        verification.OPENERS[runtime](exported, {}, dataclasses.replace(options, runtime=runtime))
+    monkeypatch.setattr(verification, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
+    bare = tmp_path / "bare"
+    # Isolated and without site-packages: an environment that has nothing.
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    asked = dataclasses.replace(options, runtime=runtime, python=bare)
+    with pytest.raises(MissingPackageError, match=r"vLLM is not installed for .*bare; install vllm"):
+        verify(exported, asked, console=silent)
+    read = read_adapter(exported / "adapters" / "cloq")
+    bound = {"base_model": "m", "base_fingerprint": str(read.base_fingerprint)}
+    wide = {
+        name: LoraPair(torch.zeros(600, pair.lora_A.shape[1]), torch.zeros(pair.lora_B.shape[0], 600), 600.0)
+        for name, pair in read.pairs.items()
+    }
+    write_adapter(tmp_path / "wide", wide, **bound)
+    with pytest.raises(UsageError, match=r"wide has rank 600 at .*; the server takes up to 512"):
+        verify(exported, dataclasses.replace(asked, adapters=(str(tmp_path / "wide"),)), console=silent)
+
+
+def test_a_place_for_the_report_is_looked_at_first(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+        verify(exported, dataclasses.replace(options, out=tmp_path / "file"), console=silent)
 
 
 def test_engines_are_opened_with_what_was_asked_for(
@@ -336,13 +367,8 @@ def test_engines_are_opened_with_what_was_asked_for(
     def record(name: str) -> Callable[..., str]:
         return lambda *arguments, **named: calls.append((name, arguments, named)) or name
 
-    modules = {
-        "cloq_export.runtimes.vllm_engine": types.SimpleNamespace(VllmModel=record("model")),
-        "cloq_export.runtimes.vllm_server": types.SimpleNamespace(
-            VllmServer=types.SimpleNamespace(start=record("server"))
-        ),
-    }
-    monkeypatch.setattr(verification.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(vllm_engine, "VllmModel", record("model"))
+    monkeypatch.setattr(vllm_server, "VllmServer", types.SimpleNamespace(start=record("server")))
     asked = dataclasses.replace(options, dtype="float16", python=Path("python"), force=True)
     named = {"dtype": "float16", "python": Path("python"), "force": True}
     for runtime, opened in (("vllm", "model"), ("vllm-server", "server")):

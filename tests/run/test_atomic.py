@@ -213,6 +213,20 @@ def test_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "a"
 
 
+def test_a_folder_is_made_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        atomic.make_folder(tmp_path / "deep" / "new")
+    assert (tmp_path / "deep" / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+        atomic.make_folder(tmp_path / "file")
+    with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory; choose another folder"):
+        atomic.make_folder(tmp_path / "file" / "new")
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(RunDirectoryError, match="cannot be written: Permission denied; choose another folder, or"):
+        atomic.make_folder(tmp_path / "deep")
+
+
 def test_long_names_fit(tmp_path: Path) -> None:
     name = "m" * 243 + ".safetensors"
     atomic.write_bytes(tmp_path / name, b"x")
