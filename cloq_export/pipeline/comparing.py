@@ -18,12 +18,13 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
-from cloq_export.errors import CloqError, DivergedError, RecipeError, UsageError
+from cloq_export.errors import DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
+from cloq_export.parity.tasks import task_names
 from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
 from cloq_export.pipeline.finetuning import (
     ZERO_RANK,
@@ -46,12 +47,22 @@ from cloq_export.pipeline.row_folder import (
     write_table,
 )
 from cloq_export.pipeline.session import Session
+from cloq_export.pipeline.table_recipe import (
+    is_mapping,
+    is_positive,
+    is_text,
+    is_width,
+    listed,
+    read_table_recipe,
+    whole,
+)
 from cloq_export.pipeline.verbs import adapt, run
-from cloq_export.recipe import FineTuneRecipe, Recipe, read_yaml
+from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.run.atomic import write_json
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_json import read_json
 from cloq_export.runtimes.hf import load
+from cloq_export.train.named_sets import load_examples
 
 FORMAT, FORMAT_VERSION = "cloq-compare", 1
 MEAN = "mean"
@@ -146,15 +157,7 @@ class Comparison:
         Raises:
             RecipeError: it cannot be read, or a value is wrong.
         """
-        content = read_yaml(name, kind="compare")
-        larger = content.pop("full", {}) or {}
-        content |= larger if full else {}
-        faults = [f"{key!r} is missing" for key in _KEYS if key not in content]
-        faults += [f"{key!r} is not an option of a comparison" for key in content if key not in _KEYS]
-        if not faults:
-            faults = list(_faults(content))
-        if faults:
-            raise RecipeError(f"{name}: {'; '.join(faults)}.")
+        content = read_table_recipe(name, "compare", _NEEDED, _faults, full=full)
         seeds = {int(width): tuple(values) for width, values in content["seeds"].items()}
         return cls(
             model=content["model"],
@@ -178,7 +181,31 @@ class Comparison:
         return list(dict.fromkeys(found))
 
 
-_KEYS = tuple(field.name for field in dataclasses.fields(Comparison))
+# How a task is judged: by perplexity, or by answers.
+_JUDGED_BY = {
+    "text": (is_text, "a text"),
+    "window": (whole(2), "a whole number of at least 2"),
+    "windows": (whole(1), "a whole number of at least 1"),
+    "questions": (lambda name: name in task_names(), f"a task out of {', '.join(task_names())}"),
+    "problems": (whole(1), "a whole number of at least 1"),
+}
+
+
+def _are_seeds(value: Any) -> bool:
+    # YAML's keys are read as texts.
+    return is_mapping(value) and all(str(width).isdecimal() and listed(whole(0))(own) for width, own in value.items())
+
+
+_NEEDED = {
+    "model": (is_text, "a model"),
+    "quantize": (is_mapping, "a mapping of recipe options"),
+    "bits": (listed(is_width), "a list of widths out of 2, 3, 4 and 8"),
+    "seeds": (_are_seeds, "a mapping from a width to a list of whole numbers"),
+    "starts": (listed(is_text), "a list of starts"),
+    "tasks": (lambda tasks: is_mapping(tasks) and bool(tasks), "a mapping from a name to its options"),
+    "rates": (listed(is_positive), "a list of learning rates above 0"),
+    "rate_steps": (whole(1), "a whole number of at least 1"),
+}
 
 
 def compare(
@@ -215,13 +242,18 @@ def compare(
         if strange:
             raise UsageError(f"the comparison has no {what} {strange[0]!r}; it has {', '.join(known)}.")
     work = _Work(comparison, out, console)
-    for task, start, width, seed in comparison.cases():
-        chosen = (not starts or start in starts) and (not tasks or task in tasks) and (not bits or width in bits)
-        name = _row_name(task, start, width, seed)
-        if chosen and not work.rows.has(name):
-            console.print(f"{task}, {start}, {width} bits, seed {seed}", highlight=False, markup=False)
-            work.rows.write(name, work.measure(task, start, width, seed))
-            gc.collect()
+    missing = [
+        (task, start, width, seed)
+        for task, start, width, seed in comparison.cases()
+        if (not starts or start in starts) and (not tasks or task in tasks) and (not bits or width in bits)
+        if not work.rows.has(_row_name(task, start, width, seed))
+    ]
+    for task in dict.fromkeys(task for task, *_ in missing):
+        _check_data(comparison.tasks[task])
+    for task, start, width, seed in missing:
+        console.print(f"{task}, {start}, {width} bits, seed {seed}", highlight=False, markup=False)
+        work.rows.write(_row_name(task, start, width, seed), work.measure(task, start, width, seed))
+        gc.collect()
     return write_comparison(comparison, out)
 
 
@@ -330,9 +362,7 @@ class _Work:
     def base(self, start: str, width: int) -> Path:
         """Return the run that a start trains over, made if need be, with its adapter."""
         own = STARTS[start]
-        options = {**self.comparison.quantize, **own.quantize, "bits": width, "model": self.comparison.model}
-        preset = options.pop("preset", "default")
-        recipe = Recipe.from_mapping(options, preset=preset)
+        recipe = _base_recipe(self.comparison.model, {**self.comparison.quantize, **own.quantize, "bits": width})
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
@@ -526,6 +556,11 @@ def attach_pairs(model: Any, pairs: Mapping[str, Any]) -> None:
             side.weight = nn.Parameter(values.to(side.weight.device, torch.float32).clone())
 
 
+def _base_recipe(model: str, quantize: Mapping[str, Any]) -> Recipe:
+    options = {**quantize, "model": model}
+    return Recipe.from_mapping(options, preset=str(options.pop("preset", "default")))
+
+
 def base_name(start: Start, width: int) -> str:
     """Return the folder name of a start's base: starts with equal options share one."""
     if not start.quantize:
@@ -538,26 +573,43 @@ def _faults(content: Mapping[str, Any]) -> Iterable[str]:
     strange = [name for name in content["starts"] if name not in STARTS]
     if strange:
         yield f"the start {strange[0]!r} is unknown; allowed are {', '.join(STARTS)}"
-    widths = content["bits"]
-    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
-        yield f"bits is {widths!r}; a list of widths is needed"
-    if not isinstance(content["seeds"], dict):
-        yield "seeds is no mapping from a width to a list of seeds"
-    if not isinstance(content["tasks"], dict) or not content["tasks"]:
-        yield "tasks is no mapping from a name to its options"
-        return
+    try:
+        _base_recipe(content["model"], content["quantize"])
+    except RecipeError as error:
+        yield f"quantize: {str(error).removesuffix('.')}"
     for name, task in content["tasks"].items():
-        allowed = ("finetune", "text", "window", "windows", "questions", "problems")
-        if not isinstance(task, dict) or "finetune" not in task or set(task) - set(allowed):
-            yield f"the task {name!r} needs 'finetune', and of {', '.join(allowed[1:])} what it is judged by"
+        if not is_mapping(task) or not is_mapping(task.get("finetune")) or set(task) - {"finetune", *_JUDGED_BY}:
+            yield f"the task {name!r} needs 'finetune', and of {', '.join(_JUDGED_BY)} what it is judged by"
             continue
         if not {"text", "window", "windows"} <= set(task) and not {"questions", "problems"} <= set(task):
             yield f"the task {name!r} is judged by nothing; give text, window and windows, or questions and problems"
+        for key in [key for key in _JUDGED_BY if key in task and not _JUDGED_BY[key][0](task[key])]:
+            yield f"the task {name!r}: {key} is {task[key]!r}; {_JUDGED_BY[key][1]} is needed"
         try:
-            if not FineTuneRecipe.from_mapping(task["finetune"]).eval_samples:
-                yield f"the task {name!r} evaluates nothing, so no learning rate can be chosen; give eval_samples"
-        except CloqError as error:
-            yield f"the task {name!r}: {error}"
+            learned = FineTuneRecipe.from_mapping(task["finetune"])
+        except RecipeError as error:
+            yield f"the task {name!r}: {str(error).removesuffix('.')}"
+            continue
+        if not learned.data:
+            yield f"the task {name!r} learns from nothing; give data"
+        if not learned.eval_samples:
+            yield f"the task {name!r} evaluates nothing, so no learning rate can be chosen; give eval_samples"
+
+
+def _check_data(options: Mapping[str, Any]) -> None:
+    """Read what a task is learned and judged by, which is cheap, before a base is made for it.
+
+    Raises:
+        CloqError: something is not there, or cannot be read.
+    """
+    learned = FineTuneRecipe.from_mapping(options["finetune"])
+    for name in (learned.data, learned.eval_data):
+        if name:
+            load_examples(name)
+    if "text" in options:
+        evaluation_text(options["text"])
+    if "questions" in options:
+        read_questions({options["questions"]: None}, options["problems"], 0)
 
 
 def _row_name(task: str, start: str, width: int, seed: int) -> str:

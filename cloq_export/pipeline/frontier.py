@@ -20,6 +20,7 @@ from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
+from cloq_export.parity.tasks import task_names
 from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.pipeline.row_folder import (
@@ -32,8 +33,9 @@ from cloq_export.pipeline.row_folder import (
     write_table,
 )
 from cloq_export.pipeline.session import Session
+from cloq_export.pipeline.table_recipe import is_mapping, is_text, is_width, listed, read_table_recipe, whole
 from cloq_export.pipeline.verbs import run
-from cloq_export.recipe import Recipe, read_yaml
+from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_json import read_json
 from cloq_export.runtimes.hf import load
@@ -128,17 +130,8 @@ class Frontier:
         Raises:
             RecipeError: it cannot be read, or a value is wrong.
         """
-        content = read_yaml(name, kind="frontier")
-        larger = content.pop("full", {}) or {}
-        content |= larger if full else {}
-        if model:
-            content["model"] = model
-        faults = [f"{key!r} is missing" for key in _KEYS if key not in content]
-        faults += [f"{key!r} is not an option of a frontier" for key in content if key not in _KEYS]
-        if not faults:
-            faults = list(_faults(content))
-        if faults:
-            raise RecipeError(f"{name}: {'; '.join(faults)}.")
+        changes = {"model": model} if model else {}
+        content = read_table_recipe(name, "frontier", _NEEDED, _faults, full=full, changes=changes)
         found: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
         return cls(**found)
 
@@ -154,7 +147,20 @@ class Frontier:
         return found
 
 
-_KEYS = tuple(field.name for field in dataclasses.fields(Frontier))
+_NEEDED = {
+    "model": (is_text, "a model"),
+    "quantize": (is_mapping, "a mapping of recipe options"),
+    "bits": (listed(is_width), "a list of widths out of 2, 3, 4 and 8"),
+    "ranks": (listed(whole(0)), "a list of whole numbers"),
+    "methods": (listed(is_text, least=0), "a list of methods"),
+    "peers": (listed(is_text, least=0), "a list of peers"),
+    "seeds": (listed(whole(0)), "a list of whole numbers"),
+    "texts": (listed(is_text), "a list of texts"),
+    "window": (whole(2), "a whole number of at least 2"),
+    "windows": (whole(1), "a whole number of at least 1"),
+    "questions": (lambda name: name in task_names(), f"a task out of {', '.join(task_names())}"),
+    "problems": (whole(0), "a whole number"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,22 +422,10 @@ def _plots(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _faults(content: Mapping[str, Any]) -> Iterator[str]:
     for key, known in (("methods", METHODS), ("peers", PEERS)):
-        strange = [name for name in content[key] or () if name not in known]
+        strange = [name for name in content[key] if name not in known]
         if strange:
             yield f"{key} has {strange[0]!r}; allowed are {', '.join(known)}"
-    for key in ("bits", "ranks", "seeds"):
-        if not isinstance(content[key], list) or not all(isinstance(number, int) for number in content[key]):
-            yield f"{key} is {content[key]!r}; a list of whole numbers is needed"
-    if not isinstance(content["texts"], list) or not content["texts"]:
-        yield f"texts is {content['texts']!r}; a list of texts is needed"
-    for key, least in (("window", 2), ("windows", 1), ("problems", 0)):
-        if not isinstance(content[key], int) or content[key] < least:
-            yield f"{key} is {content[key]!r}; a whole number of at least {least} is needed"
-    yield from _recipe_faults(content)
-
-
-def _recipe_faults(content: Mapping[str, Any]) -> Iterable[str]:
     try:
         Recipe.from_mapping({**content["quantize"], "model": content["model"]})
     except RecipeError as error:
-        yield f"quantize: {error}"
+        yield f"quantize: {str(error).removesuffix('.')}"

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from cloq_export.cli import main
-from cloq_export.errors import RecipeError, UsageError
+from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.pipeline import comparing
 from cloq_export.pipeline.comparing import STARTS, Comparison, compare, comparison_table
 from cloq_export.recipe import Recipe
@@ -119,6 +119,25 @@ def test_a_start_whose_library_is_missing_says_so_in_its_row(
     assert row["failed"] == "not available here: bitsandbytes is not installed (pip install cloq-export[qlora])"
 
 
+@pytest.mark.parametrize("what", ["learned", "text", "questions"])
+def test_what_a_task_needs_is_read_before_a_base_is_made(
+    recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(comparing._Work, "measure", lambda *_: pytest.fail("a base was made"))
+    task = yaml.safe_load(recipe_file().read_text())["tasks"]["text"]
+    broken = tmp_path / "gsm8k" / "test.jsonl"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    monkeypatch.setenv("CLOQ_DATA", str(tmp_path))
+    if what == "learned":
+        task["finetune"]["data"] = str(broken)
+    else:
+        task |= {"text": str(broken)} if what == "text" else {"questions": "gsm8k", "problems": 2}
+    comparison = Comparison.read(str(recipe_file(tasks={"text": task})))
+    with pytest.raises(CloqError, match=r"line 1 of .*test\.jsonl is not a JSON object"):
+        compare(comparison, tmp_path / "out", console=silent)
+
+
 def test_the_small_comparison_of_the_package_is_valid() -> None:
     small = Comparison.read("small")
     assert set(small.starts) <= set(STARTS)
@@ -130,9 +149,24 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
     ("changes", "message"),
     [
         ({"starts": ["clock"]}, "the start 'clock' is unknown; allowed are cloq, "),
-        ({"speed": 3}, "'speed' is not an option of a comparison"),
+        ({"speed": 3}, "'speed' is not an option of a compare recipe"),
+        ({"full": 3}, "full is 3; a mapping of options is needed"),
+        ({"model": ""}, "model is ''; a model is needed"),
+        ({"quantize": [1]}, r"quantize is \[1\]; a mapping of recipe options is needed"),
+        ({"quantize": {"samples": 0, "preset": "papr"}}, r"quantize: 2 faults: .*'papr' is unknown.*samples is 0"),
+        ({"seeds": {"two": [0]}}, "seeds is {'two': .*; a mapping from a width to a list of whole numbers is needed"),
+        ({"seeds": {2: 0}}, "seeds is {'2': 0}; a mapping from a width"),
+        ({"starts": [{}]}, r"starts is \[{}\]; a list of starts is needed"),
+        ({"rates": ["fast"]}, r"rates is \['fast'\]; a list of learning rates above 0 is needed"),
+        ({"rate_steps": 0}, "rate_steps is 0; a whole number of at least 1 is needed"),
+        ({"tasks": {"a": {"finetune": {"steps": "x"}}}}, "the task 'a': steps is 'x'; a whole number is needed"),
+        (
+            {"tasks": {"a": {"finetune": {}, "questions": "gsm", "problems": 0}}},
+            "questions is 'gsm'; a task out of gsm8k, .*problems is 0; a whole number of at least 1 is needed; "
+            "the task 'a' learns from nothing; give data",
+        ),
         ({"tasks": {"a": {"finetune": {}}}}, "the task 'a' is judged by nothing"),
-        ({"bits": 2}, "bits is 2; a list of widths is needed"),
+        ({"bits": 2}, "bits is 2; a list of widths out of 2, 3, 4 and 8 is needed"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(recipe_file: Any, changes: dict[str, Any], message: str) -> None:

@@ -185,11 +185,16 @@ def test_the_small_frontier_of_the_package_is_valid() -> None:
     [
         ({"methods": ["clock"]}, "methods has 'clock'; allowed are rtn, "),
         ({"peers": ["awq"]}, "peers has 'awq'; allowed are autoround, "),
-        ({"bits": 2}, "bits is 2; a list of whole numbers is needed"),
+        ({"bits": 2}, "bits is 2; a list of widths out of 2, 3, 4 and 8 is needed"),
         ({"texts": []}, r"texts is \[\]; a list of texts is needed"),
         ({"window": 1}, "window is 1; a whole number of at least 2 is needed"),
         ({"quantize": {"samples": 0}}, "quantize: samples is 0; it must be at least 1"),
-        ({"speed": 1}, "'speed' is not an option of a frontier"),
+        ({"speed": 1}, "'speed' is not an option of a frontier recipe"),
+        ({"full": ["x"]}, r"full is \['x'\]; a mapping of options is needed"),
+        ({"quantize": None, "methods": True}, "quantize is None; a mapping .*; methods is True; a list of methods is"),
+        ({"texts": [None]}, r"texts is \[None\]; a list of texts is needed"),
+        ({"questions": "gsm"}, "questions is 'gsm'; a task out of gsm8k, "),
+        ({"ranks": [], "seeds": [-1]}, r"ranks is \[\]; a list of whole numbers is needed; seeds is \[-1\]; a list"),
     ],
 )
 def test_bad_recipes_are_refused(recipe_file: Any, changes: dict[str, Any], message: str) -> None:
