@@ -1,4 +1,4 @@
-"""Write docs/results.md from the files in benchmarks/results: what was measured, by which command, on what.
+"""Write docs/results.md and its plots from the files in benchmarks/results: what was measured, how and on what.
 
     python benchmarks/render_results.py
 
@@ -19,6 +19,7 @@ from environment import hardware_line
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+PLOTS = ROOT / "docs" / "plots"
 
 Content = Mapping[str, Any]
 
@@ -275,6 +276,16 @@ perplexity and time of the initialisation in [quality.md](quality.md), single la
 [kernels.md](kernels.md)."""
 
 
+def plots(path: Path) -> dict[str, str]:
+    """Return the plots of a result file, as SVG by file name; only those of the frontier have some."""
+    if not path.name.startswith("frontier-"):
+        return {}
+    from cloq_export.pipeline.frontier import frontier_plots
+
+    drawn = frontier_plots(json.loads(path.read_text(encoding="utf-8")))
+    return {f"{path.stem}-{name}.svg": svg for name, svg in drawn.items()}
+
+
 def render() -> str:
     """Return the page."""
     lines = [INTRODUCTION]
@@ -289,6 +300,8 @@ def render() -> str:
         if "hardware" in content:
             lines += ["", f"{hardware_line(content['hardware'])}."]
         lines += ["", *rendered(content)]
+        for plot in plots(path):
+            lines += ["", f"![{plot.removesuffix('.svg')}]({PLOTS.name}/{plot})"]
     return "\n".join(lines) + "\n"
 
 
@@ -297,6 +310,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
     PAGE.write_text(render(), encoding="utf-8")
+    PLOTS.mkdir(exist_ok=True)
+    for path in RESULTS.glob("*.json"):
+        for name, svg in plots(path).items():
+            (PLOTS / name).write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

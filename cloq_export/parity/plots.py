@@ -13,22 +13,22 @@ from markupsafe import Markup, escape
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 46
 _LEGEND_LINE = 20
+# Keeps whole points inside the frame.
+_MARGIN = 8
 COLOURS = 6
 
 Series = tuple[str, Sequence[float], Sequence[float]]
+Points = tuple[str, Sequence[float], Sequence[float], Sequence[float | None]]
 
 
-def line_plot(
-    series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False, points: bool = False
-) -> Markup:
-    """Return lines, or points, over a linear x axis.
+def line_plot(series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False) -> Markup:
+    """Return lines over a linear x axis.
 
     Args:
         series: (label, x, y); values that are not finite, or not positive on a logarithmic axis, are left out.
         x_label: of the x axis.
         y_label: of the y axis.
         log_y: logarithmic y axis.
-        points: draw points instead of a line.
     """
     kept = [
         (label, [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not log_y)])
@@ -42,16 +42,68 @@ def line_plot(
     to_y, y_ticks = (_log_axis if log_y else _linear_axis)(ys, _HEIGHT - _BOTTOM, _TOP)
     shapes = []
     for number, (_, pairs) in enumerate(kept):
-        colour = f"s{number % COLOURS}"
-        if points:
-            shapes += [
-                Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(colour, to_x(x), to_y(y))
-                for x, y in pairs
-            ]
-        elif pairs:
+        if pairs:
             path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in pairs)
             shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
-    return _frame(shapes, [label for label, _ in kept], x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+    return _frame(shapes, [label for label, _ in kept], _line_sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+
+
+def scatter_plot(
+    series: Sequence[Points],
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    level: tuple[str, float] | None = None,
+) -> Markup:
+    """Return points over a linear x axis, each with a bar of one standard error to either side.
+
+    Args:
+        series: (label, x, y, standard errors); values that are not finite, or not positive on a logarithmic axis, are
+            left out, and a standard error that is None or NaN draws no bar.
+        x_label: of the x axis.
+        y_label: of the y axis.
+        log_y: logarithmic y axis.
+        level: (label, y) of a line across the plot; one that is not finite, or not positive, is left out likewise.
+    """
+    least = 0.0 if log_y else -math.inf
+    kept = [
+        (
+            label,
+            [
+                # A bar that would reach 0 on a logarithmic axis ends at its point.
+                (x, y, y - error if y - error > least else y, y + error)
+                for x, y, error in zip(xs, ys, [e if e and math.isfinite(e) else 0.0 for e in errors], strict=True)
+                if math.isfinite(y) and y > least
+            ],
+        )
+        for label, xs, ys, errors in series
+    ]
+    every = [point for _, points in kept for point in points]
+    if not every:
+        return Markup("")
+    to_x, x_ticks = _linear_axis([x for x, *_ in every], _LEFT + _MARGIN, _WIDTH - _RIGHT - _MARGIN)
+    heights = [height for _, _, low, high in every for height in (low, high)]
+    levels = [level] if level is not None and math.isfinite(level[1]) and level[1] > least else []
+    heights += [height for _, height in levels]
+    to_y, y_ticks = (_log_axis if log_y else _linear_axis)(heights, _HEIGHT - _BOTTOM - _MARGIN, _TOP + _MARGIN)
+    shapes = []
+    for number, (_, points) in enumerate(kept):
+        for x, y, low, high in points:
+            if high > low:
+                bar = Markup('<line class="bar s{0}" x1="{1:.1f}" y1="{2:.1f}" x2="{1:.1f}" y2="{3:.1f}"/>')
+                shapes.append(bar.format(number % COLOURS, to_x(x), to_y(low), to_y(high)))
+            shapes.append(_marker(number, to_x(x), to_y(y)))
+    across = Markup('<line class="level" x1="{}" y1="{:.1f}" x2="{}" y2="{:.1f}"/>')
+    shapes += [across.format(_LEFT, to_y(height), _WIDTH - _RIGHT, to_y(height)) for _, height in levels]
+
+    def sample(number: int, y: float) -> Markup:
+        if number < len(kept):
+            return _marker(number, _LEFT + 13, y)
+        return across.format(_LEFT, y, _LEFT + 26, y)
+
+    labels = [label for label, _ in (*kept, *levels)]
+    return _frame(shapes, labels, sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
 
 
 def histogram_plot(
@@ -86,7 +138,7 @@ def histogram_plot(
         corners.append((borders[last + 1], 0.0))
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in corners)
         shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
-    return _frame(shapes, [label for label, _ in shares], x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+    return _frame(shapes, [label for label, _ in shares], _line_sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
 
 
 def matrix_plot(
@@ -134,11 +186,12 @@ def standalone(plot: Markup) -> str:
     dark = ("#62aef0", "#ff8c99", "#64c993", "#bd9cff", "#e3a341", "#9aa7ab")
 
     def rules(colours: Sequence[str], text: str, grid: str) -> str:
-        own = [f".s{n}{{fill:{c}}}.line.s{n}{{fill:none;stroke:{c}}}" for n, c in enumerate(colours)]
-        return f"text{{fill:{text}}}.grid{{stroke:{grid}}}" + "".join(own)
+        own = [f".s{n}{{fill:{c}}}.line.s{n},.bar.s{n}{{fill:none;stroke:{c}}}" for n, c in enumerate(colours)]
+        return f"text{{fill:{text}}}.grid{{stroke:{grid}}}.level{{stroke:{text}}}" + "".join(own)
 
     style = (
-        "text{font:12px system-ui,sans-serif}.line{fill:none;stroke-width:2}"
+        "text{font:12px system-ui,sans-serif}.line{fill:none;stroke-width:2}.bar{stroke-width:1}"
+        ".level{stroke-dasharray:6 4}"
         + rules(light, "#1c1c1c", "#ddd")
         + f"@media(prefers-color-scheme:dark){{{rules(dark, '#e8e8e8', '#363b40')}}}"
     )
@@ -150,6 +203,29 @@ def _stroke(number: int) -> Markup:
     """Return the style of a line; when the colours are used up, the next lines are dashed."""
     dash = Markup(' stroke-dasharray="{} 4"').format(2 * (number // COLOURS)) if number >= COLOURS else ""
     return Markup('class="line s{}"{}').format(number % COLOURS, dash)
+
+
+# Corners around the middle, in units of a marker's radius: square, triangle, diamond; before them comes the circle.
+_MARKERS = (
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0.0, -1.2), (1.1, 0.8), (-1.1, 0.8)),
+    ((0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)),
+)
+_RADIUS = 3.2
+
+
+def _marker(number: int, x: float, y: float) -> Markup:
+    """Return a point; when the colours are used up, the next points have another shape."""
+    colour, shape = f"s{number % COLOURS}", number // COLOURS % (len(_MARKERS) + 1)
+    if shape == 0:
+        return Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(colour, x, y, _RADIUS)
+    corners = " ".join(f"{x + _RADIUS * a:.1f},{y + _RADIUS * b:.1f}" for a, b in _MARKERS[shape - 1])
+    return Markup('<polygon class="{}" points="{}"/>').format(colour, corners)
+
+
+def _line_sample(number: int, y: float) -> Markup:
+    line = Markup('<line {} x1="{}" y1="{}" x2="{}" y2="{}"/>')
+    return line.format(_stroke(number), _LEFT, y, _LEFT + 26, y)
 
 
 Axis = Callable[[float], float]
@@ -176,13 +252,20 @@ def _log_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, 
         # Less than a decade: whole powers of ten would leave the axis without a number.
         axis, ticks = _linear_axis(values, start, end)
         return axis, ticks
-    ticks = [(10.0**e, f"1e{e}") for e in range(math.ceil(low), math.floor(high) + 1)]
+    decades = range(math.floor(low), math.floor(high) + 1)
+    if high - low < 3:
+        # Powers of ten alone would leave too few numbers.
+        steps = [factor * 10.0**e for e in decades for factor in (1, 2, 5)]
+        ticks = [(step, f"{step:.6g}") for step in steps if low <= math.log10(step) <= high]
+    else:
+        ticks = [(10.0**e, f"1e{e}") for e in decades if low <= e]
     return lambda v: start + (math.log10(v) - low) / (high - low) * (end - start), ticks
 
 
 def _frame(
     shapes: Sequence[Markup],
     labels: Sequence[str],
+    sample: Callable[[int, float], Markup],
     x_ticks: Ticks,
     y_ticks: Ticks,
     to_x: Axis,
@@ -208,8 +291,7 @@ def _frame(
     parts.append(upright.format(middle_y, y_label))
     for number, label in enumerate(labels):
         y = _HEIGHT + _LEGEND_LINE * number
-        sample = Markup('<line {} x1="{}" y1="{}" x2="{}" y2="{}"/>')
-        parts.append(sample.format(_stroke(number), _LEFT, y + 5, _LEFT + 26, y + 5))
+        parts.append(sample(number, y + 5))
         parts.append(Markup('<text x="{}" y="{}">{}</text>').format(_LEFT + 34, y + 9, label))
     title = escape(f"{y_label} over {x_label}")
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(

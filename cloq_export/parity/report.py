@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from markupsafe import Markup
 
 from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.liveness import ZERO
-from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
+from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
 from cloq_export.parity.tasks import gate_key
 from cloq_export.run.atomic import make_folder, translate_os_errors, write_bytes, write_json
 from cloq_export.run.safe_json import parse_json
@@ -208,11 +209,12 @@ def _position_plot(report: Mapping[str, Any]) -> Markup:
 
 def _layer_plot(report: Mapping[str, Any]) -> Markup:
     layers = report["layers"] or []
+    numbers, no_bars = list(range(len(layers))), [None] * len(layers)
     series = [
-        (label, list(range(len(layers))), [float("nan") if layer[key] is None else layer[key] for layer in layers])
+        (label, numbers, [math.nan if layer[key] is None else layer[key] for layer in layers], no_bars)
         for label, key in (("Q alone", "error_quantized"), ("Q + BA", "error_adapted"), ("lower bound", "error_bound"))
     ]
-    return line_plot(series, x_label="layer", y_label="relative error", log_y=True, points=True)
+    return scatter_plot(series, x_label="layer", y_label="relative error", log_y=True)
 
 
 def _liveness_plot(row: Mapping[str, Any]) -> Markup:

@@ -286,7 +286,11 @@ def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
         "bases": _bases(out),
         "rows": rows,
     }
-    return write_table(out, "compare", content, comparison_table, _plots(comparison, out, rows, curves))
+
+    def plots(result: Mapping[str, Any]) -> dict[str, str]:
+        return _plots(comparison, out, result["rows"], curves)
+
+    return write_table(out, "compare", content, comparison_table, plots)
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from cloq_export.calibrate.data import calibration_windows, evaluation_text, loa
 from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.models.source import open_model, save_plain
 from cloq_export.parity.perplexity import perplexity
-from cloq_export.parity.plots import line_plot, standalone
+from cloq_export.parity.plots import Points, scatter_plot, standalone
 from cloq_export.parity.runtime import float_model
 from cloq_export.parity.tasks import task_names
 from cloq_export.pipeline.answering import Subject, answer_tasks, read_questions
@@ -44,6 +46,10 @@ from cloq_export.runtimes.inspection import stored_sizes
 FORMAT, FORMAT_VERSION = "cloq-frontier", 1
 MEAN = "mean"
 FLOAT = "float"
+# Perplexities up to so many times the float model's are plotted.
+_PLOTTED = 20
+# What the plots are over: field of a row, the end of the picture's name, what the axis says.
+_OVER = (("stored_bits_per_weight", "bits", "stored bits a weight"), ("seconds", "seconds", "seconds"))
 # What a run measures by itself is not looked at.
 OWN_EVALUATION = {"eval_windows": 1, "eval_window": 64}
 # As published: layers on their own, the range of a group from its extremes.
@@ -247,7 +253,7 @@ def write_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
         "missing_rows": missing,
         "rows": rows,
     }
-    return write_table(out, "frontier", content, frontier_table, _plots(content))
+    return write_table(out, "frontier", content, frontier_table, frontier_plots)
 
 
 def frontier_table(result: Mapping[str, Any]) -> str:
@@ -274,7 +280,8 @@ def frontier_table(result: Mapping[str, Any]) -> str:
                 cell += f" ({found['value'] / plain['perplexity'][text]['value']:.2f}x)"
             cells.append(cell)
         if asks:
-            cells.append(f"{row['accuracy']:.3f}")
+            solved = _measured(row, None)
+            cells.append("" if solved is None else f"{solved['value']:.3f} ± {solved['standard_error']:.3f}")
         mark = environment_mark(row["environments"], environments)
         cells.append(seconds_cell(row["seconds"], mark) if row is not plain else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -284,6 +291,45 @@ def frontier_table(result: Mapping[str, Any]) -> str:
     lines += [f"- {row['method']}, {row['bits']} bits, rank {row['rank']}: {row['failed']}" for row in failed]
     lines += table_foot(result)
     return "\n".join(lines) + "\n"
+
+
+def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return what each measure comes to, with its error, over stored bits and over seconds, as SVG by name.
+
+    Args:
+        result: what frontier.json holds.
+    """
+    frontier = result["frontier"]
+    plain = next((row for row in result["rows"] if row["method"] == FLOAT), None)
+    means = [row for row in result["rows"] if row["seed"] == MEAN and row["method"] != FLOAT]
+    measures: list[tuple[str, str, str | None]] = [
+        (Path(text).stem, f"perplexity, {text}", text) for text in frontier["texts"]
+    ]
+    if frontier["problems"]:
+        asked = frontier["questions"]
+        measures.append((f"accuracy-{asked.replace(':', '-')}", f"accuracy, {asked}", None))
+    pictures = {}
+    for (name, y_label, text), (field, end, x_label) in itertools.product(measures, _OVER):
+        of_float = _measured(plain, text) if plain is not None else None
+        level = None if of_float is None else (FLOAT, of_float["value"])
+        if field == "seconds" and len(result["environments"]) > 1:
+            x_label = "seconds, on several machines: the table says which"
+        # What has lost the language would press all others together.
+        limit = math.inf if text is None or level is None else _PLOTTED * level[1]
+        series: list[Points] = []
+        for method in dict.fromkeys(row["method"] for row in means):
+            points = [
+                (row[field], found["value"], found["standard_error"])
+                for row in means
+                if row["method"] == method and row[field] is not None and (found := _measured(row, text)) is not None
+            ]
+            drawn = [point for point in points if point[1] <= limit]
+            label = method if drawn == points else f"{method} ({len(points) - len(drawn)} above {limit:.3g})"
+            series.append((label, [x for x, *_ in drawn], [y for _, y, _ in drawn], [error for *_, error in drawn]))
+        plot = scatter_plot(series, x_label=x_label, y_label=y_label, log_y=text is not None, level=level)
+        if plot:
+            pictures[f"{name}-{end}"] = standalone(plot)
+    return pictures
 
 
 class _Work:
@@ -366,7 +412,9 @@ class _Work:
             subject = Subject(case.name, float_model(model), None, case.name)  # type: ignore[arg-type]
             session = Session(Recipe(), self.console)
             entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[self.frontier.questions]
-            found["accuracy"] = entry["models"][case.name]["accuracy"]
+            accuracy = entry["models"][case.name]["accuracy"]
+            deviation = math.sqrt(accuracy * (1 - accuracy) / entry["questions"])
+            found["accuracy"] = {"value": accuracy, "standard_error": deviation}
         return found
 
 
@@ -380,44 +428,36 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mean: dict[str, Any] = dict(zip(("method", "bits", "rank"), key, strict=True)) | {"seed": MEAN}
         mean["environments"] = sorted({row["environment"] for row in own})
         mean["perplexity"] = {
-            text: {
-                "value": statistics.fmean(row["perplexity"][text]["value"] for row in own),
-                "standard_error": _mean(row["perplexity"][text]["standard_error"] for row in own),
-                "spread": statistics.stdev(r["perplexity"][text]["value"] for r in own) if len(own) > 1 else None,
-            }
-            for text in own[0]["perplexity"]
+            text: _over_seeds(row["perplexity"][text] for row in own) for text in own[0]["perplexity"]
         }
-        for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes", "accuracy"):
-            value = _mean(row.get(field) for row in own)
-            if value is not None or field != "accuracy":
-                mean[field] = value
+        for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes"):
+            mean[field] = _mean(row.get(field) for row in own)
+        if "accuracy" in own[0]:
+            mean["accuracy"] = _over_seeds(row["accuracy"] for row in own)
         found.append(mean)
     return found
+
+
+def _measured(row: Mapping[str, Any], text: str | None) -> Mapping[str, Any] | None:
+    """Return a row's perplexity of a text, or without one its accuracy; None where no question was asked."""
+    return row.get("accuracy") if text is None else row["perplexity"][text]
+
+
+def _over_seeds(measured: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of a measure over seeds, the error of one of them, and their spread."""
+    found = list(measured)
+    values = [each["value"] for each in found]
+    return {
+        "value": statistics.fmean(values),
+        "standard_error": _mean(each["standard_error"] for each in found),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are known; a single window, for one, has no standard error."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def _plots(result: Mapping[str, Any]) -> dict[str, str]:
-    means = [row for row in result["rows"] if row["seed"] == MEAN and row["method"] != FLOAT]
-    pictures = {}
-    for text in result["frontier"]["texts"]:
-        for field, label in (("stored_bits_per_weight", "stored bits a weight"), ("seconds", "seconds")):
-            series = []
-            for method in dict.fromkeys(row["method"] for row in means):
-                points = sorted(
-                    (row[field], row["perplexity"][text]["value"])
-                    for row in means
-                    if row["method"] == method and row[field] is not None
-                )
-                series.append((method, [x for x, _ in points], [y for _, y in points]))
-            if any(xs for _, xs, _ in series):
-                plot = line_plot(series, x_label=label, y_label=f"perplexity, {text}", log_y=True, points=True)
-                pictures[f"{Path(text).stem}-{'seconds' if field == 'seconds' else 'bits'}"] = standalone(plot)
-    return pictures
 
 
 def _faults(content: Mapping[str, Any]) -> Iterator[str]:

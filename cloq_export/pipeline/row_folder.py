@@ -79,7 +79,7 @@ def write_table(
     name: str,
     content: Mapping[str, Any],
     table: Callable[[Mapping[str, Any]], str],
-    pictures: Mapping[str, str],
+    plots: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> dict[str, Any]:
     """Write NAME.json, NAME.md and the plots of a table.
 
@@ -88,7 +88,7 @@ def write_table(
         name: of the table.
         content: what the JSON holds beside the environments that its rows name.
         table: gives the Markdown of what the JSON holds.
-        pictures: name -> SVG.
+        plots: gives name -> SVG of what the JSON holds.
 
     Returns:
         dict: what the JSON holds, with "files" beside it.
@@ -97,7 +97,7 @@ def write_table(
     files = {"json": str(folder / f"{name}.json"), "table": str(folder / f"{name}.md")}
     write_json(folder / f"{name}.json", result)
     write_bytes(folder / f"{name}.md", table(result).encode("utf-8"))
-    for picture, svg in pictures.items():
+    for picture, svg in plots(result).items():
         files[picture] = str(folder / f"{picture}.svg")
         write_bytes(folder / f"{picture}.svg", svg.encode("utf-8"))
     return result | {"files": files}

@@ -16,6 +16,8 @@ def test_the_page_is_what_the_files_say(monkeypatch: pytest.MonkeyPatch) -> None
     assert results.PAGE.read_text(encoding="utf-8") == results.render(), (
         "docs/results.md is out of date; run python benchmarks/render_results.py"
     )
+    drawn = {name: svg for path in results.RESULTS.glob("*.json") for name, svg in results.plots(path).items()}
+    assert {path.name: path.read_text(encoding="utf-8") for path in results.PLOTS.iterdir()} == drawn
     files = {path.name for path in results.RESULTS.glob("*.json")}
     elsewhere = {
         "init_quality.json",

@@ -16,7 +16,7 @@ import yaml
 from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.gate import GATES, TASK_GATES, judge
 from cloq_export.parity.numerics import compare_logprobs
-from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot
+from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
 from cloq_export.parity.report import collect_metrics, figure, render_html, schema, write_report
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -213,11 +213,43 @@ def test_plots_of_little_or_nothing() -> None:
     for drawing in (
         line_plot([("a", [1], [5.0])], x_label="x", y_label="y"),
         line_plot([("a", [1, 2], [5.0, 5.1])], x_label="x", y_label="y", log_y=True),
-        line_plot([("a", [1, 2], [1e-5, 1e5])], x_label="x", y_label="y", log_y=True, points=True),
+        scatter_plot([("a", [1, 2], [1e-5, 1e5], [None, math.nan])], x_label="x", y_label="y", log_y=True),
+        scatter_plot([("a", [1], [0.5], [1.0])], x_label="x", y_label="y"),
         histogram_plot([("a", [0.1, 1.0], [3, 0, 0])], x_label="x", y_label="y"),
         matrix_plot(["0"], ["up"], lambda row, column: None),
     ):
         ElementTree.fromstring(str(drawing))
+
+
+def test_points_have_bars_and_tell_their_series_apart() -> None:
+    series = [(f"m{n}", [1.0, 2.0], [10.0 + n, 100.0 + n], [1.0, None]) for n in range(24)]
+    drawing = ElementTree.fromstring(str(scatter_plot(series, x_label="x", y_label="y", log_y=True)))
+    bars = [shape for shape in drawing if shape.get("class", "").startswith("bar")]
+    assert len(bars) == 24
+    marks = [shape for shape in drawing if shape.tag in ("circle", "polygon")]
+    assert len(marks) == 3 * 24
+    # The legend's come first; what differs there is the height alone, if two series look alike.
+    looks = set()
+    for mark in marks[:24]:
+        corners = [tuple(map(float, pair.split(","))) for pair in (mark.get("points") or "0,0").split()]
+        looks.add((mark.tag, mark.get("class"), tuple(round(y - corners[0][1]) for _, y in corners)))
+    assert len(looks) == 24
+    point, bar = marks[24], bars[0]
+    assert float(bar.get("y2", "")) < float(point.get("cy", "")) < float(bar.get("y1", ""))
+    # A line across stands where its value is, and in the legend.
+    leveled = ElementTree.fromstring(
+        str(scatter_plot([("a", [1.0], [2.0], [None])], x_label="x", y_label="y", level=("float", 1.0)))
+    )
+    sample, across = [shape for shape in leveled if shape.get("class") == "level"]
+    assert float(across.get("y1", "")) > float(leveled.findall("circle")[-1].get("cy", ""))
+    assert sample.get("x2") == "88"
+    assert [text.text for text in leveled.findall("text")].count("float") == 1
+    # A bar that would go below 0 on a logarithmic axis ends at its point.
+    wide = ElementTree.fromstring(
+        str(scatter_plot([("a", [1.0, 2.0], [1.0, 50.0], [2.0, 5.0])], x_label="x", y_label="y", log_y=True))
+    )
+    bar = next(shape for shape in wide if shape.get("class", "").startswith("bar"))
+    assert bar.get("y1") == [shape for shape in wide if shape.tag == "circle"][1].get("cy")
 
 
 @pytest.mark.parametrize(

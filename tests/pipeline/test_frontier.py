@@ -19,10 +19,19 @@ from cloq_export.cli import main
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.pipeline import frontier as module
 from cloq_export.pipeline import peers, row_folder
-from cloq_export.pipeline.frontier import MEAN, METHODS, Frontier, frontier_table, measure_frontier
+from cloq_export.pipeline.frontier import (
+    MEAN,
+    METHODS,
+    Frontier,
+    frontier_plots,
+    frontier_table,
+    measure_frontier,
+)
 from cloq_export.pipeline.peers import PEERS, PeerError, run_peer
 from cloq_export.pipeline.verbs import run
 from cloq_export.recipe import Recipe
+from cloq_export.run.hardware import describe_hardware
+from cloq_export.run.versions import environment
 
 
 @pytest.fixture
@@ -133,6 +142,61 @@ def test_a_model_that_gives_no_numbers_fails_its_row_alone(
     table = frontier_table(result)
     assert "- rtn, 2 bits, rank 0: the model gives NaN or Inf" in table
     assert "±" not in table
+
+
+def test_a_task_is_answered_beside_the_texts(recipe_file: Any, silent: Console, tmp_path: Path) -> None:
+    asked = {"questions": "short-word-problems", "problems": 3}
+    frontier = Frontier.read(str(recipe_file(methods=[], seeds=[0], **asked)))
+    result = measure_frontier(frontier, tmp_path / "out", console=silent)
+    # Random weights solve nothing.
+    assert result["rows"][0]["accuracy"] == {"value": 0.0, "standard_error": 0.0}
+    assert "| 0.000 ± 0.000 |" in (tmp_path / "out" / "frontier.md").read_text()
+
+
+def test_the_table_and_the_plots_have_error_bars_and_leave_out_what_would_hide_the_rest() -> None:
+    def row(method: str, rank: int, perplexity: float, accuracy: float, seed: Any = "mean") -> dict[str, Any]:
+        measured = {"value": perplexity, "standard_error": perplexity / 10}
+        return {
+            "method": method,
+            "bits": 16 if method == "float" else 2,
+            "rank": rank,
+            "seed": seed,
+            "stored_bits_per_weight": 2.25 + rank / 16,
+            "seconds": None if rank == 16 else 100.0,
+            "perplexity": {"wikitext2": measured},
+            "environments": ["1"],
+            "environment": "1",
+            "accuracy": {"value": accuracy, "standard_error": 0.02},
+        }
+
+    rows = [row("float", 0, 30.0, 0.5), row("float", 0, 30.0, 0.5, seed=0)]
+    rows += [row("rtn", 0, 700.0, 0.0), row("cloq", 0, 80.0, 0.25), row("cloq", 16, 60.0, 0.3)]
+    result = {
+        "frontier": {"texts": ["wikitext2"], "questions": "arc-e:instruction", "problems": 4},
+        "environments": {"1": {"hardware": describe_hardware(), "versions": environment()}},
+        "missing_rows": 0,
+        "rows": rows,
+    }
+    assert "| cloq, 2 bits | 0 | 2.25 | 80.00 ± 8.00 (2.67x) | 0.250 ± 0.020 | 100 |" in frontier_table(result)
+    pictures = frontier_plots(result)
+    names = ("wikitext2", "accuracy-arc-e-instruction")
+    assert set(pictures) == {f"{name}-{over}" for name in names for over in ("bits", "seconds")}
+    bits = pictures["wikitext2-bits"]
+    assert bits.count('class="bar') == 2
+    assert ">rtn (1 above 600)<" in bits
+    assert pictures["wikitext2-seconds"].count('class="bar') == 1  # one row has no seconds
+    assert pictures["accuracy-arc-e-instruction-bits"].count('class="bar') == 3
+    for name, picture in pictures.items():
+        assert picture.count('class="level"') == 2, name
+        assert "several machines" not in picture
+    # A row of the time before questions were asked has no accuracy, and is no point of that plot.
+    del rows[-1]["accuracy"]
+    result["environments"]["2"] = result["environments"]["1"]
+    assert "| cloq, 2 bits | 16 | 3.25 | 60.00 ± 6.00 (2.00x) |  | not in one go |" in frontier_table(result)
+    pictures = frontier_plots(result)
+    assert pictures["accuracy-arc-e-instruction-bits"].count('class="bar') == 2
+    assert "several machines" in pictures["wikitext2-seconds"]
+    assert "several machines" not in pictures["wikitext2-bits"]
 
 
 def test_a_peer_that_cannot_be_installed_says_so_in_its_row(
