@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from cloq_export.calibrate.data import WIKITEXT2, evaluation_text
 from cloq_export.errors import DataError, UsageError
 from cloq_export.parity import arithmetic, gsm8k
 from cloq_export.parity.answers import (
@@ -31,6 +32,7 @@ from cloq_export.parity.commonsense import (
     harness_definition,
     stated_label,
 )
+from cloq_export.parity.continuations import continuation_rows, read_continuation
 from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
@@ -47,6 +49,8 @@ _SOLUTION_TOKENS = 256
 _LABEL_TOKENS = 32
 # What ends the answer to an instruction, beside the tokenizer's own end.
 _INSTRUCTION_ENDS = ("\n### ", "</s>", "<|im_end|>")
+CONTINUATIONS = "continuations"
+_OWN_RULES = "four endings of neighbouring paragraphs; the choice of the largest log-likelihood"
 _ADAPTERS_RULES = "LLM-Adapters (arXiv:2304.01933), greedy"
 
 
@@ -109,6 +113,30 @@ class Task(abc.ABC):
     def takes_examples(self) -> bool:
         """Return whether worked examples can stand before a question."""
         return False
+
+    def rows(self, file: str | None) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], str]:
+        """Return ((place, row) of each question, origin).
+
+        Args:
+            file: a JSON-lines file or a JSON list; None takes the data folder's, else the hub's.
+
+        Raises:
+            DataError: they cannot be found or read.
+            MissingPackageError: they are on the hub, and `datasets` is not installed.
+        """
+        path = Path(file).expanduser() if file is not None else local_file(*self.files)
+        if path is not None:
+            reader = read_list if path.suffix.lower() == ".json" else read_rows
+            return reader(path), str(path)
+        if self.hub is None:
+            return _generated_rows(self.name), f"generated ({self.name}, test)"
+        rows = hub_rows(
+            *self.hub,
+            remedy=f"Name a file with --tasks {self.name}=FILE, or put {self.files[0]} into the folder that the "
+            "environment variable CLOQ_DATA names.",
+        )
+        origin = ":".join(part for part in ("hub", *self.hub) if part)
+        return ((f"row {number} of {origin}", row) for number, row in enumerate(rows, start=1)), origin
 
     @abc.abstractmethod
     def read(self, row: Mapping[str, Any], where: str) -> Question:
@@ -309,6 +337,24 @@ class ChoiceTask(Task):
         return answer
 
 
+@dataclasses.dataclass(frozen=True)
+class ContinuationTask(ChoiceTask):
+    """A task whose questions are made from a text."""
+
+    def rows(self, file: str | None) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], str]:
+        """Return ((place, row) of each question, origin).
+
+        Args:
+            file: a text, as `--eval-text` names it, each paragraph on one line; None takes WikiText-2's test split.
+
+        Raises:
+            CalibrationError: it cannot be found or read.
+            MissingPackageError: it is on the hub, and `datasets` is not installed.
+        """
+        found = evaluation_text(file or WIKITEXT2)
+        return continuation_rows(found.text, found.origin), found.origin
+
+
 # Task -> what makes it; nothing is read before it is asked for.
 _MAKERS: dict[str, Callable[[], Task]] = {}
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -369,7 +415,7 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     Args:
         task: the task.
         file: a JSON-lines file or a JSON list; None takes the data folder's (the one that CLOQ_DATA names), else the
-            hub's; word problems are generated.
+            hub's; word problems are generated, and continuations made from a text.
         count: only so many, from the start.
         shots: worked examples before each.
 
@@ -380,7 +426,7 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     """
     if shots and not task.takes_examples:
         task.with_examples((), shots)
-    rows, origin = _rows_of(task, file)
+    rows, origin = task.rows(file)
     # All are read, so that a broken row is found whatever part is asked for.
     items = [task.read(row, where) for where, row in rows][:count]
     if not items:
@@ -435,23 +481,6 @@ def task_entry(task: Task, questions: Questions, answers: Mapping[str, Answers],
 
 def _largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda number: values[number])
-
-
-def _rows_of(task: Task, file: str | None) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], str]:
-    """Return ((place, row) of each question, origin)."""
-    path = Path(file).expanduser() if file is not None else local_file(*task.files)
-    if path is not None:
-        reader = read_list if path.suffix.lower() == ".json" else read_rows
-        return reader(path), str(path)
-    if task.hub is None:
-        return _generated_rows(task.name), f"generated ({task.name}, test)"
-    rows = hub_rows(
-        *task.hub,
-        remedy=f"Name a file with --tasks {task.name}=FILE, or put {task.files[0]} into the folder that the "
-        "environment variable CLOQ_DATA names.",
-    )
-    origin = ":".join(part for part in ("hub", *task.hub) if part)
-    return ((f"row {number} of {origin}", row) for number, row in enumerate(rows, start=1)), origin
 
 
 def _generated_rows(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -587,6 +616,12 @@ def _labels(name: str, chosen: CommonsenseSet) -> Task:
     )
 
 
+def _continuations() -> Task:
+    return ContinuationTask(
+        name=CONTINUATIONS, version="1", definition=_OWN_RULES, files=(), hub=None, reader=read_continuation
+    )
+
+
 _GSM8K_HUB = ("openai/gsm8k", "main", "test")
 _MAKERS |= {
     "gsm8k": partial(_gsm8k_like, "gsm8k", _GSM8K_HUB, _training_problems),
@@ -595,6 +630,7 @@ _MAKERS |= {
     "svamp": partial(_numbers, "svamp", "SVAMP", ("ChilleD/SVAMP", None, "test"), arithmetic.read_svamp),
     "mawps": partial(_numbers, "mawps", "mawps", ("MU-NLPC/Calc-mawps", None, "test"), arithmetic.read_mawps),
     "aqua": _letters,
+    CONTINUATIONS: _continuations,
     **{name: partial(_choices, name, chosen) for name, chosen in COMMONSENSE_SETS.items()},
     **{
         f"{name}:{INSTRUCTION}": partial(_labels, f"{name}:{INSTRUCTION}", chosen)

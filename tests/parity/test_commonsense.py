@@ -322,7 +322,7 @@ def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
 
 
 def test_names_and_groups() -> None:
-    assert len(task_names()) == len(set(map(gate_key, task_names()))) == 23
+    assert len(task_names()) == len(set(map(gate_key, task_names()))) == 24
     assert set(GROUPS["arithmetic"]) == {"gsm8k:instruction", "svamp", "mawps", "aqua"}
     assert expand_names(["commonsense"]) == {f"{name}:instruction": None for name in COMMONSENSE_SETS}
     assert expand_names(["boolq=a.json", "arithmetic", "svamp=b=c.json"])["svamp"] == "b=c.json"
