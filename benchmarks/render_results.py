@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,10 @@ def frontier(content: Content) -> list[str]:
         notes.append("ApiQ's two schemes make their authors' 20 passes over the windows instead.")
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
+    if measured["problems"]:
+        asked = f"{measured['questions']}: the share of {measured['problems']} questions that is answered right"
+        chance = "; guessing is right at 0.25" if measured["questions"] == "continuations" else ""
+        notes.append(f"{asked}{chance}. Where it is empty, the row is from before the recipe asked them.")
     return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
 
 
@@ -310,7 +315,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
     PAGE.write_text(render(), encoding="utf-8")
-    PLOTS.mkdir(exist_ok=True)
+    shutil.rmtree(PLOTS, ignore_errors=True)
+    PLOTS.mkdir()
     for path in RESULTS.glob("*.json"):
         for name, svg in plots(path).items():
             (PLOTS / name).write_text(svg, encoding="utf-8")

@@ -11,6 +11,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Processes that test beside each other share the cores, and so do the ones that they start.
+_beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _beside > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _beside))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--device`, which says what the engines of tests/vllm compute on."""
