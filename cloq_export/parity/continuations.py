@@ -14,7 +14,8 @@ from typing import Any
 from cloq_export.parity.commonsense import Choices
 
 CHOICES = 4
-_CONTEXT_WORDS, _CONTINUATION_WORDS = 20, 8
+_CONTEXT_WORDS = 20
+PARAGRAPH_WORDS = _CONTEXT_WORDS + 8
 # What stands in WikiText for a word that was left out.
 _LEFT_OUT = "<unk>"
 
@@ -50,9 +51,8 @@ def read_continuation(row: Mapping[str, Any], where: str) -> Choices:
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield (line, first words, next words) of the paragraphs that are long enough."""
-    needed = _CONTEXT_WORDS + _CONTINUATION_WORDS
     for number, line in enumerate(text.split("\n"), start=1):
         words = line.split()
-        ending = words[_CONTEXT_WORDS:needed]
-        if len(words) >= needed and _LEFT_OUT not in ending:
+        ending = words[_CONTEXT_WORDS:PARAGRAPH_WORDS]
+        if len(words) >= PARAGRAPH_WORDS and _LEFT_OUT not in ending:
             yield number, " ".join(words[:_CONTEXT_WORDS]), " ".join(ending)

@@ -32,7 +32,7 @@ from cloq_export.parity.commonsense import (
     harness_definition,
     stated_label,
 )
-from cloq_export.parity.continuations import continuation_rows, read_continuation
+from cloq_export.parity.continuations import CHOICES, PARAGRAPH_WORDS, continuation_rows, read_continuation
 from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
@@ -349,10 +349,17 @@ class ContinuationTask(ChoiceTask):
 
         Raises:
             CalibrationError: it cannot be found or read.
+            DataError: it has too few paragraphs that are long enough.
             MissingPackageError: it is on the hub, and `datasets` is not installed.
         """
         found = evaluation_text(file or WIKITEXT2)
-        return continuation_rows(found.text, found.origin), found.origin
+        rows = list(continuation_rows(found.text, found.origin))
+        if not rows:
+            raise DataError(
+                f"{found.origin} has no {CHOICES} paragraphs of {PARAGRAPH_WORDS} words or more, each on one line; "
+                f"name another text with --tasks {self.name}=FILE."
+            )
+        return iter(rows), found.origin
 
 
 # Task -> what makes it; nothing is read before it is asked for.

@@ -84,7 +84,7 @@ def test_a_model_that_knows_the_text_answers_right(tmp_path: Path) -> None:
 def test_a_text_that_gives_no_question_is_refused(tmp_path: Path) -> None:
     task = find_task("continuations")
     (tmp_path / "short.txt").write_text("Too little.\n")
-    with pytest.raises(DataError, match=r"short.txt holds no question of continuations; name another file with "):
+    with pytest.raises(DataError, match=r"short.txt has no 4 paragraphs of 28 words or more, each on one line; name "):
         load_questions(task, str(tmp_path / "short.txt"))
     with pytest.raises(CalibrationError, match=r"none.txt' is not a readable text file"):
         load_questions(task, str(tmp_path / "none.txt"))
