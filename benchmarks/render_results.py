@@ -163,6 +163,7 @@ def comparison(content: Content) -> list[str]:
 
 def frontier(content: Content) -> list[str]:
     """Return what every method makes of a model, by stored bits."""
+    from cloq_export.parity.tasks import CONTINUATIONS
     from cloq_export.pipeline.frontier import frontier_table
     from cloq_export.recipe import REFINE_STEPS
 
@@ -177,9 +178,13 @@ def frontier(content: Content) -> list[str]:
     if "lq-lora" in measured["methods"]:
         notes.append("LQ-LoRA is without its Fisher weights; without an adapter it and LoftQ are plain rounding.")
     if measured["problems"]:
-        asked = f"{measured['questions']}: the share of {measured['problems']} questions that is answered right"
-        chance = "; guessing is right at 0.25" if measured["questions"] == "continuations" else ""
-        notes.append(f"{asked}{chance}. Where it is empty, the row is from before the recipe asked them.")
+        chance = "; guessing gives 0.25" if measured["questions"] == CONTINUATIONS else ""
+        notes.append(
+            f"`{measured['questions']}` is the share of {measured['problems']} questions that are answered right"
+            f"{chance}."
+        )
+        if any("accuracy" not in row for row in content["rows"] if not row.get("failed")):
+            notes.append("Where it is empty, the row is from before the recipe asked them.")
     return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
 
 
