@@ -323,6 +323,8 @@ def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
                 for row in means
                 if row["method"] == method and row[field] is not None and (found := _measured(row, text)) is not None
             ]
+            if not points:
+                continue
             drawn = [point for point in points if point[1] <= limit]
             label = method if drawn == points else f"{method} ({len(points) - len(drawn)} above {limit:.3g})"
             series.append((label, [x for x, *_ in drawn], [y for _, y, _ in drawn], [error for *_, error in drawn]))
