@@ -175,7 +175,14 @@ def _index(found: Any, count: int, where: str, *, first: int = 0) -> int:
     return number
 
 
-def _continued(context: str, choices: Sequence[str], gold: int) -> Choices:
+def continued(context: str, choices: Sequence[str], gold: int) -> Choices:
+    """Return a question whose choices all continue one text.
+
+    Args:
+        context: the text, without a blank at its end.
+        choices: what may follow it.
+        gold: number of the right choice.
+    """
     return Choices(tuple((context, f" {choice}") for choice in choices), tuple(len(choice) for choice in choices), gold)
 
 
@@ -212,7 +219,7 @@ def _boolq_answer(row: Mapping[str, Any], where: str) -> int:
 
 def _boolq_choices(row: Mapping[str, Any], where: str) -> Choices:
     context = f"{_text(row, 'passage', where)}\nQuestion: {_text(row, 'question', where)}?\nAnswer:"
-    return _continued(context, ("no", "yes"), _boolq_answer(row, where))
+    return continued(context, ("no", "yes"), _boolq_answer(row, where))
 
 
 def _boolq_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -232,7 +239,7 @@ def _piqa_parts(row: Mapping[str, Any], where: str) -> tuple[str, list[str], int
 
 def _piqa_choices(row: Mapping[str, Any], where: str) -> Choices:
     goal, solutions, gold = _piqa_parts(row, where)
-    return _continued(f"Question: {goal}\nAnswer:", solutions, gold)
+    return continued(f"Question: {goal}\nAnswer:", solutions, gold)
 
 
 def _piqa_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -255,7 +262,7 @@ def _siqa_parts(row: Mapping[str, Any], where: str) -> tuple[str, list[str], int
 
 def _siqa_choices(row: Mapping[str, Any], where: str) -> Choices:
     asked, answers, gold = _siqa_parts(row, where)
-    return _continued(f"Q: {asked}\nA:", answers, gold)
+    return continued(f"Q: {asked}\nA:", answers, gold)
 
 
 def _siqa_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -275,7 +282,7 @@ def _hellaswag_choices(row: Mapping[str, Any], where: str) -> Choices:
     endings = [_cleaned(ending) for ending in _texts(row, "endings", where)]
     context = f"{_text(row, 'ctx_a', where)} {_text(row, 'ctx_b', where).capitalize()}"
     query = _cleaned(f"{_text(row, 'activity_label', where)}: {context}")
-    return _continued(query, endings, _index(row.get("label"), len(endings), where))
+    return continued(query, endings, _index(row.get("label"), len(endings), where))
 
 
 def _hellaswag_instruction(row: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -335,11 +342,11 @@ def _lettered_parts(row: Mapping[str, Any], field: str, where: str) -> tuple[str
 
 def _arc_choices(row: Mapping[str, Any], where: str) -> Choices:
     question, choices, gold = _lettered_parts(row, "question", where)
-    return _continued(f"Question: {question}\nAnswer:", choices, gold)
+    return continued(f"Question: {question}\nAnswer:", choices, gold)
 
 
 def _obqa_choices(row: Mapping[str, Any], where: str) -> Choices:
-    return _continued(*_lettered_parts(row, "question_stem", where))
+    return continued(*_lettered_parts(row, "question_stem", where))
 
 
 def _lettered_instruction(field: str) -> Callable[[Mapping[str, Any], str], tuple[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from cloq_export.parity.commonsense import Choices
+from cloq_export.parity.commonsense import Choices, continued
 
 CHOICES = 4
 _CONTEXT_WORDS = 20
@@ -44,9 +44,7 @@ def read_continuation(row: Mapping[str, Any], where: str) -> Choices:
         row: as `continuation_rows` gives it.
         where: which row it is; nothing can be missing in these.
     """
-    endings = row["endings"]
-    pairs = tuple((row["context"], f" {ending}") for ending in endings)
-    return Choices(pairs, tuple(map(len, endings)), row["label"])
+    return continued(row["context"], row["endings"], row["label"])
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str, str]]:

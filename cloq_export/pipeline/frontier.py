@@ -434,8 +434,10 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes"):
             mean[field] = _mean(row.get(field) for row in own)
-        if "accuracy" in own[0]:
-            mean["accuracy"] = _over_seeds(row["accuracy"] for row in own)
+        # Rows of the time before questions were asked have none.
+        solved = [row["accuracy"] for row in own if "accuracy" in row]
+        if solved:
+            mean["accuracy"] = _over_seeds(solved)
         found.append(mean)
     return found
 
