@@ -156,7 +156,7 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     if not torch.equal(tensors["g_idx"], expected):
         raise FormatError(
             f"g_idx is not sequential (an act-order checkpoint, or another group size than {spec.group_size}); "
-            "quantize again with desc_act=false."
+            "quantize again with desc_act=false, or with static groups."
         )
     if tensors["scales"].dtype != torch.float16:
         raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")

@@ -11,13 +11,17 @@ from typing import Any
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.compressed_tensors.targets import LINEAR, TargetMap
 from cloq_export.formats.layout import Binding, read_binding
-from cloq_export.types import PER_CHANNEL, QuantSpec
+from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 LM_HEAD = "lm_head"
 
 _MODULE_NAME = re.compile(r"[\w.\-]+")
+# The presets of compressed-tensors 0.20 that quantize weights alone, to integers of widths that are read here.
+_PRESETS = {f"W{bits}A16": QuantSpec(bits, 128, symmetric=True) for bits in SUPPORTED_BITS} | {
+    "W4A16_ASYM": QuantSpec(4, 128)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +133,17 @@ def read_config(config: Mapping[str, Any], *, source: str) -> ReadConfig:
         raise FormatError(f"{source}: config_groups is {groups!r:.80}; expected an object with groups.")
     grids: TargetMap[QuantSpec] = TargetMap(source)
     for name, group in groups.items():
-        if not isinstance(group, Mapping):
-            raise FormatError(f"{source}: the group {name!r:.80} names a preset; only groups written in full are read.")
-        grids.add(group.get("targets"), _read_group(group, f"{source}: the group {name!r:.80}"))
+        if isinstance(group, Mapping):
+            grids.add(group.get("targets"), _read_group(group, f"{source}: the group {name!r:.80}"))
+            continue
+        # Its targets alone, under the name of a preset.
+        preset = _PRESETS.get(name.upper())
+        if preset is None:
+            raise FormatError(
+                f"{source}: the group {name!r:.80} is no object and names no preset that is read; these are "
+                f"{', '.join(_PRESETS)}."
+            )
+        grids.add(group, preset)
     ignored: TargetMap[bool] = TargetMap(source)
     ignored.add(config.get("ignore") or [], True)
     version = config.get("version")

@@ -8,11 +8,13 @@ from cloq_export.formats.gptq.codec import (
     GPTQ_V2,
     GptqLayout,
     check_packable,
+    is_head,
     layout_name,
     pack_layer,
     parse_quantization_config,
     quantization_config,
     unpack_layer,
+    version_of_symmetric,
 )
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "GPTQ_V2",
     "GptqLayout",
     "check_packable",
+    "is_head",
     "layout_name",
     "pack_layer",
     "parse_quantization_config",
     "quantization_config",
     "unpack_layer",
+    "version_of_symmetric",
 ]
