@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +185,9 @@ def _build_model(
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
     model = _empty_model(checkpoint, dtype)
-    for module, linear in _targeted_linears(checkpoint, model).items():
+    linears = _targeted_linears(checkpoint, model)
+    placed_names, _ = _float_places(checkpoint, model)
+    for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
             placed = place(packed, model.dtype)
@@ -194,9 +197,9 @@ def _build_model(
         # Its numbers come with the float part.
         placed.bias = linear.bias
         model.set_submodule(module, placed)
-    for name in checkpoint.float_names():
-        _place_float(checkpoint, model, name, checkpoint.read(name), source=checkpoint.files[name].path)
-    model.tie_weights()
+    for name in placed_names:
+        _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
+    _tie_what_is_not_held(checkpoint, model)
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
     return model
@@ -222,13 +225,62 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
-def unquantized_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the linear modules that a checkpoint leaves in float, the head left out, sorted.
+@dataclasses.dataclass(frozen=True)
+class FloatSide:
+    """What a checkpoint holds beside its codes, as its model sees it.
+
+    Args:
+        linears: linear modules that stay float, the head left out, sorted.
+        idle: tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere.
+        config: what config.json has to say otherwise, so that it says what the files hold.
+    """
+
+    linears: tuple[str, ...]
+    idle: frozenset[str]
+    config: Mapping[str, Any]
+
+
+def float_side(checkpoint: Checkpoint) -> FloatSide:
+    """Return what a checkpoint holds beside its codes, after checking that everything in it has a place.
 
     Raises:
-        FormatError: config.json describes no model that transformers can build.
+        FormatError: config.json describes no model that transformers can build, or a tensor has no place in it.
     """
-    return linears_beside(_empty_model(checkpoint, None), checkpoint.specs)
+    model = _empty_model(checkpoint, None)
+    _targeted_linears(checkpoint, model)
+    _, idle = _float_places(checkpoint, model)
+    config: dict[str, Any] = {}
+    if _held_apart(checkpoint, model):
+        config = {"tie_word_embeddings": False}
+        text = checkpoint.config.get("text_config")
+        if isinstance(text, Mapping):
+            config["text_config"] = {**text, "tie_word_embeddings": False}
+    return FloatSide(linears_beside(model, checkpoint.specs), idle, config)
+
+
+def _held_apart(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
+    """Return the parameters that the config ties to another, and that the checkpoint holds as other numbers."""
+    held: set[str] = set()
+    for target, source in model.all_tied_weights_keys.items():
+        if target.rpartition(".")[0] in checkpoint.specs:
+            held.add(target)
+        elif target in checkpoint.headers and source in checkpoint.headers:
+            same = checkpoint.headers[target] == checkpoint.headers[source]
+            if not (same and torch.equal(checkpoint.read(target), checkpoint.read(source))):
+                held.add(target)
+    return held
+
+
+def _tie_what_is_not_held(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Tie as the config says, but never over a matrix that the checkpoint holds itself, quantized or float."""
+    held = _held_apart(checkpoint, model)
+    for target in held:
+        del model.all_tied_weights_keys[target]
+    if held:
+        # Whoever ties again later (PEFT, resizing, loading what was saved) must find it said.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+    model.tie_weights(recompute_mapping=False)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -244,12 +296,18 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
             linear: nn.Module | None = model.get_submodule(module)
         except AttributeError:
             linear = None
+        if isinstance(linear, nn.Embedding):
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; only linear layers "
+                "are read: quantize again with float embeddings."
+            )
         if not isinstance(linear, nn.Linear):
             raise FormatError(
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
             )
         try:
+            checkpoint.features(module)
             expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
         except ShapeError as error:
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
@@ -264,25 +322,60 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
     return linears
 
 
-def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
-    """Put a tensor that is not quantized where its name says."""
+def _float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
+    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+
+    Raises:
+        FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.
+    """
+    placed: list[str] = []
+    idle: set[str] = set()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in checkpoint.float_names():
+        if _holder(model, name) is not None:
+            placed.append(name)
+        elif name.endswith(_COMPUTED_BY_MODELS) or any(pattern.search(name) for pattern in ignored):
+            continue
+        elif name.endswith(".bias") and not bool(checkpoint.read(name).any()):
+            idle.add(name)
+        else:
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, for which {type(model).__name__} "
+                "has no place; config.json and the weights belong to different models, or to a tool that computes "
+                "more than codes."
+            )
+    return placed, frozenset(idle)
+
+
+def _what_it_may_be(name: str) -> str:
+    part = name.rpartition(".")[2]
+    if part == "bias":
+        return " (a bias with real numbers)"
+    if part in ("k_scale", "v_scale", "q_scale", "kv_scale"):
+        return " (a scale of a quantized cache)"
+    return " (a scale)" if "scale" in part else ""
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor] | None:
+    """Return the module that holds a tensor of this name, and the tensor, or None."""
     owner_name, _, part = name.rpartition(".")
     try:
-        owner: nn.Module | None = model.get_submodule(owner_name)
+        owner = model.get_submodule(owner_name)
     except AttributeError:
-        owner = None
-    held: torch.Tensor | None = None
-    if owner is not None:
-        held = owner._parameters.get(part)
-        if held is None and part not in owner._non_persistent_buffers_set:
-            held = owner._buffers.get(part)
-    if owner is None or held is None:
-        if not checkpoint.is_ours or name.endswith(_COMPUTED_BY_MODELS):
-            return
-        raise FormatError(
-            f"{source} holds {name}, for which {type(model).__name__} has no place; config.json and the weights belong "
-            "to different models."
-        )
+        return None
+    held = owner._parameters.get(part)
+    if held is None and part not in owner._non_persistent_buffers_set:
+        held = owner._buffers.get(part)
+    return None if held is None else (owner, held)
+
+
+def _place_float(model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
+    """Put a tensor that is not quantized where its name says."""
+    part = name.rpartition(".")[2]
+    place = _holder(model, name)
+    if place is None:
+        raise FormatError(f"{source} holds {name}, for which {type(model).__name__} has no place.")
+    owner, held = place
     if held.shape != tensor.shape:
         raise FormatError(
             f"{source}: {name} has shape {tuple(tensor.shape)}; {type(model).__name__} needs {tuple(held.shape)}."
