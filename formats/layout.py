@@ -73,6 +73,14 @@ class Layout(abc.ABC):
             FormatError: no layer with this grid has such headers.
         """
 
+    def stored_grid(self, headers: Headers) -> tuple[int, int, int, int] | None:
+        """Return (bits, groups, out, in) that the shapes of a layer's parts show by themselves, where they do.
+
+        Args:
+            headers: part -> header.
+        """
+        return None
+
     @abc.abstractmethod
     def pack_layer(self, layer: QuantizedLayer, *, name: str = "layer") -> dict[str, torch.Tensor]:
         """Return the parts of a layer, contiguous, on its device.

@@ -68,7 +68,7 @@ class Checkpoint:
         specs: quantized module -> its grid, in the order of the model's blocks.
         files: tensor name -> the file that holds it, opened.
         headers: tensor name -> (dtype code of safetensors, shape).
-        notes: where content counted and not the label, and where the config was found, if not in its usual place.
+        notes: where content counted and not the label.
     """
 
     folder: Path
@@ -104,7 +104,7 @@ class Checkpoint:
         source = found.source
         files, headers = read_headers(folder)
         grids = read_quantization_config(found.config, headers, source=source)
-        notes = list(found.notes)
+        notes: list[str] = []
         if read_as is not None:
             grids = _relabelled(grids, read_as)
         modules = grids.modules
@@ -128,8 +128,7 @@ class Checkpoint:
             raise FormatError(f"{folder} holds no quantized module; the checkpoint is damaged.")
         _refuse_strangers(folder, specs, grids, headers)
         if read_as is None and grids.modules is None:
-            grids, seen = _by_content(grids, specs, files)
-            notes += seen
+            grids, notes = _by_content(grids, specs, files)
         return cls(folder, config, grids, specs, files, headers, tuple(notes))
 
     @property
@@ -237,13 +236,11 @@ class FoundQuantization:
         config: as a `quantization_config` of config.json holds it.
         source: the place, for messages.
         elsewhere: whether config.json has none at its usual place.
-        notes: one line that says so, or nothing.
     """
 
     config: Mapping[str, Any]
     source: str
     elsewhere: bool
-    notes: tuple[str, ...]
 
 
 def find_quantization(folder: Path, config: Mapping[str, Any]) -> FoundQuantization | None:
@@ -273,9 +270,7 @@ def find_quantization(folder: Path, config: Mapping[str, Any]) -> FoundQuantizat
         # A file of its own keeps the order of the rules; what transformers writes into config.json is sorted.
         added = {key: content[key] for key in _DECISIVE if key in content and (key not in main or key == "dynamic")}
         main = {**main, **added}
-    elsewhere = source != str(folder / CONFIG_NAME)
-    notes = (f"the quantization is described in {source.removeprefix(str(folder) + os.sep)}",) if elsewhere else ()
-    return FoundQuantization(main, source, elsewhere, notes)
+    return FoundQuantization(main, source, source != str(folder / CONFIG_NAME))
 
 
 def _places_in_config(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

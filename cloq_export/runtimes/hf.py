@@ -17,7 +17,7 @@ from torch import nn
 
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
 from cloq_export.formats.gptq import GPTQ_V2
-from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
@@ -74,6 +74,7 @@ def load(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, dtype, _place_packed)
     # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
     model.quantization_method = "gptq"
@@ -120,6 +121,7 @@ def dequantized_model(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
@@ -170,6 +172,12 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
     return dense
+
+
+def _report_labels(checkpoint: Checkpoint) -> None:
+    """Warn where the content of a checkpoint counted and not its label."""
+    for note in checkpoint.notes:
+        warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)
 
 
 def _report_slow_layers(model: PreTrainedModel) -> None:
@@ -306,8 +314,11 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
             )
+        parts = {part: checkpoint.headers[f"{module}.{part}"] for part in checkpoint.grids.layout.parts(spec)}
+        held = checkpoint.grids.layout.stored_grid(parts)
+        if held is not None and held[2:] == (linear.out_features, linear.in_features):
+            checkpoint.features(module)  # the right layer: if the config gives it another grid, that is said
         try:
-            checkpoint.features(module)
             expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
         except ShapeError as error:
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
@@ -504,9 +515,13 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     from cloq_export.runtimes.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.target_modules = set(adapter.pairs)
-    config.inference_mode = not trainable
+    # Not the file's own config: its rules may be patterns that take PEFT for ever, and mean other modules than it holds.
+    exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
+    del exact["peft_type"]
+    dropout = adapter.config.get("lora_dropout")
+    exact["lora_dropout"] = dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.0
+    exact["inference_mode"] = not trainable
+    config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
     with torch.random.fork_rng(devices=[]):

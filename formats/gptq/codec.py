@@ -417,29 +417,26 @@ class GptqLayout(Layout):
         read: Callable[[str], torch.Tensor] | None = None,
     ) -> tuple[int, int]:
         """Return (out, in): the words of a channel hold exactly its codes."""
-        shapes = {part: header[1] for part, header in headers.items()}
-        words, zeros, scales = (shapes[part] for part in ("qweight", "qzeros", "scales"))
-        if any(len(shape) != 2 or 0 in shape for shape in (words, zeros, scales)):
-            raise FormatError(f"{name}: {_listed(shapes)} are no matrices with numbers; the file is damaged.")
-        groups, out_features = scales
-        if words[1] != out_features and words[0] % groups == 0:
+        held = self.stored_grid(headers)
+        if held is None:
             raise FormatError(
-                f"{name}: {_listed(shapes)}: the words of qweight do not run along the inputs as in GPTQ; if they are "
-                "those of AWQ, convert the checkpoint to gptq_v2 with GPTQModel."
+                f"{name}: {_listed(headers)} do not belong to one layer of GPTQ; the file is damaged, or its words run "
+                "along the outputs as those of AWQ, which are not read."
             )
+        _refuse_other_grid(held, headers, spec, name)
+        return held[2], held[3]
+
+    def stored_grid(self, headers: Headers) -> tuple[int, int, int, int] | None:
+        """Return (bits, groups, out, in) that the shapes of a layer show: zeros and codes have the same width."""
+        shapes = [headers[part][1] if part in headers else () for part in ("qweight", "qzeros", "scales")]
+        if any(len(shape) != 2 or 0 in shape for shape in shapes):
+            return None
+        words, zeros, (groups, out_features) = shapes
         bits, rest = divmod(zeros[1] * _WORD_BITS, out_features)
-        if rest or words[1] != out_features or zeros[0] != groups or bits < 1 or (words[0] * _WORD_BITS) % bits:
-            raise FormatError(f"{name}: {_listed(shapes)} do not belong to one layer; the file is damaged.")
-        in_features = words[0] * _WORD_BITS // bits
-        said = spec.group_count(in_features) if in_features % spec.columns_per_group(in_features) == 0 else None
-        if bits != spec.bits or said != groups:
-            held = "one group" if groups == 1 else f"groups of {in_features / groups:g}"
-            raise FormatError(
-                f"{name}: the config says {spec.bits} bits in groups of {spec.group_size}, but {_listed(shapes)} hold "
-                f"{bits}-bit codes in {held} over {in_features} inputs; the config and the tensors disagree: correct "
-                "bits and group_size."
-            )
-        return out_features, in_features
+        if rest or words[1] != out_features or zeros[0] != groups or not 1 <= bits <= 8:
+            return None
+        in_features, rest = divmod(words[0] * _WORD_BITS, bits)
+        return None if rest or in_features % groups else (bits, groups, out_features, in_features)
 
     def pack_layer(self, layer: QuantizedLayer, *, name: str = "layer") -> dict[str, torch.Tensor]:
         """Return the parts of a layer; see `pack_layer`."""
@@ -540,8 +537,29 @@ def _read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str
         raise FormatError(f"{source}: {error!s:.400}") from None
 
 
-def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{part} {shapes[part]}" for part in ("qweight", "qzeros", "scales"))
+def _refuse_other_grid(held: tuple[int, int, int, int], headers: Headers, spec: QuantSpec, name: str) -> None:
+    """Refuse a grid of the config that is not the one that shapes show.
+
+    Args:
+        held: as `stored_grid` gives it.
+        headers: of the layer's parts, for the message.
+        spec: what the config says.
+        name: the layer, for the message.
+
+    Raises:
+        FormatError: they differ.
+    """
+    bits, groups, _, in_features = held
+    if bits != spec.bits or groups * spec.columns_per_group(in_features) != in_features:
+        groups_of = "one group per channel" if groups == 1 else f"groups of {in_features // groups}"
+        raise FormatError(
+            f"{name}: the config says {spec.bits} bits and group size {spec.group_size}, but {_listed(headers)} hold "
+            f"{bits}-bit codes in {groups_of}; config and tensors disagree: correct bits and group_size in the config."
+        )
+
+
+def _listed(headers: Headers) -> str:
+    return ", ".join(f"{part} {headers[part][1]}" for part in ("qweight", "qzeros", "scales"))
 
 
 def _exact_pattern(sign: str, module: str) -> str:

@@ -470,7 +470,7 @@ def change_config(folder: Path, change: dict) -> None:
         ({"lora_alpha": None}, "lora_alpha None; expected numbers"),
         ({"lora_alpha": float("nan")}, "expected numbers"),
         ({"rank_pattern": [1]}, "rank_pattern is a list; expected an object"),
-        ({"rank_pattern": {"(a+)+$": 1}}, r"rank_pattern maps '\(a\+\)\+\$' to 1; only module names and numbers"),
+        ({"rank_pattern": {"(a": 1}}, r"the pattern '.*\(a\)\$' is not read \(a group is not closed\)"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern maps 'q' to 'x'"),
         ({"rank_pattern": {"down_proj": 0}}, r"gives model\.layers\.0\.mlp\.down_proj rank 0; a rank is 1 or more"),
         ({"rank_pattern": {}}, "lora_A of model.layers.0.mlp.down_proj has shape .*, but .* gives rank 2"),
