@@ -54,9 +54,9 @@ class PatternBudget:
 class NamePattern:
     r"""A regular expression in the syntax of Python's `re`, compared in bounded time.
 
-    Known are characters, `.`, sets, `\d \w \s \b` and their opposites, groups of alternatives, `* + ?` and counts behind
-    any of them, `^` and `$`, and looking ahead or behind. References to groups, flags and possessive repetitions are
-    not.
+    Known are characters, `.`, sets, `\d \w \s \b` and their opposites, groups of alternatives, `* + ?` and counts
+    behind any of them, `^` and `$`, and looking ahead or behind. References to groups, flags and possessive repetitions
+    are not.
 
     Args:
         text: the expression.
@@ -118,7 +118,7 @@ class _Text:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Character:
-    """One character of a set: those listed, those of classes such as \\d, or all others; None lists is any."""
+    """One character: those in ranges and classes ("d" for digits and so on), or, negated, all others."""
 
     ranges: tuple[tuple[str, str], ...] = ()
     classes: str = ""

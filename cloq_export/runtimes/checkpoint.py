@@ -310,10 +310,10 @@ def _places_beside(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _by_content(
     grids: StoredGrids, specs: Mapping[str, QuantSpec], files: Mapping[str, TensorFile]
 ) -> tuple[StoredGrids, list[str]]:
-    """Return grids whose version of GPTQ is the one that symmetric layers prove, and a note if that is not the label.
+    """Return grids whose version of GPTQ is the one that symmetric layers prove, and a note if the label is another.
 
-    Whether zeros are stored as they are or less one cannot be seen in an asymmetric file for certain; in a symmetric one
-    every zero is the middle.
+    Whether zeros are stored as they are or less one cannot be seen in an asymmetric file for certain; in a symmetric
+    one every zero is the middle.
     """
     layout = grids.layout
     symmetric = [module for module, spec in specs.items() if spec.symmetric]
@@ -492,8 +492,8 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
         # A name with a folder in it could lead out of the checkpoint.
         if not isinstance(shard, str) or _SHARD_NAME.fullmatch(shard) is None:
             raise FormatError(
-                f"{path} puts {tensor[:80]!r} into {str(shard)[:80]!r}; expected the name of a .safetensors file in the "
-                "same folder."
+                f"{path} puts {tensor[:80]!r} into {str(shard)[:80]!r}; expected the name of a .safetensors file in "
+                "the same folder."
             )
     return weight_map
 

@@ -374,7 +374,7 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor] | Non
         owner = model.get_submodule(owner_name)
     except AttributeError:
         return None
-    held = owner._parameters.get(part)
+    held: torch.Tensor | None = owner._parameters.get(part)
     if held is None and part not in owner._non_persistent_buffers_set:
         held = owner._buffers.get(part)
     return None if held is None else (owner, held)
@@ -515,7 +515,7 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     from cloq_export.runtimes.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    # Not the file's own config: its rules may be patterns that take PEFT for ever, and mean other modules than it holds.
+    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
     exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
     del exact["peft_type"]
     dropout = adapter.config.get("lora_dropout")

@@ -51,9 +51,7 @@ class TargetMap(Generic[Value]):
             elif target in self._patterns:
                 self._patterns[target][1].add(value)
             else:
-                pattern = NamePattern(
-                    target.removeprefix(REGEX_MARK), source=self._source, budget=self._budget
-                )
+                pattern = NamePattern(target.removeprefix(REGEX_MARK), source=self._source, budget=self._budget)
                 self._patterns[target] = (pattern, {value})
 
     def check_cost(self, modules: Collection[str]) -> None:

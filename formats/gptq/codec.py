@@ -465,7 +465,6 @@ class GptqLayout(Layout):
             specs, version=self.version, base_fingerprint=base_fingerprint, skipped=skipped, producer=producer
         )
 
-
     def in_version(self, version: Version) -> GptqLayout:
         """Return the layout with zeros of another version, and all else as here."""
         return _LAYOUTS[version] if self._indexed else _WITHOUT_INDEX[layout_name(version)]
@@ -479,9 +478,7 @@ _WITHOUT_INDEX: dict[str, GptqLayout] = {
 }
 
 
-def _parse_auto_round(
-    config: Mapping[str, Any], modules: Sequence[str], headers: Headers, source: str
-) -> StoredGrids:
+def _parse_auto_round(config: Mapping[str, Any], modules: Sequence[str], headers: Headers, source: str) -> StoredGrids:
     """Read what AutoRound 0.16 writes of its own: the words of GPTQ, without g_idx."""
     packing = config.get("packing_format", AUTO_ROUND_DEFAULT)
     if not isinstance(packing, str) or packing not in AUTO_ROUND_PACKINGS:

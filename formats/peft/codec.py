@@ -217,8 +217,8 @@ def _sides(tensors: Mapping[str, torch.Tensor], weights: str) -> dict[str, dict[
         module, side = match["module"].removeprefix(_KEY_PREFIX), match["side"]
         if side in sides[module]:
             raise FormatError(
-                f"{weights} holds lora_{side} of {module:.200} twice, with and without {_KEY_PREFIX!r} in front; save it "
-                "again with PEFT."
+                f"{weights} holds lora_{side} of {module:.200} twice, with and without {_KEY_PREFIX!r} in front; save "
+                "it again with PEFT."
             )
         sides[module][side] = tensor
     if not sides:
@@ -307,9 +307,10 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
         # An empty value is what an option unknown here starts with; a variant's own object is a variant even if empty.
         if value in ("", [], {}) and _VARIANT.fullmatch(option) is None:
             continue
+        named = option[:80] if option.isprintable() else repr(option)[:80]
         raise FormatError(
-            f"{source}: {option[:80]} is {value!r:.80}; only plain LoRA is read, and this changes what a pair means, or "
-            "is not known here."
+            f"{source}: {named} is {value!r:.80}; only plain LoRA is read, and this changes what a pair means, or is "
+            "not known here."
         )
     if config.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise FormatError(
