@@ -97,6 +97,7 @@ class Checkpoint:
         config = read_json(require_inside(folder, folder / CONFIG_NAME))
         found = find_quantization(folder, config)
         if found is None:
+            _refuse_undescribed(folder)
             raise FormatError(
                 f"{folder / CONFIG_NAME} has no quantization_config, so {folder} is not a quantized checkpoint; make "
                 f"one with: cloq run {folder} --out RUN"
@@ -271,6 +272,20 @@ def find_quantization(folder: Path, config: Mapping[str, Any]) -> FoundQuantizat
         added = {key: content[key] for key in _DECISIVE if key in content and (key not in main or key == "dynamic")}
         main = {**main, **added}
     return FoundQuantization(main, source, source != str(folder / CONFIG_NAME))
+
+
+def _refuse_undescribed(folder: Path) -> None:
+    """Refuse a folder whose tensors are quantized although nothing says how."""
+    try:
+        _, headers = read_headers(folder)
+    except FormatError:
+        return
+    coded = [name for name in headers if name.rpartition(".")[2] in _CODED_PARTS]
+    if coded:
+        raise FormatError(
+            f"{folder} holds {coded[0]:.200}, a part of a quantized layer, but nothing says of which bits and groups: "
+            f"neither {CONFIG_NAME} nor {', '.join(_CONFIG_FILES)}; fetch the {QUANTIZE_CONFIG_NAME} of the original."
+        )
 
 
 def _places_in_config(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -456,16 +471,16 @@ def _weight_names(folder: Path) -> list[str]:
     if (folder / WEIGHTS_NAME).exists():
         return [WEIGHTS_NAME]
     found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_WEIGHTS))
-    if len(found) <= 1:
-        return found or [WEIGHTS_NAME]
     numbered = [match for name in found if (match := _NUMBERED.fullmatch(name)) is not None]
-    if len(numbered) == len(found) and len({(match["stem"], match["count"]) for match in numbered}) == 1:
+    if found and len(numbered) == len(found) and len({(match["stem"], match["count"]) for match in numbered}) == 1:
         stem, count = numbered[0]["stem"], numbered[0]["count"]
         whole = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
         missing = [name for name in whole if name not in found]
         if missing:
             raise FormatError(f"{folder / missing[0]} does not exist, but {found[0]} is there; fetch it again.")
         return found
+    if len(found) <= 1:
+        return found or [WEIGHTS_NAME]
     named = _base_name(folder)
     if named in found:
         return [named]
@@ -507,5 +522,11 @@ def _explain_missing(folder: Path, name: str, *, index: str | None) -> None:
             f"{folder} holds {pickles[0]:.80} but no {name}; only safetensors files are read, because a pickle can run "
             "any code. Convert the checkpoint first: load it where you trust it, with the tool that wrote it, and save "
             "it as safetensors."
+        )
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".npz"))
+    if others:
+        raise FormatError(
+            f"{folder} holds {others[0]:.80}, but no weights under a name that transformers or GPTQ tools give them, "
+            f"such as {name}; if these are the weights, with the names of transformers inside, rename the file."
         )
     raise FormatError(f"{folder / name} does not exist; fetch or write the checkpoint again.")

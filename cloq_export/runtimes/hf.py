@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
-from cloq_export.formats.gptq import GPTQ_V2
+from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
+from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import linears_beside
@@ -161,6 +162,8 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
             f"g_idx is not sequential (an act-order checkpoint, or another group size than {spec.group_size}); "
             "quantize again with desc_act=false, or with static groups."
         )
+    if spec.symmetric:
+        check_symmetric(unpack_rows(tensors["qzeros"], spec.bits), spec, packed.module)
     if tensors["scales"].dtype != torch.float16:
         raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")
     return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
@@ -288,7 +291,9 @@ def _tie_what_is_not_held(checkpoint: Checkpoint, model: PreTrainedModel) -> Non
         # Whoever ties again later (PEFT, resizing, loading what was saved) must find it said.
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
-    model.tie_weights(recompute_mapping=False)
+    # Where the file holds only the other one of a tied pair, transformers ties the other way round.
+    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.device.type == "meta"}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -321,6 +326,7 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
         try:
             expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
         except ShapeError as error:
+            checkpoint.features(module)  # says what the tensors hold, if that is not what the config says
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
         for part, (_, shape) in expected.items():
             seen = checkpoint.headers[f"{module}.{part}"][1]
@@ -356,6 +362,25 @@ def _float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[
                 "more than codes."
             )
     return placed, frozenset(idle)
+
+
+def refuse_lost_biases(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse biases of quantized layers that a float model, whose other tensors are taken, has not.
+
+    Args:
+        checkpoint: gives codes, scales and zeros.
+        model: gives everything else.
+
+    Raises:
+        FormatError: a bias holds other numbers than zeros, and the model has none.
+    """
+    for module in checkpoint.specs:
+        name = f"{module}.bias"
+        if name in checkpoint.headers and _holder(model, name) is None and bool(checkpoint.read(name).any()):
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, which the original model has not; "
+                "they belong to different models, or to a tool that computes more than codes."
+            )
 
 
 def _what_it_may_be(name: str) -> str:

@@ -33,12 +33,14 @@ class ReadConfig:
         ignored: the modules that it leaves float.
         binding: what `cloq` says, or None in other people's files.
         version: release of compressed-tensors that wrote the file, or None.
+        ordered: whether it says that groups have an order of their own, which a tensor must tell.
     """
 
     grids: TargetMap[QuantSpec]
     ignored: TargetMap[bool]
     binding: Binding | None
     version: str | None
+    ordered: bool
 
 
 def quantization_config(
@@ -147,8 +149,10 @@ def read_config(config: Mapping[str, Any], *, source: str) -> ReadConfig:
     ignored: TargetMap[bool] = TargetMap(source)
     ignored.add(config.get("ignore") or [], True)
     version = config.get("version")
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    ordered = any(isinstance(each, Mapping) and each.get("actorder") == "group" for each in weights)
     return ReadConfig(
-        grids, ignored, read_binding(config, source=source), version if isinstance(version, str) else None
+        grids, ignored, read_binding(config, source=source), version if isinstance(version, str) else None, ordered
     )
 
 
@@ -211,7 +215,8 @@ def _read_group(group: Mapping[str, Any], source: str) -> QuantSpec:
         raise FormatError(f"{source} has weights of type {weights['type']!r:.80}; this reader knows 'int'.")
     if weights.get("dynamic", False) is not False:
         raise FormatError(f"{source}: dynamic is {weights['dynamic']!r:.80}; only weights that are stored are read.")
-    if weights.get("actorder") not in (None, False, "weight", "static"):
+    # "group" gives each layer a weight_g_idx; whether that is a permutation, the tensor tells.
+    if weights.get("actorder") not in (None, False, "weight", "static", "group"):
         raise FormatError(f"{source}: actorder is {weights['actorder']!r:.80}; only sequential groups are read.")
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
     if type(bits) is not int or type(symmetric) is not bool:

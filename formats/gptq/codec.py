@@ -108,7 +108,7 @@ def pack_layer(layer: QuantizedLayer, *, version: Version = 2, name: str = "laye
     layout_name(version)
     spec = layer.spec
     check_packable(layer.out_features, layer.in_features, spec, name=name)
-    _check_symmetric(layer.zeros, spec, name)
+    check_symmetric(layer.zeros, spec, name)
     zeros = layer.zeros
     if version == 1:
         if int(zeros.min()) == 0:
@@ -174,7 +174,7 @@ def unpack_layer(
             )
         zeros = zeros + 1
     zeros = zeros.t().contiguous()
-    _check_symmetric(zeros, spec, name)
+    check_symmetric(zeros, spec, name)
     codes = unpack_columns(qweight, bits)
     try:
         return QuantizedLayer(codes=codes, scales=scales.t().contiguous(), zeros=zeros, spec=spec)
@@ -566,7 +566,17 @@ def _exact_pattern(sign: str, module: str) -> str:
     return pattern
 
 
-def _check_symmetric(zeros: torch.Tensor, spec: QuantSpec, name: str) -> None:
+def check_symmetric(zeros: torch.Tensor, spec: QuantSpec, name: str) -> None:
+    """Refuse zeros of a symmetric layer that are not the middle of the codes.
+
+    Args:
+        zeros: of any shape, as they are meant.
+        spec: the grid.
+        name: the layer, for the message.
+
+    Raises:
+        FormatError: there is another zero.
+    """
     # Readers of a symmetric checkpoint ignore the stored zeros, so another zero would be served wrongly.
     middle = 2 ** (spec.bits - 1)
     if spec.symmetric and not bool((zeros == middle).all()):
