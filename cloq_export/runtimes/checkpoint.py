@@ -283,8 +283,8 @@ def _refuse_undescribed(folder: Path) -> None:
     coded = [name for name in headers if name.rpartition(".")[2] in _CODED_PARTS]
     if coded:
         raise FormatError(
-            f"{folder} holds {coded[0]:.200}, a part of a quantized layer, but nothing says of which bits and groups: "
-            f"neither {CONFIG_NAME} nor {', '.join(_CONFIG_FILES)}; fetch the {QUANTIZE_CONFIG_NAME} of the original."
+            f"{folder / CONFIG_NAME} has no quantization_config, so {folder} is not a quantized checkpoint that can be "
+            f"read, although it holds {coded[0]:.200}; fetch the {QUANTIZE_CONFIG_NAME} that its tool wrote beside it."
         )
 
 

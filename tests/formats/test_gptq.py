@@ -445,3 +445,90 @@ def test_other_autoround_configs_are_refused(changes: dict[str, Any], message: s
         return
     with pytest.raises(FormatError, match=re.escape(message)):
         gptq.parse_quantization_config(config)
+
+
+def named(*modules: str) -> dict[str, Any]:
+    return {f"{module}.qweight": ("I32", (4, 8)) for module in modules}
+
+
+PLAIN = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+
+
+def test_dynamic_rules_are_read_as_gptqmodel_means_them() -> None:
+    rules = {
+        r"-:.*\.2\..*": {},
+        r"+:.*\.(?:q|k)_proj$": {"bits": 8, "group_size": 64},
+        r".*\.v_proj": {"sym": True},
+        r"+:^layers\.0\.q_proj$": {"bits": 2},
+        r"+:^layers\.0\.up_proj$": {"bits": 3},
+    }
+    grids = gptq.parse_quantization_config(PLAIN | {"dynamic": rules})
+    for module in ("layers.0.q_proj", "layers.1.k_proj", "layers.2.q_proj", "layers.0.v_proj.x", "layers.0.up_proj"):
+        expected = matched_by_other_readers(rules, module)
+        spec = grids.spec_for(module)
+        if expected is False:
+            assert spec is None
+        else:
+            values = PLAIN | expected
+            assert spec == QuantSpec(values["bits"], values["group_size"], symmetric=values["sym"]), module
+    assert grids.spec_for("layers.0.down_proj") == QuantSpec(4, 32)
+    known = grids.with_modules(["layers.0.q_proj", "layers.2.q_proj"])
+    assert known.spec_for("layers.0.q_proj") == QuantSpec(8, 64)
+    assert known.spec_for("layers.2.q_proj") is None
+    assert known.spec_for("layers.0.up_proj") == QuantSpec(3, 32)
+
+
+def test_autoround_searches_for_keys_that_name_no_layer() -> None:
+    extra = {"a.down": {"bits": 8}, ".*down.*": {"bits": 2}, "gate": {"bits": 16}}
+    headers = named("a.down", "b.down", "c.up") | {"c.gate_proj.weight": ("F16", (4, 4))}
+    grids = gptq.parse_quantization_config({**AUTO_ROUND_CONFIG, "extra_config": extra}, headers)
+    assert grids.spec_for("a.down") == QuantSpec(8, 64)
+    assert grids.spec_for("b.down") == QuantSpec(2, 64)
+    assert grids.spec_for("c.up") == QuantSpec(2, 64)
+    assert grids.spec_for("c.gate_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("modules_to_not_convert", ["up"]), ("modules_in_block_to_quantize", [["self_attn.q_proj"], ["mlp.down"]])],
+)
+def test_codes_that_the_config_leaves_out_are_refused(key: str, value: list) -> None:
+    kept = named("a.self_attn.q_proj", "a.mlp.down", "lm_head")
+    assert gptq.parse_quantization_config(PLAIN | {key: value}, kept).spec_for("a.mlp.down") == QuantSpec(4, 32)
+    with pytest.raises(FormatError, match=rf"c: {key} leaves a\.mlp\.up out, whose codes the files hold"):
+        gptq.parse_quantization_config(PLAIN | {key: value}, kept | named("a.mlp.up"), source="c")
+
+
+def test_a_quantized_head_is_said() -> None:
+    spec = QuantSpec(4, 32)
+    assert quantization_config({"a": spec, "lm_head": spec}, base_fingerprint=FINGERPRINT)["lm_head"] is True
+    assert quantization_config({"a": spec}, base_fingerprint=FINGERPRINT)["lm_head"] is False
+
+
+def test_labels_of_act_order_and_of_nothing_are_read() -> None:
+    for change in ({"desc_act": True}, {"desc_act": None}, {"static_groups": True, "true_sequential": True}):
+        assert gptq.parse_quantization_config(PLAIN | change).layout is GPTQ_V1
+    without = {key: value for key, value in PLAIN.items() if key != "sym"}
+    assert gptq.parse_quantization_config(without).default == QuantSpec(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "held"), [(QuantSpec(8, 32), "4-bit codes in groups of 32"), (QuantSpec(4, 64), "32")]
+)
+def test_shapes_of_another_grid_are_named(spec: QuantSpec, held: str) -> None:
+    headers = gptq.GPTQ_V2.headers(16, 128, QuantSpec(4, 32))
+    with pytest.raises(FormatError, match=rf"a: the config says {spec.bits} bits and group size .* hold .*{held}"):
+        gptq.GPTQ_V2.features(headers, spec, name="a")
+    awq = {"qweight": ("I32", (128, 2)), "qzeros": ("I32", (4, 2)), "scales": ("F16", (4, 16))}
+    with pytest.raises(FormatError, match="run along the outputs as those of AWQ"):
+        gptq.GPTQ_V2.features(awq, QuantSpec(4, 32), name="a")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_zeros_prove_the_version(bits: int) -> None:
+    spec = QuantSpec(bits, 32, symmetric=True)
+    layer = make_layer(QuantSpec(bits, 32), 32, 64, least_zero=1)
+    middle = QuantizedLayer(layer.codes, layer.scales, torch.full_like(layer.zeros, 2 ** (bits - 1)), spec)
+    for version in (1, 2):
+        assert gptq.version_of_symmetric(gptq.pack_layer(middle, version=version)["qzeros"], spec) == version
+    assert gptq.version_of_symmetric(gptq.pack_layer(layer)["qzeros"], spec) is None
