@@ -159,8 +159,8 @@ def _check_order(index: torch.Tensor | None, in_features: int, spec: QuantSpec, 
     sequential = torch.arange(in_features, device=index.device) // spec.columns_per_group(in_features)
     if index.dtype not in _SHAPE_DTYPES or not torch.equal(index.to(torch.int64), sequential):
         raise FormatError(
-            f"{name}: weight_g_idx is not sequential (act-order); only groups of neighbouring inputs are read: quantize "
-            "again with actorder 'static', or without."
+            f"{name}: weight_g_idx is not sequential (act-order); only groups of neighbouring inputs are read: "
+            "quantize again with actorder 'static', or without."
         )
 
 

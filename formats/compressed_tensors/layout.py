@@ -163,9 +163,9 @@ def parse_quantization_config(
         raise FormatError(f"{source}: there is no quantized module (no tensor is named weight_packed).")
     ordered = [module for module in modules if f"{module}.weight_g_idx" in headers]
     if read.ordered and len(ordered) < len(modules):
+        without = next(module for module in modules if module not in ordered)
         raise FormatError(
-            f"{source}: actorder is 'group', but {next(m for m in modules if m not in ordered)} has no weight_g_idx that "
-            "tells the order of its groups."
+            f"{source}: actorder is 'group', but {without} has no weight_g_idx that tells the order of its groups."
         )
     grids = resolve_grids(read, modules, source=source)
     three_bit = {module: spec for module, spec in grids.items() if module in held and _WORD_BITS % spec.bits}

@@ -84,7 +84,7 @@ def test_patterns_that_people_write(text: str, name: str, expected: bool) -> Non
     ],
 )
 def test_patterns_that_are_refused(text: str, reason: str) -> None:
-    with pytest.raises(FormatError, match="c: the pattern .* is not read .*; name the modules in full") as caught:
+    with pytest.raises(FormatError, match=r"c: the pattern .* is not read .*; name the modules in full") as caught:
         NamePattern(text, source="c")
     assert reason in str(caught.value)
 
@@ -97,7 +97,7 @@ def test_hostile_patterns_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(patterns, "_MAX_STEPS", 100_000)
     with pytest.raises(FormatError, match=r"c: its patterns take too long to compare .*; name the modules in full"):
         NamePattern(".*(?=.*(?=.*(?=.*z)))", source="c").matches("a" * 500)
-    with pytest.raises(FormatError, match="the module name .* has 513 characters"):
+    with pytest.raises(FormatError, match=r"the module name .* has 513 characters"):
         NamePattern("a", source="c").matches("a" * 513)
 
 

@@ -322,7 +322,7 @@ def test_codes_that_nothing_describes_are_said(tmp_path, written):
     folder = foreign(written, tmp_path, lambda folder, quantization, config: None)
     with pytest.raises(
         FormatError,
-        match="is not a quantized checkpoint that can be read, although it holds .*; fetch the quantize_config.json",
+        match=r"is not a quantized checkpoint that can be read, although it holds .*; fetch the quantize_config.json",
     ):
         Checkpoint.open(folder)
 
