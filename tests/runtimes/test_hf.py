@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -20,7 +21,7 @@ from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import adapters_disabled, dequantized_model, float_side, load
+from cloq_export.runtimes.hf import adapters_disabled, dequantized_model, float_side, load, refuse_lost_biases
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
@@ -500,3 +501,30 @@ def test_a_pair_that_holds_the_other_tensor_is_tied_the_other_way_round(written,
     model = load(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(log_probabilities(model), log_probabilities(load(written.folder)))
+
+
+def test_a_foreign_adapter_with_patterns_is_attached_under_exact_names(written, tmp_path):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": r".*\.(q|up)_proj", "init_lora_weights": False}
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(written.source),
+        peft.LoraConfig(**settings, rank_pattern={r".*\.1\.mlp\..*": 2}, lora_dropout=0.25),
+    )
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = load(written.folder, tmp_path / "theirs", force=True, trainable=True)
+    config = model.peft_config["default"]
+    assert set(config.target_modules) == set(read_adapter(tmp_path / "theirs").pairs)
+    assert config.rank_pattern == {UP: 2}
+    assert config.lora_dropout == 0.25
+    own, theirs = model.get_submodule(UP), wrapped.get_submodule(f"base_model.model.{UP}")
+    torch.testing.assert_close(own.get_delta_weight("default"), theirs.get_delta_weight("default"))
+
+
+def test_a_bias_that_the_original_has_not_is_not_lost(written, tmp_path):
+    folder = foreign(written, tmp_path)
+    rewrite(folder, lambda tensors: tensors.update({f"{UP}.bias": torch.zeros(96)}))
+    refuse_lost_biases(Checkpoint.open(folder), written.source)
+    rewrite(folder, lambda tensors: tensors.update({f"{UP}.bias": torch.ones(96)}))
+    with pytest.raises(
+        FormatError, match=r"up_proj\.bias \(a bias with real numbers\), which the original model has not"
+    ):
+        refuse_lost_biases(Checkpoint.open(folder), written.source)
