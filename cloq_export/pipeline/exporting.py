@@ -33,7 +33,7 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import find_adapter, read_bound_adapter, unquantized_linears
+from cloq_export.runtimes.hf import find_adapter, float_side, read_bound_adapter
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
@@ -204,6 +204,7 @@ def convert(
     checkpoint = Checkpoint.open(source, read_as=read_as)
     if read_as is not None:
         session.notes.append(f"read as {read_as}, whatever its config says")
+    session.notes.extend(checkpoint.notes)
     layers = LayerSource.of_checkpoint(checkpoint)
     names = list(options.adapters) or adapters_in(checkpoint.folder)
     facts = {"base_model": _named_base(checkpoint), "method": "codes of another checkpoint, unchanged"}
@@ -623,7 +624,10 @@ def _float_part(checkpoint: Checkpoint) -> FloatPart:
         for path in (checkpoint.folder / CONFIG_NAME, *companion_files(checkpoint.folder)):
             shutil.copyfile(require_inside(checkpoint.folder, path), folder / path.name)
 
-    return FloatPart.of_checkpoint(checkpoint, skipped=unquantized_linears(checkpoint), save_files=copy_files)
+    side = float_side(checkpoint)
+    return FloatPart.of_checkpoint(
+        checkpoint, skipped=side.linears, idle=side.idle, config=side.config, save_files=copy_files
+    )
 
 
 def _certificate_facts(adapters: Sequence[_Prepared], carried: BaseRecord | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target
+from cloq_export.runtimes.hf import refuse_lost_biases
 from cloq_export.types import QuantizedLayer
 
 
@@ -111,6 +112,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     checkpoint = Checkpoint.open(recipe.codes_from)
     for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
         check_target(loaded.model, module, shape)
+    refuse_lost_biases(checkpoint, loaded.model)
     return loaded, plan_for_codes(blocks, checkpoint.specs, recipe)
 
 

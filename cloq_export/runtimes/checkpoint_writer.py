@@ -120,11 +120,17 @@ class FloatPart:
 
     @classmethod
     def of_checkpoint(
-        cls, checkpoint: Checkpoint, *, skipped: Iterable[str], save_files: Callable[[Path], Any]
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        skipped: Iterable[str],
+        save_files: Callable[[Path], Any],
+        idle: Container[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> FloatPart:
-        """Return the float part of a checkpoint, as its files hold it."""
-        headers = {name: checkpoint.headers[name] for name in checkpoint.float_names()}
-        return cls(headers, checkpoint.read, {}, tuple(sorted(skipped)), save_files)
+        """Return the float part of a checkpoint, as its files hold it, but for tensors that are idle."""
+        headers = {name: checkpoint.headers[name] for name in checkpoint.float_names() if name not in idle}
+        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files)
 
 
 def export_checkpoint(

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
-from cloq_export.formats.gptq import GPTQ_V2
-from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
+from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
+from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import linears_beside
@@ -73,6 +75,7 @@ def load(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, dtype, _place_packed)
     # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
     model.quantization_method = "gptq"
@@ -119,6 +122,7 @@ def dequantized_model(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
@@ -156,8 +160,10 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     if not torch.equal(tensors["g_idx"], expected):
         raise FormatError(
             f"g_idx is not sequential (an act-order checkpoint, or another group size than {spec.group_size}); "
-            "quantize again with desc_act=false."
+            "quantize again with desc_act=false, or with static groups."
         )
+    if spec.symmetric:
+        check_symmetric(unpack_rows(tensors["qzeros"], spec.bits), spec, packed.module)
     if tensors["scales"].dtype != torch.float16:
         raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")
     return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
@@ -169,6 +175,12 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
     return dense
+
+
+def _report_labels(checkpoint: Checkpoint) -> None:
+    """Warn where the content of a checkpoint counted and not its label."""
+    for note in checkpoint.notes:
+        warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)
 
 
 def _report_slow_layers(model: PreTrainedModel) -> None:
@@ -184,7 +196,9 @@ def _build_model(
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
     model = _empty_model(checkpoint, dtype)
-    for module, linear in _targeted_linears(checkpoint, model).items():
+    linears = _targeted_linears(checkpoint, model)
+    placed_names, _ = _float_places(checkpoint, model)
+    for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
             placed = place(packed, model.dtype)
@@ -194,9 +208,9 @@ def _build_model(
         # Its numbers come with the float part.
         placed.bias = linear.bias
         model.set_submodule(module, placed)
-    for name in checkpoint.float_names():
-        _place_float(checkpoint, model, name, checkpoint.read(name), source=checkpoint.files[name].path)
-    model.tie_weights()
+    for name in placed_names:
+        _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
+    _tie_what_is_not_held(checkpoint, model)
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
     return model
@@ -222,13 +236,64 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
-def unquantized_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the linear modules that a checkpoint leaves in float, the head left out, sorted.
+@dataclasses.dataclass(frozen=True)
+class FloatSide:
+    """What a checkpoint holds beside its codes, as its model sees it.
+
+    Args:
+        linears: linear modules that stay float, the head left out, sorted.
+        idle: tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere.
+        config: what config.json has to say otherwise, so that it says what the files hold.
+    """
+
+    linears: tuple[str, ...]
+    idle: frozenset[str]
+    config: Mapping[str, Any]
+
+
+def float_side(checkpoint: Checkpoint) -> FloatSide:
+    """Return what a checkpoint holds beside its codes, after checking that everything in it has a place.
 
     Raises:
-        FormatError: config.json describes no model that transformers can build.
+        FormatError: config.json describes no model that transformers can build, or a tensor has no place in it.
     """
-    return linears_beside(_empty_model(checkpoint, None), checkpoint.specs)
+    model = _empty_model(checkpoint, None)
+    _targeted_linears(checkpoint, model)
+    _, idle = _float_places(checkpoint, model)
+    config: dict[str, Any] = {}
+    if _held_apart(checkpoint, model):
+        config = {"tie_word_embeddings": False}
+        text = checkpoint.config.get("text_config")
+        if isinstance(text, Mapping):
+            config["text_config"] = {**text, "tie_word_embeddings": False}
+    return FloatSide(linears_beside(model, checkpoint.specs), idle, config)
+
+
+def _held_apart(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
+    """Return the parameters that the config ties to another, and that the checkpoint holds as other numbers."""
+    held: set[str] = set()
+    for target, source in model.all_tied_weights_keys.items():
+        if target.rpartition(".")[0] in checkpoint.specs:
+            held.add(target)
+        elif target in checkpoint.headers and source in checkpoint.headers:
+            same = checkpoint.headers[target] == checkpoint.headers[source]
+            if not (same and torch.equal(checkpoint.read(target), checkpoint.read(source))):
+                held.add(target)
+    return held
+
+
+def _tie_what_is_not_held(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Tie as the config says, but never over a matrix that the checkpoint holds itself, quantized or float."""
+    held = _held_apart(checkpoint, model)
+    for target in held:
+        del model.all_tied_weights_keys[target]
+    if held:
+        # Whoever ties again later (PEFT, resizing, loading what was saved) must find it said.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+    # Where the file holds only the other one of a tied pair, transformers ties the other way round.
+    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.device.type == "meta"}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -244,14 +309,24 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
             linear: nn.Module | None = model.get_submodule(module)
         except AttributeError:
             linear = None
+        if isinstance(linear, nn.Embedding):
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; only linear layers "
+                "are read: quantize again with float embeddings."
+            )
         if not isinstance(linear, nn.Linear):
             raise FormatError(
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
             )
+        parts = {part: checkpoint.headers[f"{module}.{part}"] for part in checkpoint.grids.layout.parts(spec)}
+        held = checkpoint.grids.layout.stored_grid(parts)
+        if held is not None and held[2:] == (linear.out_features, linear.in_features):
+            checkpoint.features(module)  # the right layer: if the config gives it another grid, that is said
         try:
             expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
         except ShapeError as error:
+            checkpoint.features(module)  # says what the tensors hold, if that is not what the config says
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
         for part, (_, shape) in expected.items():
             seen = checkpoint.headers[f"{module}.{part}"][1]
@@ -264,25 +339,79 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
     return linears
 
 
-def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
-    """Put a tensor that is not quantized where its name says."""
+def _float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
+    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+
+    Raises:
+        FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.
+    """
+    placed: list[str] = []
+    idle: set[str] = set()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in checkpoint.float_names():
+        if _holder(model, name) is not None:
+            placed.append(name)
+        elif name.endswith(_COMPUTED_BY_MODELS) or any(pattern.search(name) for pattern in ignored):
+            continue
+        elif name.endswith(".bias") and not bool(checkpoint.read(name).any()):
+            idle.add(name)
+        else:
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, for which {type(model).__name__} "
+                "has no place; config.json and the weights belong to different models, or to a tool that computes "
+                "more than codes."
+            )
+    return placed, frozenset(idle)
+
+
+def refuse_lost_biases(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse biases of quantized layers that a float model, whose other tensors are taken, has not.
+
+    Args:
+        checkpoint: gives codes, scales and zeros.
+        model: gives everything else.
+
+    Raises:
+        FormatError: a bias holds other numbers than zeros, and the model has none.
+    """
+    for module in checkpoint.specs:
+        name = f"{module}.bias"
+        if name in checkpoint.headers and _holder(model, name) is None and bool(checkpoint.read(name).any()):
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, which the original model has not; "
+                "they belong to different models, or to a tool that computes more than codes."
+            )
+
+
+def _what_it_may_be(name: str) -> str:
+    part = name.rpartition(".")[2]
+    if part == "bias":
+        return " (a bias with real numbers)"
+    if part in ("k_scale", "v_scale", "q_scale", "kv_scale"):
+        return " (a scale of a quantized cache)"
+    return " (a scale)" if "scale" in part else ""
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor] | None:
+    """Return the module that holds a tensor of this name, and the tensor, or None."""
     owner_name, _, part = name.rpartition(".")
     try:
-        owner: nn.Module | None = model.get_submodule(owner_name)
+        owner = model.get_submodule(owner_name)
     except AttributeError:
-        owner = None
-    held: torch.Tensor | None = None
-    if owner is not None:
-        held = owner._parameters.get(part)
-        if held is None and part not in owner._non_persistent_buffers_set:
-            held = owner._buffers.get(part)
-    if owner is None or held is None:
-        if not checkpoint.is_ours or name.endswith(_COMPUTED_BY_MODELS):
-            return
-        raise FormatError(
-            f"{source} holds {name}, for which {type(model).__name__} has no place; config.json and the weights belong "
-            "to different models."
-        )
+        return None
+    held: torch.Tensor | None = owner._parameters.get(part)
+    if held is None and part not in owner._non_persistent_buffers_set:
+        held = owner._buffers.get(part)
+    return None if held is None else (owner, held)
+
+
+def _place_float(model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
+    """Put a tensor that is not quantized where its name says."""
+    part = name.rpartition(".")[2]
+    place = _holder(model, name)
+    if place is None:
+        raise FormatError(f"{source} holds {name}, for which {type(model).__name__} has no place.")
+    owner, held = place
     if held.shape != tensor.shape:
         raise FormatError(
             f"{source}: {name} has shape {tuple(tensor.shape)}; {type(model).__name__} needs {tuple(held.shape)}."
@@ -411,9 +540,13 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     from cloq_export.runtimes.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.target_modules = set(adapter.pairs)
-    config.inference_mode = not trainable
+    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
+    exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
+    del exact["peft_type"]
+    dropout = adapter.config.get("lora_dropout")
+    exact["lora_dropout"] = dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.0
+    exact["inference_mode"] = not trainable
+    config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
     with torch.random.fork_rng(devices=[]):
