@@ -20,6 +20,7 @@ from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, U
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
+from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
@@ -300,9 +301,7 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
 
 
 def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(run_path))
+    tokenizer = read_tokenizer(checkpoint_folder(run_path))
     data = read_training_data(recipe, tokenizer, examples)
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:

@@ -18,9 +18,11 @@ from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDir
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.kernels import cpu
+from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
-from cloq_export.runtimes.checkpoint_writer import linears_beside
+from cloq_export.runtimes.checkpoint_writer import FloatPart, linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import QuantizedLayer
 
@@ -196,10 +198,27 @@ def _build_model(
         model.set_submodule(module, placed)
     for name in checkpoint.float_names():
         _place_float(checkpoint, model, name, checkpoint.read(name), source=checkpoint.files[name].path)
-    model.tie_weights()
+    _tie_what_is_missing(checkpoint, model)
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
     return model
+
+
+def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
+    held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    model.all_tied_weights_keys = {
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+    }
+    missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
+    with quiet_transformers():
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    correct_config(model.config, tied=False if held_apart else is_tied(model))
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    # Not the state dict, which would hold every packed layer a second time.
+    return itertools.chain(*(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)))
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -209,7 +228,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
 
     source = checkpoint.folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
@@ -222,13 +241,54 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
-def unquantized_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the linear modules that a checkpoint leaves in float, the head left out, sorted.
+def float_part(checkpoint: Checkpoint, *, save_files: Callable[[Path], Any]) -> FloatPart:
+    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+
+    Args:
+        checkpoint: the checkpoint.
+        save_files: writes config.json, tokenizer and the like into the folder it is given.
 
     Raises:
         FormatError: config.json describes no model that transformers can build.
     """
-    return linears_beside(_empty_model(checkpoint, None), checkpoint.specs)
+    model = _empty_model(checkpoint, None)
+    entries = _tie_entries(checkpoint, model)
+    return FloatPart.of_checkpoint(
+        checkpoint, skipped=linears_beside(model, checkpoint.specs), save_files=save_files, config=entries
+    )
+
+
+def tie_entries(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the entries of config.json that have to be others for it to say how head and embeddings are.
+
+    Args:
+        checkpoint: a checkpoint, e.g. one that an older version of this package wrote.
+
+    Returns:
+        dict: top-level name -> value; empty if config.json is right.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    return _tie_entries(checkpoint, _empty_model(checkpoint, None))
+
+
+def _tie_entries(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    if not any(_held_apart(checkpoint, *pair) for pair in model.all_tied_weights_keys.items()):
+        return {}
+    correct_config(model.config, tied=False)
+    return corrected_entries(checkpoint.config, model.config)
+
+
+def _held_apart(checkpoint: Checkpoint, target: str, source: str) -> bool:
+    """Return whether the files hold two tensors that differ where the config ties one to the other."""
+    if target.rpartition(".")[0] in checkpoint.specs:
+        return True
+    if target not in checkpoint.headers or source not in checkpoint.headers:
+        return False
+    if checkpoint.headers[target][1] != checkpoint.headers[source][1]:
+        return True
+    return not torch.equal(checkpoint.read(target), checkpoint.read(source))
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -297,11 +357,7 @@ def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tens
 
 
 def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    # Not the state dict, which would hold every packed layer a second time.
-    tensors = itertools.chain(
-        *(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    )
-    missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    missing = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(
@@ -315,7 +371,7 @@ def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> N
 
     if (checkpoint.folder / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         except (OSError, ValueError, TypeError) as error:
             raise FormatError(
                 f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "

@@ -235,6 +235,9 @@ def plan_server(
         flag = option.partition("=")[0].replace("_", "-")
         if flag in _RESERVED:
             raise UsageError(f"{flag} is set by cloq serve itself; use {_RESERVED[flag]} before the --.")
+        # Its parser takes the beginning of an option for the whole.
+        if flag.startswith("--trust"):
+            raise UsageError(f"{flag} runs Python code that comes with a model, which cloq never does; leave it out.")
     checkpoint = Checkpoint.open(export)
     own = name or derived_name(Path(export))
     check_name(own, kind="model")
