@@ -132,7 +132,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         raise SourceError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model again.")
     weight_map = read_json(index).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not isinstance(weight_map, dict) or not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if (
+        not isinstance(weight_map, dict)
+        or not names
+        or not all(isinstance(name, str) and Path(name).name == name for name in names)
+    ):
         raise SourceError(f"{index} has no usable weight_map; it is damaged. Fetch the model again.")
     if single and names != {SINGLE_FILE}:
         raise SourceError(
@@ -202,11 +206,9 @@ def _said(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _nested(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     for key, value in config.items():
-        if not isinstance(value, Mapping) or not value:
-            continue
-        if key in _QUANTIZATION_KEYS:
-            yield (*path, key), value
-        else:
+        if key in _QUANTIZATION_KEYS and (value if key != "quantization_config" else value is not None):
+            yield (*path, key), value if isinstance(value, Mapping) else {"quant_method": str(value)}
+        elif isinstance(value, Mapping):
             yield from _nested(value, (*path, key))
 
 
