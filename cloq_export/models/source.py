@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from cloq_export.errors import (
+    CloqError,
     FormatError,
     MissingPackageError,
     NonFiniteError,
     SourceError,
     UnsupportedModelError,
 )
+from cloq_export.models.gguf_file import check_gguf, refuse_other_files
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
     INDEX_FILE,
@@ -214,6 +216,8 @@ def load_source(
         options["use_safetensors"] = True
     silence = contextlib.nullcontext() if show_progress else quiet_transformers()
     with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
+        if source.kind == "gguf":
+            refuse_other_files(source.name, source.weights[0])
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
@@ -225,9 +229,13 @@ def load_source(
         source.folder, name=source.name, gguf_file=options.get("gguf_file"), show_progress=show_progress
     )
     _refuse_gaps(source, model, report)
-    notes = _refuse_left_over(source, model, report)
-    if source.kind == "folder" and not untie:
-        _refuse_untied(source, model)
+    unexpected = sorted(report.get("unexpected_keys") or ())
+    if source.kind == "gguf":
+        notes = check_gguf(source.name, source.weights[0], model, tokenizer, unexpected)
+    else:
+        notes = _refuse_left_over(source, model, unexpected)
+        if not untie:
+            _refuse_untied(source, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
@@ -315,10 +323,7 @@ def _refuse_untied(source: ModelSource, model: Any) -> None:
         )
 
 
-def _refuse_left_over(source: ModelSource, model: Any, report: Mapping[str, Any]) -> list[str]:
-    unexpected = sorted(report.get("unexpected_keys") or ())
-    if source.kind == "gguf":
-        return []
+def _refuse_left_over(source: ModelSource, model: Any, unexpected: list[str]) -> list[str]:
     try:
         return refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
     except FormatError as error:
@@ -512,7 +517,7 @@ def _refusals(name: str, what: str, *, gguf: bool) -> Iterator[None]:
     """Say in one line what the libraries below raise in dozens of ways."""
     try:
         yield
-    except (MemoryError, KeyboardInterrupt):
+    except (MemoryError, KeyboardInterrupt, CloqError):
         raise
     except Exception as error:
         reason = _first_line(error)
