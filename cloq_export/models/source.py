@@ -263,16 +263,30 @@ def read_tokenizer(
 
     folder = Path(folder)
     name = name or str(folder)
-    if gguf_file is None and not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
-        # Some classes would start with an empty vocabulary, and every word would be unknown.
-        raise SourceError(
-            f"the tokenizer of {name} cannot be read ({folder} holds no tokenizer.json and no other vocabulary). Put "
-            "the model's tokenizer.json and tokenizer_config.json into the folder."
-        )
+    if gguf_file is None:
+        require_tokenizer(folder, name=name)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     silence = contextlib.nullcontext() if show_progress else quiet_transformers()
     with silence, _refusals(name, "tokenizer", gguf=gguf_file is not None):
         return transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE, **options)
+
+
+def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
+    """Refuse a model folder without a tokenizer, before anything starts that would need it.
+
+    Args:
+        folder: the folder.
+        name: of the model, for messages; None is the folder.
+
+    Raises:
+        SourceError: it holds no vocabulary.
+    """
+    # Some classes would start with an empty vocabulary, and every word would be unknown.
+    if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
+        raise SourceError(
+            f"the tokenizer of {name or folder} cannot be read ({folder} holds no tokenizer.json and no other "
+            "vocabulary). Put the model's tokenizer.json and tokenizer_config.json into the folder."
+        )
 
 
 def _refuse_gaps(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
