@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cloq_export.models.source import LoadedModel, quiet_transformers
+from cloq_export.errors import CloqError
+from cloq_export.models.source import NO_CODE, LoadedModel, quiet_transformers, read_tokenizer
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.provenance import TokenizerRecord
@@ -90,14 +91,10 @@ def compare_tokenizer(folder: Path, loaded: LoadedModel) -> list[Finding]:
         folder: the export.
         loaded: the float model with its tokenizer.
     """
-    from transformers import AutoTokenizer
-
     try:
-        with quiet_transformers():
-            own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a malformed file leads to
-        reason = " ".join(str(error).split())[:200]
-        return [Finding("tokenizer", CONTRADICTED, f"the export's tokenizer cannot be read ({reason})")]
+        own = read_tokenizer(folder)
+    except CloqError as error:
+        return [Finding("tokenizer", CONTRADICTED, str(error))]
     against = "with the float model's tokenizer"
     findings = [
         judge_tokenizer(
@@ -128,7 +125,7 @@ def compare_generation(folder: Path, model: Any) -> Finding:
     try:
         with quiet_transformers():
             if (folder / "generation_config.json").is_file():
-                own = GenerationConfig.from_pretrained(folder, local_files_only=True)
+                own = GenerationConfig.from_pretrained(folder, **NO_CODE)
             else:
                 own = GenerationConfig.from_model_config(model.config)
     except Exception as error:  # as above

@@ -33,7 +33,7 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import find_adapter, float_side, read_bound_adapter
+from cloq_export.runtimes.hf import find_adapter, float_part, read_bound_adapter
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
@@ -624,10 +624,7 @@ def _float_part(checkpoint: Checkpoint) -> FloatPart:
         for path in (checkpoint.folder / CONFIG_NAME, *companion_files(checkpoint.folder)):
             shutil.copyfile(require_inside(checkpoint.folder, path), folder / path.name)
 
-    side = float_side(checkpoint)
-    return FloatPart.of_checkpoint(
-        checkpoint, skipped=side.linears, idle=side.idle, config=side.config, save_files=copy_files
-    )
+    return float_part(checkpoint, save_files=copy_files)
 
 
 def _certificate_facts(adapters: Sequence[_Prepared], carried: BaseRecord | None = None) -> dict[str, Any]:

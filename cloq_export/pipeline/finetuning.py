@@ -20,6 +20,7 @@ from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, U
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
+from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
@@ -109,7 +110,7 @@ def finetune(
         if is_first:
             # As they are stored: what the record says is then what every reader of the files must find.
             place_pairs(model, pairs)
-            probe = probe_model(model, _tokenizer_of(run_path))
+            probe = probe_model(model, read_tokenizer(checkpoint_folder(run_path)))
             _write(session, directory, recipe, base, pairs, record, training, start, probe)
             finished = work.with_name(f".{work.name}.finished")
             shutil.rmtree(finished, ignore_errors=True)
@@ -305,19 +306,13 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
 
 
 def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
-    data = read_training_data(recipe, _tokenizer_of(run_path), examples)
+    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), examples)
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
             session.notes.extend(_count_notes(what, sequences.counts, recipe))
     if recipe.eval_samples and data.evaluated is None:
         session.notes.append("too few examples to hold any out: nothing was evaluated, and the last adapter is kept")
     return data
-
-
-def _tokenizer_of(run_path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint_folder(run_path))
 
 
 def _count_notes(what: str, counts: SequenceCounts, recipe: FineTuneRecipe) -> Iterator[str]:

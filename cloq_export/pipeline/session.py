@@ -106,6 +106,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
     loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
+    session.notes.extend(loaded.notes)
     blocks = find_blocks(loaded.model, recipe.blocks)
     if not recipe.codes_from:
         return loaded, make_plan(blocks, recipe)

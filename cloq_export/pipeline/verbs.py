@@ -29,7 +29,7 @@ from cloq_export.calibrate.data import (
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
-from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
 from cloq_export.models.stream import BlockStream
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
@@ -696,7 +696,11 @@ def _measure(
     """Measure from the files on disk, so that what is reported is what was written; `probes` is filled if given."""
     adapter = adapter or _adapter_of(session, path)
     merged = is_merged(path)
-    served = open_model(str(path), dtype=torch.float32).model if merged else _served(session, path, adapter, force)
+    served = (
+        open_model(str(path), dtype=torch.float32, untie=True).model
+        if merged
+        else _served(session, path, adapter, force)
+    )
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
     tokens = tokenize_text(tokenizer, text.text)
 
@@ -747,7 +751,7 @@ def _subjects(
     if loaded is not None:
         yield Subject("float", float_model(loaded.model), None, loaded.source.fingerprint)
     if is_merged(path):
-        merged = open_model(str(path), dtype=torch.float32)
+        merged = open_model(str(path), dtype=torch.float32, untie=True)
         yield Subject("merged", float_model(merged.model), None, merged.source.fingerprint)
         return
     base = Checkpoint.open(path).fingerprint
@@ -795,9 +799,7 @@ def _adapter_of(session: Session, path: Path) -> str | None:
 
 
 def _checkpoint_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint_folder(path))
+    return read_tokenizer(checkpoint_folder(path))
 
 
 def _certificate_report(certificates: list[LayerCertificate]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
+from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
-from cloq_export.runtimes.checkpoint_writer import linears_beside
+from cloq_export.runtimes.checkpoint_writer import FloatPart, linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import QuantizedLayer
 
@@ -210,10 +212,27 @@ def _build_model(
         model.set_submodule(module, placed)
     for name in placed_names:
         _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
-    _tie_what_is_not_held(checkpoint, model)
+    _tie_what_is_missing(checkpoint, model)
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
     return model
+
+
+def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
+    held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    model.all_tied_weights_keys = {
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+    }
+    missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
+    with quiet_transformers():
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    correct_config(model.config, tied=False if held_apart else is_tied(model))
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    # Not the state dict, which would hold every packed layer a second time.
+    return itertools.chain(*(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)))
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -223,7 +242,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
 
     source = checkpoint.folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
@@ -236,23 +255,14 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class FloatSide:
-    """What a checkpoint holds beside its codes, as its model sees it.
+def float_part(checkpoint: Checkpoint, *, save_files: Callable[[Path], Any]) -> FloatPart:
+    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+
+    Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
 
     Args:
-        linears: linear modules that stay float, the head left out, sorted.
-        idle: tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere.
-        config: what config.json has to say otherwise, so that it says what the files hold.
-    """
-
-    linears: tuple[str, ...]
-    idle: frozenset[str]
-    config: Mapping[str, Any]
-
-
-def float_side(checkpoint: Checkpoint) -> FloatSide:
-    """Return what a checkpoint holds beside its codes, after checking that everything in it has a place.
+        checkpoint: the checkpoint.
+        save_files: writes config.json, tokenizer and the like into the folder it is given.
 
     Raises:
         FormatError: config.json describes no model that transformers can build, or a tensor has no place in it.
@@ -260,40 +270,46 @@ def float_side(checkpoint: Checkpoint) -> FloatSide:
     model = _empty_model(checkpoint, None)
     _targeted_linears(checkpoint, model)
     _, idle = _float_places(checkpoint, model)
-    config: dict[str, Any] = {}
-    if _held_apart(checkpoint, model):
-        config = {"tie_word_embeddings": False}
-        text = checkpoint.config.get("text_config")
-        if isinstance(text, Mapping):
-            config["text_config"] = {**text, "tie_word_embeddings": False}
-    return FloatSide(linears_beside(model, checkpoint.specs), idle, config)
+    return FloatPart.of_checkpoint(
+        checkpoint,
+        skipped=linears_beside(model, checkpoint.specs),
+        save_files=save_files,
+        idle=idle,
+        config=_tie_entries(checkpoint, model),
+    )
 
 
-def _held_apart(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
-    """Return the parameters that the config ties to another, and that the checkpoint holds as other numbers."""
-    held: set[str] = set()
-    for target, source in model.all_tied_weights_keys.items():
-        if target.rpartition(".")[0] in checkpoint.specs:
-            held.add(target)
-        elif target in checkpoint.headers and source in checkpoint.headers:
-            same = checkpoint.headers[target] == checkpoint.headers[source]
-            if not (same and torch.equal(checkpoint.read(target), checkpoint.read(source))):
-                held.add(target)
-    return held
+def tie_entries(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the entries of config.json that have to be others for it to say how head and embeddings are.
+
+    Args:
+        checkpoint: a checkpoint, e.g. one that an older version of this package wrote.
+
+    Returns:
+        dict: top-level name -> value; empty if config.json is right.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    return _tie_entries(checkpoint, _empty_model(checkpoint, None))
 
 
-def _tie_what_is_not_held(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Tie as the config says, but never over a matrix that the checkpoint holds itself, quantized or float."""
-    held = _held_apart(checkpoint, model)
-    for target in held:
-        del model.all_tied_weights_keys[target]
-    if held:
-        # Whoever ties again later (PEFT, resizing, loading what was saved) must find it said.
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
-    # Where the file holds only the other one of a tied pair, transformers ties the other way round.
-    missing = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.device.type == "meta"}
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+def _tie_entries(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    if not any(_held_apart(checkpoint, *pair) for pair in model.all_tied_weights_keys.items()):
+        return {}
+    correct_config(model.config, tied=False)
+    return corrected_entries(checkpoint.config, model.config)
+
+
+def _held_apart(checkpoint: Checkpoint, target: str, source: str) -> bool:
+    """Return whether the files hold two tensors that differ where the config ties one to the other."""
+    if target.rpartition(".")[0] in checkpoint.specs:
+        return True
+    if target not in checkpoint.headers or source not in checkpoint.headers:
+        return False
+    if checkpoint.headers[target][1] != checkpoint.headers[source][1]:
+        return True
+    return not torch.equal(checkpoint.read(target), checkpoint.read(source))
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
@@ -426,11 +442,7 @@ def _place_float(model: PreTrainedModel, name: str, tensor: torch.Tensor, source
 
 
 def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    # Not the state dict, which would hold every packed layer a second time.
-    tensors = itertools.chain(
-        *(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    )
-    missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    missing = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(
@@ -444,7 +456,7 @@ def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> N
 
     if (checkpoint.folder / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         except (OSError, ValueError, TypeError) as error:
             raise FormatError(
                 f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "

@@ -21,7 +21,14 @@ from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import adapters_disabled, dequantized_model, float_side, load, refuse_lost_biases
+from cloq_export.runtimes.hf import (
+    adapters_disabled,
+    dequantized_model,
+    float_part,
+    load,
+    refuse_lost_biases,
+    tie_entries,
+)
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
@@ -147,6 +154,56 @@ def test_untied_embeddings_stay_apart(tmp_path, write_quantized):
     written = write_quantized(tmp_path, "qwen2")
     model = load(written.folder)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def tie_in_config(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+
+
+def test_an_older_checkpoint_whose_config_ties_two_matrices_is_read_by_its_content(
+    tmp_path, write_quantized, assert_same_model, capfd
+):
+    written = write_quantized(tmp_path, "qwen2")
+    tie_in_config(written.folder)
+    for loader in (load, dequantized_model):
+        model = loader(written.folder)
+        assert_same_model(model, written.reference(adapted=False))
+        assert model.config.tie_word_embeddings is False
+        # PEFT and others tie again by the config.
+        model.tie_weights()
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert "tie" not in capfd.readouterr().err
+    checkpoint = Checkpoint.open(written.folder)
+    assert tie_entries(checkpoint) == {"tie_word_embeddings": False}
+    assert float_part(checkpoint, save_files=lambda folder: None).config == {"tie_word_embeddings": False}
+
+
+def test_a_checkpoint_that_is_right_about_its_head_keeps_its_config(tmp_path, write_quantized, written):
+    for folder in (written.folder, write_quantized(tmp_path, "qwen2").folder):
+        assert tie_entries(Checkpoint.open(folder)) == {}
+
+
+def test_a_tied_head_stored_twice_is_one(tmp_path, write_quantized):
+    written = write_quantized(tmp_path, "llama")
+    path = written.folder / "model.safetensors"
+    tensors, metadata = read_safetensors(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_safetensors(path, tensors, metadata=metadata)
+    model = load(written.folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tie_entries(Checkpoint.open(written.folder)) == {}
+
+
+def test_a_model_in_memory_is_written_with_a_config_that_says_what_it_is(tmp_path, write_quantized, assert_same_model):
+    written = write_quantized(tmp_path / "first", "qwen2")
+    model = copy.deepcopy(written.source)
+    model.config.tie_word_embeddings = True
+    layers = LayerSource.of_mapping(written.layers)
+    export_checkpoint(tmp_path / "second", layers, FloatPart.of_model(model, layers))
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert model.config.tie_word_embeddings is True
+    assert_same_model(load(tmp_path / "second"), written.reference(adapted=False))
 
 
 def test_generation_works(written):
@@ -427,7 +484,7 @@ UP = "model.layers.1.mlp.up_proj"
 def test_tensors_without_a_place_are_refused_in_foreign_files_too(written, tmp_path, name, message):
     folder = foreign(written, tmp_path)
     rewrite(folder, lambda tensors: tensors.update({name: torch.ones(96)}))
-    for read in (load, dequantized_model, lambda path: float_side(Checkpoint.open(path))):
+    for read in (load, dequantized_model, lambda path: float_part(Checkpoint.open(path), save_files=print)):
         with pytest.raises(FormatError, match=message):
             read(folder)
 
@@ -437,7 +494,8 @@ def test_zeros_without_a_place_are_dropped_everywhere(written, tmp_path, log_pro
     idle = {f"{module}.bias": torch.zeros(layer.out_features) for module, layer in written.layers.items()}
     rewrite(folder, lambda tensors: tensors.update(idle))
     assert torch.equal(log_probabilities(load(folder)), log_probabilities(load(written.folder)))
-    assert float_side(Checkpoint.open(folder)).idle == set(idle)
+    kept = float_part(Checkpoint.open(folder), save_files=print).headers
+    assert set(Checkpoint.open(folder).float_names()) - set(kept) == set(idle)
 
 
 def test_symmetric_zeros_count_and_not_the_label(tmp_path, write_quantized, log_probabilities):
@@ -483,7 +541,7 @@ def test_a_quantized_head_is_never_tied_over(written, tmp_path):
         torch.testing.assert_close(model.lm_head(torch.eye(64)).T, weight)
         assert not torch.equal(model.model.embed_tokens.weight, weight)
         assert model.config.tie_word_embeddings is False
-    assert float_side(Checkpoint.open(folder)).config == {"tie_word_embeddings": False}
+    assert tie_entries(Checkpoint.open(folder)) == {"tie_word_embeddings": False}
 
 
 def test_quantized_embeddings_are_refused_by_name(written, tmp_path):
