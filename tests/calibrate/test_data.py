@@ -88,7 +88,7 @@ def test_text_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_json_lines_with_text_or_problems(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\n\n{"question": "2+2?", "answer": "4"}\n', encoding="utf-8")
+    path.write_text('{"text": "one"}\n{"question": "2+2?", "answer": "4"}\n', encoding="utf-8")
     assert load_text(str(path)).text == "one\n\n2+2?\n4"
 
 
@@ -96,8 +96,10 @@ def test_json_lines_with_text_or_problems(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"text": "one"}\n{"text"', "line 2 of .* is not a JSON object"),
-        ("[1]\n", "line 1 of .* is not a JSON object"),
-        ('{"prompt": "x"}\n', "row 1 of .* has the fields prompt; needed is 'text'"),
+        ("[1]\n", "item 1 of .* is not a JSON object"),
+        ('{"prompt": "x"}\n', "line 1 of .* has the fields prompt; needed is 'text'"),
+        ('{"text": null}\n', "line 1 of .*: 'text' is no text"),
+        ('{"question": "x", "answer": 3}\n', "line 1 of .*: 'answer' is no text"),
         ("\n", "is empty"),
         ('{"text": "  "}', "is empty"),
     ],
@@ -231,3 +233,5 @@ def test_tokenizing_adds_nothing() -> None:
 def test_text_is_not_empty() -> None:
     with pytest.raises(CalibrationError, match="is empty"):
         CalibrationText.of(" \n", "somewhere")
+    with pytest.raises(CalibrationError, match="the text somewhere holds half of a surrogate pair"):
+        CalibrationText.of("a\ud800", "somewhere")
