@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from cloq_export.errors import CalibrationError, DataError
+from cloq_export.errors import CalibrationError, DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
 from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
+from cloq_export.texts.tokens import TextTokens
 
 WIKITEXT2 = "wikitext2"
 GSM8K = "gsm8k"
@@ -113,13 +114,35 @@ def tokenize_text(tokenizer: Any, text: str) -> torch.Tensor:
     Returns:
         Tensor: (tokens,) int64.
     """
-    # verbose=False: a whole text is meant to exceed the model's context; windows are cut from it.
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(TextTokens(tokenizer).text_ids(text), dtype=torch.int64)
+
+
+def evaluation_tokens(tokenizer: Any, text: str, window: int, bos: str) -> torch.Tensor:
+    """Return the token ids of a text such that, cut into windows, each begins with the begin tokens that bos asks for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: any text.
+        window: tokens in a window, the begin tokens among them.
+        bos: as in `TextTokens.window_begin`.
+
+    Returns:
+        Tensor: (tokens,) int64.
+
+    Raises:
+        UsageError: as in `TextTokens.window_begin`, or a window has no room behind the begin tokens.
+    """
+    tokens = TextTokens(tokenizer)
+    ids, begin = torch.tensor(tokens.text_ids(text), dtype=torch.int64), tokens.window_begin(bos)
+    if not begin:
+        return ids
+    _check_room(begin, window)
+    first = torch.tensor(begin, dtype=torch.int64)
+    return torch.cat([part for piece in ids.split(window - len(begin)) for part in (first, piece)])
 
 
 def calibration_windows(
-    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int
+    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int, bos: str
 ) -> torch.Tensor:
     """Return random windows of a text; of a mix, window i is from the text i modulo their number.
 
@@ -129,24 +152,35 @@ def calibration_windows(
         samples: number of windows, at least 1.
         seqlen: tokens per window, at least 1.
         seed: of the draw from each text.
+        bos: what each window begins with, as in `TextTokens.window_begin`; it counts among its tokens.
 
     Returns:
         Tensor: (samples, seqlen) int64.
 
     Raises:
         CalibrationError: a text is shorter than one window, there are fewer windows than texts, or none is asked for.
+        UsageError: as in `evaluation_tokens`.
     """
+    tokens = TextTokens(tokenizer)
+    begin = tokens.window_begin(bos)
+    _check_room(begin, seqlen)
     parts = calibration.parts or (calibration,)
     if 1 <= samples < len(parts):
         raise CalibrationError(
             f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
             "(--samples)."
         )
+    first, room = torch.tensor(begin, dtype=torch.int64), seqlen - len(begin)
     drawn = [
-        sample_windows(tokenize_text(tokenizer, part.text), len(range(place, samples, len(parts))), seqlen, seed)
+        sample_windows(
+            torch.tensor(tokens.text_ids(part.text), dtype=torch.int64),
+            len(range(place, samples, len(parts))),
+            room,
+            seed,
+        )
         for place, part in enumerate(parts)
     ]
-    return torch.stack([drawn[i % len(parts)][i // len(parts)] for i in range(samples)])
+    return torch.stack([torch.cat([first, drawn[i % len(parts)][i // len(parts)]]) for i in range(samples)])
 
 
 def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -179,6 +213,14 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(available - seqlen + 1, (samples,), generator=generator)
     return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+
+
+def _check_room(begin: tuple[int, ...], window: int) -> None:
+    if begin and window <= len(begin):
+        raise UsageError(
+            f"a window has {window} tokens, and {len(begin)} of them begin each window; choose longer windows, or bos "
+            "never."
+        )
 
 
 def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:

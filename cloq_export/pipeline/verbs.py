@@ -23,8 +23,8 @@ from cloq_export.calibrate.data import (
     CalibrationText,
     calibration_windows,
     evaluation_text,
+    evaluation_tokens,
     load_text,
-    tokenize_text,
 )
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
@@ -70,6 +70,7 @@ from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.inspection import describe, stored_sizes
 from cloq_export.runtimes.merged import is_merged
+from cloq_export.texts.tokens import TextTokens
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SHOWN_WARNINGS = 5
@@ -104,7 +105,8 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
         perplexity = session.timed(
-            "measure", lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model)
+            "measure",
+            lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, recipe.bos, model),
         )
         directory.write_report("evaluation", perplexity)
         directory.set_state("done")
@@ -241,6 +243,7 @@ def evaluate(
     windows: int,
     reference: str | None = None,
     *,
+    bos: str | None = None,
     adapter: str | None = None,
     force: bool = False,
     tasks: Sequence[str] = (PERPLEXITY,),
@@ -257,6 +260,7 @@ def evaluate(
         window: tokens in a window.
         windows: windows from the start of the text.
         reference: the float model; None is the run's source, and for a checkpoint none is measured.
+        bos: what each window begins with: "auto", "never" or "always"; None is the run's, and for a checkpoint "auto".
         adapter: name or folder; None takes the recipe's own if the run has it, else the only one there is.
         force: take an adapter of another base; the result says so.
         tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
@@ -289,7 +293,9 @@ def evaluate(
         loaded = open_model(name, dtype=torch.float32)
     result: dict[str, Any] = {}
     if judging is not None:
-        result = _measure(session, path, judging, window, windows, loaded, adapter=chosen, force=force)
+        result = _measure(
+            session, path, judging, window, windows, bos or recipe.bos, loaded, adapter=chosen, force=force
+        )
     if questions:
         tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
         subjects = _subjects(session, path, loaded, chosen, force)
@@ -476,7 +482,7 @@ def _compress(
 
 def _check_judging(loaded: LoadedModel, recipe: Recipe, judging: CalibrationText | None) -> None:
     if judging is not None:
-        tokens = tokenize_text(loaded.tokenizer, judging.text)
+        tokens = evaluation_tokens(loaded.tokenizer, judging.text, recipe.eval_window, recipe.bos)
         check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
 
 
@@ -509,7 +515,11 @@ def _walk(
     if done:
         session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
     windows = _windows(loaded, recipe, calibration)
-    session.say(f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}")
+    begin = TextTokens(loaded.tokenizer).window_begin(recipe.bos)
+    begun = f", each window begun with {' '.join(loaded.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
+    session.say(
+        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}{begun}"
+    )
     widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
     if windows.numel() < widest:
         session.notes.append(
@@ -583,7 +593,7 @@ def _windows(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) 
             f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
             f"{limit} or less."
         )
-    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed)
+    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
 
 
 def _refine_model(
@@ -664,6 +674,7 @@ def _measure(
     text: CalibrationText,
     window: int,
     windows: int,
+    bos: str,
     loaded: LoadedModel | None,
     *,
     adapter: str | None = None,
@@ -674,7 +685,7 @@ def _measure(
     merged = is_merged(path)
     served = open_model(str(path), dtype=torch.float32).model if merged else _served(session, path, adapter, force)
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
-    tokens = tokenize_text(tokenizer, text.text)
+    tokens = evaluation_tokens(tokenizer, text.text, window, bos)
 
     def models() -> Iterator[tuple[str, nn.Module]]:
         if loaded is not None:
@@ -689,7 +700,7 @@ def _measure(
             served.enable_adapters()
             yield "adapter", served
 
-    return measure(
+    table = measure(
         models(),
         tokens,
         text=text.origin,
@@ -698,6 +709,7 @@ def _measure(
         windows=windows,
         console=session.console,
     )
+    return table | {"bos": bos, "begin_tokens": list(TextTokens(tokenizer).window_begin(bos))}
 
 
 def _subjects(

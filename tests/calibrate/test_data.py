@@ -201,12 +201,12 @@ def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
     mix = load_text(f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}")
     assert mix.origin == f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}"
     assert mix.sha256 == hashlib.sha256(mix.text.encode()).hexdigest()
-    windows = calibration_windows(_letters, mix, 5, 4, 0)
+    windows = calibration_windows(_letters, mix, 5, 4, 0, "auto")
     assert "".join(chr(row[0]) for row in windows) == "ababa"
     assert windows.shape == (5, 4)
     assert all(len(set(row.tolist())) == 1 for row in windows)
     with pytest.raises(CalibrationError, match="1 windows were asked for from a mix of 2 texts"):
-        calibration_windows(_letters, mix, 1, 4, 0)
+        calibration_windows(_letters, mix, 1, 4, 0, "auto")
     # A file's own name may have the sign in it.
     single = load_text(str(tmp_path / "c+c.txt"))
     assert (single.text, single.parts) == ("c" * 50, ())
@@ -217,13 +217,12 @@ def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
 def test_windows_of_one_text_are_those_of_its_tokens(tmp_path: Path) -> None:
     text = CalibrationText.of("".join(chr(97 + i % 26) for i in range(300)), "here")
     tokens = tokenize_text(_letters, text.text)
-    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3), sample_windows(tokens, 7, 20, 3))
+    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3, "auto"), sample_windows(tokens, 7, 20, 3))
 
 
 def test_tokenizing_adds_nothing() -> None:
-    def tokenizer(text: str, **options: Any) -> dict[str, list[int]]:
-        assert options["add_special_tokens"] is False
-        return {"input_ids": [ord(letter) for letter in text]}
+    def tokenizer(text: str, *, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [*([7] if add_special_tokens else []), *(ord(letter) for letter in text)]}
 
     ids = tokenize_text(tokenizer, "ab")
     assert ids.tolist() == [97, 98]
