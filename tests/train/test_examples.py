@@ -33,6 +33,58 @@ def write_rows(folder: Path, *rows: Any) -> Path:
     return path
 
 
+def test_chats_of_another_form_and_where_they_stand(tmp_path: Path) -> None:
+    turns = [
+        {"from": who, "value": turn["content"]} for who, turn in zip(("system", "human", "gpt"), CHAT, strict=True)
+    ]
+    expected = ChatExample(tuple(Message(turn["role"], turn["content"]) for turn in CHAT))
+    rows = [{"conversations": turns}, {"conversations": CHAT}, {"messages": turns, "tools": [], "id": 3}]
+    rows.append({"messages": [{**turn, "tool_calls": None, "weight": 1, "name": "x"} for turn in CHAT]})
+    path = write_rows(tmp_path, *rows)
+    found = read_examples(path)
+    assert found.examples == (expected,) * 4
+    assert [each.where for each in found.examples if isinstance(each, ChatExample)] == [
+        f"line {number} of {path}" for number in range(1, 5)
+    ]
+    # Where they stand is not what they are.
+    assert found.sha256 == ExampleSet.of([expected] * 4, "").sha256
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": CHAT, "tools": [{"name": "f"}]},
+            "row has 'tools', which cannot be learned with; only 'messages'",
+        ),
+        (
+            {"messages": [{**CHAT[1], "content": [{"type": "text"}]}, CHAT[2]]},
+            "message 1: 'content' is a list of parts",
+        ),
+        (
+            {"messages": [CHAT[1], {**CHAT[2], "tool_calls": [{}]}]},
+            "message 2 has 'tool_calls', which cannot be learned",
+        ),
+        ({"messages": [CHAT[1], {**CHAT[2], "reasoning_content": "so"}]}, "message 2 has 'reasoning_content'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}, "message 2 has 'weight'"),
+        (
+            {"conversations": [{"from": "tool", "value": "a"}]},
+            "message 1 is from 'tool'; allowed are system, human, user",
+        ),
+        ({"conversations": [{"from": "human"}]}, "message 1: 'value' is no text"),
+        (
+            {"conversations": "a"},
+            "row: 'conversations' is no list of messages; each has 'role' and 'content', or 'from'",
+        ),
+        ({"conversation": CHAT}, "row has the fields conversation; a row holds 'messages' or 'conversations'"),
+        ({"prompt": CHAT[:2], "completion": CHAT[2:]}, "row: 'prompt' is no text; .* A chat goes into 'messages'"),
+    ],
+)
+def test_chats_that_are_not_learned_are_refused_by_name(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        example_of(row, "row")
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
