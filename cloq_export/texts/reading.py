@@ -144,8 +144,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text (byte {error.start + 1} of the line); mend the line.") from None
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
-        raise _no_object(where, reason) from None
+        raise _no_object(where, _reason(error)) from None
     if not isinstance(row, dict):
         raise _no_object(where, f"it is a JSON {type(row).__name__}")
     return _checked(row, where) if _ESCAPED_HALF.search(text) else row
@@ -172,7 +171,7 @@ def _one_object(path: Path, *, laid_out: bool) -> dict[str, Any] | None:
     try:
         row = _parse(_without_mark(data).decode("utf-8")) if len(data) <= MAX_LINE_BYTES else None
     except (ValueError, RecursionError) as error:
-        if laid_out and not isinstance(error, UnicodeDecodeError):
+        if laid_out and isinstance(error, json.JSONDecodeError) and error.lineno > 1:
             raise _no_json(path, error) from None
         return None
     return _checked(row, str(path)) if isinstance(row, dict) else None
@@ -215,14 +214,19 @@ def _no_object(where: str, reason: str) -> DataError:
 
 
 def _no_json(path: Path, error: Exception) -> DataError:
+    where = f"line {error.lineno} of {path}" if isinstance(error, json.JSONDecodeError) else str(path)
     return DataError(
-        f"{path} is not valid JSON ({_first_line(error)}); a file of rows holds one object on each line, or one list "
-        "of objects. Mend it, or fetch it again."
+        f"{where} is not valid JSON ({_reason(error)}); a file of rows holds one object on each line, or one list of "
+        "objects. Mend it, or fetch it again."
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return str(error).splitlines()[0][:120]
 
 
 def _without_mark(data: bytes) -> bytes:
