@@ -72,7 +72,7 @@ def measure_autoround(job: dict[str, Any]) -> dict[str, Any]:
 
     recipe = Recipe.from_mapping(job["recipe"])
     tokenizer, text = open_model(recipe.model).tokenizer, load_text(recipe.calibration)
-    windows = calibration_windows(tokenizer, text, recipe.samples, recipe.seqlen, recipe.seed)
+    windows = calibration_windows(tokenizer, text, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
     with tempfile.TemporaryDirectory(dir=job["folder"]) as place:
         told = {key: job["recipe"][key] for key in ("model", "bits", "group_size", "rank", "seed")}
         told |= {"windows": windows.tolist(), "out": str(Path(place) / "made")}

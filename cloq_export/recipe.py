@@ -110,6 +110,11 @@ class Recipe:
     samples: int = _option(128, "Number of calibration windows.")
     seqlen: int = _option(2048, "Tokens in a calibration window.")
     seed: int = _option(0, "Seed that draws the calibration windows.")
+    bos: Literal["auto", "never", "always"] = _option(
+        "auto",
+        "Begin token before each window of text, in calibration, evaluation and training: auto (where the tokenizer "
+        "puts one by itself), never or always.",
+    )
     device: str = _option("auto", "Where to compute: auto, cpu, cuda, or cuda:N.")
     solvers: Literal["local", "ray"] = _option(
         "local", "Where independent layers are solved: here, on every GPU of this machine, or by a Ray cluster."
@@ -373,6 +378,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter_dtype": ("float16", "bfloat16", "float32"),
     "refine": ("none", "block", "model", "apiq-lw", "apiq-bw"),
     "token_weighting": ("none", "inverse_norm"),
+    "bos": ("auto", "never", "always"),
     "solvers": ("local", "ray"),
     "precision": ("auto", "float32", "bfloat16"),
     "format": ("gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cloq_export.errors import CalibrationError, DataError
+from cloq_export.errors import CalibrationError, DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
+from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
+from cloq_export.texts.tokens import TextTokens
 
 WIKITEXT2 = "wikitext2"
 GSM8K = "gsm8k"
@@ -21,7 +22,6 @@ EMBEDDED = "embedded"
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
 _WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
 _GSM8K_HUB = ("openai/gsm8k", "main")
-_FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,17 @@ class CalibrationText:
             CalibrationText: text, origin and hash.
 
         Raises:
-            CalibrationError: the text is empty or white space.
+            CalibrationError: the text is empty or white space, or UTF-8 cannot say it.
         """
         if not text.strip():
             raise CalibrationError(f"the text {origin} is empty; give a file or data set with text in it.")
-        return cls(text, origin, hashlib.sha256(text.encode("utf-8")).hexdigest())
+        try:
+            encoded = text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise CalibrationError(
+                f"the text {origin} holds half of a surrogate pair, which is no text; mend it."
+            ) from None
+        return cls(text, origin, hashlib.sha256(encoded).hexdigest())
 
 
 def load_text(name: str) -> CalibrationText:
@@ -64,9 +70,9 @@ def load_text(name: str) -> CalibrationText:
 
     Args:
         name: "wikitext2" (validation split, from the data folder or the hub), "gsm8k" (training split, questions and
-            answers), "embedded" (a text that every Python installation has), a .txt or .jsonl file (rows with "text",
-            or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train" unless named).
-            Several, joined by "+", are a mix.
+            answers), "embedded" (a text that every Python installation has), a file (plain text, or .jsonl or .json
+            rows with "text" or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train"
+            unless named). Several, joined by "+", are a mix.
 
     Returns:
         CalibrationText: the text with its origin and hash.
@@ -108,13 +114,35 @@ def tokenize_text(tokenizer: Any, text: str) -> torch.Tensor:
     Returns:
         Tensor: (tokens,) int64.
     """
-    # verbose=False: a whole text is meant to exceed the model's context; windows are cut from it.
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(TextTokens(tokenizer).text_ids(text), dtype=torch.int64)
+
+
+def evaluation_tokens(tokenizer: Any, text: str, window: int, bos: str) -> torch.Tensor:
+    """Return the token ids of a text such that, cut into windows, each begins with the begin tokens that bos asks for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: any text.
+        window: tokens in a window, the begin tokens among them.
+        bos: as in `TextTokens.window_begin`.
+
+    Returns:
+        Tensor: (tokens,) int64.
+
+    Raises:
+        UsageError: as in `TextTokens.window_begin`, or a window has no room behind the begin tokens.
+    """
+    tokens = TextTokens(tokenizer)
+    ids, begin = torch.tensor(tokens.text_ids(text), dtype=torch.int64), tokens.window_begin(bos)
+    if not begin:
+        return ids
+    _check_room(begin, window)
+    first = torch.tensor(begin, dtype=torch.int64)
+    return torch.cat([part for piece in ids.split(window - len(begin)) for part in (first, piece)])
 
 
 def calibration_windows(
-    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int
+    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int, bos: str
 ) -> torch.Tensor:
     """Return random windows of a text; of a mix, window i is from the text i modulo their number.
 
@@ -124,24 +152,35 @@ def calibration_windows(
         samples: number of windows, at least 1.
         seqlen: tokens per window, at least 1.
         seed: of the draw from each text.
+        bos: what each window begins with, as in `TextTokens.window_begin`; it counts among its tokens.
 
     Returns:
         Tensor: (samples, seqlen) int64.
 
     Raises:
         CalibrationError: a text is shorter than one window, there are fewer windows than texts, or none is asked for.
+        UsageError: as in `evaluation_tokens`.
     """
+    tokens = TextTokens(tokenizer)
+    begin = tokens.window_begin(bos)
+    _check_room(begin, seqlen)
     parts = calibration.parts or (calibration,)
     if 1 <= samples < len(parts):
         raise CalibrationError(
             f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
             "(--samples)."
         )
+    first, room = torch.tensor(begin, dtype=torch.int64), seqlen - len(begin)
     drawn = [
-        sample_windows(tokenize_text(tokenizer, part.text), len(range(place, samples, len(parts))), seqlen, seed)
+        sample_windows(
+            torch.tensor(tokens.text_ids(part.text), dtype=torch.int64),
+            len(range(place, samples, len(parts))),
+            room,
+            seed,
+        )
         for place, part in enumerate(parts)
     ]
-    return torch.stack([drawn[i % len(parts)][i // len(parts)] for i in range(samples)])
+    return torch.stack([torch.cat([first, drawn[i % len(parts)][i // len(parts)]]) for i in range(samples)])
 
 
 def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -176,6 +215,14 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
 
 
+def _check_room(begin: tuple[int, ...], window: int) -> None:
+    if begin and window <= len(begin):
+        raise UsageError(
+            f"a window has {window} tokens, and {len(begin)} of them begin each window; choose longer windows, or bos "
+            "never."
+        )
+
+
 def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
     if name == WIKITEXT2:
         return _wikitext(wikitext_split)
@@ -186,7 +233,7 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
     path = Path(name).expanduser()
     if path.is_file():
         return CalibrationText.of(_read_file(path), str(path))
-    if path.is_dir() or path.suffix.lower() in _FILE_SUFFIXES or name.startswith((".", "/", "~")) or not name.strip():
+    if path.is_dir() or path.suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")) or not name.strip():
         raise CalibrationError(
             f"{name!r} is not a readable text file; allowed are wikitext2, gsm8k, embedded, a .txt or .jsonl file, or "
             "a data set on the Hugging Face hub. Check the path."
@@ -194,7 +241,7 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
     identifier, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     rows = _hub_rows(identifier, config or None, split or "train")
-    return CalibrationText.of(_join_rows(rows, name), f"hub:{name}")
+    return CalibrationText.of(_join_rows(_numbered(rows, name)), f"hub:{name}")
 
 
 def _embedded() -> CalibrationText:
@@ -220,61 +267,42 @@ def _wikitext(split: str) -> CalibrationText:
 
 
 def _gsm8k(split: str) -> CalibrationText:
-    path = local_file(f"gsm8k/{split}.jsonl")
+    path = local_file(f"gsm8k/{split}.jsonl", f"gsm8k/{split}.json")
     if path is not None:
         return CalibrationText.of(_read_file(path), str(path))
     name = ":".join((*_GSM8K_HUB, split))
-    return CalibrationText.of(_join_rows(_hub_rows(*_GSM8K_HUB, split), name), f"hub:{name}")
+    return CalibrationText.of(_join_rows(_numbered(_hub_rows(*_GSM8K_HUB, split), name)), f"hub:{name}")
 
 
 def _read_file(path: Path) -> str:
-    if path.suffix.lower() in (".parquet", ".csv"):
-        raise CalibrationError(
-            f"{path} is a {path.suffix} file; allowed are plain text (.txt) and JSON lines (.jsonl) with a 'text' "
-            "field, or 'question' and 'answer'. Convert it first."
-        )
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start}); give plain text or JSON lines in UTF-8."
-        ) from None
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
-    if path.suffix.lower() in (".jsonl", ".json"):
-        return _join_rows(_json_rows(text, path), str(path))
-    return text
+        return _join_rows(read_rows(path)) if holds_rows(path) else read_text(path)
+    except CalibrationError:
+        raise
+    except DataError as error:
+        raise CalibrationError(str(error)) from None
 
 
-def _json_rows(text: str, path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CalibrationError(
-                f"line {number} of {path} is not a JSON object; a .jsonl file holds one object per line with 'text', "
-                "or 'question' and 'answer'."
-            )
-        yield row
-
-
-def _join_rows(rows: Iterable[Mapping[str, Any]], name: str) -> str:
+def _join_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     texts = []
-    for number, row in enumerate(rows, start=1):
+    for where, row in rows:
         if isinstance(row.get("text"), str):
             texts.append(row["text"])
         elif isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
             texts.append(f"{row['question']}\n{row['answer']}")
         else:
+            wrong = [name for name in ("text", "question", "answer") if name in row and not isinstance(row[name], str)]
+            if wrong:
+                raise CalibrationError(f"{where}: {wrong[0]!r} is no text; mend the line, or delete it.")
             raise CalibrationError(
-                f"row {number} of {name} has the fields {', '.join(map(str, row)) or 'none'}; needed is 'text', or "
-                "'question' and 'answer'. Rename the fields, or give plain text."
+                f"{where} has the fields {', '.join(str(name)[:40] for name in list(row)[:12]) or 'none'}; needed is "
+                "'text', or 'question' and 'answer'. Rename the fields, or give plain text."
             )
     return "\n\n".join(texts)
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return ((f"row {number} of {name}", row) for number, row in enumerate(rows, start=1))
 
 
 def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:

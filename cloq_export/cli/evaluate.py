@@ -9,7 +9,7 @@ import click
 
 from cloq_export.cli.gates import gate_option, judge_gates, parse_gates, raise_if_missed
 from cloq_export.cli.options import json_option, parse_tasks
-from cloq_export.recipe import FIELDS
+from cloq_export.recipe import CHOICES, FIELDS
 
 
 @click.command(name="eval")
@@ -33,6 +33,12 @@ from cloq_export.recipe import FIELDS
     default=FIELDS["eval_windows"].default,
     show_default=True,
     help="How many windows, from the start of the text.",
+)
+@click.option(
+    "--bos",
+    type=click.Choice(CHOICES["bos"]),
+    help="Begin token before each window: where the tokenizer puts one by itself (auto), never, or always; unless "
+    "given, as the run has it, else auto.",
 )
 @click.option("--reference", metavar="MODEL", help="The float model; unless given, the one that the run was made from.")
 @click.option(
@@ -64,6 +70,7 @@ def command(
     text: str,
     window: int,
     windows: int,
+    bos: str | None,
     reference: str | None,
     adapter: str | None,
     force: bool,
@@ -89,6 +96,7 @@ def command(
             window,
             windows,
             reference,
+            bos=bos,
             adapter=adapter,
             force=force,
             tasks=chosen,

@@ -46,6 +46,7 @@ _NAMED = (
     "samples",
     "seqlen",
     "seed",
+    "bos",
     "device",
     "precision",
     "error_aware",

@@ -10,7 +10,7 @@ import click
 
 from cloq_export.cli.options import json_option, parse_tasks
 from cloq_export.errors import GateMissedError, UsageError
-from cloq_export.recipe import FIELDS
+from cloq_export.recipe import CHOICES, FIELDS
 
 
 @click.command(name="verify")
@@ -54,6 +54,13 @@ from cloq_export.recipe import FIELDS
 )
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="How many windows.")
+@click.option(
+    "--bos",
+    type=click.Choice(CHOICES["bos"]),
+    default=FIELDS["bos"].default,
+    show_default=True,
+    help="Begin token before each window and prompt of the text: as the tokenizer does by itself, never, or always.",
+)
 @click.option("--gsm8k", metavar="FILE", help="The same as --tasks gsm8k=FILE.")
 @click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="Questions of each task.")
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")

@@ -12,6 +12,7 @@ from cloq_export.parity.decoding import Ended
 from cloq_export.parity.runtime import ServedModel, TransformersModel
 from cloq_export.run.atomic import write_json
 from cloq_export.run.safe_json import read_json
+from cloq_export.texts.tokens import TextTokens
 
 # What an answer is read as where none can be read.
 INVALID = "[invalid]"
@@ -97,7 +98,7 @@ def continue_prompts(
     store: AnswerStore | None = None,
     advance: Advance | None = None,
 ) -> list[str]:
-    """Let a model continue texts, greedily.
+    """Let a model continue texts, greedily; it is asked with the ids that were trained on (see `TextTokens`).
 
     Args:
         model: the runtime.
@@ -112,7 +113,8 @@ def continue_prompts(
     Returns:
         list: what it wrote behind each prompt, cut, without special tokens.
     """
-    ids = [_token_ids(tokenizer, text) for text in prompts]
+    tokens = TextTokens(tokenizer)
+    ids = [tokens.prompt_ids(text) for text in prompts]
     options: dict[str, Any] = {}
     if isinstance(model, TransformersModel):
         # The answer is the same without: what comes behind its end is cut off below.
@@ -136,8 +138,7 @@ def score_continuations(
 ) -> list[list[float]]:
     """Return log p(continuation | context) in nats for every pair of every question.
 
-    The two are tokenized together and parted behind as many tokens as the context has alone, blanks at its end counted
-    to the continuation, as lm-evaluation-harness does.
+    The two are tokenized together and parted as lm-evaluation-harness does; see `TextTokens.scored_ids`.
 
     Args:
         model: the runtime.
@@ -147,7 +148,8 @@ def score_continuations(
         store: as in `continue_prompts`.
         advance: as in `continue_prompts`.
     """
-    encoded = [[_encode_pair(tokenizer, *pair) for pair in question] for question in pairs]
+    tokens = TextTokens(tokenizer)
+    encoded = [[tokens.scored_ids(*pair) for pair in question] for question in pairs]
 
     def work(rows: Sequence[int]) -> list[Any]:
         flat = [pair for row in rows for pair in encoded[row]]
@@ -198,18 +200,6 @@ def _in_chunks(
 
 def _chunk_of(model: ServedModel) -> int:
     return _CHUNK if isinstance(model, TransformersModel) else _CHUNK_OF_ENGINES
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
-    """Return the tokens of both together, and how many of them are the continuation's."""
-    bare = context.rstrip()
-    whole = _token_ids(tokenizer, context + continuation)
-    return whole, len(whole) - len(_token_ids(tokenizer, bare))
 
 
 def _text_of(tokenizer: Any, cut: Callable[[str], str], new: Sequence[int]) -> str:

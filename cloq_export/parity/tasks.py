@@ -36,7 +36,8 @@ from cloq_export.parity.continuations import CHOICES, PARAGRAPH_WORDS, continuat
 from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
-from cloq_export.train.examples import instruction_prompt, read_list, read_rows
+from cloq_export.texts.reading import read_rows
+from cloq_export.train.examples import instruction_prompt
 from cloq_export.train.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS, WORD_PROBLEMS
 from cloq_export.train.word_problems import generate
 
@@ -118,7 +119,7 @@ class Task(abc.ABC):
         """Return ((place, row) of each question, origin).
 
         Args:
-            file: a JSON-lines file or a JSON list; None takes the data folder's, else the hub's.
+            file: a file of JSON rows; None takes the data folder's, else the hub's.
 
         Raises:
             DataError: they cannot be found or read.
@@ -126,8 +127,7 @@ class Task(abc.ABC):
         """
         path = Path(file).expanduser() if file is not None else local_file(*self.files)
         if path is not None:
-            reader = read_list if path.suffix.lower() == ".json" else read_rows
-            return reader(path), str(path)
+            return read_rows(path), str(path)
         if self.hub is None:
             return _generated_rows(self.name), f"generated ({self.name}, test)"
         rows = hub_rows(
@@ -421,7 +421,7 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
 
     Args:
         task: the task.
-        file: a JSON-lines file or a JSON list; None takes the data folder's (the one that CLOQ_DATA names), else the
+        file: a file of JSON rows; None takes the data folder's (the one that CLOQ_DATA names), else the
             hub's; word problems are generated, and continuations made from a text.
         count: only so many, from the start.
         shots: worked examples before each.
@@ -530,7 +530,7 @@ def _gsm8k_like(
 def _training_problems() -> list[gsm8k.Problem]:
     path = local_file("gsm8k/train.jsonl", "gsm8k/train.json")
     if path is not None:
-        rows: Iterable[tuple[str, Mapping[str, Any]]] = (read_list if path.suffix == ".json" else read_rows)(path)
+        rows: Iterable[tuple[str, Mapping[str, Any]]] = read_rows(path)
     else:
         remedy = "Put gsm8k/train.jsonl into the folder that the environment variable CLOQ_DATA names."
         found = hub_rows("openai/gsm8k", "main", "train", remedy=remedy)

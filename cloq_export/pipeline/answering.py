@@ -13,6 +13,7 @@ from cloq_export.parity.runtime import ServedModel
 from cloq_export.parity.tasks import GROUPS, Questions, Task, WrittenTask, find_task, load_questions, task_entry
 from cloq_export.pipeline.session import Session
 from cloq_export.run.atomic import make_folder, write_json
+from cloq_export.texts.tokens import TextTokens
 
 TASKS_FILE = "tasks.json"
 
@@ -77,12 +78,15 @@ def answer_tasks(
         RunDirectoryError: the folder holds answers of another model or to other questions, or cannot be written.
     """
     answers: dict[str, dict[str, Answers]] = {name: {} for name in tasks}
+    begin = TextTokens(tokenizer).begin
     if out is not None:
         make_folder(out)
     for subject in subjects:
         for name, (task, questions) in tasks.items():
             store = (
-                None if out is None else AnswerStore(_answer_file(out, name, subject), _key(task, questions, subject))
+                None
+                if out is None
+                else AnswerStore(_answer_file(out, name, subject), _key(task, questions, subject, begin))
             )
             with session.progress(f"{name}, {subject.name}") as advance:
                 answers[name][subject.name] = task.ask(
@@ -115,10 +119,11 @@ def _answer_file(out: Path, task: str, subject: Subject) -> Path:
     return out / f"answers-{re.sub(r'[^a-z0-9-]', '-', task)}-{subject.name}.json"
 
 
-def _key(task: Task, questions: Questions, subject: Subject) -> dict[str, Any]:
-    return {
+def _key(task: Task, questions: Questions, subject: Subject, begin: tuple[int, ...]) -> dict[str, Any]:
+    key = {
         "task": task.name,
         "model": subject.fingerprint,
         "questions": questions.sha256,
         "tokens": task.max_new_tokens if isinstance(task, WrittenTask) else None,
     }
+    return key | ({"begin": list(begin)} if begin else {})

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.calibrate.data import evaluation_text, tokenize_text
+from cloq_export.calibrate.data import evaluation_text, evaluation_tokens
 from cloq_export.errors import DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import NO_CODE, open_model, read_tokenizer, save_plain
@@ -363,6 +363,11 @@ class _Work:
         row |= {"held_out_loss_before": before, "held_out_loss": curve["kept_loss"]}
         return row | self._judge(task, model, tokenizer, f"{start}-{width}-{seed}") | {"curve": curve}
 
+    @property
+    def bos(self) -> str:
+        """Return what each window of a text begins with, in training and in judging."""
+        return _base_recipe(self.comparison.model, self.comparison.quantize).bos
+
     def base(self, start: str, width: int) -> Path:
         """Return the run that a start trains over, made if need be, with its adapter."""
         own = STARTS[start]
@@ -412,7 +417,8 @@ class _Work:
         found: dict[str, Any] = {}
         model.eval()
         if "text" in options:
-            tokens = tokenize_text(tokenizer, evaluation_text(options["text"]).text)
+            text = evaluation_text(options["text"]).text
+            tokens = evaluation_tokens(tokenizer, text, options["window"], self.bos)
             sizes = {"window": options["window"], "windows": options["windows"]}
             measured = perplexity(model, tokens, **sizes, console=self.console)
             found |= {"perplexity": measured.perplexity, "standard_error": measured.standard_error}
@@ -491,7 +497,7 @@ class _FloatTrainer(_Trainer):
         model = loaded.model.to(dtype) if self._kind == "float" else self._nf4(loaded, dtype)
         attach_pairs(model, zero_pairs(shapes, dict.fromkeys(shapes, ZERO_RANK), recipe.seed))
         session = Session(Recipe(), self._work.console)
-        data = read_training_data(recipe, loaded.tokenizer)
+        data = read_training_data(recipe, loaded.tokenizer, bos=self._work.bos)
         folder = self._folder(recipe)
         training = run_training(session, model, data, recipe, folder, device, dtype)
         if judge and self._kind == "float":

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from cloq_export.calibrate.data import EMBEDDED
-from cloq_export.errors import UsageError
+from cloq_export.errors import DataError, MissingPackageError, UsageError
+from cloq_export.models.source import find_source, read_tokenizer
 from cloq_export.pipeline.exporting import ExportOptions, export
-from cloq_export.pipeline.finetuning import finetune, report_name
+from cloq_export.pipeline.finetuning import finetune, read_training_data, report_name
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import TEXT_REPORT, embedded_texts, run
 from cloq_export.pipeline.verification import VerifyOptions, missed_gates, verify
@@ -18,6 +19,7 @@ from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.run.atomic import write_bytes
 from cloq_export.run.directory import RunDirectory
 from cloq_export.train.examples import Example, ExampleSet
+from cloq_export.train.named_sets import load_examples
 
 # Greedy continuations that the verification compares: each takes as long as a few training steps on a CPU.
 _PROMPTS = 8
@@ -40,12 +42,14 @@ def run_and_finetune(
 
     Raises:
         UsageError: an adapter of that name exists and was trained otherwise.
+        DataError: the examples cannot be read or learned; this is found before anything is quantized.
         CloqError: as the single verbs.
     """
     tuning = FineTuneRecipe.from_mapping(recipe.finetune)
     if not tuning.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with --set finetune.data=NAME|FILE.")
     console = console or Console(stderr=True)
+    _check_data(recipe, tuning, out, demo)
     summary = run(recipe, out, demo=demo, console=console)
     directory = RunDirectory.open(out)
     examples, text = _texts(directory, recipe, demo, console)
@@ -58,6 +62,7 @@ def run_and_finetune(
         text=text,
         window=recipe.eval_window,
         windows=recipe.eval_windows,
+        bos=recipe.bos,
         prompts=_PROMPTS,
         out=folder.with_name(f"{folder.name}-parity"),
     )
@@ -77,6 +82,27 @@ def run_and_finetune(
     summary["next"] = [f"cloq serve {folder}", f"cloq inspect {folder} --verify"]
     summary["notes"] = [*summary["notes"], *(trained.get("notes") or [])]
     return summary
+
+
+def _check_data(recipe: Recipe, tuning: FineTuneRecipe, out: Path, demo: bool) -> None:
+    """Read the examples and make sequences of them, which takes minutes at most, before what takes hours.
+
+    Raises:
+        DataError: they cannot be read, no sequence comes of them, or the model's chat template refuses one.
+        MissingPackageError: they are on the hub, and `datasets` is not installed.
+    """
+    if RunDirectory.is_run(out) and RunDirectory.open(out).state == "done":
+        return
+    try:
+        found = load_examples(tuning.data)
+    except (DataError, MissingPackageError):
+        if demo:
+            return  # it may fall back on Python's own text
+        raise
+    source = find_source(recipe.model)
+    if source.kind == "gguf":
+        return  # its tokenizer comes with reading the model
+    read_training_data(tuning, read_tokenizer(source.folder, name=source.name), found, bos=recipe.bos)
 
 
 def _texts(directory: RunDirectory, recipe: Recipe, demo: bool, console: Console) -> tuple[ExampleSet | None, str]:

@@ -163,7 +163,9 @@ def training_device(recipe: FineTuneRecipe) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
-def read_training_data(recipe: FineTuneRecipe, tokenizer: Any, examples: ExampleSet | None = None) -> TrainingData:
+def read_training_data(
+    recipe: FineTuneRecipe, tokenizer: Any, examples: ExampleSet | None = None, *, bos: str
+) -> TrainingData:
     """Read the examples that a recipe names, and hold some of them out where it names none to evaluate on.
 
     What is held out is a plain text's end, so that nothing learned overlaps it, or examples spread evenly over the
@@ -173,6 +175,7 @@ def read_training_data(recipe: FineTuneRecipe, tokenizer: Any, examples: Example
         recipe: data, eval_data, eval_samples, seqlen and too_long.
         tokenizer: of the model.
         examples: taken instead of what data names.
+        bos: what a sequence of plain text begins with, as in `make_sequences`.
 
     Raises:
         DataError: the data cannot be read, or no sequence comes of it.
@@ -182,7 +185,7 @@ def read_training_data(recipe: FineTuneRecipe, tokenizer: Any, examples: Example
     learned: tuple[AnyExample, ...] = found.examples
 
     def sequences(examples: tuple[AnyExample, ...], origin: str) -> Sequences:
-        return make_sequences(examples, tokenizer, recipe.seqlen, too_long=recipe.too_long, origin=origin)
+        return make_sequences(examples, tokenizer, recipe.seqlen, too_long=recipe.too_long, bos=bos, origin=origin)
 
     if not recipe.eval_samples:
         return TrainingData(sequences(learned, found.origin), None, origins)
@@ -306,7 +309,7 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
 
 
 def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
-    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), examples)
+    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), examples, bos=session.recipe.bos)
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
             session.notes.extend(_count_notes(what, sequences.counts, recipe))
@@ -321,7 +324,15 @@ def _count_notes(what: str, counts: SequenceCounts, recipe: FineTuneRecipe) -> I
     if counts.dropped:
         yield f"{counts.dropped} of {counts.examples} {what} were left out: too long for {recipe.seqlen} tokens"
     if counts.turns_left_out:
-        yield f"{counts.turns_left_out} answers of {what} are not learned: the chat template rewrites earlier turns"
+        yield (
+            f"{counts.turns_left_out} answers of {what} are not learned: the chat template rewrites earlier turns, or "
+            "does not ask for them"
+        )
+    if counts.straddled:
+        yield (
+            f"{counts.straddled} of {counts.examples} {what} have a token across the border of what is asked and what "
+            "is learned (a blank at the end of the prompt, for example): both were tokenized apart there"
+        )
 
 
 def _origin(found: ExampleSet) -> dict[str, str]:

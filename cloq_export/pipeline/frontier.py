@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.calibrate.data import calibration_windows, evaluation_text, load_text, tokenize_text
+from cloq_export.calibrate.data import calibration_windows, evaluation_text, evaluation_tokens, load_text
 from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.models.source import open_model, read_tokenizer, save_plain
 from cloq_export.parity.perplexity import perplexity
@@ -380,7 +380,9 @@ class _Work:
             save_plain(loaded, folder)
         options = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model, "seed": case.seed})
         calibration = load_text(options.calibration)
-        windows = calibration_windows(loaded.tokenizer, calibration, options.samples, options.seqlen, case.seed)
+        windows = calibration_windows(
+            loaded.tokenizer, calibration, options.samples, options.seqlen, case.seed, options.bos
+        )
         job = {
             "model": str(folder.resolve()),
             "bits": case.bits,
@@ -401,8 +403,9 @@ class _Work:
     def _judge(self, model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
         model.eval()
         found: dict[str, Any] = {"perplexity": {}}
+        bos = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model}).bos
         for text in self.frontier.texts:
-            tokens = tokenize_text(tokenizer, evaluation_text(text).text)
+            tokens = evaluation_tokens(tokenizer, evaluation_text(text).text, self.frontier.window, bos)
             measured = perplexity(
                 model, tokens, window=self.frontier.window, windows=self.frontier.windows, console=self.console
             )

@@ -155,8 +155,8 @@ class MadeBefore:
         quality = self.base.quality if self.base is not None else None
         if quality is None or PERPLEXITY not in options.tasks or options.other_reference:
             return []
-        now = (Path(options.text).name, options.window, options.windows)
-        if now != (quality.text, quality.window, quality.windows):
+        now = (Path(options.text).name, options.window, options.windows, options.bos)
+        if now != (quality.text, quality.window, quality.windows, quality.bos):
             return []
         same = text_sha256 in (None, quality.text_sha256)
         found = []

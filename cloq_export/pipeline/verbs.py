@@ -23,8 +23,8 @@ from cloq_export.calibrate.data import (
     CalibrationText,
     calibration_windows,
     evaluation_text,
+    evaluation_tokens,
     load_text,
-    tokenize_text,
 )
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
@@ -78,6 +78,7 @@ from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.inspection import describe, stored_sizes
 from cloq_export.runtimes.merged import is_merged
 from cloq_export.runtimes.provenance import ProbeRecord, Quality
+from cloq_export.texts.tokens import TextTokens
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SHOWN_WARNINGS = 5
@@ -114,7 +115,9 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed(
             "measure",
-            lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model, probes=probes),
+            lambda: _measure(
+                session, out, judging, recipe.eval_window, recipe.eval_windows, recipe.bos, model, probes=probes
+            ),
         )
         directory.write_report("evaluation", perplexity)
         record_base(
@@ -260,6 +263,7 @@ def evaluate(
     windows: int,
     reference: str | None = None,
     *,
+    bos: str | None = None,
     adapter: str | None = None,
     force: bool = False,
     tasks: Sequence[str] = (PERPLEXITY,),
@@ -276,6 +280,7 @@ def evaluate(
         window: tokens in a window.
         windows: windows from the start of the text.
         reference: the float model; None is the run's source, and for a checkpoint none is measured.
+        bos: what each window begins with: "auto", "never" or "always"; None is the run's, and for a checkpoint "auto".
         adapter: name or folder; None takes the recipe's own if the run has it, else the only one there is.
         force: take an adapter of another base; the result says so.
         tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
@@ -308,7 +313,9 @@ def evaluate(
         loaded = open_model(name, dtype=torch.float32)
     result: dict[str, Any] = {}
     if judging is not None:
-        result = _measure(session, path, judging, window, windows, loaded, adapter=chosen, force=force)
+        result = _measure(
+            session, path, judging, window, windows, bos or recipe.bos, loaded, adapter=chosen, force=force
+        )
     if questions:
         tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
         subjects = _subjects(session, path, loaded, chosen, force)
@@ -495,7 +502,7 @@ def _compress(
 
 def _check_judging(loaded: LoadedModel, recipe: Recipe, judging: CalibrationText | None) -> None:
     if judging is not None:
-        tokens = tokenize_text(loaded.tokenizer, judging.text)
+        tokens = evaluation_tokens(loaded.tokenizer, judging.text, recipe.eval_window, recipe.bos)
         check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
 
 
@@ -528,7 +535,11 @@ def _walk(
     if done:
         session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
     windows = _windows(loaded, recipe, calibration)
-    session.say(f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}")
+    begin = TextTokens(loaded.tokenizer).window_begin(recipe.bos)
+    begun = f", each window begun with {' '.join(loaded.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
+    session.say(
+        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}{begun}"
+    )
     widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
     if windows.numel() < widest:
         session.notes.append(
@@ -602,7 +613,7 @@ def _windows(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) 
             f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
             f"{limit} or less."
         )
-    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed)
+    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
 
 
 def _refine_model(
@@ -687,6 +698,7 @@ def _measure(
     text: CalibrationText,
     window: int,
     windows: int,
+    bos: str,
     loaded: LoadedModel | None,
     *,
     adapter: str | None = None,
@@ -702,7 +714,7 @@ def _measure(
         else _served(session, path, adapter, force)
     )
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
-    tokens = tokenize_text(tokenizer, text.text)
+    tokens = evaluation_tokens(tokenizer, text.text, window, bos)
 
     def models() -> Iterator[tuple[str, nn.Module]]:
         if loaded is not None:
@@ -721,7 +733,7 @@ def _measure(
                 probes[adapter] = probe_model(served, tokenizer)
             yield "adapter", served
 
-    return measure(
+    table = measure(
         models(),
         tokens,
         text=text.origin,
@@ -730,6 +742,7 @@ def _measure(
         windows=windows,
         console=session.console,
     )
+    return table | {"bos": bos, "begin_tokens": list(TextTokens(tokenizer).window_begin(bos))}
 
 
 def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
@@ -740,6 +753,7 @@ def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
         text_sha256=str(perplexity["text_sha256"]),
         window=recipe.eval_window,
         windows=recipe.eval_windows,
+        bos=recipe.bos,
         ratio={name: perplexity[label]["ratio_to_float"] for label, name in labels.items() if label in perplexity},
     )
 

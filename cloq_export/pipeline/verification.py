@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from cloq_export.calibrate.data import evaluation_text, tokenize_text
+from cloq_export.calibrate.data import evaluation_text, evaluation_tokens, tokenize_text
 from cloq_export.errors import CloqError, FormatError, UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.record import is_onnx_export
@@ -42,7 +42,7 @@ from cloq_export.parity.tasks import PERPLEXITY, Questions, Task, expand_names, 
 from cloq_export.pipeline.exporting import adapters_in
 from cloq_export.pipeline.made_before import MadeBefore, compare_float_part
 from cloq_export.pipeline.session import Session
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import CHOICES, Recipe
 from cloq_export.run.atomic import make_folder
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.versions import environment
@@ -51,6 +51,7 @@ from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
 from cloq_export.runtimes.onnx_float_graph import require_packages
+from cloq_export.texts.tokens import TextTokens
 
 if TYPE_CHECKING:
     from cloq_export.formats.onnx.reading import OnnxExport
@@ -81,6 +82,7 @@ class VerifyOptions:
         text: as in `evaluate`.
         window: tokens in a window.
         windows: how many at most.
+        bos: what each window and each prompt of the text begins with: "auto", "never" or "always".
         gsm8k: file of its problems; None takes the data folder's or the hub's.
         problems: how many questions of each task, from the start.
         shots: worked examples before each problem.
@@ -106,6 +108,7 @@ class VerifyOptions:
     text: str = "wikitext2"
     window: int = 512
     windows: int = 16
+    bos: str = "auto"
     gsm8k: str | None = None
     problems: int = 100
     shots: int = 0
@@ -364,17 +367,17 @@ class _Verification:
             questions = load_questions(task, file, count=options.problems, shots=options.shots)
             self.tasks[name], self.answers[name] = (task, questions), {}
 
-    def _cut(self, tokens: torch.Tensor) -> None:
-        """Cut windows, prompts and probes from the text."""
-        options = self.options
+    def _cut(self, tokens: torch.Tensor, bare: torch.Tensor) -> None:
+        """Cut windows, prompts and probes from a text's tokens: with begin tokens where windows are cut, and bare."""
+        options, begin = self.options, self.begin
         count = min(options.windows, tokens.numel() // options.window)
         self.windows = tokens[: count * options.window].view(count, options.window).tolist()
-        width = min(_PROMPT_TOKENS, options.window)
+        width = min(_PROMPT_TOKENS, options.window) - len(begin)
         # Prompts are spread over the whole of what was read, so that they are not all of one page.
-        step = max(1, (count * options.window - width) // max(1, options.prompts))
-        flat = tokens[: count * options.window].tolist()
-        starts = range(0, count * options.window - width + 1, step)
-        self.prompts = [flat[start : start + width] for start in list(starts)[: options.prompts]]
+        flat = bare[: count * (options.window - len(begin))].tolist()
+        step = max(1, (len(flat) - width) // max(1, options.prompts))
+        starts = range(0, len(flat) - width + 1, step)
+        self.prompts = [begin + flat[start : start + width] for start in list(starts)[: options.prompts]]
         probes = _LIVENESS_SEQUENCES.get(options.dtype, _LIVENESS_SEQUENCES_HALF)
         self.probes = [window[: options.liveness_tokens] for window in self.windows[:probes]]
         self.isolated = [
@@ -394,10 +397,11 @@ class _Verification:
             from cloq_export.pipeline.onnx_stand_in import write_stand_in
 
             self.base, self.folders = write_stand_in(place, checkpoint, loaded, self.plan.adapters)
-        tokens = tokenize_text(loaded.tokenizer, text)
-        check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
         self.tokenizer, self.ends = loaded.tokenizer, end_tokens(loaded.model)
-        self._cut(tokens)
+        self.begin = list(TextTokens(loaded.tokenizer).window_begin(options.bos))
+        tokens = evaluation_tokens(loaded.tokenizer, text, options.window, options.bos)
+        check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
+        self._cut(tokens, tokenize_text(loaded.tokenizer, text))
         model = float_model(loaded.model.to(options.device))
         alone: list[str | None] = [None] * len(self.windows)
         self.session.say(f"measure the float model on {len(self.windows)} windows of {options.window} tokens, twice")
@@ -685,6 +689,8 @@ class _Verification:
                 **text,
                 "window": options.window,
                 "windows": len(self.windows),
+                "bos": options.bos,
+                "begin_tokens": self.begin,
                 "tasks": list(options.tasks),
                 "prompts": len(self.prompts),
                 "new_tokens": options.new_tokens,
@@ -760,6 +766,7 @@ def _check_options(options: VerifyOptions) -> None:
     for flag, value, allowed in (
         ("--runtime", options.runtime, RUNTIME_NAMES),
         ("--dtype", options.dtype, tuple(DTYPES)),
+        ("--bos", options.bos, CHOICES["bos"]),
     ):
         if value not in allowed:
             near = difflib.get_close_matches(value, allowed, n=1)

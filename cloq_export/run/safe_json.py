@@ -55,7 +55,7 @@ def parse_json(data: bytes | str, source: str) -> dict[str, Any]:
         FormatError: the text is not JSON, names a key twice, or holds something else than an object.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_distinct)
+        value = json.loads(data, object_pairs_hook=distinct_keys)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise FormatError(f"{source} is not valid JSON ({reason}); it is damaged or of another kind.") from None
@@ -64,8 +64,15 @@ def parse_json(data: bytes | str, source: str) -> dict[str, Any]:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, refusing a key that stands there twice: readers differ in which of the two they take."""
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, refusing a key that stands there twice: readers differ in which of the two they take.
+
+    Args:
+        pairs: of keys and values, as `json.loads` gives them to its `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key stands there twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

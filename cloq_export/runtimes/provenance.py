@@ -232,6 +232,7 @@ class Quality:
         text_sha256: of the text.
         window: tokens in a window.
         windows: how many were asked for.
+        bos: how windows began, as the recipe says it.
         ratio: name of an adapter, or "" for the codes alone -> perplexity over that of the float model.
     """
 
@@ -239,6 +240,7 @@ class Quality:
     text_sha256: str
     window: int
     windows: int
+    bos: str
     ratio: Mapping[str, float]
 
 

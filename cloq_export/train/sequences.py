@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from cloq_export.errors import DataError
+from cloq_export.texts.tokens import TextTokens
 from cloq_export.train.examples import AnyExample, ChatExample, Example
 
 # What the loss passes over, by torch's convention.
@@ -24,8 +25,10 @@ class SequenceCounts:
         truncated: examples cut to the length of a sequence.
         dropped: examples left out, because they were too long or nothing to learn was left of them.
         turns_left_out: answers of a chat that are not learned, because the chat template writes them differently once
-            more turns follow.
+            more turns follow, or does not ask for them.
         tail: tokens of plain text that did not fill a sequence.
+        straddled: examples in which a token of the whole text would straddle the border between what is asked and what
+            is learned, so that the two are tokenized apart.
     """
 
     examples: int = 0
@@ -33,6 +36,7 @@ class SequenceCounts:
     dropped: int = 0
     turns_left_out: int = 0
     tail: int = 0
+    straddled: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,43 +69,58 @@ def make_sequences(
     seqlen: int,
     *,
     too_long: Literal["truncate", "drop"] = "truncate",
+    bos: str = "auto",
     origin: str = "the data",
 ) -> Sequences:
     """Return the sequences of examples.
 
     Plain texts are joined, with the end-of-text token between two, and cut into sequences of exactly `seqlen` tokens.
     A prompt with its completion is one sequence, of which the completion and the end-of-text token behind it are
-    learned. A chat is what the tokenizer's chat template makes of it, of which the assistant's turns are learned.
+    learned. A chat is what the tokenizer's chat template makes of it, of which the assistant's turns are learned. What
+    is asked has the ids that it is asked with; see `TextTokens`.
 
     Args:
         examples: what to learn.
         tokenizer: a transformers tokenizer.
         seqlen: the longest sequence, in tokens.
         too_long: cut longer examples at their end, or leave them out; either is counted.
+        bos: what a sequence of plain text begins with, as in `TextTokens.window_begin`.
         origin: where the examples are from, for messages.
 
     Returns:
         Sequences, in the order of the examples, those of plain text behind the others.
 
     Raises:
-        DataError: no sequence came of them, or there are chats and the tokenizer has no chat template.
+        DataError: no sequence came of them, or there are chats and the tokenizer has no chat template, or one that
+            refuses a chat: the message gives its row and the template's words.
+        UsageError: as `TextTokens.window_begin`.
     """
+    tokens = TextTokens(tokenizer)
+    begin = tokens.window_begin(bos)
     rows: list[dict[str, torch.Tensor]] = []
     plain: list[int] = []
-    total = truncated = dropped = left_out = 0
+    refused: list[str] = []
+    total = truncated = dropped = left_out = apart = 0
     end = tokenizer.eos_token_id
     for example in examples:
         total += 1
         if isinstance(example, Example) and example.prompt is None:
-            plain += ([end] if plain and end is not None else []) + _tokens(tokenizer, example.completion)
+            plain += ([end] if plain and end is not None else []) + tokens.text_ids(example.completion)
             continue
         if isinstance(example, ChatExample):
-            pieces, missed = _chat_pieces(example, tokenizer)
+            where = example.where or f"example {total} of {origin}"
+            try:
+                pieces, missed, straddled = _chat_pieces(example, tokens, where)
+            except _RefusedError as error:
+                refused.append(f"{where}: the model's chat template refuses it ({error}). Mend the chat, or delete it.")
+                continue
             left_out += missed
         else:
-            pieces = _prompt_pieces(example, tokenizer)
-        ids = [token for tokens, _ in pieces for token in tokens]
-        labels = [token if learned else NOT_LEARNED for tokens, learned in pieces for token in tokens]
+            prompt, completion, straddled = tokens.completion_ids(example.prompt or "", example.completion)
+            pieces = [(prompt, False), (completion, True)]
+        apart += straddled
+        ids = [token for found, _ in pieces for token in found]
+        labels = [token if learned else NOT_LEARNED for found, learned in pieces for token in found]
         longer = len(ids) > seqlen
         ids, labels = ids[:seqlen], labels[:seqlen]
         # The first token is never predicted, so a label there is none.
@@ -110,10 +129,12 @@ def make_sequences(
             continue
         truncated += longer
         rows.append(_row(ids, labels))
-    whole = len(plain) // seqlen * seqlen
-    for window in torch.tensor(plain[:whole], dtype=torch.int32).view(-1, seqlen):
-        rows.append({"input_ids": window, "labels": window})
-    counts = SequenceCounts(total, truncated, dropped, left_out, len(plain) - whole)
+    if refused:
+        more = f" {len(refused) - 1} more of {total} examples are refused." if len(refused) > 1 else ""
+        raise DataError(refused[0] + more)
+    windows, tail = _windows(plain, begin, seqlen)
+    rows += windows
+    counts = SequenceCounts(total, truncated, dropped, left_out, tail, apart)
     if not rows:
         raise DataError(
             f"{origin} gives no sequence of {seqlen} tokens: {total} examples, {dropped} left out as too long, "
@@ -145,22 +166,27 @@ def pad_batch(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
 Pieces = list[tuple[list[int], bool]]
 
 
-def _tokens(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    # verbose=False: a text may be longer than the model's context; it is cut later.
-    ids: list[int] = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    return ids
+class _RefusedError(Exception):
+    """A chat template does not write a chat; in its own words."""
 
 
-def _prompt_pieces(example: Example, tokenizer: Any) -> Pieces:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompt = _tokens(tokenizer, example.prompt or "", special=True)
-    return [(prompt, False), (_tokens(tokenizer, example.completion) + end, True)]
+def _windows(plain: list[int], begin: Sequence[int], seqlen: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+    """Return the sequences of a text's tokens, (seqlen,) each with the begin tokens, and the tokens left over."""
+    room = seqlen - len(begin)
+    if room < 1:
+        return [], len(plain)
+    whole = len(plain) // room * room
+    first = torch.tensor(list(begin), dtype=torch.int32)
+    rows = []
+    for window in torch.tensor(plain[:whole], dtype=torch.int32).view(-1, room):
+        labels = window if not begin else torch.cat([torch.full_like(first, NOT_LEARNED), window])
+        rows.append({"input_ids": window if not begin else torch.cat([first, window]), "labels": labels})
+    return rows, len(plain) - whole
 
 
-def _chat_pieces(example: ChatExample, tokenizer: Any) -> tuple[Pieces, int]:
-    """Return the pieces of a chat and how many of its answers had to be left out."""
+def _chat_pieces(example: ChatExample, tokens: TextTokens, where: str) -> tuple[Pieces, int, bool]:
+    """Return the pieces of a chat, how many of its answers had to be left out, and whether a token would straddle."""
+    tokenizer = tokens.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the examples are chats and the model's tokenizer has no chat template; give rows with 'prompt' and "
@@ -173,23 +199,81 @@ def _chat_pieces(example: ChatExample, tokenizer: Any) -> tuple[Pieces, int]:
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: turn + 1])
-        if whole.startswith(before) and whole.startswith(after) and len(before) < len(after):
-            spans.append((len(before), len(after)))
+        span = _answer_span(tokenizer, messages, turn, whole, spans[-1][1] if spans else 0)
+        if span is not None:
+            spans.append(span)
         elif turn + 1 < len(messages):
             left_out += 1
         else:
             raise DataError(
-                "the model's chat template does not begin an answer as it asks for one, so what is to be learned "
-                "cannot be told; give rows with 'prompt' and 'completion'."
+                f"{where}: the model's chat template does not begin an answer as it asks for one, so what is to be "
+                "learned cannot be told; give rows with 'prompt' and 'completion'."
             )
-    return [(_tokens(tokenizer, text), learned) for text, learned in _cut(whole, spans)], left_out
+    pieces = list(_cut(whole, spans))
+    ids, straddled = tokens.joined_ids([text for text, _ in pieces], begin=False)
+    return [(found, learned) for found, (_, learned) in zip(ids, pieces, strict=True)], left_out, bool(straddled)
+
+
+def _answer_span(
+    tokenizer: Any, messages: Sequence[dict[str, str]], turn: int, whole: str, start: int
+) -> tuple[int, int] | None:
+    """Return where an answer stands in the text of a chat: from behind what asks for it to its end.
+
+    Args:
+        tokenizer: with the chat template.
+        messages: of the chat.
+        turn: number of the answer's message.
+        whole: the text of the chat.
+        start: where the answer before ends.
+
+    Returns:
+        (start, end), or None if the template writes the turn differently in the whole chat, or does not ask for it.
+    """
+    after = _rendered_or_none(tokenizer, messages[: turn + 1])
+    if after is None or not whole.startswith(after):
+        return None
+    # Nobody can be asked with no message at all, and some templates want a user's first; the answer is then found
+    # behind what the template writes wherever it asks for one.
+    before = _rendered_or_none(tokenizer, messages[:turn], add_generation_prompt=True) if turn else None
+    if before is not None:
+        return (len(before), len(after)) if whole.startswith(before) and len(before) < len(after) else None
+    asking = _asking_text(tokenizer, messages, turn)
+    content = messages[turn]["content"].strip()
+    place = after.find(asking, start) if asking else -1
+    while place >= 0:
+        begins = place + len(asking)
+        if after[begins:].lstrip().startswith(content):
+            return begins, len(after)
+        place = after.find(asking, place + 1)
+    return None
+
+
+def _asking_text(tokenizer: Any, messages: Sequence[dict[str, str]], turn: int) -> str:
+    """Return what the template writes to ask for an answer: later in the chat, or behind some user's turn."""
+    later = [messages[:place] for place in range(turn + 1, len(messages)) if messages[place]["role"] == "assistant"]
+    for asked in (*later, [{"role": "user", "content": "a"}]):
+        without = _rendered_or_none(tokenizer, asked)
+        with_it = _rendered_or_none(tokenizer, asked, add_generation_prompt=True)
+        if without is not None and with_it is not None and with_it.startswith(without):
+            return with_it[len(without) :]
+    return ""
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    # A template is a program of the model's author: what it raises, on purpose or not, is of any kind.
+    except Exception as error:
+        words = str(error).strip().splitlines()
+        raise _RefusedError(words[0][:200] if words else type(error).__name__) from None
     return text
+
+
+def _rendered_or_none(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str | None:
+    try:
+        return _render(tokenizer, messages, **options)
+    except _RefusedError:
+        return None
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, bool]]:

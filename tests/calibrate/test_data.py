@@ -88,7 +88,7 @@ def test_text_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_json_lines_with_text_or_problems(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\n\n{"question": "2+2?", "answer": "4"}\n', encoding="utf-8")
+    path.write_text('{"text": "one"}\n{"question": "2+2?", "answer": "4"}\n', encoding="utf-8")
     assert load_text(str(path)).text == "one\n\n2+2?\n4"
 
 
@@ -96,8 +96,10 @@ def test_json_lines_with_text_or_problems(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"text": "one"}\n{"text"', "line 2 of .* is not a JSON object"),
-        ("[1]\n", "line 1 of .* is not a JSON object"),
-        ('{"prompt": "x"}\n', "row 1 of .* has the fields prompt; needed is 'text'"),
+        ("[1]\n", "item 1 of .* is not a JSON object"),
+        ('{"prompt": "x"}\n', "line 1 of .* has the fields prompt; needed is 'text'"),
+        ('{"text": null}\n', "line 1 of .*: 'text' is no text"),
+        ('{"question": "x", "answer": 3}\n', "line 1 of .*: 'answer' is no text"),
         ("\n", "is empty"),
         ('{"text": "  "}', "is empty"),
     ],
@@ -199,12 +201,12 @@ def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
     mix = load_text(f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}")
     assert mix.origin == f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}"
     assert mix.sha256 == hashlib.sha256(mix.text.encode()).hexdigest()
-    windows = calibration_windows(_letters, mix, 5, 4, 0)
+    windows = calibration_windows(_letters, mix, 5, 4, 0, "auto")
     assert "".join(chr(row[0]) for row in windows) == "ababa"
     assert windows.shape == (5, 4)
     assert all(len(set(row.tolist())) == 1 for row in windows)
     with pytest.raises(CalibrationError, match="1 windows were asked for from a mix of 2 texts"):
-        calibration_windows(_letters, mix, 1, 4, 0)
+        calibration_windows(_letters, mix, 1, 4, 0, "auto")
     # A file's own name may have the sign in it.
     single = load_text(str(tmp_path / "c+c.txt"))
     assert (single.text, single.parts) == ("c" * 50, ())
@@ -215,13 +217,12 @@ def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
 def test_windows_of_one_text_are_those_of_its_tokens(tmp_path: Path) -> None:
     text = CalibrationText.of("".join(chr(97 + i % 26) for i in range(300)), "here")
     tokens = tokenize_text(_letters, text.text)
-    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3), sample_windows(tokens, 7, 20, 3))
+    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3, "auto"), sample_windows(tokens, 7, 20, 3))
 
 
 def test_tokenizing_adds_nothing() -> None:
-    def tokenizer(text: str, **options: Any) -> dict[str, list[int]]:
-        assert options["add_special_tokens"] is False
-        return {"input_ids": [ord(letter) for letter in text]}
+    def tokenizer(text: str, *, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [*([7] if add_special_tokens else []), *(ord(letter) for letter in text)]}
 
     ids = tokenize_text(tokenizer, "ab")
     assert ids.tolist() == [97, 98]
@@ -231,3 +232,5 @@ def test_tokenizing_adds_nothing() -> None:
 def test_text_is_not_empty() -> None:
     with pytest.raises(CalibrationError, match="is empty"):
         CalibrationText.of(" \n", "somewhere")
+    with pytest.raises(CalibrationError, match="the text somewhere holds half of a surrogate pair"):
+        CalibrationText.of("a\ud800", "somewhere")

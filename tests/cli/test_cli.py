@@ -128,6 +128,7 @@ class RecordingPipeline(types.ModuleType):
         windows: int,
         reference: str | None,
         *,
+        bos: str | None,
         adapter: str | None,
         force: bool,
         tasks: tuple[str, ...],

@@ -86,6 +86,8 @@ def report() -> dict[str, Any]:
             "text_sha256": "22",
             "window": 16,
             "windows": 2,
+            "bos": "auto",
+            "begin_tokens": [1],
             "tasks": ["ppl", "gsm8k"],
             "prompts": 3,
             "new_tokens": 4,

@@ -213,7 +213,7 @@ def test_the_corrected_command_is_not_refused(
         (b"", "is empty; give a file or data set with text in it"),
         (b" \n\t \n", "is empty; give a file or data set with text in it"),
         (b"w1 w2 w3", "the calibration text has 3 tokens, one window needs 32; give a longer text with --calibration"),
-        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        (b"\xff\xfe\x00", "is not UTF-8 text: the file is UTF-16"),
     ],
 )
 def test_a_text_that_does_not_do(content: bytes, message: str, tmp_path: Path, refused: Callable[..., str]) -> None:

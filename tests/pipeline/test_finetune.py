@@ -16,14 +16,17 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
+import transformers
 from rich.console import Console
 
 import cloq_export
 from cloq_export import pipeline
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, DivergedError, UsageError
+from cloq_export.errors import BindingError, DataError, DivergedError, UsageError
 from cloq_export.formats.peft import read_adapter
+from cloq_export.pipeline.finetuned_run import run_and_finetune
 from cloq_export.pipeline.finetuning import finetune, zero_pairs
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.run.atomic import write_json
@@ -374,6 +377,51 @@ def test_one_command_goes_from_a_model_to_a_verified_export(
     command[command.index("finetune.steps=3")] = "finetune.steps=2"
     assert main(command) == 2
     assert "was trained with other options (steps: 3 then, 2 now)" in capsys.readouterr().err
+
+
+def test_a_begin_token_begins_every_window(
+    model_folder: Callable[..., Path], recipe_for: RecipeFor, texts: dict[str, str], tmp_path: Path, silent: Console
+) -> None:
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    recipe = recipe_for("llama", bits=4, adapter_dtype="float32", model=str(folder))
+    section = {**SMALL, "data": texts["calibration"], "steps": 1, "eval_every": 1}
+    summary = run_and_finetune(recipe.changed({"finetune": section}), tmp_path / "run", console=silent)
+    assert (summary["perplexity"]["bos"], summary["perplexity"]["begin_tokens"]) == ("auto", [1])
+    report = json.loads(Path(summary["verified"]["files"]["json"]).read_text())
+    assert (report["passed"], report["conditions"]["bos"], report["conditions"]["begin_tokens"]) == (True, "auto", [1])
+    perplexity = {
+        bos: pipeline.evaluate(tmp_path / "run", texts["eval_text"], 16, 4, bos=bos, console=silent)
+        for bos in (None, "never")
+    }
+    assert perplexity[None]["float"] == summary["perplexity"]["float"]
+    assert (perplexity["never"]["bos"], perplexity["never"]["begin_tokens"]) == ("never", [])
+    assert perplexity["never"]["float"] != summary["perplexity"]["float"]
+    # Calibration begins its windows so, too.
+    other = pipeline.run(recipe.changed({"bos": "never"}), tmp_path / "other", console=silent)
+    assert other["perplexity"]["float"] == perplexity["never"]["float"]
+    assert other["layers"]["worst_error_adapted"] != summary["layers"]["worst_error_adapted"]
+
+
+def test_examples_that_cannot_be_learned_are_found_before_anything_is_quantized(
+    model_folder: Callable[..., Path], recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no ' ~ messages[0].role ~ ' first') }}")
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}\n')
+    recipe = recipe_for("llama", model=str(folder), finetune={**SMALL, "data": str(data)})
+    with pytest.raises(
+        DataError, match=r"line 1 of .*chats.jsonl: the model's chat template refuses it \(no user first"
+    ):
+        run_and_finetune(recipe, tmp_path / "run", console=silent)
+    with pytest.raises(DataError, match=r"'nowhere.jsonl' is no file"):
+        run_and_finetune(recipe.changed({"finetune": {"data": "nowhere.jsonl"}}), tmp_path / "run", console=silent)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fine_tuning_without_data_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

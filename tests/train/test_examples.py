@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from cloq_export.errors import DataError
-from cloq_export.train import examples
 from cloq_export.train.examples import (
     ChatExample,
     Example,
@@ -32,6 +31,58 @@ def write_rows(folder: Path, *rows: Any) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def test_chats_of_another_form_and_where_they_stand(tmp_path: Path) -> None:
+    turns = [
+        {"from": who, "value": turn["content"]} for who, turn in zip(("system", "human", "gpt"), CHAT, strict=True)
+    ]
+    expected = ChatExample(tuple(Message(turn["role"], turn["content"]) for turn in CHAT))
+    rows = [{"conversations": turns}, {"conversations": CHAT}, {"messages": turns, "tools": [], "id": 3}]
+    rows.append({"messages": [{**turn, "tool_calls": None, "weight": 1, "name": "x"} for turn in CHAT]})
+    path = write_rows(tmp_path, *rows)
+    found = read_examples(path)
+    assert found.examples == (expected,) * 4
+    assert [each.where for each in found.examples if isinstance(each, ChatExample)] == [
+        f"line {number} of {path}" for number in range(1, 5)
+    ]
+    # Where they stand is not what they are.
+    assert found.sha256 == ExampleSet.of([expected] * 4, "").sha256
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": CHAT, "tools": [{"name": "f"}]},
+            "row has 'tools', which cannot be learned with; only 'messages'",
+        ),
+        (
+            {"messages": [{**CHAT[1], "content": [{"type": "text"}]}, CHAT[2]]},
+            "message 1: 'content' is a list of parts",
+        ),
+        (
+            {"messages": [CHAT[1], {**CHAT[2], "tool_calls": [{}]}]},
+            "message 2 has 'tool_calls', which cannot be learned",
+        ),
+        ({"messages": [CHAT[1], {**CHAT[2], "reasoning_content": "so"}]}, "message 2 has 'reasoning_content'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}, "message 2 has 'weight'"),
+        (
+            {"conversations": [{"from": "tool", "value": "a"}]},
+            "message 1 is from 'tool'; allowed are system, human, user",
+        ),
+        ({"conversations": [{"from": "human"}]}, "message 1: 'value' is no text"),
+        (
+            {"conversations": "a"},
+            "row: 'conversations' is no list of messages; each has 'role' and 'content', or 'from'",
+        ),
+        ({"conversation": CHAT}, "row has the fields conversation; a row holds 'messages' or 'conversations'"),
+        ({"prompt": CHAT[:2], "completion": CHAT[2:]}, "row: 'prompt' is no text; .* A chat goes into 'messages'"),
+    ],
+)
+def test_chats_that_are_not_learned_are_refused_by_name(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        example_of(row, "row")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +150,7 @@ GOOD = b'{"text": "good"}\n'
     [
         (GOOD + b"\n" + GOOD, r"line 2 of .*rows.jsonl is empty; each line holds one JSON object\. Delete the line"),
         (GOOD + b" \n\t\n" + GOOD, "line 2 of .* is empty"),
-        (GOOD + b'{"text": "cut', r"line 2 of .* is not a JSON object; each line holds one with 'messages'; 'prompt'"),
+        (GOOD + b'{"text": "cut', r"line 2 of .* is not a JSON object \(Unterminated string"),
         (GOOD + b"[1]\n", "line 2 of .* is not a JSON object"),
         (GOOD + b"[" * 100_000 + b"\n", "line 2 of .* is not a JSON object"),
         (GOOD + b'{"text": "a", "text": "b"}\n', "line 2 of .* is not a JSON object"),
@@ -143,16 +194,13 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path, content: bytes, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', r"a.json is not valid JSON \(Extra data.*name the file .jsonl"),
-        ("a.json", b'{"text": "a"}', r"a.json holds no JSON list; a .json file holds one list of objects"),
         ("a.json", b'[{"text": "a"}, 3]', r"item 2 of .*a.json is not a JSON object"),
         ("a.json", b'[{"text": "a"}, {"completion": "b"}]', r"item 2 of .*a.json has the fields completion"),
         ("a.json", b"[]", r"a.json holds no example"),
         ("a.json", b"[" * 100_000, r"a.json is not valid JSON"),
         ("a.txt", b" \n\n", r"a.txt holds no example"),
         ("a.txt", b"one\ntwo \xff", r"line 2 of .*a.txt is not UTF-8 text"),
-        ("a.parquet", b"PAR1", r"a.parquet is a .parquet file; give plain text \(.txt\), JSON lines"),
-        ("nameless", b"a", r"nameless is a nameless kind of file; give plain text"),
+        ("a.parquet", b"PAR1", r"a.parquet is a .parquet file; give plain text \(.txt\), or JSON lines"),
     ],
 )
 def test_files_of_another_kind(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -170,14 +218,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=r"pipe.jsonl is no ordinary file"):
         read_examples(tmp_path / "pipe.jsonl")
-
-
-def test_lines_and_files_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "MAX_LINE_BYTES", 40)
-    path = write_rows(tmp_path, {"text": "a"}, {"text": "b" * 60})
-    with pytest.raises(DataError, match=r"line 2 of .*rows.jsonl is longer than 40 bytes; that is no example"):
-        read_examples(path)
-    monkeypatch.undo()
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 40)
-    with pytest.raises(DataError, match=r"rows.jsonl is larger than 40 bytes; give a part of it"):
-        read_examples(path)

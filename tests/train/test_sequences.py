@@ -129,3 +129,69 @@ def test_padding_changes_no_loss(tokenizer: Any) -> None:
         alone = [(model(**pad_batch([row])).loss, int((row["labels"][1:] != NOT_LEARNED).sum())) for row in rows]
     expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     torch.testing.assert_close(together, expected)
+
+
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nturn') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}"
+    "{{ m.role }} : {{ m.content }} {{ eos_token }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def chat(*turns: str, where: str = "") -> ChatExample:
+    """Return a chat of "role text" turns."""
+    return ChatExample(tuple(Message(*turn.split(" ", 1)) for turn in turns), where)
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        (("system w0", "user w1", "assistant w2"), r"refuses it \(no system\)"),
+        (("user w0", "user w1", "assistant w2"), r"refuses it \(turns must alternate\)"),
+        (("assistant w0", "user w1", "assistant w2"), r"refuses it \(turns must alternate\)"),
+    ],
+)
+def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any, turns: tuple[str, ...], words: str) -> None:
+    tokenizer.chat_template = STRICT
+    good = chat("user w0", "assistant w1", where="line 1 of f")
+    with pytest.raises(DataError, match=f"^line 2 of f: the model's chat template {words}. Mend the chat") as caught:
+        make_sequences([good, chat(*turns, where="line 2 of f"), good, chat(*turns)], tokenizer, 64, origin="f")
+    assert str(caught.value).endswith(" 1 more of 4 examples are refused.")
+    assert "\n" not in str(caught.value)
+    # Made by hand, an example has no line.
+    with pytest.raises(DataError, match=r"^example 2 of the data: the model's chat template refuses it"):
+        make_sequences([good, chat(*turns)], tokenizer, 64)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[7].content }}", "{{ 1 / 0 }}", "{% for %}", "{{ messages + 3 }}"])
+def test_whatever_a_template_raises_is_an_error_in_the_data(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match="line 5 of f: the model's chat template refuses it") as caught:
+        make_sequences([chat("user w0", "assistant w1", where="line 5 of f")], tokenizer, 64)
+    assert "\n" not in str(caught.value)
+
+
+def learned(made: Any) -> list[int]:
+    return [token for token in made.rows[0]["labels"].tolist() if token != NOT_LEARNED]
+
+
+def test_an_answer_that_begins_a_chat_is_learned(tokenizer: Any) -> None:
+    tokenizer.chat_template = ASKING
+    made = make_sequences([chat("assistant w1", "user w2", "assistant w3")], tokenizer, 64)
+    assert made.rows[0]["input_ids"].tolist() == ids("assistant : w1 </s> user : w2 </s> assistant : w3 </s>")
+    assert learned(made) == ids("w1 </s> w3 </s>")
+    assert learned(make_sequences([chat("assistant w1 w2")], tokenizer, 64)) == ids("w1 w2 </s>")
+    assert learned(make_sequences([chat("system w0", "assistant w1")], tokenizer, 64)) == ids("w1 </s>")
+
+
+def test_an_answer_before_which_the_template_asks_for_none_is_counted(tokenizer: Any) -> None:
+    # It wants a user's turn before it asks, and asks in other words than those that the answer stands behind.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role if not loop.first else 'w9' }} : {{ m.content }} {{ eos_token }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    made = make_sequences([chat("assistant w1", "user w2", "assistant w3")], tokenizer, 64)
+    assert made.counts.turns_left_out == 1
+    assert learned(made) == ids("w3 </s>")
