@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from cloq_export.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
 from cloq_export.run.atomic import write_json
 from cloq_export.run.fingerprint import file_fingerprint
 from cloq_export.run.safe_json import read_json
@@ -39,22 +39,8 @@ _GGUF_MAGIC = b"GGUF"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What a tokenizer needs and what a model's licence asks to be passed on; copied as they are, byte for byte.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 # The model's card is read for the licence, and not passed on: it describes another model than ours.
-_HUB_FILES = ("config.json", "README.md", "model*.safetensors", _INDEX_FILE, *_COMPANIONS)
+_HUB_FILES = ("config.json", "README.md", "model*.safetensors", _INDEX_FILE)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -67,7 +53,7 @@ class ModelSource:
         kind: "folder" (safetensors with a config.json; a hub id is one once it is fetched) or "gguf".
         folder: the folder that holds the files.
         weights: the weight files.
-        companions: config, tokenizer, generation settings and licence, as far as they are separate files.
+        companions: config, and what travels with the model (`models.companions`), as far as they are separate files.
         dtype: the dtype of most stored weights; float32 for GGUF, whose weights are dequantized.
     """
 
@@ -87,7 +73,7 @@ class ModelSource:
         Raises:
             SourceError: a file cannot be read.
         """
-        return file_fingerprint([*self.weights, *self.companions])
+        return file_fingerprint([*self.weights, *self.companions], home=self.folder)
 
     @functools.cached_property
     def gguf_license(self) -> str | None:
@@ -231,7 +217,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
 
 
 def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
-    """Write what a model folder needs beside its weights: config, tokenizer, generation settings, licence.
+    """Write what a model folder needs beside its weights: config, tokenizer, processors, generation settings, licence.
 
     Files of a Hugging Face folder are copied byte for byte; those of a GGUF file are made from its header.
 
@@ -240,14 +226,12 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
         folder: an existing folder.
 
     Returns:
-        list: names of the files written, sorted.
+        list: names of the files written, sorted, with "/" before the name of a file in a folder.
     """
     folder = Path(folder)
-    before = {path.name for path in folder.iterdir()}
+    before = set(folder.rglob("*"))
     if loaded.source.kind == "folder":
-        for path in loaded.source.companions:
-            shutil.copyfile(path, folder / path.name)
-        return sorted(path.name for path in loaded.source.companions)
+        return copy_companions(loaded.source.folder, loaded.source.companions, folder)
     config = loaded.config.to_diff_dict()
     # The folder that this machine keeps the GGUF file in is nobody else's business.
     for private in ("quantization_config", "_name_or_path"):
@@ -260,7 +244,8 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
         if generation is not None:
             generation.save_pretrained(folder)
     write_json(folder / "config.json", config)
-    return sorted({path.name for path in folder.iterdir()} - before)
+    made = (path for path in set(folder.rglob("*")) - before if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in made)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -350,15 +335,6 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
     return ModelSource(name, "folder", folder, weights, (config_path, *companion_files(folder)), dtype)
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder beside its config and weights: tokenizer, generation settings, licence.
-
-    Args:
-        folder: the model's folder.
-    """
-    return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
 def _what_else(folder: Path) -> str:
     """Return the end of the sentence for a folder that is no model folder, with the remedy for what it is."""
     if (folder / "run.json").is_file():
@@ -411,7 +387,9 @@ def _download(name: str, *, show_progress: bool) -> Path:
 
     with contextlib.nullcontext() if show_progress else quiet_transformers():
         try:
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+            wanted, left = hub_patterns()
+            files = [*_HUB_FILES, *wanted]
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=left))
         except hub_errors.GatedRepoError:
             reason, remedy = "it is gated", "Accept its licence on its page and log in with `hf auth login`"
         except hub_errors.RepositoryNotFoundError:

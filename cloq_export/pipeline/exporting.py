@@ -7,7 +7,6 @@ model card.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,8 @@ from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import LoadedModel, ModelSource, companion_files, save_source_files
+from cloq_export.models.companions import companion_files, copy_companions
+from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
 from cloq_export.pipeline.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.run.directory import RunDirectory
@@ -577,9 +577,11 @@ def _place_onnx_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any
 
 
 def _float_part(checkpoint: Checkpoint) -> FloatPart:
+    companions = companion_files(checkpoint.folder)
+
     def copy_files(folder: Path) -> None:
-        for path in (checkpoint.folder / CONFIG_NAME, *companion_files(checkpoint.folder)):
-            shutil.copyfile(require_inside(checkpoint.folder, path), folder / path.name)
+        config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
+        copy_companions(checkpoint.folder, [config, *companions], folder)
 
     return FloatPart.of_checkpoint(checkpoint, skipped=unquantized_linears(checkpoint), save_files=copy_files)
 

@@ -110,18 +110,22 @@ def export_merged(
     for name, (stored, shape) in floats.headers.items():
         headers[name] = (code if stored in _FLOAT_CODES else stored, shape)
     _check_pairs(pairs, {name for name, header in headers.items() if header[0] == code})
+
+    def in_files(name: str) -> str:
+        module = name.removesuffix(".weight")
+        return floats.name_in_files(module, "weight") if module in layers.specs else floats.name_in_files(name)
+
     writing = _Writing(dtype)
     layer_digests: dict[str, str] = {}
     with write_folder(folder, owned=is_merged) as filling:
-        with ShardWriter(filling, [{name: header} for name, header in headers.items()], max_shard_bytes) as shards:
+        with ShardWriter(filling, [{in_files(name): header} for name, header in headers.items()], max_shard_bytes) as shards:
             for done, module in enumerate(layers.specs, start=1):
                 layer = layers.read(module)
                 layer_digests[module] = layer_digest(layer)
                 pair = pairs.get(module)
                 name = f"{module}.weight"
-                shards.write(
-                    {name: writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)}
-                )
+                merged = writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)
+                shards.write({in_files(name): merged})
                 if progress is not None:
                     progress(done, len(layers.specs))
             for name in floats.headers:
@@ -133,14 +137,14 @@ def export_merged(
                     tensor = writing.cast(name, kind, tuple(tensor.shape), float_blocks(tensor, pair), pair)
                 else:
                     writing.note(name, tensor)
-                shards.write({name: tensor})
+                shards.write({in_files(name): tensor})
         fingerprint = combine_digests(layer_digests)
         if base_fingerprint is not None and base_fingerprint != fingerprint:
             raise FormatError(
                 f"the layers have the fingerprint {fingerprint}, but {base_fingerprint} was promised; they were "
                 "changed since: run the command again."
             )
-        writing.compare(filling)
+        writing.compare(filling, in_files)
         with translate_os_errors(Path(folder)):
             floats.save_files(filling)
         _write_config(filling / CONFIG_NAME, floats, dtype)
@@ -218,16 +222,21 @@ class _Writing:
         """Remember a tensor as it goes to disk."""
         self._digests[name] = _digest(tensor)
 
-    def compare(self, folder: Path) -> None:
+    def compare(self, folder: Path, in_files: Callable[[str], str]) -> None:
         """Read every tensor back and refuse one that differs from what was written.
+
+        Args:
+            folder: where the files lie.
+            in_files: gives the name of a tensor in them.
 
         Raises:
             FormatError: a tensor differs.
         """
+        digests = {in_files(name): digest for name, digest in self._digests.items()}
         for path in sorted(folder.glob("*.safetensors")):
             file = TensorFile(path)
             for name in file.headers:
-                if _digest(file.read(name)) != self._digests[name]:
+                if _digest(file.read(name)) != digests[name]:
                     raise FormatError(
                         f"{path}: {name} was read back with other numbers than were written; check the disk."
                     )
