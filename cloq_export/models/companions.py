@@ -78,7 +78,7 @@ def companion_files(folder: Path) -> list[Path]:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise SourceError(
-                f"{path} has {size >> 20} MiB; a tokenizer, a processor or a licence has at most {MAX_BYTES >> 20} MiB. "
+                f"{path} has {size >> 20} MiB; a tokenizer, a processor or a licence has at most {MAX_BYTES >> 20}. "
                 "Take the file out of the model's folder."
             )
     return found

@@ -180,6 +180,10 @@ def load_source(
     else:
         options["use_safetensors"] = True
     with contextlib.nullcontext() if show_progress else quiet_transformers():
+        if source.kind == "folder":
+            with _refusals(source, "model"):
+                config = transformers.AutoConfig.from_pretrained(source.folder, **options)
+            refuse_part_of_wrapper(source.name, config)
         with _refusals(source, "model"):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 source.folder,
@@ -197,6 +201,31 @@ def load_source(
         )
     check_finite(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source)
+
+
+def refuse_part_of_wrapper(name: str, config: Any) -> None:
+    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
+
+    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
+
+    Args:
+        name: of the model, for the message.
+        config: its configuration, as `AutoConfig` reads it.
+
+    Raises:
+        UnsupportedModelError: it is such a wrapper.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    opened = opened[0] if isinstance(opened, tuple) else opened
+    if opened is None or issubclass(type(config), opened.config_class):
+        return
+    raise UnsupportedModelError(
+        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
+        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of its own "
+        "(AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
+    )
 
 
 def save_plain(loaded: LoadedModel, folder: str | Path) -> None:

@@ -32,7 +32,7 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import find_adapter, read_bound_adapter, unquantized_linears
+from cloq_export.runtimes.hf import find_adapter, read_bound_adapter, tied_head, unquantized_linears
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
@@ -441,12 +441,17 @@ def _write_merged(
 ) -> None:
     floats = _float_part(checkpoint)
     adapter = adapters[0] if adapters else None
+    untied = []
+    if adapter is not None and any(f"{module}.weight" not in floats.headers for module in adapter.pairs):
+        floats = dataclasses.replace(floats, tied=tied_head(checkpoint))
+        untied = [name for name in floats.tied if name.removesuffix(".weight") in adapter.pairs]
+    session.notes += [f"{name} has a pair, so it is written apart from {floats.tied[name]}" for name in untied]
 
     def finish(folder: Path, report: MergedReport) -> None:
         certificate = write_certificate(folder, MERGED, fingerprint, report.modules, _certificate_facts(adapters))
         lost = report.rounding["merged"].max_norm
         notes = [
-            *card["notes"],
+            *session.notes,
             f"Merging rounds each weight once more than serving codes and adapter apart does: at most {lost:.2e} of a "
             "weight matrix's norm here.",
         ]

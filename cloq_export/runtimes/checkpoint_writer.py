@@ -76,6 +76,7 @@ class FloatPart:
         skipped: linear modules that stay float, the head left out.
         save_files: writes config.json, tokenizer and the like into the folder it is given.
         stored: tensor or quantized module -> its name in files, where that is another one than in memory.
+        tied: tensor that the files do not hold -> the one that it is tied to, as far as it may be written apart.
     """
 
     headers: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -84,6 +85,7 @@ class FloatPart:
     skipped: tuple[str, ...]
     save_files: Callable[[Path], Any]
     stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_model(
