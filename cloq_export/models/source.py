@@ -223,8 +223,8 @@ def refuse_part_of_wrapper(name: str, config: Any) -> None:
         return
     raise UnsupportedModelError(
         f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
-        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of its own "
-        "(AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
+        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
+        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from cloq_export import __version__
-from cloq_export.errors import FormatError, RunDirectoryError, UsageError
+from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
 from cloq_export.formats import targets
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
@@ -250,6 +250,11 @@ def _export(
 ) -> dict[str, Any]:
     """Write one export of any format; what `export` and `convert` share."""
     _check_options(options, adapter_names)
+    if options.format == ONNX and isinstance(checkpoint.config.get("text_config"), Mapping):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} is a wrapper of the type {checkpoint.config.get('model_type')}, and an ONNX export "
+            "is a decoder of text, without the wrapper's other parts; choose another format, e.g. --format gptq_v2."
+        )
     fingerprint = checkpoint.fingerprint
     adapters = [_prepared(session, source, name, checkpoint, fingerprint, options) for name in adapter_names]
     format, decision = _choose(session, layers, checkpoint, adapters, options)

@@ -7,6 +7,8 @@ and fingerprints speak of modules in memory; files keep the names that engines k
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -46,11 +48,17 @@ def names_in_memory(folder: Path, config: Mapping[str, Any], stored: Collection[
     Returns:
         dict: stored name -> name in memory, of those that differ; empty if transformers cannot build the model.
     """
+    if _largest_count(config) > len(stored):
+        return {}
+    return dict(_names_in_memory(folder, json.dumps(config, sort_keys=True), tuple(sorted(stored))))
+
+
+# Verbs open one checkpoint several times.
+@functools.lru_cache(maxsize=4)
+def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapping[str, str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if _largest_count(config) > len(stored):
-        return {}
     try:
         with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
