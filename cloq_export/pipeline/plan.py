@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Container, Mapping
 
+import torch
 from torch import nn
 
 from cloq_export.errors import CloqError, RecipeError, ShapeError, UnsupportedModelError
@@ -137,7 +138,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
 
 def _refuse_shared(blocks: BlockList, planned: Container[str]) -> None:
     """Refuse to quantize a weight that several layers share: each would be given codes of its own."""
-    names: dict[nn.Parameter, list[str]] = collections.defaultdict(list)
+    names: dict[torch.Tensor, list[str]] = collections.defaultdict(list)
     for index, block in enumerate(blocks):
         for name, linear in find_linears(block, blocks.prefix(index)).items():
             names[linear.weight].append(name)
