@@ -31,6 +31,7 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "windows": (int, "N", "how many windows (16)"),
     "gsm8k": (str, "FILE", "problems of GSM8K as JSON lines"),
     "problems": (int, "N", "questions of each task (100)"),
+    "run": (Path, "RUN", "the run that the export was made from"),
     "out": (Path, "FOLDER", "where parity.json and parity.html are written"),
 }
 
@@ -125,6 +126,10 @@ class LimitItem(pytest.Item):
             reasons = [f"{entry['what']} could not be measured: {entry['reason']}" for entry in report["missing"]]
             if self.name == "certificate" and report["certificate"]["reason"]:
                 reasons = [report["certificate"]["reason"]]
+            found = {"provenance": "provenance", "reference": "provenance", "float_part": "float_part"}.get(self.name)
+            if found is not None:
+                entries = report[found]["findings"] if found == "provenance" else report[found]
+                reasons = [f"{each['what']}: {each['reason']}" for each in entries if each["reason"]]
             raise LimitMissed("\n".join([explain(verdict), verdict["meaning"], *reasons]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

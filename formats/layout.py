@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from cloq_export.errors import FormatError
+from cloq_export.formats.patterns import NamePattern
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 BINDING_VERSION = 1
@@ -71,6 +72,14 @@ class Layout(abc.ABC):
         Raises:
             FormatError: no layer with this grid has such headers.
         """
+
+    def stored_grid(self, headers: Headers) -> tuple[int, int, int, int] | None:
+        """Return (bits, groups, out, in) that the shapes of a layer's parts show by themselves, where they do.
+
+        Args:
+            headers: part -> header.
+        """
+        return None
 
     @abc.abstractmethod
     def pack_layer(self, layer: QuantizedLayer, *, name: str = "layer") -> dict[str, torch.Tensor]:
@@ -179,6 +188,8 @@ class StoredGrids:
         overrides: exact module name -> its own grid, or None for a module that stays float.
         modules: the quantized modules, sorted; None if the config does not list them, as in other people's files.
         base_fingerprint: of the quantized base; None if the config does not carry one.
+        rules: (pattern, grid or None for float) in their order; the first that matches a module without an override
+            counts.
     """
 
     layout: Layout
@@ -186,9 +197,20 @@ class StoredGrids:
     overrides: Mapping[str, QuantSpec | None]
     modules: tuple[str, ...] | None
     base_fingerprint: str | None
+    rules: tuple[tuple[NamePattern, QuantSpec | None], ...] = ()
 
     def spec_for(self, module: str) -> QuantSpec | None:
         """Return the grid of a module, or None if it stays float."""
         if module in self.overrides:
             return self.overrides[module]
+        for pattern, spec in self.rules:
+            if pattern.matches(module):
+                return spec
         return self.default if self.modules is None or module in self.modules else None
+
+    def with_modules(self, modules: Iterable[str]) -> StoredGrids:
+        """Return the same for modules that are known now, each with its grid under its exact name."""
+        known = tuple(sorted(modules))
+        own = {module: self.spec_for(module) for module in known}
+        overrides = {module: spec for module, spec in own.items() if spec != self.default}
+        return dataclasses.replace(self, overrides={**self.overrides, **overrides}, modules=known, rules=())

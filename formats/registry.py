@@ -38,8 +38,11 @@ def read_quantization_config(
     """
     method = config.get("quant_method")
     if method in ("gptq", gptq.AUTO_ROUND):
-        return gptq.parse_quantization_config(config, source=source)
+        return gptq.parse_quantization_config(config, headers, source=source)
     if method == compressed_tensors.COMPRESSED_TENSORS.quant_method:
         return compressed_tensors.parse_quantization_config(config, headers, source=source)
     known = sorted({layout.quant_method for layout in LAYOUTS.values()} | {gptq.AUTO_ROUND})
-    raise FormatError(f"{source}: quant_method is {method!r:.80}; this program reads {', '.join(known)}.")
+    raise FormatError(
+        f"{source}: quant_method is {method!r:.80}; this program reads {', '.join(known)}. "
+        "`cloq inspect` says what can be done with it."
+    )

@@ -16,6 +16,14 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
 
     for note in report["notes"]:
         _line(console, f"note: {note}")
+    for each in [*report["provenance"]["findings"], *report["float_part"]]:
+        _line(console, f"{each['what']}: {each['verdict']}" + (f" ({each['reason']})" if each["reason"] else ""))
+    for row in report["provenance"]["probes"]:
+        _line(
+            console,
+            f"last step{_with(row['adapter'])}: log-probabilities differ by {figure(row['mean'])} in the mean "
+            f"from those recorded in {row['precision']}",
+        )
     numerics = _table("log-probabilities", ("measured", "against"), ("max", "mean", "median", "99%", "99.9%"))
     floor = report["noise_floor"]
     if floor:

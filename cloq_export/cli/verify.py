@@ -67,6 +67,15 @@ from cloq_export.recipe import FIELDS
     help="Tokens on which every module is shown to be live.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="The run that EXPORT was made from: its layers and adapters are compared too.",
+)
+@click.option(
+    "--other-reference", is_flag=True, help="Take a float model that is not the revision that the run was made from."
+)
 @click.option("--force", is_flag=True, help="Take adapters of another base; the report says so.")
 @click.option(
     "--python",

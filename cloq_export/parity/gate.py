@@ -33,6 +33,12 @@ class Gate:
 
 GATES: Mapping[str, Gate] = {
     "certificate": Gate("at least", "1 if every file, layer and the base are those that the certificate names"),
+    "provenance": Gate("at least", "1 if codes and adapters are those that the run and the training recorded"),
+    "reference": Gate("at least", "1 if the float model is the one that the run was made from"),
+    "float_part": Gate("at least", "1 if everything that is not quantized equals the float model"),
+    "last_step_difference_mean": Gate(
+        "at most", "mean log-probability difference, served against what was recorded when the model was made"
+    ),
     "noise_floor_max": Gate("at most", "largest log-probability difference of the float model measured twice"),
     "logprob_difference_max": Gate("at most", "largest log-probability difference, served against reference"),
     "logprob_difference_mean": Gate("at most", "mean log-probability difference, served against reference"),
@@ -42,6 +48,9 @@ GATES: Mapping[str, Gate] = {
     ),
     "perplexity_ratio": Gate("at most", "perplexity served over float"),
     "perplexity_ratio_upper": Gate("at most", "upper end of the interval of that ratio"),
+    "perplexity_over_recorded": Gate(
+        "at most", "lower end of the interval of that ratio, over the ratio that the run recorded when it was made"
+    ),
     "greedy_agreement": Gate("at least", "share of prompts whose greedy text equals the reference's"),
     "greedy_flips": Gate("at most", "prompts whose greedy text parts from the reference's, near-ties left out"),
     "live_modules": Gate("at least", "share of the adapters' modules that are shown to reach the served logits"),
@@ -71,6 +80,8 @@ _ROUNDED_MEAN_LIMIT = 0.25
 # A kernel may err as much as the precision itself does, twice over: once for the base, once for the adapter.
 _HALF_FACTOR = 2.0
 _SIGNIFICANCE = 0.01
+# Activations in half precision, then or now, move a log-probability by a few hundredths in the mean.
+HALF_PROBE_LIMIT = 0.1
 
 
 def float32_limit(bits: int) -> float:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.liveness import ZERO
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
+from cloq_export.parity.provenance import NOT_RECORDED, PROVEN
 from cloq_export.parity.tasks import gate_key
 from cloq_export.run.atomic import make_folder, translate_os_errors, write_bytes, write_json
 from cloq_export.run.safe_json import parse_json
@@ -28,6 +29,8 @@ _SCHEMA_FILE = "parity.schema.json"
 _TEMPLATE_FILE = "report.html.jinja"
 _INDEX = re.compile(r"\.(\d+)\.")
 _BASE = "base"
+# What a finding on the float model is called, rather than one on the export.
+_REFERENCE = ("reference", "tokenizer of the reference")
 # More lines than this cannot be told apart; the tables hold them all.
 _MOST_SERIES = 12
 
@@ -55,15 +58,20 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
     own = precision[0]["mean"] if precision else None
     perplexities = _of(report["quality"]["perplexity"], model="served")
     greedy, liveness, isolation = report["greedy"], report["liveness"], report["isolation"]
-    certificate = report["certificate"]
+    certificate, found = report["certificate"], report["provenance"]["findings"]
     metrics: dict[str, float | None] = {
         "certificate": None if certificate is None else float(certificate["passed"]),
+        "provenance": _verdict(each for each in found if not each["what"].startswith(_REFERENCE)),
+        "reference": _verdict(each for each in found if each["what"].startswith(_REFERENCE)),
+        "float_part": _verdict(report["float_part"]),
+        "last_step_difference_mean": _worst(row["mean"] for row in report["provenance"]["probes"]),
         "noise_floor_max": (report["noise_floor"] or {}).get("max"),
         "logprob_difference_max": _worst(row["max"] for row in served),
         "logprob_difference_mean": _worst(row["mean"] for row in served),
         "packed_logprob_difference_max": _worst(row["max"] for row in packed),
         "logprob_difference_over_float": _over(_worst(row["mean"] for row in served), own),
         "perplexity_ratio": _worst(row.get("ratio_to_float") for row in perplexities),
+        "perplexity_over_recorded": _over_recorded(perplexities, report["provenance"]["recorded_ratios"]),
         "perplexity_ratio_upper": _worst(row.get("ratio_upper") for row in perplexities),
         "greedy_agreement": _share(greedy, "agreement", "prompts"),
         "greedy_flips": float(sum(row["flips"] for row in greedy)) if greedy else None,
@@ -148,6 +156,17 @@ def label_of(row: Mapping[str, Any]) -> str:
 
 def _of(rows: Iterable[Mapping[str, Any]], **wanted: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def _verdict(findings: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return 1 if all that was recorded is proven, 0 if something is not, None if nothing was compared."""
+    verdicts = [each["verdict"] for each in findings if each["verdict"] != NOT_RECORDED]
+    return float(all(verdict == PROVEN for verdict in verdicts)) if verdicts else None
+
+
+def _over_recorded(rows: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> float | None:
+    lower = {row["adapter"]: row.get("ratio_lower") for row in rows}
+    return _worst(_over(lower.get(entry["adapter"]), entry["ratio"]) for entry in recorded)
 
 
 def _worst(values: Iterable[float | None], *, least: bool = False) -> float | None:

@@ -20,7 +20,7 @@ from torch import nn
 from cloq_export.calibrate.data import evaluation_text, tokenize_text
 from cloq_export.errors import DivergedError, RecipeError, UsageError
 from cloq_export.models.blocks import find_blocks
-from cloq_export.models.source import open_model, save_plain
+from cloq_export.models.source import NO_CODE, open_model, read_tokenizer, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.runtime import float_model
@@ -454,8 +454,6 @@ class _RunTrainer(_Trainer):
         self._console = work.console
 
     def train(self, recipe: FineTuneRecipe, *, judge: bool = True) -> Trained:
-        from transformers import AutoTokenizer
-
         begin = ZERO_START if self._own.zero else self._name if self._own.adapt is not None else ""
         # Starts that share a base must not share a name.
         recipe = self._named(recipe).changed({"start": begin})
@@ -464,7 +462,7 @@ class _RunTrainer(_Trainer):
             shutil.rmtree(directory.adapter_path(recipe.name), ignore_errors=True)
             finetune(self._folder, recipe, console=self._console)
         curve = directory.read_report(report_name(recipe.name))
-        tokenizer = AutoTokenizer.from_pretrained(directory.checkpoint_path)
+        tokenizer = read_tokenizer(directory.checkpoint_path)
         model = load(self._folder, recipe.name, dtype=torch.float32) if judge else nn.Identity()
         return curve, model, tokenizer
 
@@ -521,7 +519,7 @@ class _FloatTrainer(_Trainer):
             bnb_4bit_compute_dtype=dtype,
         )
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **NO_CODE)
         except Exception as error:  # the library raises what its backend raises
             raise _UnavailableError(" ".join(str(error).split())[:200]) from None
         for module in model.modules():

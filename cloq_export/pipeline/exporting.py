@@ -7,7 +7,7 @@ model card.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from cloq_export.formats.peft.pairs import balanced, padded, product_difference,
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
+from cloq_export.pipeline.recording import export_record, read_adapter_record, run_record
 from cloq_export.pipeline.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.run.directory import RunDirectory
@@ -32,11 +33,19 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import find_adapter, read_bound_adapter, tied_head, unquantized_linears
+from cloq_export.runtimes.hf import find_adapter, float_part, read_bound_adapter, tied_head
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
 from cloq_export.runtimes.onnx_float_graph import require_packages
+from cloq_export.runtimes.provenance import (
+    ADAPTER_KEY,
+    LARGEST_PRODUCT_ERROR,
+    AdapterRecord,
+    BaseRecord,
+    read_base_record,
+    write_base_record,
+)
 from cloq_export.types import LoraPair
 
 MERGED, PEFT, ONNX, ONNX_ADAPTER = "merged", "peft", "onnx", "onnx-adapter"
@@ -93,11 +102,18 @@ class _Prepared:
         name: of the folder that it gets.
         pairs: module -> pair, split and padded as asked.
         record: what was done to it, for the side file and the certificate.
+        provenance: what it was when it was made; None if nothing recorded that.
     """
 
     name: str
     pairs: Mapping[str, LoraPair]
     record: Mapping[str, Any]
+    provenance: AdapterRecord | None
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Return what its side file says beside the base."""
+        return {**self.record, **({ADAPTER_KEY: self.provenance.to_json()} if self.provenance else {})}
 
 
 def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: LoadedModel) -> None:
@@ -158,7 +174,8 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
         if options.format == MERGED and not options.adapters and recipe.adapter_name in names:
             names = [recipe.adapter_name]
         facts = _run_facts(directory, recipe)
-        return _export(session, run_path, checkpoint, layers, names, options, facts)
+        made = _noted(session, lambda: run_record(directory))
+        return _export(session, run_path, checkpoint, layers, names, options, facts, made)
 
 
 def convert(
@@ -187,10 +204,12 @@ def convert(
     checkpoint = Checkpoint.open(source, read_as=read_as)
     if read_as is not None:
         session.notes.append(f"read as {read_as}, whatever its config says")
+    session.notes.extend(checkpoint.notes)
     layers = LayerSource.of_checkpoint(checkpoint)
     names = list(options.adapters) or adapters_in(checkpoint.folder)
     facts = {"base_model": _named_base(checkpoint), "method": "codes of another checkpoint, unchanged"}
-    return _export(session, source, checkpoint, layers, names, options, facts)
+    made = _noted(session, lambda: read_base_record(checkpoint.folder))
+    return _export(session, source, checkpoint, layers, names, options, facts, made)
 
 
 def push(
@@ -216,6 +235,15 @@ def push(
 
 def _refuse_uncertified(folder: Path) -> None:
     verify_certificate(folder)
+
+
+def _noted(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecord | None:
+    """Return what was recorded of a base; a record that cannot be read is noted, and is none."""
+    try:
+        return read()
+    except FormatError as error:
+        session.notes.append(f"the provenance of the codes is not carried: {error}")
+        return None
 
 
 def _own_checkpoint(session: Session, directory: RunDirectory) -> Checkpoint:
@@ -247,6 +275,7 @@ def _export(
     adapter_names: Sequence[str],
     options: ExportOptions,
     facts: Mapping[str, Any],
+    made: BaseRecord | None,
 ) -> dict[str, Any]:
     """Write one export of any format; what `export` and `convert` share."""
     _check_options(options, adapter_names)
@@ -261,6 +290,9 @@ def _export(
     if decision is not None:
         adapters = [_fit_for(session, adapter, decision, options) for adapter in adapters]
     out = options.out or source / "exports" / format
+    carried = None
+    if format not in (*ALONE, MERGED):
+        carried = export_record(session, made, layers, {adapter.name: adapter.provenance for adapter in adapters})
     card = {
         **facts,
         "layout": format,
@@ -275,11 +307,11 @@ def _export(
         _write_adapters(session, out, adapters, card, fingerprint)
     elif format == ONNX:
         _require_fit(adapters, layers)
-        _write_onnx(session, out, checkpoint, layers, adapters, options, card, fingerprint)
+        _write_onnx(session, out, checkpoint, layers, adapters, options, card, fingerprint, carried)
     elif format == MERGED:
         _write_merged(session, out, checkpoint, layers, adapters, options, card, fingerprint)
     else:
-        _write_quantized(session, out, checkpoint, layers, LAYOUTS[format], adapters, card, fingerprint)
+        _write_quantized(session, out, checkpoint, layers, LAYOUTS[format], adapters, card, fingerprint, carried)
     return {
         "format": format,
         "target": options.target,
@@ -367,7 +399,8 @@ def _prepared(
     if options.split == "balanced":
         even = {module: balanced(pair) for module, pair in pairs.items()}
         record["split"] = "balanced"
-        record["largest_product_error"] = max(product_difference(even[module], pairs[module]) for module in pairs)
+        lost = max(product_difference(even[module], pairs[module]) for module in pairs)
+        record[LARGEST_PRODUCT_ERROR] = lost + read.extra.get(LARGEST_PRODUCT_ERROR, 0.0)
         pairs = even
     if options.pad_rank is not None:
         record["padded_to"] = options.pad_rank
@@ -375,12 +408,14 @@ def _prepared(
     ranks = sorted({pair.rank for pair in pairs.values()})
     record["rank"] = ranks[0] if len(ranks) == 1 else ranks
     record["modules"] = len(pairs)
-    return _Prepared(folder.name, pairs, {**_kept_record(read), **record})
+    provenance = read_adapter_record(session, folder.name, read.extra, folder)
+    return _Prepared(folder.name, pairs, {**_kept_record(read), **record}, provenance)
 
 
 def _kept_record(read: Adapter) -> dict[str, Any]:
     """Return what an earlier export noted about an adapter; a force that was used once stays known."""
-    return {key: value for key, value in read.extra.items() if key in ("forced", "bound_to", "split")}
+    kept = ("forced", "bound_to", "split", "padded_to", "uniform", LARGEST_PRODUCT_ERROR)
+    return {key: value for key, value in read.extra.items() if key in kept}
 
 
 def _fit_for(session: Session, adapter: _Prepared, decision: targets.Decision, options: ExportOptions) -> _Prepared:
@@ -395,8 +430,9 @@ def _fit_for(session: Session, adapter: _Prepared, decision: targets.Decision, o
     )
     record = {**adapter.record, "rank": made.rank, "uniform": True}
     if made.inexact:
-        record["largest_product_error"] = max(made.inexact.values())
-    return _Prepared(adapter.name, made.pairs, record)
+        lost = max(made.inexact.values())
+        record[LARGEST_PRODUCT_ERROR] = lost + record.get(LARGEST_PRODUCT_ERROR, 0.0)
+    return dataclasses.replace(adapter, pairs=made.pairs, record=record)
 
 
 def _write_quantized(
@@ -408,13 +444,16 @@ def _write_quantized(
     adapters: Sequence[_Prepared],
     card: Mapping[str, Any],
     fingerprint: str,
+    carried: BaseRecord | None,
 ) -> None:
     floats = _float_part(checkpoint)
 
     def finish(folder: Path, written: str) -> None:
         _place_adapters(folder / ADAPTERS_NAME, adapters, card, written)
+        if carried is not None:
+            write_base_record(folder, carried)
         certificate = certify_checkpoint(
-            folder, layers, floats, base_fingerprint=written, facts=_certificate_facts(adapters)
+            folder, layers, floats, base_fingerprint=written, facts=_certificate_facts(adapters, carried)
         )
         _write_card(folder, {**card, "certificate": _certificate_row(certificate)}, checkpoint)
 
@@ -512,7 +551,7 @@ def _place_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any], fi
         adapter.pairs,
         base_model=str(card["base_model"]),
         base_fingerprint=fingerprint,
-        extra=adapter.record,
+        extra=adapter.extra,
     )
     read = read_adapter(folder).pairs
     for module, pair in adapter.pairs.items():
@@ -532,17 +571,21 @@ def _write_onnx(
     options: ExportOptions,
     card: Mapping[str, Any],
     fingerprint: str,
+    carried: BaseRecord | None,
 ) -> None:
     from cloq_export.runtimes.onnx_export import OnnxReport, export_onnx
 
     def finish(folder: Path, report: OnnxReport) -> None:
         for adapter in adapters:
             _place_onnx_adapter(folder / ADAPTERS_NAME / adapter.name, adapter, card, fingerprint)
+        if carried is not None:
+            write_base_record(folder, carried)
         session.notes.append(
             f"opset {report.record.opset}, float graph of {report.record.exporter}, style {report.record.style}"
         )
         session.notes.extend(report.record.notes)
-        certificate = write_certificate(folder, ONNX, fingerprint, report.modules, _certificate_facts(adapters))
+        facts = _certificate_facts(adapters, carried)
+        certificate = write_certificate(folder, ONNX, fingerprint, report.modules, facts)
         row = _certificate_row(certificate)
         _write_card(folder, {**card, "notes": list(session.notes), "certificate": row}, checkpoint)
 
@@ -580,7 +623,7 @@ def _place_onnx_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any
         adapter.pairs,
         base_model=str(card["base_model"]),
         base_fingerprint=fingerprint,
-        extra=adapter.record,
+        extra=adapter.extra,
     )
     if not same_pairs(read_onnx_adapter(folder).pairs, adapter.pairs):
         raise FormatError(f"{folder} was read back with other numbers than were written; check the disk.")
@@ -593,11 +636,12 @@ def _float_part(checkpoint: Checkpoint) -> FloatPart:
         config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
         copy_companions(checkpoint.folder, [config, *companions], folder)
 
-    return FloatPart.of_checkpoint(checkpoint, skipped=unquantized_linears(checkpoint), save_files=copy_files)
+    return float_part(checkpoint, save_files=copy_files)
 
 
-def _certificate_facts(adapters: Sequence[_Prepared]) -> dict[str, Any]:
+def _certificate_facts(adapters: Sequence[_Prepared], carried: BaseRecord | None = None) -> dict[str, Any]:
     return {
+        "provenance": carried is not None,
         "adapters": {adapter.name: dict(adapter.record) for adapter in adapters},
         "forced": [adapter.name for adapter in adapters if adapter.record.get("forced")],
     }

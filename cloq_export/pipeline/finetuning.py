@@ -20,9 +20,11 @@ from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, U
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
+from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
+from cloq_export.pipeline.recording import note_adapter, place_pairs, probe_model
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.solve import ADAPTER_DTYPES
 from cloq_export.recipe import FineTuneRecipe, Recipe
@@ -31,6 +33,7 @@ from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_json import read_json
 from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
+from cloq_export.runtimes.provenance import ProbeRecord, TrainingRecord, pair_digest, pairs_digest
 from cloq_export.train.examples import AnyExample, Example, ExampleSet
 from cloq_export.train.named_sets import load_examples
 from cloq_export.train.sequences import SequenceCounts, Sequences, make_sequences
@@ -105,7 +108,10 @@ def finetune(
         training = _train(session, model, data, recipe, work / _CHECKPOINTS, device, dtype, alphas, work, base)
         pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[session.recipe.adapter_dtype])
         if is_first:
-            _write(session, directory, recipe, base, pairs, record, training)
+            # As they are stored: what the record says is then what every reader of the files must find.
+            place_pairs(model, pairs)
+            probe = probe_model(model, read_tokenizer(checkpoint_folder(run_path)))
+            _write(session, directory, recipe, base, pairs, record, training, start, probe)
             finished = work.with_name(f".{work.name}.finished")
             shutil.rmtree(finished, ignore_errors=True)
             work.rename(finished)
@@ -300,10 +306,7 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
 
 
 def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(run_path))
-    data = read_training_data(recipe, tokenizer, examples)
+    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), examples)
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
             session.notes.extend(_count_notes(what, sequences.counts, recipe))
@@ -496,8 +499,20 @@ def _write(
     pairs: Mapping[str, LoraPair],
     record: Mapping[str, Any],
     training: Training,
+    start: Path,
+    probe: ProbeRecord,
 ) -> None:
     curve = dataclasses.asdict(training.curve)
+    trained = TrainingRecord(
+        steps=curve["steps"],
+        kept_step=curve["kept_step"],
+        kept_loss=curve["kept_loss"],
+        last_loss=curve["losses"][-1]["loss"] if curve["losses"] else None,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        data_sha256=record["data"]["sha256"],
+        start=pairs_digest({module: pair_digest(pair) for module, pair in read_adapter(start).pairs.items()}),
+    )
     write_adapter(
         directory.adapter_path(recipe.name),
         pairs,
@@ -512,7 +527,14 @@ def _write(
                 "steps": curve["steps"],
                 "kept_step": curve["kept_step"],
                 "kept_loss": curve["kept_loss"],
-            }
+            },
+            **note_adapter(
+                recipe.name,
+                pairs,
+                base_fingerprint=base.fingerprint,
+                probe=probe,
+                training=trained,
+            ),
         },
     )
     directory.write_report(report_name(recipe.name), {**record, **curve})

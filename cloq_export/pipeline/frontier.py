@@ -18,7 +18,7 @@ from torch import nn
 
 from cloq_export.calibrate.data import calibration_windows, evaluation_text, load_text, tokenize_text
 from cloq_export.errors import CloqError, RecipeError, UsageError
-from cloq_export.models.source import open_model, save_plain
+from cloq_export.models.source import open_model, read_tokenizer, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import Points, scatter_plot, standalone
 from cloq_export.parity.runtime import float_model
@@ -360,8 +360,6 @@ class _Work:
         return made
 
     def _own(self, case: Case, place: Path) -> dict[str, Any]:
-        from transformers import AutoTokenizer
-
         method = METHODS[case.method]
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
@@ -370,7 +368,7 @@ class _Work:
         adapter = Recipe().adapter_name if case.rank else None
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(RunDirectory.open(place).checkpoint_path)
+        tokenizer = read_tokenizer(RunDirectory.open(place).checkpoint_path)
         stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
         made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
         return self._judge(model, tokenizer, case) | made

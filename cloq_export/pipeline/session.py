@@ -23,6 +23,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target
+from cloq_export.runtimes.hf import refuse_lost_biases
 from cloq_export.types import QuantizedLayer
 
 
@@ -105,12 +106,14 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
     loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
+    session.notes.extend(loaded.notes)
     blocks = find_blocks(loaded.model, recipe.blocks)
     if not recipe.codes_from:
         return loaded, make_plan(blocks, recipe)
     checkpoint = Checkpoint.open(recipe.codes_from)
     for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
         check_target(loaded.model, module, shape)
+    refuse_lost_biases(checkpoint, loaded.model)
     return loaded, plan_for_codes(blocks, checkpoint.specs, recipe)
 
 

@@ -29,7 +29,7 @@ from cloq_export.calibrate.data import (
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.host_memory import MemoryWatch, keep_freed_memory
-from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
 from cloq_export.models.stream import BlockStream
 from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.perplexity import evaluate as measure
@@ -46,8 +46,15 @@ from cloq_export.pipeline.budgeting import (
     with_choices_of,
 )
 from cloq_export.pipeline.compress import BlockWalk, usual_windows_per_batch
-from cloq_export.pipeline.exporting import SOURCE_REPORT, adapters_in, license_of, write_run_checkpoint
+from cloq_export.pipeline.exporting import (
+    SOURCE_REPORT,
+    adapters_in,
+    license_of,
+    public_name,
+    write_run_checkpoint,
+)
 from cloq_export.pipeline.plan import Plan
+from cloq_export.pipeline.recording import CODES_ALONE, note_adapter, probe_model, record_base
 from cloq_export.pipeline.refining_model import refine_model, refined_layers, refinement_batches
 from cloq_export.pipeline.session import (
     Session,
@@ -70,6 +77,7 @@ from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.inspection import describe, stored_sizes
 from cloq_export.runtimes.merged import is_merged
+from cloq_export.runtimes.provenance import ProbeRecord, Quality
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SHOWN_WARNINGS = 5
@@ -103,10 +111,20 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
         model = _compress(session, directory, recipe, calibration, judging)
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
+        probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed(
-            "measure", lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model)
+            "measure",
+            lambda: _measure(session, out, judging, recipe.eval_window, recipe.eval_windows, model, probes=probes),
         )
         directory.write_report("evaluation", perplexity)
+        record_base(
+            session,
+            directory,
+            model.tokenizer,
+            model_name=public_name(recipe.model),
+            probes=probes,
+            quality=_quality(recipe, perplexity),
+        )
         directory.set_state("done")
         return _summary(session, directory, perplexity)
 
@@ -134,6 +152,7 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
         session.recipe = _budgeted(session, directory, calibration)
         model = _compress(session, directory, session.recipe, calibration)
         write_run_checkpoint(session, directory, model)
+        record_base(session, directory, model.tokenizer, model_name=public_name(recipe.model))
         directory.set_state("quantized")
         summary = _summary(session, directory, None)
         summary["next"] = [f"cloq adapt {out} --rank {recipe.rank or 64}", f"cloq export {out}"]
@@ -653,7 +672,11 @@ def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: 
     session.timed(
         "write",
         lambda: write_adapter(
-            directory.adapter_path(name), pairs, base_model=session.recipe.model, base_fingerprint=fingerprint
+            directory.adapter_path(name),
+            pairs,
+            base_model=session.recipe.model,
+            base_fingerprint=fingerprint,
+            extra=note_adapter(name, pairs, base_fingerprint=fingerprint),
         ),
     )
 
@@ -668,11 +691,16 @@ def _measure(
     *,
     adapter: str | None = None,
     force: bool = False,
+    probes: dict[str, ProbeRecord] | None = None,
 ) -> dict[str, Any]:
-    """Measure from the files on disk, so that what is reported is what was written."""
+    """Measure from the files on disk, so that what is reported is what was written; `probes` is filled if given."""
     adapter = adapter or _adapter_of(session, path)
     merged = is_merged(path)
-    served = open_model(str(path), dtype=torch.float32).model if merged else _served(session, path, adapter, force)
+    served = (
+        open_model(str(path), dtype=torch.float32, untie=True).model
+        if merged
+        else _served(session, path, adapter, force)
+    )
     tokenizer = loaded.tokenizer if loaded is not None else _checkpoint_tokenizer(path)
     tokens = tokenize_text(tokenizer, text.text)
 
@@ -684,9 +712,13 @@ def _measure(
             return
         if adapter is not None:
             served.disable_adapters()
+        if probes is not None:
+            probes[CODES_ALONE] = probe_model(served, tokenizer)
         yield "quantized", served
         if adapter is not None:
             served.enable_adapters()
+            if probes is not None:
+                probes[adapter] = probe_model(served, tokenizer)
             yield "adapter", served
 
     return measure(
@@ -700,6 +732,18 @@ def _measure(
     )
 
 
+def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
+    """Return what `verify` holds a served model's perplexity against."""
+    labels = {"quantized": CODES_ALONE, "adapter": recipe.adapter_name}
+    return Quality(
+        text=public_name(recipe.eval_text),
+        text_sha256=str(perplexity["text_sha256"]),
+        window=recipe.eval_window,
+        windows=recipe.eval_windows,
+        ratio={name: perplexity[label]["ratio_to_float"] for label, name in labels.items() if label in perplexity},
+    )
+
+
 def _subjects(
     session: Session, path: Path, loaded: LoadedModel | None, adapter: str | None, force: bool
 ) -> Iterator[Subject]:
@@ -707,7 +751,7 @@ def _subjects(
     if loaded is not None:
         yield Subject("float", float_model(loaded.model), None, loaded.source.fingerprint)
     if is_merged(path):
-        merged = open_model(str(path), dtype=torch.float32)
+        merged = open_model(str(path), dtype=torch.float32, untie=True)
         yield Subject("merged", float_model(merged.model), None, merged.source.fingerprint)
         return
     base = Checkpoint.open(path).fingerprint
@@ -755,9 +799,7 @@ def _adapter_of(session: Session, path: Path) -> str | None:
 
 
 def _checkpoint_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint_folder(path))
+    return read_tokenizer(checkpoint_folder(path))
 
 
 def _certificate_report(certificates: list[LayerCertificate]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cloq_export.parity.gate import default_limits, explain_miss, float32_limit,
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
 from cloq_export.parity.perplexity import check_windows
+from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, probe_differences
 from cloq_export.parity.quality import perplexity_entry
 from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_metrics, write_report
 from cloq_export.parity.runtime import (
@@ -39,6 +40,7 @@ from cloq_export.parity.runtime import (
 )
 from cloq_export.parity.tasks import PERPLEXITY, Questions, Task, expand_names, find_task, load_questions, task_entry
 from cloq_export.pipeline.exporting import adapters_in
+from cloq_export.pipeline.made_before import MadeBefore, compare_float_part
 from cloq_export.pipeline.session import Session
 from cloq_export.recipe import Recipe
 from cloq_export.run.atomic import make_folder
@@ -89,6 +91,9 @@ class VerifyOptions:
         force: take adapters of another base; the report says so.
         python: the interpreter of the environment in which vLLM is installed; None is this one.
         out: folder for parity.json and parity.html; None writes none.
+        run: the run that the export was made from, whose artefacts are compared too; None takes what the export
+            records of it.
+        other_reference: take a float model that is not the one that the run was made from; the report says so.
     """
 
     reference: str
@@ -111,6 +116,8 @@ class VerifyOptions:
     force: bool = False
     python: Path | None = None
     out: Path | None = None
+    run: Path | None = None
+    other_reference: bool = False
 
 
 Opener = Callable[[Path, Mapping[str, Path], VerifyOptions], ServedModel]
@@ -164,6 +171,7 @@ class _Plan:
     checkpoint: Checkpoint | OnnxExport
     folders: Mapping[str, Path]
     adapters: Mapping[str, Adapter]
+    made: MadeBefore
     limits: dict[str, float]
 
     @classmethod
@@ -175,6 +183,7 @@ class _Plan:
                 f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
             )
         checkpoint, folders, adapters = (_read_onnx if is_onnx_export(export) else _read_checkpoint)(export, options)
+        made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run)
         defaults = default_limits(
             options.dtype,
             min(spec.bits for spec in checkpoint.specs.values()),
@@ -183,7 +192,8 @@ class _Plan:
             packed=_measures_packed(options),
             rounded=_rounds_activations(checkpoint),
         )
-        return cls(export, options, checkpoint, folders, adapters, merged_limits(defaults, chosen))
+        defaults |= made.limits(options, defaults)
+        return cls(export, options, checkpoint, folders, adapters, made, merged_limits(defaults, chosen))
 
     @property
     def bits(self) -> int:
@@ -295,6 +305,9 @@ class _Verification:
         # Task -> (float, reference or served; adapter) -> answers.
         self.answers: dict[str, dict[tuple[str, str | None], Answers]] = {}
         self.noise_floor: dict[str, Any] | None = None
+        self.findings: list[Finding] = []
+        self.float_part: list[Finding] = []
+        self.last_steps: list[dict[str, Any]] = []
         self._phases: list[str] = []
         self._since = 0.0
         # What the reference is read from; for an ONNX export a checkpoint with its integers stands in.
@@ -310,6 +323,8 @@ class _Verification:
         plan, options = self.plan, self.options
         with self._phase("certificate"):
             certificate = self._certificate()
+        with self._phase("provenance"):
+            self.findings += plan.made.findings()
         text = evaluation_text(options.text)
         self._read_questions()
         with self._phase("float"):
@@ -372,6 +387,9 @@ class _Verification:
         options, checkpoint = self.options, self.plan.checkpoint
         loaded = open_model(options.reference, dtype=torch.float32)
         _refuse_other_model(loaded, checkpoint)
+        with self._phase("float part"):
+            self.findings += self.plan.made.findings_of_reference(loaded, other=options.other_reference)
+            self.float_part = compare_float_part(checkpoint, loaded)
         if not isinstance(checkpoint, Checkpoint):
             from cloq_export.pipeline.onnx_stand_in import write_stand_in
 
@@ -438,6 +456,8 @@ class _Verification:
                 self._serve_greedy(served, reference, adapter, number)
                 with self._attempt(f"tasks, {adapter or 'base'}"):
                     self._answer("served", served, adapter)
+                with self._attempt(f"probe of the last step, {adapter or 'base'}"):
+                    self._serve_probe(served, adapter)
             if plan.adapters:
                 with self._attempt("isolation"), self._phase("isolation"):
                     self.isolation = measure_isolation(served, self.isolated, list(plan.adapters))
@@ -451,6 +471,13 @@ class _Verification:
             logprobs = measure_logprobs(served, self.windows, [adapter] * len(self.windows))
             self._add_numerics("served", "reference", adapter, logprobs, self.reference_logprobs[adapter])
             self._add_perplexity("served", adapter, logprobs)
+
+    def _serve_probe(self, served: ServedModel, adapter: str | None) -> None:
+        """Ask for what the model said at its last step, when it was made."""
+        recorded = self.plan.made.probe(adapter)
+        if recorded is not None:
+            measured = measure_logprobs(served, recorded.token_ids, [adapter] * len(recorded.token_ids))
+            self.last_steps.append({"adapter": adapter, **probe_differences(recorded, measured)})
 
     def _serve_greedy(self, served: ServedModel, reference: ReferenceModel, adapter: str | None, number: int) -> None:
         mine = self._prompts_of(number)
@@ -630,6 +657,11 @@ class _Verification:
                 notes.append(
                     f"the adapter {name} is bound to {read.base_fingerprint or 'no base'}; it was taken by force"
                 )
+        notes += [
+            f"not proven: {each.what}: {each.reason}"
+            for each in [*self.findings, *self.float_part]
+            if each.verdict == NOT_RECORDED
+        ]
         if not adapters:
             notes.append("there is no adapter: liveness and isolation were not measured")
         elif not self.shown_live:
@@ -662,6 +694,12 @@ class _Verification:
                 "threads": torch.get_num_threads(),
             },
             "certificate": dict(certificate),
+            "provenance": {
+                "findings": [finding.to_json() for finding in self.findings],
+                "probes": self.last_steps,
+                "recorded_ratios": plan.made.recorded_ratios(options, text["text_sha256"]),
+            },
+            "float_part": [finding.to_json() for finding in self.float_part],
             "noise_floor": self.noise_floor,
             "numerics": self.numerics,
             "quality": {"perplexity": self.perplexity, "tasks": self._task_entries()},
@@ -684,6 +722,8 @@ def missed_gates(report: Mapping[str, Any]) -> str | None:
     if not missed:
         return None
     reasons = [f"{entry['what']}: {entry['reason']}" for entry in report["missing"]]
+    found = [*report["provenance"]["findings"], *report["float_part"]]
+    reasons += [f"{each['what']}: {each['reason']}" for each in found if each["verdict"] not in (PROVEN, NOT_RECORDED)]
     if report["certificate"] and report["certificate"]["reason"]:
         reasons.insert(0, report["certificate"]["reason"])
     dead = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,7 +54,10 @@ def hub_rows(identifier: str, config: str | None, split: str, *, remedy: str) ->
         # One quick question first: the loader itself retries for minutes when there is no network.
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(identifier, timeout=_HUB_TIMEOUT_S)
-        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]
+        # Version 4 has no loading scripts any more; 3 would ask on standard input whether to run one.
+        scripts = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
+        no_code = {"trust_remote_code": False} if scripts else {}
+        return datasets.load_dataset(identifier, config, split=split, **no_code)  # type: ignore[no-any-return]
     # The libraries below raise dozens of kinds of errors; every one ends in one line here.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import nn
 from cloq_export.errors import FormatError
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.layout import Layout
+from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.atomic import tensor_header, translate_os_errors, write_folder, write_json
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import combine_digests, layer_digest
@@ -120,20 +122,26 @@ class FloatPart:
             lambda name: _narrowed(tensors[name], dtype),
             {"architectures": [type(model).__name__], "dtype": str(dtype or model.dtype).removeprefix("torch.")},
             linears_beside(model, layers.specs),
-            save_files or model.config.save_pretrained,
+            save_files or (lambda folder: _save_config(model, folder)),
             stored_names(model, headers, layers.specs),
         )
 
     @classmethod
     def of_checkpoint(
-        cls, checkpoint: Checkpoint, *, skipped: Iterable[str], save_files: Callable[[Path], Any]
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        skipped: Iterable[str],
+        save_files: Callable[[Path], Any],
+        idle: Container[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> FloatPart:
-        """Return the float part of a checkpoint, as its files hold it."""
-        headers = {name: checkpoint.headers[name] for name in checkpoint.float_names()}
+        """Return the float part of a checkpoint as its files hold it, idle tensors left out; `config` as above."""
+        headers = {name: checkpoint.headers[name] for name in checkpoint.float_names() if name not in idle}
         stored = {name: checkpoint.stored[name] for name in headers if name in checkpoint.stored}
         stored |= {module: checkpoint.stored_module(module) for module in checkpoint.specs}
         stored = {name: file_name for name, file_name in stored.items() if name != file_name}
-        return cls(headers, checkpoint.read, {}, tuple(sorted(skipped)), save_files, stored)
+        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files, stored)
 
     def name_in_files(self, name: str, part: str = "") -> str:
         """Return what files call a tensor, or a part of a quantized module."""
@@ -296,6 +304,15 @@ def is_ours(folder: Path) -> bool:
     except FormatError:
         return False
     return isinstance(quantization, Mapping) and "cloq" in quantization
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's config, which says of head and embeddings what the model in memory is."""
+    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    if correct_config(config, tied=is_tied(model)):
+        raw = read_json(folder / CONFIG_NAME)
+        write_json(folder / CONFIG_NAME, {**raw, **corrected_entries(raw, config)})
 
 
 def _narrowed(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,13 +23,15 @@ from cloq_export.errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from cloq_export.formats.gptq import GPTQ_V2
-from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
+from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
-from cloq_export.models.source import refuse_part_of_wrapper
+from cloq_export.kernels.bitpack import unpack_rows
+from cloq_export.models.source import NO_CODE, quiet_transformers, refuse_part_of_wrapper
+from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
-from cloq_export.runtimes.checkpoint_writer import linears_beside
+from cloq_export.runtimes.checkpoint_writer import FloatPart, linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
 from cloq_export.types import QuantizedLayer
 
@@ -81,6 +84,7 @@ def load(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, dtype, _place_packed)
     # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
     model.quantization_method = "gptq"
@@ -127,6 +131,7 @@ def dequantized_model(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else find_adapter(path, adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
+    _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
@@ -152,8 +157,7 @@ def _own_weight(model: PreTrainedModel, module: str) -> torch.Tensor:
         # Whoever saves the model, or ties it again, must be told.
         model.all_tied_weights_keys.pop(f"{module}.weight", None)
         if linear is model.get_output_embeddings():
-            for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
+            correct_config(model.config, tied=False)
     return linear.weight
 
 
@@ -182,8 +186,10 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     if not torch.equal(tensors["g_idx"], expected):
         raise FormatError(
             f"g_idx is not sequential (an act-order checkpoint, or another group size than {spec.group_size}); "
-            "quantize again with desc_act=false."
+            "quantize again with desc_act=false, or with static groups."
         )
+    if spec.symmetric:
+        check_symmetric(unpack_rows(tensors["qzeros"], spec.bits), spec, packed.module)
     if tensors["scales"].dtype != torch.float16:
         raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")
     return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
@@ -195,6 +201,12 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
     return dense
+
+
+def _report_labels(checkpoint: Checkpoint) -> None:
+    """Warn where the content of a checkpoint counted and not its label."""
+    for note in checkpoint.notes:
+        warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)
 
 
 def _report_slow_layers(model: PreTrainedModel) -> None:
@@ -210,7 +222,9 @@ def _build_model(
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
     model = _empty_model(checkpoint, dtype)
-    for module, linear in _targeted_linears(checkpoint, model).items():
+    linears = _targeted_linears(checkpoint, model)
+    placed_names, _ = _float_places(checkpoint, model)
+    for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
             placed = place(packed, model.dtype)
@@ -220,12 +234,29 @@ def _build_model(
         # Its numbers come with the float part.
         placed.bias = linear.bias
         model.set_submodule(module, placed)
-    for name in checkpoint.float_names():
-        _place_float(checkpoint, model, name, checkpoint.read(name), source=checkpoint.files[name].path)
-    model.tie_weights()
+    for name in placed_names:
+        _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
+    _tie_what_is_missing(checkpoint, model)
     _refuse_gaps(checkpoint, model)
     _read_generation_config(checkpoint, model)
     return model
+
+
+def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
+    held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    model.all_tied_weights_keys = {
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+    }
+    missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
+    with quiet_transformers():
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    correct_config(model.config, tied=False if held_apart else is_tied(model))
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    # Not the state dict, which would hold every packed layer a second time.
+    return itertools.chain(*(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers)))
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -235,7 +266,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
 
     source = checkpoint.folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         refuse_part_of_wrapper(str(checkpoint.folder), config)
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
@@ -251,13 +282,61 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     return model
 
 
-def unquantized_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the linear modules that a checkpoint leaves in float, the head left out, sorted.
+def float_part(checkpoint: Checkpoint, *, save_files: Callable[[Path], Any]) -> FloatPart:
+    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+
+    Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
+
+    Args:
+        checkpoint: the checkpoint.
+        save_files: writes config.json, tokenizer and the like into the folder it is given.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build, or a tensor has no place in it.
+    """
+    model = _empty_model(checkpoint, None)
+    _targeted_linears(checkpoint, model)
+    _, idle = _float_places(checkpoint, model)
+    return FloatPart.of_checkpoint(
+        checkpoint,
+        skipped=linears_beside(model, checkpoint.specs),
+        save_files=save_files,
+        idle=idle,
+        config=_tie_entries(checkpoint, model),
+    )
+
+
+def tie_entries(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the entries of config.json that have to be others for it to say how head and embeddings are.
+
+    Args:
+        checkpoint: a checkpoint, e.g. one that an older version of this package wrote.
+
+    Returns:
+        dict: top-level name -> value; empty if config.json is right.
 
     Raises:
         FormatError: config.json describes no model that transformers can build.
     """
-    return linears_beside(_empty_model(checkpoint, None), checkpoint.specs)
+    return _tie_entries(checkpoint, _empty_model(checkpoint, None))
+
+
+def _tie_entries(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    if not any(_held_apart(checkpoint, *pair) for pair in model.all_tied_weights_keys.items()):
+        return {}
+    correct_config(model.config, tied=False)
+    return corrected_entries(checkpoint.config, model.config)
+
+
+def _held_apart(checkpoint: Checkpoint, target: str, source: str) -> bool:
+    """Return whether the files hold two tensors that differ where the config ties one to the other."""
+    if target.rpartition(".")[0] in checkpoint.specs:
+        return True
+    if target not in checkpoint.headers or source not in checkpoint.headers:
+        return False
+    if checkpoint.headers[target][1] != checkpoint.headers[source][1]:
+        return True
+    return not torch.equal(checkpoint.read(target), checkpoint.read(source))
 
 
 def tied_head(checkpoint: Checkpoint) -> dict[str, str]:
@@ -291,6 +370,11 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
             linear: nn.Module | None = model.get_submodule(module)
         except AttributeError:
             linear = None
+        if isinstance(linear, nn.Embedding):
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; only linear layers "
+                "are read: quantize again with float embeddings."
+            )
         if not isinstance(linear, nn.Linear):
             raise FormatError(
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
@@ -302,9 +386,14 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
                     f"{checkpoint.folder} quantizes {known[one]} and {module}, which are one weight of "
                     f"{type(model).__name__}; weights that several layers share are not read quantized."
                 )
+        parts = {part: checkpoint.headers[f"{module}.{part}"] for part in checkpoint.grids.layout.parts(spec)}
+        held = checkpoint.grids.layout.stored_grid(parts)
+        if held is not None and held[2:] == (linear.out_features, linear.in_features):
+            checkpoint.features(module)  # the right layer: if the config gives it another grid, that is said
         try:
             expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
         except ShapeError as error:
+            checkpoint.features(module)  # says what the tensors hold, if that is not what the config says
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
         for part, (_, shape) in expected.items():
             seen = checkpoint.headers[f"{module}.{part}"][1]
@@ -317,25 +406,79 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
     return linears
 
 
-def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
-    """Put a tensor that is not quantized where its name says."""
+def _float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
+    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+
+    Raises:
+        FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.
+    """
+    placed: list[str] = []
+    idle: set[str] = set()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in checkpoint.float_names():
+        if _holder(model, name) is not None:
+            placed.append(name)
+        elif name.endswith(_COMPUTED_BY_MODELS) or any(pattern.search(name) for pattern in ignored):
+            continue
+        elif name.endswith(".bias") and not bool(checkpoint.read(name).any()):
+            idle.add(name)
+        else:
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, for which {type(model).__name__} "
+                "has no place; config.json and the weights belong to different models, or to a tool that computes "
+                "more than codes."
+            )
+    return placed, frozenset(idle)
+
+
+def refuse_lost_biases(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse biases of quantized layers that a float model, whose other tensors are taken, has not.
+
+    Args:
+        checkpoint: gives codes, scales and zeros.
+        model: gives everything else.
+
+    Raises:
+        FormatError: a bias holds other numbers than zeros, and the model has none.
+    """
+    for module in checkpoint.specs:
+        name = f"{module}.bias"
+        if name in checkpoint.headers and _holder(model, name) is None and bool(checkpoint.read(name).any()):
+            raise FormatError(
+                f"{checkpoint.files[name].path} holds {name}{_what_it_may_be(name)}, which the original model has not; "
+                "they belong to different models, or to a tool that computes more than codes."
+            )
+
+
+def _what_it_may_be(name: str) -> str:
+    part = name.rpartition(".")[2]
+    if part == "bias":
+        return " (a bias with real numbers)"
+    if part in ("k_scale", "v_scale", "q_scale", "kv_scale"):
+        return " (a scale of a quantized cache)"
+    return " (a scale)" if "scale" in part else ""
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor] | None:
+    """Return the module that holds a tensor of this name, and the tensor, or None."""
     owner_name, _, part = name.rpartition(".")
     try:
-        owner: nn.Module | None = model.get_submodule(owner_name)
+        owner = model.get_submodule(owner_name)
     except AttributeError:
-        owner = None
-    held: torch.Tensor | None = None
-    if owner is not None:
-        held = owner._parameters.get(part)
-        if held is None and part not in owner._non_persistent_buffers_set:
-            held = owner._buffers.get(part)
-    if owner is None or held is None:
-        if not checkpoint.is_ours or name.endswith(_COMPUTED_BY_MODELS):
-            return
-        raise FormatError(
-            f"{source} holds {name}, for which {type(model).__name__} has no place; config.json and the weights belong "
-            "to different models."
-        )
+        return None
+    held: torch.Tensor | None = owner._parameters.get(part)
+    if held is None and part not in owner._non_persistent_buffers_set:
+        held = owner._buffers.get(part)
+    return None if held is None else (owner, held)
+
+
+def _place_float(model: PreTrainedModel, name: str, tensor: torch.Tensor, source: Path) -> None:
+    """Put a tensor that is not quantized where its name says."""
+    part = name.rpartition(".")[2]
+    place = _holder(model, name)
+    if place is None:
+        raise FormatError(f"{source} holds {name}, for which {type(model).__name__} has no place.")
+    owner, held = place
     if held.shape != tensor.shape:
         raise FormatError(
             f"{source}: {name} has shape {tuple(tensor.shape)}; {type(model).__name__} needs {tuple(held.shape)}."
@@ -350,11 +493,7 @@ def _place_float(checkpoint: Checkpoint, model: PreTrainedModel, name: str, tens
 
 
 def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    # Not the state dict, which would hold every packed layer a second time.
-    tensors = itertools.chain(
-        *(named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    )
-    missing = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    missing = [name for name, tensor in _tensors(model) if tensor.device.type == "meta"]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(
@@ -368,7 +507,7 @@ def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> N
 
     if (checkpoint.folder / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **NO_CODE)
         except (OSError, ValueError, TypeError) as error:
             raise FormatError(
                 f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "
@@ -471,9 +610,13 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     from cloq_export.runtimes.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.target_modules = set(adapter.pairs)
-    config.inference_mode = not trainable
+    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
+    exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
+    del exact["peft_type"]
+    dropout = adapter.config.get("lora_dropout")
+    exact["lora_dropout"] = dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.0
+    exact["inference_mode"] = not trainable
+    config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

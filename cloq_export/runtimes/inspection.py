@@ -312,6 +312,8 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
     facts.pop("adapter_bytes")
     if len(grids) > 1:
         facts["grids"] = grids
+    if checkpoint.notes:
+        facts["notes"] = list(checkpoint.notes)
     if verify:
         # Before the certificate, which only knows that a file changed: a base that is another one is said first.
         facts["base_fingerprint"] = _computed_fingerprint(checkpoint)

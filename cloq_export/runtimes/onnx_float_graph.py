@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import FormatError, MissingPackageError, UnsupportedModelError
+from cloq_export.models.source import NO_CODE
 from cloq_export.run.atomic import write_json
 from cloq_export.run.safe_json import read_json
 
@@ -86,7 +87,9 @@ def build_graph(model: Path, scratch: Path, outputs: Collection[int] = ()) -> Fl
         )
     out = scratch / "built"
     arguments = ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", "fp32", "-e", "cpu"]
-    code, tail = _run([*arguments, "-c", str(scratch / "cache"), "--extra_options", "fuse_qkv=false"])
+    code, tail = _run(
+        [*arguments, "-c", str(scratch / "cache"), "--extra_options", "fuse_qkv=false", "hf_remote=false"]
+    )
     if code and any(_UNSUPPORTED in line for line in tail):
         raise UnsupportedModelError(f"{name} does not know {_architecture(model)}.")
     if code or not (out / "model.onnx").is_file():
@@ -167,9 +170,7 @@ def _trace(model_folder: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **NO_CODE).eval()
     config = model.config.get_text_config()
     # Sizes that occur nowhere else: equal ones would be taken for one and the same.
     batch, past, new = 2, 5, 3

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import torch
 
-from cloq_export.errors import EngineError, UsageError
-from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.errors import EngineError, FormatError, UsageError
+from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.runtimes.hf import tie_entries
 from cloq_export.runtimes.vllm_plugin import adapters as adapter_rules
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -177,6 +178,13 @@ def engine_options(
     if max_lora_rank is not None and max_lora_rank not in adapter_rules.RANKS:
         allowed = ", ".join(map(str, adapter_rules.RANKS))
         raise UsageError(f"the largest rank is {max_lora_rank}; vLLM takes {allowed}.")
+    entries = tie_entries(checkpoint)
+    if entries:
+        raise FormatError(
+            f"{checkpoint.folder / CONFIG_NAME} ties head and embeddings, and the files hold two that differ; vLLM "
+            "goes by the config and would serve another model. Set tie_word_embeddings to false wherever it stands, "
+            "or write the folder again with cloq export."
+        )
     options: dict[str, Any] = {
         "model": str(checkpoint.folder),
         "dtype": dtype,

@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from cloq_export.errors import EngineError, MissingPackageError, UsageError
+from cloq_export.models.source import require_tokenizer
 from cloq_export.run.atomic import header_bytes
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_engine import (
@@ -229,13 +230,19 @@ def plan_server(
         UsageError: options that cannot be meant, or a port that is taken.
         BindingError: an adapter belongs to another base.
         FormatError: a file is missing or damaged, or an adapter does not fit the base.
+        SourceError: the checkpoint has no tokenizer.
         MissingPackageError: the environment lacks vLLM or this package.
     """
     for option in extra:
         flag = option.partition("=")[0].replace("_", "-")
         if flag in _RESERVED:
             raise UsageError(f"{flag} is set by cloq serve itself; use {_RESERVED[flag]} before the --.")
+        # Its parser takes the beginning of an option for the whole.
+        if flag.startswith("--trust"):
+            raise UsageError(f"{flag} runs Python code that comes with a model, which cloq never does; leave it out.")
     checkpoint = Checkpoint.open(export)
+    if not any(option.replace("_", "-").startswith(("--tokenizer", "--skip-tokenizer-init")) for option in extra):
+        require_tokenizer(checkpoint.folder)
     own = name or derived_name(Path(export))
     check_name(own, kind="model")
     base_name = f"{own}-base" if adapters else own

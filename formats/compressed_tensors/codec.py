@@ -129,6 +129,7 @@ def unpack_layer(
     except ShapeError as error:
         raise FormatError(str(error)) from None
     groups, bits = spec.group_count(in_features), spec.bits
+    _check_order(tensors.get("weight_g_idx"), in_features, spec, name)
     _check_words("weight_packed", packed, packed.shape[1], in_features, bits, padded, name)
     scales = _float16_scales(require_tensor(tensors, "weight_scale", source=name, shape=(out_features, groups)), name)
     if spec.symmetric:
@@ -149,6 +150,18 @@ def unpack_layer(
         return QuantizedLayer(codes=codes, scales=scales.contiguous(), zeros=zeros, spec=spec)
     except (ShapeError, NonFiniteError) as error:
         raise FormatError(f"{name}: {error}") from None
+
+
+def _check_order(index: torch.Tensor | None, in_features: int, spec: QuantSpec, name: str) -> None:
+    """Refuse an order of groups that is none of theirs in a row; all of -1 means that none was stored."""
+    if index is None or (index.dtype in _SHAPE_DTYPES and bool((index == -1).all()) and index.numel() == in_features):
+        return
+    sequential = torch.arange(in_features, device=index.device) // spec.columns_per_group(in_features)
+    if index.dtype not in _SHAPE_DTYPES or not torch.equal(index.to(torch.int64), sequential):
+        raise FormatError(
+            f"{name}: weight_g_idx is not sequential (act-order); only groups of neighbouring inputs are read: "
+            "quantize again with actorder 'static', or without."
+        )
 
 
 def _check_words(part: str, stored: torch.Tensor, words: int, codes: int, bits: int, padded: bool, name: str) -> None:

@@ -11,13 +11,17 @@ from typing import Any
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.compressed_tensors.targets import LINEAR, TargetMap
 from cloq_export.formats.layout import Binding, read_binding
-from cloq_export.types import PER_CHANNEL, QuantSpec
+from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 LM_HEAD = "lm_head"
 
 _MODULE_NAME = re.compile(r"[\w.\-]+")
+# The presets of compressed-tensors 0.20 that quantize weights alone, to integers of widths that are read here.
+_PRESETS = {f"W{bits}A16": QuantSpec(bits, 128, symmetric=True) for bits in SUPPORTED_BITS} | {
+    "W4A16_ASYM": QuantSpec(4, 128)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +33,14 @@ class ReadConfig:
         ignored: the modules that it leaves float.
         binding: what `cloq` says, or None in other people's files.
         version: release of compressed-tensors that wrote the file, or None.
+        ordered: whether it says that groups have an order of their own, which a tensor must tell.
     """
 
     grids: TargetMap[QuantSpec]
     ignored: TargetMap[bool]
     binding: Binding | None
     version: str | None
+    ordered: bool
 
 
 def quantization_config(
@@ -129,14 +135,24 @@ def read_config(config: Mapping[str, Any], *, source: str) -> ReadConfig:
         raise FormatError(f"{source}: config_groups is {groups!r:.80}; expected an object with groups.")
     grids: TargetMap[QuantSpec] = TargetMap(source)
     for name, group in groups.items():
-        if not isinstance(group, Mapping):
-            raise FormatError(f"{source}: the group {name!r:.80} names a preset; only groups written in full are read.")
-        grids.add(group.get("targets"), _read_group(group, f"{source}: the group {name!r:.80}"))
+        if isinstance(group, Mapping):
+            grids.add(group.get("targets"), _read_group(group, f"{source}: the group {name!r:.80}"))
+            continue
+        # Its targets alone, under the name of a preset.
+        preset = _PRESETS.get(name.upper())
+        if preset is None:
+            raise FormatError(
+                f"{source}: the group {name!r:.80} is no object and names no preset that is read; these are "
+                f"{', '.join(_PRESETS)}."
+            )
+        grids.add(group, preset)
     ignored: TargetMap[bool] = TargetMap(source)
     ignored.add(config.get("ignore") or [], True)
     version = config.get("version")
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    ordered = any(isinstance(each, Mapping) and each.get("actorder") == "group" for each in weights)
     return ReadConfig(
-        grids, ignored, read_binding(config, source=source), version if isinstance(version, str) else None
+        grids, ignored, read_binding(config, source=source), version if isinstance(version, str) else None, ordered
     )
 
 
@@ -199,7 +215,8 @@ def _read_group(group: Mapping[str, Any], source: str) -> QuantSpec:
         raise FormatError(f"{source} has weights of type {weights['type']!r:.80}; this reader knows 'int'.")
     if weights.get("dynamic", False) is not False:
         raise FormatError(f"{source}: dynamic is {weights['dynamic']!r:.80}; only weights that are stored are read.")
-    if weights.get("actorder") not in (None, False, "weight", "static"):
+    # "group" gives each layer a weight_g_idx; whether that is a permutation, the tensor tells.
+    if weights.get("actorder") not in (None, False, "weight", "static", "group"):
         raise FormatError(f"{source}: actorder is {weights['actorder']!r:.80}; only sequential groups are read.")
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
     if type(bits) is not int or type(symmetric) is not bool:

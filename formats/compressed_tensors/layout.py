@@ -40,6 +40,7 @@ class CompressedTensorsLayout(Layout):
         "weight_scale": "scales",
         "weight_zero_point": "zeros",
         "weight_shape": "index",
+        "weight_g_idx": "index",
     }
 
     def __init__(self, *, padded: bool) -> None:
@@ -47,8 +48,9 @@ class CompressedTensorsLayout(Layout):
         self.padded = padded
 
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
-        """Return the parts; a symmetric layer stores no zeros."""
-        return tuple(part for part in self.roles if not (spec.symmetric and part == "weight_zero_point"))
+        """Return the parts; a symmetric layer stores no zeros, and an order of groups is never needed."""
+        left_out = {"weight_g_idx", *(("weight_zero_point",) if spec.symmetric else ())}
+        return tuple(part for part in self.roles if part not in left_out)
 
     def check_packable(self, out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
         """Refuse what `check_packable` refuses."""
@@ -159,9 +161,12 @@ def parse_quantization_config(
     modules = sorted(held) if binding is None else binding.modules
     if not modules:
         raise FormatError(f"{source}: there is no quantized module (no tensor is named weight_packed).")
-    for module in modules:
-        if f"{module}.weight_g_idx" in headers:
-            raise FormatError(f"{source}: {module} has a weight_g_idx (act-order); only sequential groups are read.")
+    ordered = [module for module in modules if f"{module}.weight_g_idx" in headers]
+    if read.ordered and len(ordered) < len(modules):
+        without = next(module for module in modules if module not in ordered)
+        raise FormatError(
+            f"{source}: actorder is 'group', but {without} has no weight_g_idx that tells the order of its groups."
+        )
     grids = resolve_grids(read, modules, source=source)
     three_bit = {module: spec for module, spec in grids.items() if module in held and _WORD_BITS % spec.bits}
     forms = _possible_forms(three_bit, headers, source)

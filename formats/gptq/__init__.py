@@ -8,11 +8,14 @@ from cloq_export.formats.gptq.codec import (
     GPTQ_V2,
     GptqLayout,
     check_packable,
+    check_symmetric,
+    is_head,
     layout_name,
     pack_layer,
     parse_quantization_config,
     quantization_config,
     unpack_layer,
+    version_of_symmetric,
 )
 
 __all__ = [
@@ -23,9 +26,12 @@ __all__ = [
     "GPTQ_V2",
     "GptqLayout",
     "check_packable",
+    "check_symmetric",
+    "is_head",
     "layout_name",
     "pack_layer",
     "parse_quantization_config",
     "quantization_config",
     "unpack_layer",
+    "version_of_symmetric",
 ]

@@ -7,13 +7,14 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
+from cloq_export.formats.patterns import NamePattern, PatternBudget
 from cloq_export.run.atomic import write_folder, write_json, write_safetensors
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_paths import require_inside
@@ -27,15 +28,53 @@ BINDING_FORMAT = "cloq-adapter"
 FORMAT_VERSION = 1
 
 _KEY_PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# The name of the adapter stands in keys that were not saved by PEFT itself.
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _FINGERPRINT_KEY = "cloq_base_fingerprint"
 _OUR_FILES = {CONFIG_NAME, WEIGHTS_NAME, BINDING_NAME, "README.md", "cloq_certificate.json"}
 
 # PEFT's other initialisations change the base weights when an adapter is loaded; these only set A and B.
-_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Options that say where an adapter belongs, how it was trained, or what is read here; any value will do, or is checked.
+_KNOWN_OPTIONS = frozenset(
+    (
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    )
+)
+_VARIANT = re.compile(r"(kasa|monteclora|velora|arrow|megatron)_config|layer_replication|use_bdlora")
+_OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapters.safetensors")
 _LARGEST = 1e9
 _LONGEST_FINGERPRINT = 128
-_PLAIN_PATTERN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])+\$?")
+_PLAIN_PATTERN = re.compile(r"(?P<start>\^?)(?P<name>(?:[\w.\-]|\\[.\-])+)\$?", re.ASCII)
+_PATTERN_OPTIONS = ("rank_pattern", "alpha_pattern")
+_MOST_PATTERNS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +130,7 @@ def write_adapter(
     metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
     with write_folder(folder, owned=_holds_only_an_adapter) as filling:
         # The order of the patterns matters (the first match wins), so the keys are not sorted.
-        write_json(filling / CONFIG_NAME, _adapter_config(pairs, base_model), sort_keys=False)
+        write_json(filling / CONFIG_NAME, adapter_config(pairs, base_model), sort_keys=False)
         write_json(filling / BINDING_NAME, binding)
         write_safetensors(filling / WEIGHTS_NAME, tensors, metadata)
 
@@ -114,28 +153,19 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     config = read_json(require_inside(folder, folder / CONFIG_NAME))
     source = str(folder / CONFIG_NAME)
     _check_config(config, source)
+    if not (folder / WEIGHTS_NAME).exists():
+        _explain_missing_weights(folder)
     tensors, metadata = read_safetensors(require_inside(folder, folder / WEIGHTS_NAME))
     weights = str(folder / WEIGHTS_NAME)
-    sides: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise FormatError(
-                f"{weights} holds {key!r}, which is no LoRA matrix of the form {_KEY_PREFIX}<module>.lora_A.weight; "
-                "only plain LoRA is read."
-            )
-        if not tensor.is_floating_point():
-            raise FormatError(f"{weights}: {key} is {tensor.dtype}; expected a float dtype.")
-        sides[match["module"]][match["side"]] = tensor
-    if not sides:
-        raise FormatError(f"{weights} holds no tensor; the adapter is empty.")
+    sides = _sides(tensors, weights)
+    looked_up = _LookedUp(config, source)
     pairs: dict[str, LoraPair] = {}
     for module in sorted(sides):
         pair = sides[module]
         for side in ("A", "B"):
             if side not in pair:
                 raise FormatError(f"{weights} lacks lora_{side} of {module}; the adapter is damaged.")
-        rank, alpha = _rank_and_alpha(config, module)
+        rank, alpha = looked_up.rank_and_alpha(module)
         if rank < 1 or rank != int(rank):
             raise FormatError(f"{source} gives {module} rank {rank}; a rank is 1 or more, and whole.")
         if pair["A"].ndim != 2 or pair["A"].shape[0] != rank:
@@ -150,12 +180,79 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return Adapter(pairs, config, *_read_binding(folder, metadata))
 
 
+def _explain_missing_weights(folder: Path) -> None:
+    other = next((name for name in _OTHER_WEIGHTS if (folder / name).exists()), None)
+    if other is None:
+        return  # the reader of the file says that it is missing
+    if other.endswith(".safetensors"):
+        raise FormatError(
+            f"{folder} holds {other}, the adapter of another tool, but no {WEIGHTS_NAME}; convert it to PEFT's layout."
+        )
+    raise FormatError(
+        f"{folder} holds {other} but no {WEIGHTS_NAME}; only safetensors files are read, because a pickle can run any "
+        "code. Where you trust it, load it with PEFT and save it again: save_pretrained writes safetensors."
+    )
+
+
+def _sides(tensors: Mapping[str, torch.Tensor], weights: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Return module -> side -> matrix, from keys as PEFT saves them and as other savers leave them."""
+    sides: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
+    names: dict[str | None, str] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise FormatError(
+                f"{weights} holds {key!r:.200}, which is no LoRA matrix of the form {_KEY_PREFIX}<module>.lora_A.weight"
+                f"{_what_a_key_is(key)}; only plain LoRA is read."
+            )
+        if not tensor.is_floating_point():
+            raise FormatError(f"{weights}: {key} is {tensor.dtype}; expected a float dtype.")
+        names.setdefault(match["adapter"], key)
+        if len(names) > 1:
+            first, second = list(names.values())[:2]
+            raise FormatError(
+                f"{weights} holds {first!r:.200} and {second!r:.200}, matrices of several adapters; save each in a "
+                "folder of its own."
+            )
+        module, side = match["module"].removeprefix(_KEY_PREFIX), match["side"]
+        if side in sides[module]:
+            raise FormatError(
+                f"{weights} holds lora_{side} of {module:.200} twice, with and without {_KEY_PREFIX!r} in front; save "
+                "it again with PEFT."
+            )
+        sides[module][side] = tensor
+    if not sides:
+        raise FormatError(f"{weights} holds no tensor; the adapter is empty.")
+    return sides
+
+
+def _what_a_key_is(key: str) -> str:
+    """Return in brackets what a tensor is that is no side of a pair, or nothing."""
+    for sign, what in (
+        ("lora_embedding_", "it adapts embeddings"),
+        ("lora_magnitude", "the magnitude of DoRA"),
+        ("token_adapter", "trained tokens"),
+        ("modules_to_save", "a whole trained weight"),
+        (".lora_", ""),
+        (".weight", "a whole weight: modules_to_save, or embeddings saved beside"),
+    ):
+        if sign in key:
+            return f" ({what})" if what else ""
+    return ""
+
+
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder looks like an adapter (which may still be damaged)."""
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def _adapter_config(pairs: Mapping[str, LoraPair], base_model: str) -> dict[str, Any]:
+def adapter_config(pairs: Mapping[str, LoraPair], base_model: str) -> dict[str, Any]:
+    """Return the adapter_config.json of pairs, under exact names; SPEC.md section 3.
+
+    Args:
+        pairs: full module name -> LoRA pair, at least one.
+        base_model: name or path of the model that the base was made from.
+    """
     ranks = collections.Counter(pair.rank for pair in pairs.values())
     alphas = collections.Counter(pair.alpha for pair in pairs.values())
     rank = min(ranks, key=lambda value: (-ranks[value], value))
@@ -204,25 +301,31 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
     for option, allowed in (("bias", ("none", None)), ("modules_to_save", (None, []))):
         if config.get(option) not in allowed:
             raise FormatError(f"{source}: {option} is {config[option]!r:.80}; only plain LoRA matrices are read.")
-    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora"):
-        if config.get(option):
-            raise FormatError(f"{source}: {option} is {config[option]!r:.80}; only plain LoRA is read.")
+    for option, value in config.items():
+        if option in _KNOWN_OPTIONS or value is None or value is False:
+            continue
+        # An empty value is what an option unknown here starts with; a variant's own object is a variant even if empty.
+        if value in ("", [], {}) and _VARIANT.fullmatch(option) is None:
+            continue
+        named = option[:80] if option.isprintable() else repr(option)[:80]
+        raise FormatError(
+            f"{source}: {named} is {value!r:.80}; only plain LoRA is read, and this changes what a pair means, or is "
+            "not known here."
+        )
     if config.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise FormatError(
             f"{source}: init_lora_weights is {config['init_lora_weights']!r:.80}, which changes the base weights; "
             "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in _PATTERN_OPTIONS:
         patterns = config.get(option) or {}
         if not isinstance(patterns, Mapping):
             raise FormatError(f"{source}: {option} is a {type(patterns).__name__}; expected an object.")
         for pattern, value in patterns.items():
-            # A general regular expression in a file that nobody vouches for can run for ever.
-            if _PLAIN_PATTERN.fullmatch(pattern) is None or not _is_number(value):
-                raise FormatError(
-                    f"{source}: {option} maps {pattern[:80]!r} to {value!r:.80}; only module names and numbers are "
-                    "read."
-                )
+            if not _is_number(value):
+                raise FormatError(f"{source}: {option} maps {pattern[:80]!r} to {value!r:.80}; expected a number.")
+        if len(patterns) > _MOST_PATTERNS:
+            raise FormatError(f"{source}: {option} has {len(patterns)} keys; {_MOST_PATTERNS} are the most.")
     if not _is_number(config.get("r")) or not _is_number(config.get("lora_alpha")):
         raise FormatError(
             f"{source}: r is {config.get('r')!r:.80} and lora_alpha {config.get('lora_alpha')!r:.80}; expected numbers."
@@ -234,20 +337,82 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
-def _rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[float, float]:
-    rank = _matched(config.get("rank_pattern"), module, config["r"])
-    alpha = float(_matched(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    if config.get("use_rslora"):
-        # rsLoRA scales by alpha / sqrt(rank) where LoRA scales by alpha / rank.
-        alpha *= math.sqrt(rank)
-    return rank, alpha
+class _LookedUp:
+    """Ranks and alphas of modules, by the rule of PEFT: a key is a regular expression behind a dot or at the start.
+
+    Args:
+        config: content of adapter_config.json, checked.
+        source: the file, for messages.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self._config = config
+        budget = PatternBudget(source)
+        self._patterns = {option: _Patterns(config.get(option) or {}, budget) for option in _PATTERN_OPTIONS}
+
+    def rank_and_alpha(self, module: str) -> tuple[float, float]:
+        """Return the rank of a module, and the alpha that gives its scaling as alpha / rank."""
+        rank = self._patterns["rank_pattern"].value(module, self._config["r"])
+        alpha = float(self._patterns["alpha_pattern"].value(module, self._config["lora_alpha"]))
+        if self._config.get("use_rslora"):
+            # rsLoRA scales by alpha / sqrt(rank) where LoRA scales by alpha / rank.
+            alpha *= math.sqrt(rank)
+        return rank, alpha
 
 
-def _matched(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+class _Patterns:
+    """Numbers by pattern, of which the first that matches counts.
+
+    A key for each of thousands of modules is common. So keys of plain characters are looked up and not compared one by
+    one, but as the regular expressions that they are: a dot that is not escaped stands for any character.
+
+    Args:
+        patterns: pattern -> number.
+        budget: of the file.
+    """
+
+    def __init__(self, patterns: Mapping[str, float], budget: PatternBudget) -> None:
+        self._budget = budget
+        self._values = list(patterns.values())
+        self._general: list[tuple[int, NamePattern]] = []
+        # (length, whole name or its end) -> the places of dots that keys of this length have.
+        self._dots: dict[tuple[int, bool], set[tuple[int, ...]]] = collections.defaultdict(set)
+        self._plain: dict[tuple[bool, tuple[int, ...], str], int] = {}
+        for place, pattern in enumerate(patterns):
+            plain = _PLAIN_PATTERN.fullmatch(pattern)
+            if plain is None:
+                found = NamePattern(rf"(.*\.)?({pattern})$", source=budget.source, budget=budget)
+                self._general.append((place, found))
+                continue
+            whole = bool(plain["start"])
+            characters = re.findall(r"\\.|.", plain["name"])
+            dots = tuple(index for index, character in enumerate(characters) if character == ".")
+            self._dots[len(characters), whole].add(dots)
+            text = _without("".join(character[-1] for character in characters), dots)
+            self._plain.setdefault((whole, dots, text), place)
+
+    def value(self, module: str, default: float) -> float:
+        """Return the number of a module."""
+        starts = [0, *(index + 1 for index, character in enumerate(module) if character == ".")]
+        found = [place for start in starts for place in self._ending(module[start:], whole=start == 0)]
+        first = next((place for place, pattern in self._general if pattern.matches(module)), None)
+        if first is not None:
+            found.append(first)
+        return self._values[min(found)] if found else default
+
+    def _ending(self, end: str, *, whole: bool) -> Iterator[int]:
+        """Yield the places of the plain keys that match a name, or the end of one behind a dot."""
+        for anchored in (False, True) if whole else (False,):
+            known = self._dots.get((len(end), anchored), ())
+            self._budget.spend(len(known), end)
+            for dots in known:
+                place = self._plain.get((anchored, dots, _without(end, dots)))
+                if place is not None:
+                    yield place
+
+
+def _without(text: str, places: tuple[int, ...]) -> str:
+    return "".join(character for index, character in enumerate(text) if index not in places)
 
 
 def _is_fingerprint(text: str) -> bool:

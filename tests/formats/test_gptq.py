@@ -365,14 +365,16 @@ def test_config_needs_modules_with_plain_names() -> None:
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; this reader knows"),
         ({"checkpoint_format": ["gptq"]}, "checkpoint_format is"),
         ({"format": "gptq"}, "checkpoint_format is 'gptq_v2' but format is 'gptq'; one of them is wrong"),
-        ({"desc_act": True}, "desc_act is True; only sequential groups are read"),
+        ({"desc_act": "yes"}, "desc_act is 'yes'; expected true or false"),
+        ({"rotation": "hadamard"}, "rotation is 'hadamard', which changes what the layers compute"),
+        ({"act_bits": 8}, "act_bits is 8, which changes what the layers compute"),
         ({"bits": "4"}, "bits '4', group_size 64, sym False; expected two whole numbers and true or false"),
         ({"bits": 5}, "bits is 5; allowed are 2, 3, 4 and 8"),
         ({"group_size": 7}, "group size is 7"),
         ({"sym": None}, "sym None; expected"),
         ({"dynamic": ["x"]}, "dynamic is a list; expected an object"),
-        ({"dynamic": {"+:(a+)+$": {"bits": 2}}}, "is not an exact module name .*; general patterns are not read"),
-        ({"dynamic": {"+:^a$": 3}}, "is not an exact module name"),
+        ({"dynamic": {"+:(a": {"bits": 2}}}, r"the pattern '\(a' is not read \(a group is not closed\); name"),
+        ({"dynamic": {"+:^a$": 3}}, "the dynamic rule '\\+:\\^a\\$' is a int; expected an object"),
         ({"dynamic": {"+:^a$": {"bits": 99}}}, "bits is 99"),
         ({"cloq": 3}, "format version 3 of cloq is unknown; this program reads 1"),
         ({"cloq": {"format_version": 2}}, "format version 2 of cloq is unknown"),
@@ -428,7 +430,9 @@ def test_autoround_names_the_layers_that_differ() -> None:
     [
         ({"packing_format": "auto_round:auto_awq"}, "packing_format is 'auto_round:auto_awq'; of AutoRound's"),
         ({"data_type": "mx_fp"}, "data_type is 'mx_fp'; only 'int' is read"),
-        ({"extra_config": {".*down.*": {"bits": 4}}}, "extra_config speaks of '.*down.*', which is not an exact"),
+        ({"extra_config": {".*down(": {"bits": 4}}}, "the pattern '.*down(' is not read (a group is not closed)"),
+        ({"extra_config": {"a": 4}}, "extra_config maps 'a' to a int; expected an object of options"),
+        ({"desc_act": True}, "desc_act is true in a file of AutoRound's"),
         ({"extra_config": []}, None),
         ({"extra_config": [1]}, "extra_config is a list"),
         ({"bits": "2"}, "bits '2'"),
@@ -441,3 +445,90 @@ def test_other_autoround_configs_are_refused(changes: dict[str, Any], message: s
         return
     with pytest.raises(FormatError, match=re.escape(message)):
         gptq.parse_quantization_config(config)
+
+
+def named(*modules: str) -> dict[str, Any]:
+    return {f"{module}.qweight": ("I32", (4, 8)) for module in modules}
+
+
+PLAIN = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+
+
+def test_dynamic_rules_are_read_as_gptqmodel_means_them() -> None:
+    rules = {
+        r"-:.*\.2\..*": {},
+        r"+:.*\.(?:q|k)_proj$": {"bits": 8, "group_size": 64},
+        r".*\.v_proj": {"sym": True},
+        r"+:^layers\.0\.q_proj$": {"bits": 2},
+        r"+:^layers\.0\.up_proj$": {"bits": 3},
+    }
+    grids = gptq.parse_quantization_config(PLAIN | {"dynamic": rules})
+    for module in ("layers.0.q_proj", "layers.1.k_proj", "layers.2.q_proj", "layers.0.v_proj.x", "layers.0.up_proj"):
+        expected = matched_by_other_readers(rules, module)
+        spec = grids.spec_for(module)
+        if expected is False:
+            assert spec is None
+        else:
+            values = PLAIN | expected
+            assert spec == QuantSpec(values["bits"], values["group_size"], symmetric=values["sym"]), module
+    assert grids.spec_for("layers.0.down_proj") == QuantSpec(4, 32)
+    known = grids.with_modules(["layers.0.q_proj", "layers.2.q_proj"])
+    assert known.spec_for("layers.0.q_proj") == QuantSpec(8, 64)
+    assert known.spec_for("layers.2.q_proj") is None
+    assert known.spec_for("layers.0.up_proj") == QuantSpec(3, 32)
+
+
+def test_autoround_searches_for_keys_that_name_no_layer() -> None:
+    extra = {"a.down": {"bits": 8}, ".*down.*": {"bits": 2}, "gate": {"bits": 16}}
+    headers = named("a.down", "b.down", "c.up") | {"c.gate_proj.weight": ("F16", (4, 4))}
+    grids = gptq.parse_quantization_config({**AUTO_ROUND_CONFIG, "extra_config": extra}, headers)
+    assert grids.spec_for("a.down") == QuantSpec(8, 64)
+    assert grids.spec_for("b.down") == QuantSpec(2, 64)
+    assert grids.spec_for("c.up") == QuantSpec(2, 64)
+    assert grids.spec_for("c.gate_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("modules_to_not_convert", ["up"]), ("modules_in_block_to_quantize", [["self_attn.q_proj"], ["mlp.down"]])],
+)
+def test_codes_that_the_config_leaves_out_are_refused(key: str, value: list) -> None:
+    kept = named("a.self_attn.q_proj", "a.mlp.down", "lm_head")
+    assert gptq.parse_quantization_config(PLAIN | {key: value}, kept).spec_for("a.mlp.down") == QuantSpec(4, 32)
+    with pytest.raises(FormatError, match=rf"c: {key} leaves a\.mlp\.up out, whose codes the files hold"):
+        gptq.parse_quantization_config(PLAIN | {key: value}, kept | named("a.mlp.up"), source="c")
+
+
+def test_a_quantized_head_is_said() -> None:
+    spec = QuantSpec(4, 32)
+    assert quantization_config({"a": spec, "lm_head": spec}, base_fingerprint=FINGERPRINT)["lm_head"] is True
+    assert quantization_config({"a": spec}, base_fingerprint=FINGERPRINT)["lm_head"] is False
+
+
+def test_labels_of_act_order_and_of_nothing_are_read() -> None:
+    for change in ({"desc_act": True}, {"desc_act": None}, {"static_groups": True, "true_sequential": True}):
+        assert gptq.parse_quantization_config(PLAIN | change).layout is GPTQ_V1
+    without = {key: value for key, value in PLAIN.items() if key != "sym"}
+    assert gptq.parse_quantization_config(without).default == QuantSpec(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "held"), [(QuantSpec(8, 32), "4-bit codes in groups of 32"), (QuantSpec(4, 64), "32")]
+)
+def test_shapes_of_another_grid_are_named(spec: QuantSpec, held: str) -> None:
+    headers = gptq.GPTQ_V2.headers(16, 128, QuantSpec(4, 32))
+    with pytest.raises(FormatError, match=rf"a: the config says {spec.bits} bits and group size .* hold .*{held}"):
+        gptq.GPTQ_V2.features(headers, spec, name="a")
+    awq = {"qweight": ("I32", (128, 2)), "qzeros": ("I32", (4, 2)), "scales": ("F16", (4, 16))}
+    with pytest.raises(FormatError, match="run along the outputs as those of AWQ"):
+        gptq.GPTQ_V2.features(awq, QuantSpec(4, 32), name="a")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_zeros_prove_the_version(bits: int) -> None:
+    spec = QuantSpec(bits, 32, symmetric=True)
+    layer = make_layer(QuantSpec(bits, 32), 32, 64, least_zero=1)
+    middle = QuantizedLayer(layer.codes, layer.scales, torch.full_like(layer.zeros, 2 ** (bits - 1)), spec)
+    for version in (1, 2):
+        assert gptq.version_of_symmetric(gptq.pack_layer(middle, version=version)["qzeros"], spec) == version
+    assert gptq.version_of_symmetric(gptq.pack_layer(layer)["qzeros"], spec) is None

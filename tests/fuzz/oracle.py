@@ -69,7 +69,16 @@ def load_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
 def load_checkpoint_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return load_tensors(folder / "model.safetensors")[0]
+        if (folder / "model.safetensors").exists():
+            return load_tensors(folder / "model.safetensors")[0]
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        count = len(names)
+        if names != [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]:
+            raise Unsure
+        shards = [load_tensors(folder / name)[0] for name in names]
+        if len({name for shard in shards for name in shard}) < sum(map(len, shards)):
+            raise ValueError("a tensor lies in two files")
+        return {name: values for shard in shards for name, values in shard.items()}
     weights = load_json(index)["weight_map"]
     found: dict[str, np.ndarray] = {}
     for file in sorted(set(weights.values())):
@@ -124,10 +133,12 @@ def read_layers(folder: pathlib.Path) -> dict[str, Layer]:
 
 def gptq_grids(quantization: dict[str, Any]):
     keys = ("bits", "group_size", "sym")
-    default = tuple(quantization.get(key) for key in keys)
+    default = tuple(quantization.get(key, False if key == "sym" else None) for key in keys)
     own = {}
     for pattern, values in (quantization.get("dynamic") or {}).items():
         match = re.fullmatch(r"\+:\^(.*)\$", pattern)
+        if match is None and not pattern.startswith("-:^"):
+            raise Unsure
         if match:
             own[match[1].replace("\\", "")] = tuple(values.get(key, quantization.get(key)) for key in keys)
     return lambda module: own.get(module, default)
@@ -155,6 +166,8 @@ def read_gptq(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: 
     span = in_features // groups
     codes = stream(parts["qweight"].T, bits, in_features)
     zeros = stream(parts["qzeros"], bits, out_features).T
+    if grid[2] is True and quantization.get("cloq") is None and (zeros == 2 ** (bits - 1) - (version == 2)).all():
+        raise Unsure  # symmetric zeros as the other version stores them: the content counts
     if version == 1:
         zeros = zeros + 1
     if zeros.max() >= 2**bits or zeros.shape != (out_features, groups):
@@ -197,8 +210,8 @@ def read_pairs(folder: pathlib.Path) -> dict[str, Pair]:
     tensors, _ = load_tensors(folder / "adapter_model.safetensors")
     sides: dict[str, dict[str, np.ndarray]] = {}
     for name, values in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        if match is None:
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", name)
+        if match is None or match[2] in sides.get(match[1], {}):
             raise ValueError("no plain LoRA")
         sides.setdefault(match[1], {})[match[2]] = values
     pairs = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,38 @@ def build_model() -> Callable[[str], Any]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], None]:
+    """Return a function that writes a tokenizer of whole words into a folder."""
+
+    def write(folder: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(folder)
+
+    return write
+
+
+@pytest.fixture
+def write_model(
+    tmp_path: Path, build_model: Callable[[str], Any], write_tokenizer: Callable[[Path], None]
+) -> Callable[[str], Path]:
+    """Return a function that writes a family's random model with a tokenizer and gives the folder."""
+
+    def write(name: str) -> Path:
+        folder = tmp_path / "model"
+        build_model(name).save_pretrained(folder)
+        write_tokenizer(folder)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

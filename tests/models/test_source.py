@@ -31,19 +31,12 @@ from cloq_export.models.source import (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 96)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory, build_model: Callable[[str], Any]) -> Path:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory,
+    build_model: Callable[[str], Any],
+    write_tokenizer: Callable[[Path], None],
+) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     build_model("llama-tied").to(torch.bfloat16).save_pretrained(folder)
     write_tokenizer(folder)

@@ -95,6 +95,16 @@ def report() -> dict[str, Any]:
             "threads": 1,
         },
         "certificate": {"passed": True, "files": 9, "modules": 14, "not_covered": [], "reason": None},
+        "provenance": {
+            "findings": [
+                {"what": "codes", "verdict": "proven", "reason": ""},
+                {"what": "adapter good", "verdict": "not recorded", "reason": "nothing recorded it"},
+                {"what": "reference", "verdict": "proven", "reason": ""},
+            ],
+            "probes": [{"adapter": "good", "precision": "float32", "tokens": 9, "max": 2e-4, "mean": 1e-4}],
+            "recorded_ratios": [{"adapter": "good", "ratio": 1.25}],
+        },
+        "float_part": [{"what": "config", "verdict": "contradicted", "reason": HOSTILE}],
         "noise_floor": difference(0.0),
         "numerics": numerics,
         "quality": {

@@ -251,3 +251,122 @@ def test_checkpoint_folder_explains_what_it_was_given(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="file is not a folder; give a run directory or a checkpoint folder"):
         checkpoint_folder(tmp_path / "file")
+
+
+def foreign(
+    written, tmp_path, place=lambda folder, quantization, config: config.update(quantization_config=quantization)
+):
+    """Return a copy without what only this package writes, whose quantization is described where `place` puts it."""
+    folder = shutil.copytree(written.folder, tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    del quantization["cloq"]
+    place(folder, quantization, config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def beside(name, **changes):
+    def place(folder, quantization, config):
+        without = {key: value for key, value in quantization.items() if key != "quant_method"}
+        (folder / name).write_text(json.dumps(without | changes))
+
+    return place
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda folder, quantization, config: config.update(compression_config=quantization),
+        lambda folder, quantization, config: config.update(text_config={"quantization_config": quantization}),
+        beside("quantize_config.json"),
+        beside("quant_config.json"),
+    ],
+)
+def test_every_place_of_a_quantization_is_read(tmp_path, written, place):
+    checkpoint = Checkpoint.open(foreign(written, tmp_path, place))
+    assert_layers_equal(dict(checkpoint.read_layers()), written.layers)
+
+
+def test_places_add_to_each_other_and_must_not_disagree(tmp_path, written):
+    folder = foreign(written, tmp_path, lambda f, q, c: c.update(quantization_config={**q, "checkpoint_format": None}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["checkpoint_format"]
+    (folder / "config.json").write_text(json.dumps(config))
+    other = folder / "quantize_config.json"
+    other.write_text(json.dumps({"bits": 2, "checkpoint_format": "gptq_v2", "desc_act": True}))
+    assert_layers_equal(dict(Checkpoint.open(folder).read_layers()), written.layers)
+    other.write_text(json.dumps({"bits": 4}))
+    with pytest.raises(FormatError, match=r"config\.json says bits 2, but .*quantize_config\.json says 4; one of them"):
+        Checkpoint.open(folder)
+    other.unlink()
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(FormatError, match=r"says quant_method 'gptq', but .*hf_quant_config\.json says 'modelopt'"):
+        Checkpoint.open(folder)
+
+
+def test_a_file_of_its_own_keeps_the_order_of_rules(tmp_path, written):
+    rules = {"+:.*up_proj": {"bits": 2}, "+:.*": {"bits": 2}, "+:.*a": {"bits": 8}}
+    order = dict(sorted(rules.items()))
+
+    def place(folder, quantization, config):
+        config["quantization_config"] = {**quantization, "dynamic": order}
+        (folder / "quantize_config.json").write_text(json.dumps({**quantization, "dynamic": rules}))
+
+    assert list(order) != list(rules)
+    found = Checkpoint.open(foreign(written, tmp_path, place)).grids
+    assert [pattern.text for pattern, _ in found.rules] == [rule.removeprefix("+:") for rule in rules]
+
+
+def test_codes_that_nothing_describes_are_said(tmp_path, written):
+    folder = foreign(written, tmp_path, lambda folder, quantization, config: None)
+    with pytest.raises(
+        FormatError,
+        match=r"is not a quantized checkpoint that can be read, although it holds .*; fetch the quantize_config.json",
+    ):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "model-00001-of-00001.safetensors"])
+def test_older_file_names_are_read(tmp_path, written, name):
+    folder = foreign(written, tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    assert_layers_equal(dict(Checkpoint.open(folder).read_layers()), written.layers)
+
+
+def test_shards_without_an_index_must_be_all_there(tmp_path, written):
+    folder, index = sharded_copy(written, tmp_path)
+    index.unlink()
+    assert_layers_equal(dict(Checkpoint.open(folder).read_layers()), written.layers)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(FormatError, match=rf"{last.name} does not exist, but model-00001-of-.* is there"):
+        Checkpoint.open(folder)
+
+
+def test_of_several_files_the_one_that_the_config_names_is_read(tmp_path, written):
+    folder = foreign(written, tmp_path)
+    shutil.copy(folder / "model.safetensors", folder / "old.safetensors")
+    (folder / "model.safetensors").rename(folder / "new.safetensors")
+    with pytest.raises(FormatError, match=r"holds new\.safetensors, old\.safetensors, and nothing says which"):
+        Checkpoint.open(folder)
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 2, "model_file_base_name": "new"}))
+    assert_layers_equal(dict(Checkpoint.open(folder).read_layers()), written.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "gptq_model-4bit-128g.pt",
+            "holds gptq_model-4bit-128g.pt but no model.safetensors; .* save it as safetensors",
+        ),
+        ("pytorch_model.bin", "holds pytorch_model.bin but no"),
+        ("consolidated.safetensors", "holds consolidated.safetensors, but no weights under a name"),
+    ],
+)
+def test_a_file_that_is_there_is_not_said_to_be_missing(tmp_path, written, name, message):
+    folder = foreign(written, tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FormatError, match=message):
+        Checkpoint.open(folder)

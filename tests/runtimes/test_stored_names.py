@@ -19,7 +19,7 @@ from cloq_export.runtimes.certificate import certify_checkpoint, verify_certific
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.runtimes.detective import examine
-from cloq_export.runtimes.hf import dequantized_model, load, unquantized_linears
+from cloq_export.runtimes.hf import dequantized_model, float_part, load
 from cloq_export.runtimes.merged import export_merged
 from cloq_export.runtimes.stored_names import names_in_memory, stored_names
 from cloq_export.types import QuantSpec
@@ -121,10 +121,8 @@ def test_a_checkpoint_keeps_the_names_of_the_models_own_files(
         log_probabilities(load(out)), log_probabilities(dequantized_model(out)), atol=1e-4, rtol=0
     )
     merged = tmp_path / "merged"
-    source, floats = LayerSource.of_checkpoint(checkpoint), None
-    floats = FloatPart.of_checkpoint(
-        checkpoint, skipped=unquantized_linears(checkpoint), save_files=lambda to: shutil.copy(out / "config.json", to)
-    )
+    source = LayerSource.of_checkpoint(checkpoint)
+    floats = float_part(checkpoint, save_files=lambda to: shutil.copy(out / "config.json", to))
     export_merged(merged, source, floats, {}, dtype=torch.float32)
     assert set(load_file(merged / "model.safetensors")) == set(load_file(files / "model.safetensors"))
     plain, report = transformers.AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)

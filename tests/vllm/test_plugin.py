@@ -29,7 +29,8 @@ def test_claims_what_vllm_refuses_and_nothing_else(claims: Any) -> None:
     for name in ("stock 4-bit", "stock 8-bit"):
         assert claimed[name] is None, name
         assert stock[name], name
-    for name in ("quantized head", "act-order", "general rule", "awq"):
+    assert claimed["general rule"] == "cloq"
+    for name in ("quantized head", "act-order", "awq"):
         assert claimed[name] is None, name
     assert claims["asked for"] == "cloq"
     assert claims["asked for another"] is None

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, UsageError
+from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, SourceError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.pipeline.serving import ServeOptions, plan_serving, served_adapters
+from cloq_export.run.atomic import write_safetensors
+from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.runtimes import vllm_server
+from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
 from cloq_export.runtimes.vllm_server import EngineFacts, engine_facts
 from cloq_export.types import LoraPair, QuantSpec
@@ -40,6 +43,40 @@ def refuse(export: pathlib.Path, **options: Any) -> str:
     with pytest.raises((UsageError, FormatError, BindingError)) as caught:
         plan_serving(export, ServeOptions(port=0, **options))
     return str(caught.value)
+
+
+@pytest.mark.usefixtures("on")
+def test_no_option_lets_the_code_of_a_model_run(export: Any) -> None:
+    for flag in ("--trust-remote-code", "--trust_remote_code", "--trust-rem", "--trust-remote-code=true"):
+        message = refuse(export.folder, default="two", engine_options=(flag,))
+        assert "runs Python code that comes with a model, which cloq never does" in message
+
+
+@pytest.mark.usefixtures("on")
+def test_a_missing_tokenizer_is_told_before_an_engine_starts(write_export: Any) -> None:
+    folder = write_export(QuantSpec(4, 32)).folder
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SourceError, match=r"holds no tokenizer\.json and no other vocabulary"):
+        plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1))
+    plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1, engine_options=("--skip-tokenizer-init",)))
+
+
+@pytest.mark.usefixtures("on")
+def test_a_config_that_ties_what_the_files_hold_apart_is_not_served(write_export: Any) -> None:
+    folder = write_export(QuantSpec(4, 32)).folder
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    options = ServeOptions(default="two", port=0, kv_cache_gib=1)
+    if "lm_head.weight" not in Checkpoint.open(folder).headers:
+        plan_serving(folder, options)
+        path = folder / "model.safetensors"
+        tensors, metadata = read_safetensors(path)
+        write_safetensors(
+            path, {**tensors, "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, metadata=metadata
+        )
+    message = refuse(folder, default="two", kv_cache_gib=1)
+    assert "ties head and embeddings, and the files hold two that differ" in message
 
 
 @pytest.mark.usefixtures("on")

@@ -29,7 +29,7 @@ def main() -> None:
         adapter = Lora(path=str(Path(job["out"]) / "eora"), rank=job["rank"])
         options["adapter"] = adapter
     config = QuantizeConfig(**options, format="gptq_v2", offload_to_disk=False, wait_for_submodule_finalizers=True)
-    model = GPTQModel.load(job["model"], config)
+    model = GPTQModel.load(job["model"], config, trust_remote_code=False)
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["windows"]]
     memory = PeakMemory()
     started = time.perf_counter()

@@ -184,7 +184,7 @@ def note_act_order(case: Case, ordered: Sequence[str], sampled: Sequence[str]) -
             "note",
             "the config says desc_act, but the groups looked at are sequential",
             f"g_idx of {len(sampled)} modules",
-            "if all are, set desc_act to false: the file is then read.",
+            "it is read if all are; with desc_act set to false more engines read it.",
         )
 
 

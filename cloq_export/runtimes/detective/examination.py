@@ -14,7 +14,14 @@ from cloq_export.formats.registry import read_quantization_config
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_paths import require_inside
-from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint, checkpoint_folder, read_headers
+from cloq_export.run.shards import WEIGHTS_NAME
+from cloq_export.runtimes.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    checkpoint_folder,
+    find_quantization,
+    read_headers,
+)
 from cloq_export.runtimes.detective.case import (
     LAYER_BYTES,
     Case,
@@ -33,9 +40,6 @@ from cloq_export.runtimes.detective.foreign import (
 )
 from cloq_export.runtimes.detective.gptq import examine_gptq, gptq_label, has_gptq_shape
 from cloq_export.runtimes.detective.packed import examine_packed
-
-# Where older tools keep what newer ones put into config.json.
-_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,7 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     files, headers = read_headers(folder)
     case = Case(folder, {}, files, headers)
     case.quantization = _find_quantization(case, config)
+    _note_file_names(case)
     families = {part: modules_with(headers, part) for part in ("qweight", "weight_packed")}
     packed = [module for module in families["weight_packed"] if headers[f"{module}.weight_packed"][0] == "I32"]
     shown = method_by_tensors(headers)
@@ -141,30 +146,32 @@ def examine(path: str | os.PathLike[str]) -> Examination:
 
 
 def _find_quantization(case: Case, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the `quantization_config`, from config.json or from where older tools keep it."""
-    found = config.get("quantization_config")
-    if isinstance(found, Mapping):
-        return found
-    if found is not None:
-        raise FormatError(
-            f"{case.folder / CONFIG_NAME}: quantization_config is a {type(found).__name__}; it is damaged."
+    """Return the `quantization_config`, from config.json or from where other tools keep it."""
+    found = find_quantization(case.folder, config)
+    if found is None:
+        return {}
+    if found.elsewhere:
+        case.suspect(
+            "config-place",
+            "doubtful",
+            "config.json has no quantization_config at its usual place; "
+            f"{found.source.removeprefix(str(case.folder) + os.sep)[:120]} has one, as older tools write it",
+            "many readers do not look there",
+            "put its content into config.json under quantization_config; cloq convert writes it there.",
         )
-    for name in _OTHER_CONFIGS:
-        path = case.folder / name
-        if path.is_file():
-            case.suspect(
-                "config-place",
-                "wrong",
-                f"config.json has no quantization_config; {name} has one, as older tools write it",
-                f"{name} is there",
-                f"put the content of {name} into config.json under quantization_config, with its quant_method.",
-            )
-            content = read_json(require_inside(case.folder, path))
-            inner = content.get("quantization")
-            if name == "hf_quant_config.json" and isinstance(inner, Mapping):
-                return {"quant_method": "modelopt", **inner}
-            return content
-    return {}
+    return found.config
+
+
+def _note_file_names(case: Case) -> None:
+    names = sorted({file.path.name for file in case.files.values()})
+    if names and not any(name in (WEIGHTS_NAME, "model-00001-of-" + name[-17:]) for name in names[:1]):
+        case.suspect(
+            "file-name",
+            "note",
+            "the weights are in files of another name than readers look for",
+            ", ".join(names[:3]),
+            f"it is read here; for other readers rename it to {WEIGHTS_NAME}, or write it again with cloq convert.",
+        )
 
 
 def _conclude(

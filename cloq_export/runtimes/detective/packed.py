@@ -44,8 +44,9 @@ def examine_packed(case: Case, modules: list[str]) -> Verdict:
         label = ours["layout"][:80]
     note_missing(case, modules, ("weight_packed", "weight_scale", "weight_shape"))
     note_extra(case, modules, _PARTS)
-    ordered = [module for module in modules if f"{module}.weight_g_idx" in case.headers]
-    note_act_order(case, ordered, modules)
+    indexed = [module for module in modules if f"{module}.weight_g_idx" in case.headers]
+    looked_at = statistics.spread_evenly(indexed, SAMPLED_LAYERS)
+    note_act_order(case, [module for module in looked_at if _is_permuted(case, module)], looked_at)
     said = _said(case, modules)
     asymmetric = [module for module in modules if said[module][2] is False]
     bare = [module for module in asymmetric if f"{module}.weight_zero_point" not in case.headers]
@@ -112,6 +113,19 @@ def examine_packed(case: Case, modules: list[str]) -> Verdict:
         note_codes(case, counts, bits)
     symmetric = not any(f"{module}.weight_zero_point" in case.headers for module in modules)
     return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(counts))
+
+
+def _is_permuted(case: Case, module: str) -> bool:
+    """Return whether the inputs of a module are not grouped as they follow each other."""
+    name = f"{module}.weight_g_idx"
+    code, shape = case.headers[name]
+    groups = case.headers.get(f"{module}.weight_scale", ("", ()))[1]
+    if code not in ("I32", "I64") or len(shape) != 1 or len(groups) != 2 or not groups[1] or shape[0] % groups[1]:
+        return True
+    if shape[0] * 8 > LAYER_BYTES:
+        return False
+    index = case.files[name].read(name).to(torch.int64)
+    return not bool((index == -1).all() or torch.equal(index, torch.arange(shape[0]) // (shape[0] // groups[1])))
 
 
 def _said(case: Case, modules: Iterable[str]) -> dict[str, tuple[int | None, int | None, bool | None]]:

@@ -31,6 +31,8 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 _LABELS = (None, METHOD, "gptq")
+# What this plugin does not compute: the order of groups is not looked at here, so its label has to be believed.
+_UNSERVED = {"desc_act": "an order of groups (act-order)", "lm_head": "a quantized head"}
 
 
 def register() -> None:
@@ -44,16 +46,17 @@ def claims(config: Mapping[str, Any]) -> bool:
     Args:
         config: as it stands in config.json.
     """
-    if config.get("quant_method") != "gptq" or config.get("lm_head"):
+    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
         return False
     try:
         grids = parse_quantization_config(config)
     except CloqError:
         return False  # not ours to explain: vLLM's own config says what it thinks of it
-    if grids.overrides and grids.modules is not None:
+    if (grids.overrides or grids.rules) and grids.modules is not None:
         # vLLM looks rules up under the names of fused layers, which no rule of ours has, and would take the default.
         return True
     specs = [grids.default, *(spec for spec in grids.overrides.values() if spec is not None)]
+    specs += [spec for _, spec in grids.rules if spec is not None]
     return not all(
         (spec.bits, spec.symmetric) in _STOCK_GRIDS and spec.group_size in _STOCK_GROUP_SIZES for spec in specs
     )
@@ -102,8 +105,14 @@ class CloqConfig(QuantizationConfig):
         """Read a `quantization_config`.
 
         Raises:
-            FormatError: it is damaged.
+            FormatError: it is damaged, or has what the plugin does not compute.
         """
+        for key, what in _UNSERVED.items():
+            if config.get(key):
+                raise FormatError(
+                    f"quantization_config: {key} is {config[key]!r:.80}, and this plugin does not serve {what}; write "
+                    "the checkpoint again with `cloq convert`, or serve a merged export (cloq export --format merged)."
+                )
         return cls(parse_quantization_config(config))
 
     @classmethod
@@ -121,7 +130,7 @@ class CloqConfig(QuantizationConfig):
             return
         names = get_safetensors_params_metadata(model_name, revision=revision)
         modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
-        self.grids = dataclasses.replace(self.grids, modules=tuple(modules))
+        self.grids = self.grids.with_modules(modules)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as the model of vLLM does."""

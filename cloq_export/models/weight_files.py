@@ -1,0 +1,333 @@
+"""The weight files of a float model: all there, float, and nothing in them that the model has no place for."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.errors import SourceError, UnsupportedModelError
+from cloq_export.run.safe_json import read_json
+from cloq_export.run.safe_tensors import TensorFile
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Files of other writers that say beside config.json how the weights are quantized.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# "quantization" is MLX's word.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
+_METHOD_KEYS = ("quant_method", "quant_algo", "format", "quant_type")
+_SHOWN = 3
+# Last parts of names under which only quantized weights and their grids are stored.
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|weight_zero_point|absmax|quant_map|nested_absmax|SCB|W_q|codes"
+    r"|codebooks|Qidxs|trellis|(weight|[a-z_]+_proj)_(blocks|scales)|quant_state\.[\w.]+)$"
+)
+_SCALE = re.compile(r"(scale|scales|scale_inv|absmax|SCB|qzeros|zero_point|scale_\d)$")
+# What models compute for themselves and older writers stored beside the weights.
+_COMPUTED = re.compile(
+    r"(^|\.)(rotary_emb|rotary_embedding|rotary_pos_emb|rotary)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
+    r"|(^|\.)(attn|attention|crossattention|self_attention|self_attn)\.masked_bias$|(^|\.)position_ids$"
+)
+_LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|crossattention|self_attention|self_attn)\.bias$")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFiles:
+    """The headers of a model's weight files; no tensor is read yet.
+
+    Args:
+        paths: the files.
+        files: tensor name -> the file that holds it.
+        headers: tensor name -> (dtype code of safetensors, shape).
+    """
+
+    paths: tuple[Path, ...]
+    files: Mapping[str, TensorFile]
+    headers: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    @classmethod
+    def open(cls, folder: Path) -> WeightFiles:
+        """Find the weight files of a folder and read their headers, which also finds truncated files.
+
+        Args:
+            folder: the model's folder.
+
+        Returns:
+            The files.
+
+        Raises:
+            SourceError: there are none, one is missing or empty, or they do not belong together.
+            FormatError: a file is damaged.
+        """
+        weight_map = _read_index(folder)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise SourceError(
+                f"{folder} lacks {len(absent)} of {len(names)} weight files, {absent[0]} among them; fetch them again."
+            )
+        files: dict[str, TensorFile] = {}
+        for name in names:
+            file = TensorFile(folder / name)
+            for tensor in file.headers:
+                if tensor in files:
+                    raise SourceError(
+                        f"{file.path} and {files[tensor].path.name} both hold {tensor}; the folder mixes two models. "
+                        "Fetch it again into an empty folder."
+                    )
+                if weight_map is not None and weight_map.get(tensor) != name:
+                    said = weight_map.get(tensor)
+                    raise SourceError(
+                        f"{file.path} holds {tensor}, which {INDEX_FILE} "
+                        f"{'does not list' if said is None else f'puts into {said}'}; the folder mixes two models, or "
+                        "the index is another model's. Fetch it again into an empty folder."
+                    )
+                files[tensor] = file
+        lacking = sorted(set(weight_map or ()) - set(files))
+        if lacking:
+            raise SourceError(
+                f"{folder / INDEX_FILE} promises {len(lacking)} tensors that no file holds, {lacking[0]} among them; "
+                "the download is incomplete, or the index is another model's. Fetch it again."
+            )
+        if not files:
+            raise SourceError(
+                f"{folder / names[0]} holds no tensor at all; the model was not saved whole. Fetch it again."
+            )
+        headers = {tensor: file.headers[tensor] for tensor, file in files.items()}
+        return cls(tuple(folder / name for name in names), files, headers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of most stored numbers."""
+        sizes: collections.Counter[torch.dtype] = collections.Counter()
+        for code, shape in self.headers.values():
+            if code in _FLOATS:
+                sizes[_FLOATS[code]] += torch.Size(shape).numel()
+        return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Return tensor name -> file name, or None for a model in one file."""
+    index = folder / INDEX_FILE
+    single = (folder / SINGLE_FILE).is_file()
+    if not index.is_file():
+        if single:
+            return None
+        if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+            raise SourceError(
+                f"{folder} has its weights only in pickled files, which can run code when they are opened; only "
+                "safetensors and GGUF are read. Save the model again with safetensors."
+            )
+        raise SourceError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model again.")
+    weight_map = read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if (
+        not isinstance(weight_map, dict)
+        or not names
+        or not all(isinstance(name, str) and Path(name).name == name for name in names)
+    ):
+        raise SourceError(f"{index} has no usable weight_map; it is damaged. Fetch the model again.")
+    if single and names != {SINGLE_FILE}:
+        raise SourceError(
+            f"{folder} holds {SINGLE_FILE} and {INDEX_FILE}, which names other files: two models in one folder, and "
+            "readers differ in which they take. Delete the one that is not meant."
+        )
+    return weight_map
+
+
+def refuse_quantized(name: str, folder: Path, config: Mapping[str, Any], weights: WeightFiles) -> None:
+    """Refuse a model whose weights are quantized, by what it says anywhere and by what it holds.
+
+    Args:
+        name: of the model, for the message.
+        folder: its folder.
+        config: content of config.json.
+        weights: its files.
+
+    Raises:
+        UnsupportedModelError: it is quantized; the message names the method, or the tensors.
+        FormatError: a file that says how it is quantized is damaged.
+    """
+    for where, method in _said(folder, config):
+        raise UnsupportedModelError(
+            f"{name} is already quantized (method {method}), as {where} says; only float weights can be quantized. "
+            "Give the full-precision model it was made from."
+        )
+    packed: dict[str, list[str]] = {}
+    for tensor, (code, _) in weights.headers.items():
+        short = tensor.rpartition(".")[2]
+        if code.startswith(("F8", "F6", "F4")):
+            kind = "fp8" if code.startswith("F8") else "fp6" if code.startswith("F6") else "fp4"
+        elif code not in _FLOATS and (short == "weight" or _PACKED.search(tensor)):
+            kind = {"I8": "int8", "U8": "uint8, int8 or two 4-bit codes to a byte"}.get(code, "packed integers")
+        elif _PACKED.search(tensor):
+            kind = "scales or codes"
+        else:
+            continue
+        packed.setdefault(f"{kind}, {code}", []).append(tensor)
+    if packed:
+        kind, tensors = next(iter(packed.items()))
+        scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
+        beside = f", and {len(scales)} scales ({_listed(scales)})" if scales else ""
+        raise UnsupportedModelError(
+            f"{name} is already quantized, though its config does not say so: it holds {len(tensors)} tensors of "
+            f"{kind} ({_listed(tensors)}){beside}; only float weights can be quantized. Give the full-precision model "
+            "it was made from."
+        )
+
+
+def _said(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (place, method) wherever a folder says that it is quantized."""
+    for path, content in _nested(config, ()):
+        yield f"{'.'.join(path)} in its config.json", _method(content, path[-1])
+    for file in QUANTIZATION_FILES:
+        if not (folder / file).is_file():
+            continue
+        content = read_json(folder / file)
+        inner = content.get("quantization")
+        if file == "hf_quant_config.json" and isinstance(inner, Mapping):
+            told = [inner.get(key) for key in ("quant_algo", "kv_cache_quant_algo") if inner.get(key)]
+            if told:
+                yield f"its {file}", f"modelopt {told[0]}"
+        elif content:
+            yield f"its {file}", _method(content, file)
+
+
+def _nested(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    for key, value in config.items():
+        if key in _QUANTIZATION_KEYS and (value if key != "quantization_config" else value is not None):
+            yield (*path, key), value if isinstance(value, Mapping) else {"quant_method": str(value)}
+        elif isinstance(value, Mapping):
+            yield from _nested(value, (*path, key))
+
+
+def _method(content: Mapping[str, Any], place: str) -> str:
+    for key in _METHOD_KEYS:
+        if isinstance(content.get(key), str) and content[key]:
+            return str(content[key])[:40]
+    if content.get("load_in_8bit") or content.get("load_in_4bit"):
+        return "bitsandbytes"
+    if place == "quantization":
+        return "mlx"
+    if "desc_act" in content:
+        return "gptq"
+    if "w_bit" in content or "zero_point" in content:
+        return "awq"
+    return "unknown"
+
+
+def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
+    """Refuse tensors that were loaded into nothing, except those that cannot change what the model computes.
+
+    Left out may be: what the model computes for itself, biases that are zero, and what the model's own class in
+    transformers declares to leave out.
+
+    Args:
+        name: of the model, for the message.
+        model: as transformers loaded it.
+        unexpected: names that transformers found no place for.
+        weights: its files.
+
+    Returns:
+        list: what was left out, for the run's notes.
+
+    Raises:
+        SourceError: a tensor has no place in the model, or is stored as integers where the model has floats.
+        UnsupportedModelError: what has no place are scales of quantized weights.
+    """
+    places = dict(model.state_dict())
+    wrong = [
+        tensor
+        for tensor, (code, _) in weights.headers.items()
+        if code not in _FLOATS and tensor in places and places[tensor].is_floating_point()
+    ]
+    if wrong:
+        raise SourceError(
+            f"{name} stores {len(wrong)} tensors as {weights.headers[wrong[0]][0]} where {type(model).__name__} has "
+            f"float weights ({_listed(wrong)}); they are codes of a quantized model. Give the full-precision model."
+        )
+    declared: list[str] = []
+    zeros: list[str] = []
+    homeless: list[str] = []
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    layers = {found.group(1) for found in map(_LAYER.match, places) if found}
+    for tensor in sorted(set(weights.headers) - set(places) - set(unexpected)):
+        if _is_computed(tensor, weights) or not any(pattern.search(tensor) for pattern in patterns):
+            continue
+        if _CAUSAL_MASK.search(tensor):
+            # A pattern for the causal masks of old files, taken as it stands, also covers real biases.
+            (declared if _is_zero(tensor, weights) else homeless).append(tensor)
+            continue
+        layer = _LAYER.match(tensor)
+        # The tensors of a layer that is there were loaded under another name (experts are fused).
+        if layer is None or layer.group(1) not in layers:
+            declared.append(tensor)
+    for tensor in sorted(_stored_name(tensor, weights) for tensor in unexpected):
+        if _is_computed(tensor, weights):
+            continue
+        (zeros if "bias" in tensor.rpartition(".")[2] and _is_zero(tensor, weights) else homeless).append(tensor)
+    scales = [tensor for tensor in homeless if _SCALE.search(tensor)]
+    if scales:
+        raise UnsupportedModelError(
+            f"{name} holds {len(scales)} scales that {type(model).__name__} has no place for ({_listed(scales)}): its "
+            "weights are quantized, though its config does not say so; only float weights can be quantized. Give the "
+            "full-precision model it was made from."
+        )
+    if homeless:
+        raise SourceError(
+            f"{name} holds {len(homeless)} tensors that {type(model).__name__} has no place for "
+            f"({_listed(homeless)}); without them it would compute something else. Its config.json is another model's, "
+            "or this architecture needs another class: give the model as transformers saves it."
+        )
+    notes = []
+    if declared:
+        notes.append(
+            f"{len(declared)} tensors of {name} were left out, as {type(model).__name__} of transformers declares: "
+            f"{_listed(declared)}"
+        )
+    if zeros:
+        notes.append(f"{len(zeros)} biases of {name} that are zero and have no place were left out: {_listed(zeros)}")
+    return notes
+
+
+def _stored_name(tensor: str, weights: WeightFiles) -> str:
+    """Return the name on disk of a tensor that transformers renamed while it looked for a place."""
+    if tensor in weights.headers:
+        return tensor
+    tail = tensor
+    while "." in tail:
+        tail = tail.partition(".")[2]
+        found = [name for name in weights.headers if name == tail or name.endswith(f".{tail}")]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    return tensor
+
+
+def _is_computed(tensor: str, weights: WeightFiles) -> bool:
+    if _COMPUTED.search(tensor):
+        return True
+    header = weights.headers.get(tensor)
+    return header is not None and _CAUSAL_MASK.search(tensor) is not None and len(header[1]) == 4
+
+
+def _is_zero(tensor: str, weights: WeightFiles) -> bool:
+    file = weights.files.get(tensor)
+    return file is not None and not bool(file.read(tensor).any())
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,213 @@
+"""Whether an export holds what a run and a training recorded when they made it, and which fault it is if not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cloq_export.runtimes.provenance import (
+    AdapterRecord,
+    BaseRecord,
+    PairRecord,
+    TokenizerRecord,
+    pair_digest,
+    pairs_digest,
+    record_pairs,
+    seal_of,
+)
+from cloq_export.types import LoraPair
+
+PROVEN = "proven"
+NOT_PROVEN = "not proven"
+# Nobody wrote anything down, and nothing says that somebody did: an older version, or another tool.
+NOT_RECORDED = "not recorded"
+CONTRADICTED = "contradicted"
+
+# What float32 loses when a product is written in another form.
+_SAME_PRODUCT = 1e-6
+# A sketch exceeds the norm of a difference by a factor that stays below this.
+_SKETCH_FACTOR = 4.0
+# Above it the numbers are others; below it they were rounded.
+_ROUNDED = 2e-2
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for.
+
+    Args:
+        what: e.g. "codes", "adapter mine", "tokenizer".
+        verdict: PROVEN, NOT_PROVEN, NOT_RECORDED or CONTRADICTED.
+        reason: what was seen, for people; empty if proven.
+    """
+
+    what: str
+    verdict: str
+    reason: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the finding as the report holds it."""
+        return dataclasses.asdict(self)
+
+
+def judge_codes(record: BaseRecord, fingerprint: str, digests: Mapping[str, str]) -> Finding:
+    """Compare codes, scales and zeros with those that the run made.
+
+    Args:
+        record: of the run.
+        fingerprint: of the export's base, computed from its tensors.
+        digests: full module name -> `layer_digest` of what the export holds.
+    """
+    if fingerprint == record.base_fingerprint and dict(digests) == dict(record.layers):
+        return Finding("codes", PROVEN)
+    differing = sorted(
+        module for module in {*digests, *record.layers} if digests.get(module) != record.layers.get(module)
+    )
+    return Finding(
+        "codes",
+        CONTRADICTED,
+        f"{_some(differing)} hold other codes, scales or zeros than the run made (base {record.base_fingerprint})"
+        if differing
+        else f"the record speaks of the base {record.base_fingerprint}",
+    )
+
+
+def judge_tokenizer(record: TokenizerRecord, found: TokenizerRecord, *, what: str, against: str) -> Finding:
+    """Compare what two tokenizers make of the same texts.
+
+    Args:
+        record: of the one that counts.
+        found: of the one in question.
+        what: e.g. "tokenizer".
+        against: what the record is of, for the message.
+    """
+    for number, (wanted, got) in enumerate(zip(record.texts, found.texts, strict=True)):
+        if wanted != got:
+            return Finding(what, CONTRADICTED, f"probe text {number + 1} becomes other token ids than {against}")
+    if record.special != found.special:
+        differing = sorted(
+            name for name in {*record.special, *found.special} if record.special.get(name) != found.special.get(name)
+        )
+        return Finding(what, CONTRADICTED, f"{_some(differing)} is another token than {against}")
+    if record.chat != found.chat:
+        return Finding(what, CONTRADICTED, f"the chat template makes another prompt than {against}")
+    return Finding(what, PROVEN)
+
+
+def judge_adapter(
+    name: str,
+    pairs: Mapping[str, LoraPair],
+    record: AdapterRecord,
+    *,
+    base_fingerprint: str,
+    others: Mapping[str, AdapterRecord],
+    base: BaseRecord | None = None,
+    declared_error: float = 0.0,
+) -> Finding:
+    """Compare the pairs of an adapter with those that were made.
+
+    Args:
+        name: that it is served under.
+        pairs: full module name -> pair, as the folder holds it.
+        record: what its folder records of it.
+        base_fingerprint: of the codes that it is served on.
+        others: name -> record of the other adapters that are known.
+        base: record of the export, which names the adapters that it was written with.
+        declared_error: relative Frobenius error of a product that the export says writing it cost.
+    """
+    what = f"adapter {name}"
+    seal = seal_of(record)
+    if base is not None and base.adapters.get(name) not in (None, seal):
+        meant = next((other for other, known in base.adapters.items() if known == seal), None)
+        return Finding(
+            what,
+            CONTRADICTED,
+            f"its folder holds the adapter that the export has as {meant}: the two were exchanged"
+            if meant
+            else f"the export was written with another adapter under this name than the {record.name} in its folder",
+        )
+    if record.name != name and record.name in others and seal_of(others[record.name]) != seal:
+        return Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}, and {record.name} is another")
+    if record.base_fingerprint != base_fingerprint:
+        return Finding(
+            what, CONTRADICTED, f"it was made for the base {record.base_fingerprint}, and {base_fingerprint} is served"
+        )
+    found = record_pairs(pairs)
+    if {module: pair.sha256 for module, pair in found.items()} == _digests(record):
+        return Finding(what, PROVEN)
+    missing, added = sorted(set(record.pairs) - set(found)), sorted(set(found) - set(record.pairs))
+    if missing or added:
+        verb = "lacks" if missing else "adds"
+        return Finding(what, CONTRADICTED, f"it {verb} the pairs of {_some(missing or added)}")
+    served = pairs_digest({module: pair.sha256 for module, pair in found.items()})
+    if record.training is not None and served == record.training.start:
+        return Finding(what, CONTRADICTED, "its pairs are those that the training started from, not what it ended with")
+    for other, known in others.items():
+        if other != name and served == pairs_digest(_digests(known)):
+            return Finding(what, CONTRADICTED, f"its pairs are those of {other}")
+    allowed = _SAME_PRODUCT + _SKETCH_FACTOR * declared_error
+    wrong = {
+        module: fault
+        for module, pair in pairs.items()
+        if (fault := _fault_of(pair, found[module], record.pairs[module], allowed))
+    }
+    if not wrong:
+        return Finding(what, PROVEN)
+    first = next(iter(wrong))
+    more = f", and {len(wrong) - 1} more modules differ" if len(wrong) > 1 else ""
+    return Finding(what, CONTRADICTED, f"{first} {wrong[first]}{more}")
+
+
+def _fault_of(pair: LoraPair, found: PairRecord, record: PairRecord, allowed: float) -> str | None:
+    """Return what is wrong with a pair, as the end of a sentence that its module begins; None if nothing is."""
+    if found.sha256 == record.sha256:
+        return None
+    deviation = record.deviation(found)
+    if deviation <= allowed:
+        return None
+    if pair_digest(LoraPair(pair.lora_B.T.contiguous(), pair.lora_A.T.contiguous(), pair.alpha)) == record.sha256:
+        return "has A and B exchanged"
+    factor = record.ratio(found)
+    if factor is not None and abs(factor - 1) > 1e-4:
+        return f"has {factor:.4g} times the product that was made (scaling {found.scaling:g}, then {record.scaling:g})"
+    if found.norm == 0:
+        return "has a product of zero"
+    if deviation < _ROUNDED:
+        kept = str(pair.lora_A.dtype).removeprefix("torch.")
+        return f"was rounded after it was made (relative difference {deviation:.1e}, now {kept})"
+    return f"has other numbers (relative difference {deviation:.1e})"
+
+
+def probe_differences(recorded: Any, measured: list[torch.Tensor]) -> dict[str, Any]:
+    """Return how far log-probabilities are from those that were recorded when the model was made.
+
+    Args:
+        recorded: a `ProbeRecord`.
+        measured: (n - 1,) for each of its sequences.
+
+    Returns:
+        dict: "precision", "tokens", "max" and "mean"; the figures are None if one is NaN or Inf.
+    """
+    wanted = torch.tensor([value for values in recorded.logprobs for value in values], dtype=torch.float64)
+    got = torch.cat([values.double() for values in measured]) if measured else torch.empty(0, dtype=torch.float64)
+    differences = (got - wanted).abs()
+    known = bool(differences.numel()) and bool(torch.isfinite(differences).all())
+    return {
+        "precision": recorded.precision,
+        "tokens": differences.numel(),
+        "max": float(differences.max()) if known else None,
+        "mean": float(differences.mean()) if known else None,
+    }
+
+
+def _digests(record: AdapterRecord) -> dict[str, str]:
+    return {module: pair.sha256 for module, pair in record.pairs.items()}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
