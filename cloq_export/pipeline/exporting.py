@@ -7,7 +7,6 @@ model card.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +15,15 @@ import torch
 from rich.console import Console
 
 from cloq_export import __version__
-from cloq_export.errors import FormatError, RunDirectoryError, UsageError
+from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
 from cloq_export.formats import targets
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import LoadedModel, ModelSource, companion_files, save_source_files
+from cloq_export.models.companions import companion_files, copy_companions
+from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
 from cloq_export.pipeline.recording import export_record, read_adapter_record, run_record
 from cloq_export.pipeline.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
@@ -33,7 +33,7 @@ from cloq_export.run.safe_paths import require_inside
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.hf import find_adapter, float_part, read_bound_adapter
+from cloq_export.runtimes.hf import find_adapter, float_part, read_bound_adapter, tied_head
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
@@ -279,6 +279,11 @@ def _export(
 ) -> dict[str, Any]:
     """Write one export of any format; what `export` and `convert` share."""
     _check_options(options, adapter_names)
+    if options.format == ONNX and isinstance(checkpoint.config.get("text_config"), Mapping):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} is a wrapper of the type {checkpoint.config.get('model_type')}, and an ONNX export "
+            "is a decoder of text, without the wrapper's other parts; choose another format, e.g. --format gptq_v2."
+        )
     fingerprint = checkpoint.fingerprint
     adapters = [_prepared(session, source, name, checkpoint, fingerprint, options) for name in adapter_names]
     format, decision = _choose(session, layers, checkpoint, adapters, options)
@@ -480,12 +485,17 @@ def _write_merged(
 ) -> None:
     floats = _float_part(checkpoint)
     adapter = adapters[0] if adapters else None
+    untied = []
+    if adapter is not None and any(f"{module}.weight" not in floats.headers for module in adapter.pairs):
+        floats = dataclasses.replace(floats, tied=tied_head(checkpoint))
+        untied = [name for name in floats.tied if name.removesuffix(".weight") in adapter.pairs]
+    session.notes += [f"{name} has a pair, so it is written apart from {floats.tied[name]}" for name in untied]
 
     def finish(folder: Path, report: MergedReport) -> None:
         certificate = write_certificate(folder, MERGED, fingerprint, report.modules, _certificate_facts(adapters))
         lost = report.rounding["merged"].max_norm
         notes = [
-            *card["notes"],
+            *session.notes,
             f"Merging rounds each weight once more than serving codes and adapter apart does: at most {lost:.2e} of a "
             "weight matrix's norm here.",
         ]
@@ -620,9 +630,11 @@ def _place_onnx_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any
 
 
 def _float_part(checkpoint: Checkpoint) -> FloatPart:
+    companions = companion_files(checkpoint.folder)
+
     def copy_files(folder: Path) -> None:
-        for path in (checkpoint.folder / CONFIG_NAME, *companion_files(checkpoint.folder)):
-            shutil.copyfile(require_inside(checkpoint.folder, path), folder / path.name)
+        config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
+        copy_companions(checkpoint.folder, [config, *companions], folder)
 
     return float_part(checkpoint, save_files=copy_files)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
+import torch
 from torch import nn
 
-from cloq_export.errors import CloqError, RecipeError, ShapeError
+from cloq_export.errors import CloqError, RecipeError, ShapeError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import BlockList, find_linears
 from cloq_export.recipe import Recipe
@@ -86,6 +88,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         more = f" Layers that do not fit either: {hidden} more." if hidden > 0 else ""
         raise ShapeError(" ".join(faults[:_SHOWN_FAULTS]) + more)
     _check_patterns(recipe, [*modules, *skipped])
+    _refuse_shared(blocks, modules)
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
     return Plan(blocks, modules)
@@ -129,7 +132,23 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
         _check_rank(linears[name], modules[name])
     _check_patterns(recipe, list(modules))
+    _refuse_shared(blocks, modules)
     return Plan(blocks, modules)
+
+
+def _refuse_shared(blocks: BlockList, planned: Container[str]) -> None:
+    """Refuse to quantize a weight that several layers share: each would be given codes of its own."""
+    names: dict[torch.Tensor, list[str]] = collections.defaultdict(list)
+    for index, block in enumerate(blocks):
+        for name, linear in find_linears(block, blocks.prefix(index)).items():
+            names[linear.weight].append(name)
+    for sharing in names.values():
+        if len(sharing) > 1 and any(name in planned for name in sharing):
+            raise UnsupportedModelError(
+                f"{sharing[0]} and {sharing[1]} share one weight, which cannot be quantized for each of them; "
+                f"{' '.join(f'--override {chr(39)}{name}:skip=true{chr(39)}' for name in sharing[:4])}"
+                f"{' ...' if len(sharing) > 4 else ''} leaves it in float."
+            )
 
 
 def _check_fit(linear: nn.Linear, plan: ModulePlan, format: str) -> None:

@@ -77,11 +77,12 @@ def combine_digests(digests: Mapping[str, str]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def file_fingerprint(paths: Iterable[str | os.PathLike[str]]) -> str:
+def file_fingerprint(paths: Iterable[str | os.PathLike[str]], *, home: Path | None = None) -> str:
     """Return a hash over the names and the content of files, independent of their order and of their folder.
 
     Args:
         paths: the files, read in pieces.
+        home: the folder that their names are taken from; None takes the last part of each.
 
     Returns:
         "sha256:" and 64 hexadecimal digits.
@@ -102,7 +103,8 @@ def file_fingerprint(paths: Iterable[str | os.PathLike[str]]) -> str:
                     size += count
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
-        entries.append((path.name, size, digest.hexdigest()))
+        name = path.name if home is None else path.relative_to(home).as_posix()
+        entries.append((name, size, digest.hexdigest()))
     total = hashlib.sha256()
     for name, size, hexdigest in sorted(entries):
         total.update(f"{name}\0{size}\0{hexdigest}\n".encode())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from cloq_export.errors import FormatError
 
 
-def require_inside(folder: Path, path: Path) -> Path:
+def require_inside(folder: Path, path: Path, *, also: Iterable[Path] = ()) -> Path:
     """Return a file's path after checking that no link leads it out of its folder.
 
     A link in a folder from elsewhere may name any file of this machine, and what is read from it may be written into
@@ -16,6 +17,7 @@ def require_inside(folder: Path, path: Path) -> Path:
     Args:
         folder: the folder that the file belongs to.
         path: the file.
+        also: other folders that it may lie in.
 
     Returns:
         `path`, unchanged.
@@ -29,9 +31,9 @@ def require_inside(folder: Path, path: Path) -> Path:
         raise FormatError(
             f"{path} is a link that leads round in a circle; put the file itself into the folder."
         ) from None
-    allowed = [home]
+    allowed = [home, *also]
     # Also from a folder inside a snapshot, such as an adapter that lies beside its base.
-    allowed += [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    allowed += [(parent.parent / "blobs").resolve() for parent in home.parents if parent.name == "snapshots"]
     if not any(place.is_relative_to(root) for root in allowed):
         raise FormatError(
             f"{path} is a link that leads out of {folder}, to {place}; put the file itself into the folder."

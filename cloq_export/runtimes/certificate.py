@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from cloq_export.errors import FormatError
+from cloq_export.models.companions import is_companion, is_legal
 from cloq_export.run.atomic import tensor_bytes, write_json
 from cloq_export.run.fingerprint import combine_digests, layer_digest
 from cloq_export.run.safe_json import read_json
@@ -166,7 +167,7 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
             )
     more = sorted({name for name, _ in _covered(folder)} - set(certificate["files"]))
-    served = [name for name in more if Path(name).suffix in _SERVED]
+    served = [name for name in more if Path(name).suffix in _SERVED or (is_companion(name) and not is_legal(name))]
     if served:
         raise FormatError(
             f"{folder / served[0]} is in the export and not in its certificate, and engines may read it; remove it, or "

@@ -14,7 +14,7 @@ import torch
 
 from cloq_export.errors import FormatError
 from cloq_export.formats.gptq import GptqLayout, version_of_symmetric
-from cloq_export.formats.layout import StoredGrids
+from cloq_export.formats.layout import Headers, StoredGrids
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import combine_digests, layer_digest
@@ -68,6 +68,7 @@ class Checkpoint:
         specs: quantized module -> its grid, in the order of the model's blocks.
         files: tensor name -> the file that holds it, opened.
         headers: tensor name -> (dtype code of safetensors, shape).
+        stored: tensor name -> its name in the file, where that is another one; all other names are those in memory.
         notes: where content counted and not the label.
     """
 
@@ -77,6 +78,7 @@ class Checkpoint:
     specs: Mapping[str, QuantSpec]
     files: Mapping[str, TensorFile]
     headers: Mapping[str, tuple[str, tuple[int, ...]]]
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -104,13 +106,17 @@ class Checkpoint:
             )
         source = found.source
         files, headers = read_headers(folder)
-        grids = read_quantization_config(found.config, headers, source=source)
+        renamed = _names_in_memory(folder, config, found.config, headers)
+        files = {renamed.get(name, name): file for name, file in files.items()}
+        grids, by_memory = _read_grids(found.config, headers, renamed, source=source)
+        headers = {renamed.get(name, name): header for name, header in headers.items()}
+        stored = {name: file_name for file_name, name in renamed.items()}
         notes: list[str] = []
         if read_as is not None:
             grids = _relabelled(grids, read_as)
         modules = grids.modules
+        main = next(part for part, role in grids.layout.roles.items() if role == "codes")
         if modules is None:
-            main = next(part for part, role in grids.layout.roles.items() if role == "codes")
             modules = tuple(sorted(name.removesuffix(f".{main}") for name in headers if name.endswith(f".{main}")))
         # Messages carry these texts; one that runs over lines or screens would hide what they say.
         for text in (*modules, *([grids.base_fingerprint] if grids.base_fingerprint else [])):
@@ -118,7 +124,8 @@ class Checkpoint:
                 raise FormatError(f"{source} holds the name {text!r:.80}; the config is damaged.")
         specs: dict[str, QuantSpec] = {}
         for module in sorted(modules, key=natural_order):
-            spec = grids.spec_for(module)
+            in_files = stored.get(f"{module}.{main}", f"{module}.{main}").removesuffix(f".{main}")
+            spec = _agreed_spec(grids, by_memory, in_files, module, source=source)
             if spec is None:
                 raise FormatError(f"{source} lists {module} as quantized and as float; the config is damaged.")
             for name in grids.layout.parts(spec):
@@ -129,8 +136,8 @@ class Checkpoint:
             raise FormatError(f"{folder} holds no quantized module; the checkpoint is damaged.")
         _refuse_strangers(folder, specs, grids, headers)
         if read_as is None and grids.modules is None:
-            grids, notes = _by_content(grids, specs, files)
-        return cls(folder, config, grids, specs, files, headers, tuple(notes))
+            grids, notes = _by_content(grids, specs, files, stored)
+        return cls(folder, config, grids, specs, files, headers, stored, tuple(notes))
 
     @property
     def is_ours(self) -> bool:
@@ -153,7 +160,15 @@ class Checkpoint:
         Raises:
             FormatError: its file was damaged since the checkpoint was opened.
         """
-        return self.files[name].read(name)
+        return self.files[name].read(self.stored.get(name, name))
+
+    def stored_module(self, module: str) -> str:
+        """Return what the files call a quantized module."""
+        for part in self.grids.layout.roles:
+            name = self.stored.get(f"{module}.{part}")
+            if name is not None:
+                return name.removesuffix(f".{part}")
+        return module
 
     def read_layer(self, module: str) -> QuantizedLayer:
         """Return one quantized module in its canonical form.
@@ -227,6 +242,67 @@ class Checkpoint:
             FormatError: it has to be computed and a tensor holds what the layout does not allow.
         """
         return self.grids.base_fingerprint or self.computed_fingerprint()
+
+
+def _names_in_memory(
+    folder: Path, config: Mapping[str, Any], quantization: Mapping[str, Any], headers: Headers
+) -> dict[str, str]:
+    """Return stored name -> name in memory of the tensors for which they differ.
+
+    A checkpoint of ours lists its modules as they are called in memory, and only a class with names of its own has
+    others in its files.
+    """
+    from cloq_export.runtimes.stored_names import has_names_of_its_own, names_in_memory
+
+    ours = quantization.get("cloq")
+    listed = ours.get("modules") if isinstance(ours, Mapping) else None
+    if isinstance(listed, list) and not has_names_of_its_own(config):
+        held = {name.rpartition(".")[0] for name in headers}
+        if held.issuperset(module for module in listed if isinstance(module, str)):
+            return {}
+    return names_in_memory(folder, config, headers)
+
+
+def _read_grids(
+    quantization: Mapping[str, Any], headers: Headers, renamed: Mapping[str, str], *, source: str
+) -> tuple[StoredGrids, StoredGrids]:
+    """Return the grids as the config gives them to names in files, and to names in memory.
+
+    Writers differ in which of the two their rules mean, so both are asked; where one cannot be answered, the other
+    counts.
+
+    Raises:
+        FormatError: neither can.
+    """
+    if not renamed:
+        grids = read_quantization_config(quantization, headers, source=source)
+        return grids, grids
+    both = headers, {renamed.get(name, name): header for name, header in headers.items()}
+    read: list[StoredGrids] = []
+    refusals: list[FormatError] = []
+    for named in both:
+        try:
+            read.append(read_quantization_config(quantization, named, source=source))
+        except FormatError as error:
+            refusals.append(error)
+    if not read:
+        raise refusals[0]
+    return read[0], read[-1]
+
+
+def _agreed_spec(
+    in_files: StoredGrids, in_memory: StoredGrids, stored: str, module: str, *, source: str
+) -> QuantSpec | None:
+    """Return the grid of a module whose rule may be written for its name in the files or in memory."""
+    if in_memory.modules is not None:
+        return in_memory.spec_for(module)
+    found = [in_files.spec_for(stored), in_memory.spec_for(module)]
+    own = [spec for spec in found if spec != in_memory.default] or found[:1]
+    if any(spec != own[0] for spec in own):
+        raise FormatError(
+            f"{source} gives {stored} one grid under this name and another as {module}; the config is damaged."
+        )
+    return own[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +399,7 @@ def _places_beside(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _by_content(
-    grids: StoredGrids, specs: Mapping[str, QuantSpec], files: Mapping[str, TensorFile]
+    grids: StoredGrids, specs: Mapping[str, QuantSpec], files: Mapping[str, TensorFile], stored: Mapping[str, str]
 ) -> tuple[StoredGrids, list[str]]:
     """Return grids whose version of GPTQ is the one that symmetric layers prove, and a note if the label is another.
 
@@ -337,9 +413,11 @@ def _by_content(
     proven = set()
     for module in {symmetric[0], symmetric[len(symmetric) // 2], symmetric[-1]}:
         name = f"{module}.qzeros"
-        if files[name].headers[name][0] != "I32" or len(files[name].headers[name][1]) != 2:
+        file, file_name = files[name], stored.get(name, name)
+        code, shape = file.headers[file_name]
+        if code != "I32" or len(shape) != 2:
             return grids, []
-        proven.add(version_of_symmetric(files[name].read_rows(name, 0, 1), specs[module]))
+        proven.add(version_of_symmetric(file.read_rows(file_name, 0, 1), specs[module]))
     version = proven.pop()
     if proven or version is None or version == layout.version:
         return grids, []

@@ -22,6 +22,7 @@ from cloq_export.run.fingerprint import combine_digests, layer_digest
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.shards import ShardWriter
 from cloq_export.runtimes.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.runtimes.stored_names import stored_names
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class FloatPart:
         config: what config.json says otherwise than the one that `save_files` writes.
         skipped: linear modules that stay float, the head left out.
         save_files: writes config.json, tokenizer and the like into the folder it is given.
+        stored: tensor or quantized module -> its name in files, where that is another one than in memory.
+        tied: tensor that the files do not hold -> the one that it is tied to, as far as it may be written apart.
     """
 
     headers: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -83,6 +86,8 @@ class FloatPart:
     config: Mapping[str, Any]
     skipped: tuple[str, ...]
     save_files: Callable[[Path], Any]
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_model(
@@ -118,6 +123,7 @@ class FloatPart:
             {"architectures": [type(model).__name__], "dtype": str(dtype or model.dtype).removeprefix("torch.")},
             linears_beside(model, layers.specs),
             save_files or (lambda folder: _save_config(model, folder)),
+            stored_names(model, headers, layers.specs),
         )
 
     @classmethod
@@ -132,7 +138,15 @@ class FloatPart:
     ) -> FloatPart:
         """Return the float part of a checkpoint as its files hold it, idle tensors left out; `config` as above."""
         headers = {name: checkpoint.headers[name] for name in checkpoint.float_names() if name not in idle}
-        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files)
+        stored = {name: checkpoint.stored[name] for name in headers if name in checkpoint.stored}
+        stored |= {module: checkpoint.stored_module(module) for module in checkpoint.specs}
+        stored = {name: file_name for name, file_name in stored.items() if name != file_name}
+        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files, stored)
+
+    def name_in_files(self, name: str, part: str = "") -> str:
+        """Return what files call a tensor, or a part of a quantized module."""
+        name_in_files = self.stored.get(name, name)
+        return f"{name_in_files}.{part}" if part else name_in_files
 
 
 def export_checkpoint(
@@ -174,8 +188,8 @@ def export_checkpoint(
         out_features, in_features = layers.shapes[module]
         layout.check_packable(out_features, in_features, spec, name=module)
         headers = layout.headers(out_features, in_features, spec)
-        bundles.append({f"{module}.{part}": header for part, header in headers.items()})
-    bundles += [{name: header} for name, header in floats.headers.items()]
+        bundles.append({floats.name_in_files(module, part): header for part, header in headers.items()})
+    bundles += [{floats.name_in_files(name): header} for name, header in floats.headers.items()]
     digests: dict[str, str] = {}
     with write_folder(folder, owned=is_ours) as filling:
         with ShardWriter(filling, bundles, max_shard_bytes) as shards:
@@ -183,11 +197,11 @@ def export_checkpoint(
                 layer = layers.read(module)
                 digests[module] = layer_digest(layer)
                 packed = layout.pack_layer(layer, name=module)
-                shards.write({f"{module}.{part}": tensor for part, tensor in packed.items()})
+                shards.write({floats.name_in_files(module, part): tensor for part, tensor in packed.items()})
                 if progress is not None:
                     progress(done, len(layers.specs))
             for name in floats.headers:
-                shards.write({name: floats.read(name)})
+                shards.write({floats.name_in_files(name): floats.read(name)})
         fingerprint = combine_digests(digests)
         if base_fingerprint is not None and base_fingerprint != fingerprint:
             raise FormatError(
@@ -199,7 +213,8 @@ def export_checkpoint(
         quantization = layout.quantization_config(
             layers.specs,
             base_fingerprint=fingerprint,
-            skipped=floats.skipped,
+            # Some readers match names in memory, others those in the files.
+            skipped={*floats.skipped, *(_module_in_files(floats, name) for name in floats.skipped)},
             producer=f"cloq_export:{__version__}",
         )
         config = {**read_json(filling / CONFIG_NAME), **floats.config}
@@ -208,6 +223,11 @@ def export_checkpoint(
         if finish is not None:
             finish(filling, fingerprint)
     return fingerprint
+
+
+def _module_in_files(floats: FloatPart, module: str) -> str:
+    name = floats.name_in_files(f"{module}.weight")
+    return name.removesuffix(".weight") if name.endswith(".weight") else module
 
 
 def float_tensors(model: PreTrainedModel, specs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cloq_export.errors import BindingError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
+from cloq_export.errors import (
+    BindingError,
+    FormatError,
+    NonFiniteError,
+    RunDirectoryError,
+    ShapeError,
+    UnsupportedModelError,
+)
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter, adapter_config, is_adapter, read_adapter
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.source import NO_CODE, quiet_transformers, refuse_part_of_wrapper
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.directory import RunDirectory
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
@@ -133,8 +140,25 @@ def dequantized_model(
         _check_pairs(model, found, read)
         with torch.no_grad():
             for module, pair in read.pairs.items():
-                model.get_submodule(module).weight += pair.product()
+                weight = _own_weight(model, module)
+                weight += pair.product()
     return model.to(torch.device(device)).eval()
+
+
+def _own_weight(model: PreTrainedModel, module: str) -> torch.Tensor:
+    """Return the weight of a linear, after giving it one of its own where it shares it, as a head does with embeddings.
+
+    A pair belongs to one module: apart from the weight it changes nothing else, so merged it must not either.
+    """
+    linear: Any = model.get_submodule(module)
+    sharing = sum(held is linear.weight for _, held in model.named_parameters(remove_duplicate=False))
+    if sharing > 1:
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
+        # Whoever saves the model, or ties it again, must be told.
+        model.all_tied_weights_keys.pop(f"{module}.weight", None)
+        if linear is model.get_output_embeddings():
+            correct_config(model.config, tied=False)
+    return linear.weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +267,12 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTraine
     source = checkpoint.folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, **NO_CODE)
+        refuse_part_of_wrapper(str(checkpoint.folder), config)
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # transformers raises whatever a malformed configuration leads to
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(
@@ -312,6 +339,22 @@ def _held_apart(checkpoint: Checkpoint, target: str, source: str) -> bool:
     return not torch.equal(checkpoint.read(target), checkpoint.read(source))
 
 
+def tied_head(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the weight of a head that a checkpoint does not hold -> the one that it is tied to, if there is such.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    model = _empty_model(checkpoint, None)
+    head = model.get_output_embeddings()
+    names = (f"{name}.weight" for name, module in model.named_modules() if module is head)
+    return {
+        name: model.all_tied_weights_keys[name]
+        for name in names
+        if name in model.all_tied_weights_keys and name not in checkpoint.headers
+    }
+
+
 def _stored_dtype(config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float32
@@ -320,6 +363,8 @@ def _stored_dtype(config: Any) -> torch.dtype:
 def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return the linears that the checkpoint quantizes, after checking the shapes that its headers give."""
     linears: dict[str, nn.Linear] = {}
+    tied = {name: model.all_tied_weights_keys.get(f"{name}.weight", f"{name}.weight") for name in checkpoint.specs}
+    known: dict[Any, str] = {}
     for module, spec in checkpoint.specs.items():
         try:
             linear: nn.Module | None = model.get_submodule(module)
@@ -335,6 +380,12 @@ def _targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[st
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
             )
+        for one in (linear, tied[module]):
+            if known.setdefault(one, module) != module:
+                raise FormatError(
+                    f"{checkpoint.folder} quantizes {known[one]} and {module}, which are one weight of "
+                    f"{type(model).__name__}; weights that several layers share are not read quantized."
+                )
         parts = {part: checkpoint.headers[f"{module}.{part}"] for part in checkpoint.grids.layout.parts(spec)}
         held = checkpoint.grids.layout.stored_grid(parts)
         if held is not None and held[2:] == (linear.out_features, linear.in_features):
@@ -527,6 +578,7 @@ def read_bound_adapter(folder: Path, checkpoint: Checkpoint, *, force: bool) -> 
 
 
 def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None:
+    first_names = {id(part): name for name, part in model.named_modules()}
     for module, pair in adapter.pairs.items():
         try:
             linear: nn.Module | None = model.get_submodule(module)
@@ -536,6 +588,12 @@ def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None
             raise FormatError(
                 f"{folder} adapts {module}, which is no linear layer of {type(model).__name__}; it belongs to another "
                 "model."
+            )
+        if first_names[id(linear)] != module:
+            # PEFT knows a layer by its first name alone, and would leave the pair out.
+            raise FormatError(
+                f"{folder} adapts {module}, another name of the layer {first_names[id(linear)]} of "
+                f"{type(model).__name__}; give the pair under that name, once."
             )
         if (pair.lora_B.shape[0], pair.lora_A.shape[1]) != (linear.out_features, linear.in_features):
             raise FormatError(
@@ -561,7 +619,9 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of a pair on a tied head; here it stays the head's own, merged or not.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         model.add_adapter(config, "default")
     # Not PEFT's own loader: it asks for the state dict, which holds every packed layer a second time.
     for name, pair in adapter.pairs.items():

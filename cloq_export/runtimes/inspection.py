@@ -15,6 +15,7 @@ from cloq_export.formats.onnx.record import ADAPTER_NAME as ONNX_ADAPTER_NAME
 from cloq_export.formats.onnx.record import is_onnx_export, read_record
 from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.models.companions import companion_files
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.safe_json import read_json
@@ -291,10 +292,10 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
         {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "modules": count}
         for spec, count in sorted(specs.items(), key=lambda item: (-item[1], item[0].bits, item[0].group_size))
     ]
-    main = checkpoint.grids.default
+    main, folder = checkpoint.grids.default, checkpoint.folder
     facts: dict[str, Any] = {
         "kind": "checkpoint",
-        "path": str(checkpoint.folder),
+        "path": str(folder),
         "ours": checkpoint.is_ours,
         "architecture": _architecture(checkpoint.config),
         "layout": checkpoint.grids.layout.name,
@@ -304,6 +305,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, A
         "quantized_modules": len(checkpoint.specs),
         "base_fingerprint": checkpoint.grids.base_fingerprint,
         "files": sorted({file.path.name for file in checkpoint.files.values()}),
+        "companions": [path.relative_to(folder).as_posix() for path in companion_files(folder)],
         **_sizes(checkpoint, None),
     }
     facts = {name: value for name, value in facts.items() if not name.endswith("_with_adapter") or value is not None}

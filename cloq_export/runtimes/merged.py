@@ -104,24 +104,30 @@ def export_merged(
     if dtype not in MERGED_DTYPES:
         raise FormatError(f"a merged checkpoint is bfloat16, float16 or float32; {dtype} was asked for.")
     code = tensor_header("", torch.empty(0, dtype=dtype))[0]
+    floats, untied = _with_tied(floats, pairs)
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module, weight_shape in layers.shapes.items():
         headers[f"{module}.weight"] = (code, weight_shape)
     for name, (stored, shape) in floats.headers.items():
         headers[name] = (code if stored in _FLOAT_CODES else stored, shape)
     _check_pairs(pairs, {name for name, header in headers.items() if header[0] == code})
+
+    def in_files(name: str) -> str:
+        module = name.removesuffix(".weight")
+        return floats.name_in_files(module, "weight") if module in layers.specs else floats.name_in_files(name)
+
+    bundles = [{in_files(name): header} for name, header in headers.items()]
     writing = _Writing(dtype)
     layer_digests: dict[str, str] = {}
     with write_folder(folder, owned=is_merged) as filling:
-        with ShardWriter(filling, [{name: header} for name, header in headers.items()], max_shard_bytes) as shards:
+        with ShardWriter(filling, bundles, max_shard_bytes) as shards:
             for done, module in enumerate(layers.specs, start=1):
                 layer = layers.read(module)
                 layer_digests[module] = layer_digest(layer)
                 pair = pairs.get(module)
                 name = f"{module}.weight"
-                shards.write(
-                    {name: writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)}
-                )
+                merged = writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)
+                shards.write({in_files(name): merged})
                 if progress is not None:
                     progress(done, len(layers.specs))
             for name in floats.headers:
@@ -133,17 +139,17 @@ def export_merged(
                     tensor = writing.cast(name, kind, tuple(tensor.shape), float_blocks(tensor, pair), pair)
                 else:
                     writing.note(name, tensor)
-                shards.write({name: tensor})
+                shards.write({in_files(name): tensor})
         fingerprint = combine_digests(layer_digests)
         if base_fingerprint is not None and base_fingerprint != fingerprint:
             raise FormatError(
                 f"the layers have the fingerprint {fingerprint}, but {base_fingerprint} was promised; they were "
                 "changed since: run the command again."
             )
-        writing.compare(filling)
+        writing.compare(filling, in_files)
         with translate_os_errors(Path(folder)):
             floats.save_files(filling)
-        _write_config(filling / CONFIG_NAME, floats, dtype)
+        _write_config(filling / CONFIG_NAME, floats, dtype, untied=untied)
         report = writing.report(fingerprint, layers, pairs)
         taken = {"name": adapter, "sha256": report.adapter_sha256, "modules": sorted(pairs)} if pairs else None
         write_json(filling / MERGED_NAME, merged_record(fingerprint, dtype, report.modules, report.rounding, taken))
@@ -218,16 +224,21 @@ class _Writing:
         """Remember a tensor as it goes to disk."""
         self._digests[name] = _digest(tensor)
 
-    def compare(self, folder: Path) -> None:
+    def compare(self, folder: Path, in_files: Callable[[str], str]) -> None:
         """Read every tensor back and refuse one that differs from what was written.
+
+        Args:
+            folder: where the files lie.
+            in_files: gives the name of a tensor in them.
 
         Raises:
             FormatError: a tensor differs.
         """
+        digests = {in_files(name): digest for name, digest in self._digests.items()}
         for path in sorted(folder.glob("*.safetensors")):
             file = TensorFile(path)
             for name in file.headers:
-                if _digest(file.read(name)) != self._digests[name]:
+                if _digest(file.read(name)) != digests[name]:
                     raise FormatError(
                         f"{path}: {name} was read back with other numbers than were written; check the disk."
                     )
@@ -272,13 +283,31 @@ def _check_pairs(pairs: Mapping[str, LoraPair], names: Container[str]) -> None:
     for module in pairs:
         if f"{module}.weight" not in names:
             raise FormatError(
-                f"the adapter changes {module}, whose weight the checkpoint does not hold (it is tied to another one, "
-                "or belongs to another model); it cannot be merged: serve it as an adapter."
+                f"the adapter changes {module}, whose weight the checkpoint does not hold (it shares it with another "
+                "layer, or belongs to another model); it cannot be merged: serve it as an adapter."
             )
 
 
-def _write_config(path: Path, floats: FloatPart, dtype: torch.dtype) -> None:
-    config = {**read_json(path), **floats.config, "dtype": str(dtype).removeprefix("torch.")}
+def _with_tied(floats: FloatPart, pairs: Mapping[str, LoraPair]) -> tuple[FloatPart, bool]:
+    """Return the float part with a tensor of its own for each tied weight that has a pair, and whether there is one."""
+    own = {name: of for name, of in floats.tied.items() if name.removesuffix(".weight") in pairs}
+    own = {name: of for name, of in own.items() if of in floats.headers and name not in floats.headers}
+    if not own:
+        return floats, False
+    headers = {**floats.headers, **{name: floats.headers[of] for name, of in own.items()}}
+    return dataclasses.replace(floats, headers=headers, read=lambda name: floats.read(own.get(name, name))), True
+
+
+def _write_config(path: Path, floats: FloatPart, dtype: torch.dtype, *, untied: bool) -> None:
+    short = str(dtype).removeprefix("torch.")
+    config = {**read_json(path), **floats.config, "dtype": short}
     config.pop("quantization_config", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    # A wrapper's parts have words of their own for both.
+    for key, part in config.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            changes = {"dtype": short, "torch_dtype": short, **({"tie_word_embeddings": False} if untied else {})}
+            config[key] = {**part, **{name: value for name, value in changes.items() if name in part}}
     drop_private(config)
     write_json(path, config)

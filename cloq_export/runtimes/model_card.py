@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from cloq_export.errors import FormatError
+from cloq_export.models.companions import is_legal
 from cloq_export.run.atomic import write_bytes
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_paths import require_inside
@@ -141,7 +142,9 @@ def base_license(folder: str | os.PathLike[str]) -> dict[str, str]:
         if isinstance(stated, str) and stated.strip():
             found["license"] = stated
     if not found:
-        files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
+        files = sorted(path.name for path in folder.iterdir() if path.is_file() and is_legal(path.name))
+        # A licence before its notices.
+        files.sort(key=lambda name: re.match("licen[cs]e", name, re.IGNORECASE) is None)
         if files:
             found = {"license": "other", "license_name": "license-of-the-base-model", "license_link": files[0]}
     return found

@@ -262,8 +262,8 @@ def test_the_hub_without_network_is_said_in_one_line(
 def test_a_hub_model_is_a_folder_once_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def fetch(name: str, *, allow_patterns: list[str]) -> str:
-        asked.update(name=name, patterns=allow_patterns)
+    def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns, left=ignore_patterns)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)

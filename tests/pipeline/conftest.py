@@ -40,6 +40,25 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 128}),
     "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 32}),
 }
+# A vision-language wrapper around a text model.
+_CONFIGS["gemma3"] = (
+    "Gemma3Config",
+    {
+        "text_config": {**_GATED, "head_dim": 16, "sliding_window": 5},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 93,
+        "eoi_token_index": 94,
+        "image_token_index": 95,
+    },
+)
 EXPERTS = 4
 
 

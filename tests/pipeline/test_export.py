@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -19,14 +20,24 @@ from rich.console import Console
 import cloq_export
 import cloq_export.formats.merged
 from cloq_export import pipeline
-from cloq_export.errors import BindingError, FormatError, RecipeError, RunDirectoryError, ShapeError, UsageError
+from cloq_export.errors import (
+    BindingError,
+    FormatError,
+    RecipeError,
+    RunDirectoryError,
+    ShapeError,
+    UnsupportedModelError,
+    UsageError,
+)
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.pipeline import ExportOptions
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.safe_tensors import read_safetensors_header
 from cloq_export.runtimes.certificate import verify_certificate
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.hf import dequantized_model
+from cloq_export.types import LoraPair
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +431,101 @@ def test_what_a_foreign_checkpoint_may_not_be(
     shutil.copytree(other, checkpoint)
     with pytest.raises(RunDirectoryError, match="holds another run"):
         adapted(recipe_for("llama"))
+
+
+TRAVELS = {
+    "preprocessor_config.json": '{"image_processor_type": "Gemma3ImageProcessor"}',
+    "processor_config.json": '{"processor_class": "Gemma3Processor"}',
+    "additional_chat_templates/tool_use.jinja": "{{ messages }}",
+    "chat_template.jinja": "{{ messages }}",
+    "tekken.json": "{}",
+    "NOTICE": "said by somebody",
+}
+STAYS = {"modeling_gemma3.py": "raise SystemExit", "training_args.bin": "pickle", "notes.txt": "mine"}
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
+    """Return the folder of a wrapper with processors and named templates."""
+    folder = Path(shutil.copytree(model_folder("gemma3"), tmp_path_factory.mktemp("wrapper") / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in {**TRAVELS, **STAYS}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["gptq_v2", "compressed_tensors", "merged"])
+def test_a_wrappers_export_has_its_files_and_its_names(
+    tmp_path: Path, made: Any, wrapper: Path, silent: Console, format: str
+) -> None:
+    run = made("gemma3", model=str(wrapper), bits=4)
+    out = tmp_path / "out"
+    pipeline.export(run, ExportOptions(format=format, out=out), console=silent)
+    for name, text in TRAVELS.items():
+        assert (out / name).read_text() == text
+    assert not any((out / name).exists() for name in STAYS)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
+    assert set(TRAVELS) <= set(verify_certificate(out)["certificate"]["files"])
+    names = {name.rpartition(".")[0] for name in cloq_tensors(out)}
+    assert names == {name.rpartition(".")[0] for name in cloq_tensors(wrapper)}
+    if format == "merged":
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        expected = logits(dequantized_model(run, "cloq"))
+        assert float((logits(model.float().eval()) - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+def cloq_tensors(folder: Path) -> set[str]:
+    return {name for path in folder.glob("*.safetensors") for name in read_safetensors_header(path)[0]}
+
+
+def test_an_adapter_for_a_foreign_wrapper_fits_its_checkpoint(
+    tmp_path: Path, made: Any, wrapper: Path, recipe_for: Any, silent: Console
+) -> None:
+    run = made("gemma3", model=str(wrapper), bits=4)
+    foreign = tmp_path / "foreign"
+    pipeline.export(run, ExportOptions(format="compressed_tensors", out=foreign), console=silent)
+    shutil.rmtree(foreign / "adapters")
+    (foreign / "cloq_certificate.json").unlink()
+    config = json.loads((foreign / "config.json").read_text())
+    del config["quantization_config"]["cloq"]
+    (foreign / "config.json").write_text(json.dumps(config))
+    recipe = recipe_for("gemma3", model=str(wrapper), codes_from=str(foreign))
+    pipeline.run(recipe, tmp_path / "run", console=silent)
+    assert_same_integers(tmp_path / "run", foreign)
+    served = logits(cloq_export.load(foreign, tmp_path / "run" / "adapters" / "cloq"))
+    torch.testing.assert_close(served, logits(cloq_export.load(tmp_path / "run", "cloq")))
+    converted = tmp_path / "converted"
+    pipeline.convert(foreign, ExportOptions(format="gptq_v2", out=converted), console=silent)
+    assert_same_integers(converted, foreign)
+    assert (converted / "processor_config.json").is_file()
+
+
+def test_a_wrapper_is_no_decoder_graph(tmp_path: Path, made: Any, wrapper: Path, silent: Console) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    run = made("gemma3", model=str(wrapper), bits=4)
+    with pytest.raises(
+        UnsupportedModelError, match=r"is a wrapper of the type gemma3, and an ONNX export is a decoder"
+    ):
+        pipeline.export(run, ExportOptions(format="onnx", out=tmp_path / "out"), console=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_export_writes_a_tied_head_with_a_pair_apart(tmp_path: Path, made: Any, silent: Console) -> None:
+    run = made(bits=4)
+    generator = torch.Generator().manual_seed(3)
+    pair = LoraPair(0.1 * torch.randn(4, 64, generator=generator), 0.1 * torch.randn(96, 4, generator=generator), 4.0)
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, {"lm_head": pair}, base_model="", base_fingerprint=Checkpoint.open(run).fingerprint)
+    options = ExportOptions(format="merged", adapters=(str(adapter),), out=tmp_path / "out")
+    summary = pipeline.export(run, options, console=silent)
+    assert "lm_head.weight has a pair, so it is written apart from model.embed_tokens.weight" in summary["notes"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").float().eval()
+    assert not model.config.tie_word_embeddings
+    expected = logits(dequantized_model(run, adapter))
+    assert float((logits(model) - expected).abs().max() / expected.abs().max()) < 0.02
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        with pytest.raises(BindingError, match=r"adapts lm_head .*the graph has no inputs for it"):
+            pipeline.export(run, dataclasses.replace(options, format="onnx", out=tmp_path / "onnx"), console=silent)

@@ -145,3 +145,33 @@ def test_bits_are_compared_and_not_numbers():
     assert not same_bits(torch.ones(2), torch.ones(1, 2))
     assert not same_bits(torch.ones(2), torch.ones(2, dtype=torch.float16))
     assert same_bits(torch.empty(0), torch.empty(0))
+
+
+def test_files_in_folders_are_certified_like_the_others(tmp_path, write_quantized):
+    written = write_quantized(tmp_path)
+    template = written.folder / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    layers = LayerSource.of_mapping(written.layers)
+    certificate = certify_checkpoint(written.folder, layers, None, base_fingerprint=written.fingerprint)
+    assert "additional_chat_templates/tool_use.jinja" in certificate["files"]
+    template.write_text("{{ others }}")
+    with pytest.raises(FormatError, match=r"tool_use\.jinja is not the file that was certified"):
+        verify_certificate(written.folder)
+    template.write_text("{{ messages }}")
+    assert verify_certificate(written.folder)["not_covered"] == []
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "qwen.tiktoken", "additional_chat_templates/late.jinja"])
+def test_a_file_that_would_travel_may_not_be_added(tmp_path, write_quantized, name):
+    written, _ = certified(write_quantized, tmp_path)
+    (written.folder / name).parent.mkdir(exist_ok=True)
+    (written.folder / name).write_text("added")
+    with pytest.raises(FormatError, match="is in the export and not in its certificate"):
+        verify_certificate(written.folder)
+
+
+def test_a_licence_may_be_added(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    (written.folder / "LICENSE.txt").write_text("added")
+    assert verify_certificate(written.folder)["not_covered"] == ["LICENSE.txt"]

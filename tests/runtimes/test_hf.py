@@ -455,6 +455,70 @@ def test_without_the_native_library_a_warning_says_so(written, log_probabilities
     torch.testing.assert_close(log_probabilities(model), expected, rtol=0, atol=TOLERANCE)
 
 
+def tied_pair(written, folder, **pairs):
+    """Write an adapter with a pair for the head, and give the pair."""
+    generator = torch.Generator().manual_seed(3)
+    pair = LoraPair(0.1 * torch.randn(4, 64, generator=generator), 0.2 * torch.randn(96, 4, generator=generator), 4.0)
+    write_adapter(folder, {"lm_head": pair, **pairs}, base_model="", base_fingerprint=written.fingerprint)
+    return pair
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_pair_on_a_tied_head_leaves_the_embeddings_alone(tmp_path, written, log_probabilities, merged):
+    pair = tied_pair(written, tmp_path / "adapter")
+    model = dequantized_model(written.folder, tmp_path / "adapter", merged=merged)
+    embeddings = dequantized_model(written.folder).get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    reference = written.reference(adapted=False)
+    reference.lm_head.weight = nn.Parameter(embeddings.detach() + pair.product())
+    torch.testing.assert_close(log_probabilities(model), log_probabilities(reference), atol=3e-5, rtol=0)
+    packed = load(written.folder, tmp_path / "adapter")
+    torch.testing.assert_close(log_probabilities(packed), log_probabilities(reference), atol=TOLERANCE, rtol=0)
+
+
+def test_a_merged_pair_of_a_tied_head_survives_saving(tmp_path, written, log_probabilities):
+    from transformers import AutoModelForCausalLM
+
+    tied_pair(written, tmp_path / "adapter")
+    model = dequantized_model(written.folder, tmp_path / "adapter")
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(log_probabilities(again), log_probabilities(model))
+
+
+def test_a_pair_under_a_second_name_of_a_layer_is_refused(tmp_path, written, monkeypatch):
+    from cloq_export.runtimes import hf
+
+    build = hf._build_model
+
+    def with_a_shared_block(*arguments):
+        model = build(*arguments)
+        model.model.layers.append(model.model.layers[0])
+        return model
+
+    monkeypatch.setattr(hf, "_build_model", with_a_shared_block)
+    name = "model.layers.0.self_attn.q_proj"
+    second = name.replace("0", "2")
+    write_adapter(
+        tmp_path / "adapter", {second: written.pairs[name]}, base_model="", base_fingerprint=written.fingerprint
+    )
+    for loader in (load, dequantized_model):
+        with pytest.raises(FormatError, match=rf"adapts {second}, another name of the layer {name}") as error:
+            loader(written.folder, tmp_path / "adapter")
+        assert "\n" not in str(error.value)
+
+
+def test_a_weight_that_two_layers_share_is_not_read_quantized(tmp_path, written, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    first, second = (f"model.layers.{number}.self_attn.q_proj" for number in (0, 1))
+    ties = {**LlamaForCausalLM._tied_weights_keys, f"{second}.weight": f"{first}.weight"}
+    monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", ties)
+    with pytest.raises(FormatError, match=rf"quantizes {first} and {second}, which are one weight"):
+        load(written.folder)
+
+
 def foreign(written, tmp_path, change_config=lambda quantization, config: None):
     """Return a copy as another tool would have written it."""
     folder = copied(written, tmp_path)

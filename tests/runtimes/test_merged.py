@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -247,3 +248,27 @@ def test_what_was_written_is_read_back(tmp_path, written, monkeypatch):
     with pytest.raises(FormatError, match="was read back with other numbers than were written; check the disk"):
         export(written, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tied_head_with_a_pair_is_written_apart(tmp_path, written, log_probabilities):
+    from transformers import AutoModelForCausalLM
+
+    from cloq_export.runtimes.checkpoint import Checkpoint
+    from cloq_export.runtimes.hf import tied_head
+
+    tied = tied_head(Checkpoint.open(written.folder))
+    assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    layers = LayerSource.of_mapping(written.layers)
+    floats = dataclasses.replace(FloatPart.of_model(written.source, layers), tied=tied)
+    pair = LoraPair(torch.randn(4, 64), 0.1 * torch.randn(96, 4), 4.0)
+    export_merged(tmp_path / "merged", layers, floats, {**written.pairs, "lm_head": pair}, dtype=torch.float32)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    embeddings = written.source.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    expected = (embeddings.double() + pair.lora_B.double() @ pair.lora_A.double() * pair.scaling).float()
+    assert torch.equal(model.lm_head.weight, expected)
+    # Without such a pair it stays tied.
+    export_merged(tmp_path / "plain", layers, floats, written.pairs, dtype=torch.float32)
+    assert "lm_head.weight" not in read_all(tmp_path / "plain")

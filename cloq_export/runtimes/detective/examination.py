@@ -182,7 +182,8 @@ def _conclude(
     try:
         checkpoint = Checkpoint.open(case.folder)
         case.grids, reading = checkpoint.grids, checkpoint.grids.layout.name
-        others = [module for module in modules if module not in checkpoint.specs]
+        read = {checkpoint.stored_module(module) for module in checkpoint.specs}
+        others = [module for module in modules if module not in read]
         if others:
             case.suspect(
                 "extra",
@@ -191,7 +192,7 @@ def _conclude(
                 f"the first is {others[0][:120]}",
                 "find out whether they are meant.",
             )
-            modules = [module for module in modules if module in checkpoint.specs]
+            modules = [module for module in modules if module in read]
     except CloqError as error:
         refusal = str(error)
         try:

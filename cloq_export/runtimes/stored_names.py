@@ -1,0 +1,157 @@
+"""Names of tensors in files against names in memory, as transformers maps the one to the other.
+
+Files of many models keep names that their classes have left behind: those of a vision-language wrapper hold
+`language_model.model.layers.0...` where the class in memory has `model.language_model.layers.0...`. Adapters, recipes
+and fingerprints speak of modules in memory; files keep the names that engines know from the model's own files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.source import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PARTS = frozenset(part for layout in LAYOUTS.values() for part in layout.roles)
+# Sizes that cost time where a model is built without numbers; every other size costs nothing there.
+_COUNTS = re.compile(r"(layers?|depth|blocks|experts)$")
+
+
+def has_names_of_its_own(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers renames tensors of the class that a config names, or of a part of it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    architectures = config.get("architectures")
+    asked = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    asked += [str(part["model_type"]) for part in parts if part.get("model_type")]
+    return any(get_checkpoint_conversion_mapping(name) for name in asked)
+
+
+def names_in_memory(folder: Path, config: Mapping[str, Any], stored: Collection[str]) -> dict[str, str]:
+    """Return what the tensors of a checkpoint are called in the class that its config describes.
+
+    Args:
+        folder: of the checkpoint.
+        config: content of its config.json.
+        stored: names of the tensors in its files, packed parts of quantized modules among them.
+
+    Returns:
+        dict: stored name -> name in memory, of those that differ; empty if transformers cannot build the model.
+    """
+    if _largest_count(config) > len(stored):
+        return {}
+    return dict(_names_in_memory(folder, json.dumps(config, sort_keys=True), tuple(sorted(stored))))
+
+
+# Verbs open one checkpoint several times.
+@functools.lru_cache(maxsize=4)
+def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapping[str, str]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            built = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+    except Exception:  # whoever needs the model builds it too, and says what is wrong
+        return {}
+    return renamed_in(model, stored)
+
+
+def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
+    """Return what tensors in files are called in a model, as transformers' loader maps them.
+
+    Args:
+        model: the model, with or without numbers.
+        stored: names in files, packed parts of quantized modules among them.
+
+    Returns:
+        dict: stored name -> name in memory, of those that differ.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    places: Mapping[str, Any] = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
+    found: dict[str, str] = {}
+    taken = set(stored)
+    # The loader's own order: some renamings wait for a name that comes before the others.
+    for name in sorted(stored, key=dot_natural_key):
+        module, _, part = name.rpartition(".")
+        asked = f"{module}.weight" if part in _PARTS and name not in places else name
+        renamed, converter = rename_source_key(asked, renamings, converters, model.base_model_prefix, places)
+        if renamed not in places and asked in places:
+            renamed, converter = rename_source_key(asked, [], [], model.base_model_prefix, places)
+        if converter is not None or renamed not in places or renamed == asked:
+            continue
+        if asked != name:
+            if not renamed.endswith(".weight"):
+                continue
+            renamed = f"{renamed.removesuffix('.weight')}.{part}"
+        if renamed not in taken:
+            found[name] = renamed
+            taken.add(renamed)
+    return found
+
+
+def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """Return what a model's own files call its tensors and modules, as `save_pretrained` would write them.
+
+    Only what is read back under its own name is renamed; a tensor that transformers cuts or joins when it saves keeps
+    its name in memory, under which transformers reads it too.
+
+    Args:
+        model: the float model, best as `from_pretrained` gave it: it knows which names its files had.
+        names: of tensors in memory.
+        modules: of quantized modules in memory, whose tensors in files have other parts than a weight.
+
+    Returns:
+        dict: name of a tensor or module in memory -> its name in files, of those that differ.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        # A prefix that files may have or not was there in no file of this model.
+        mapped = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [entry for entry in mapped if not isinstance(entry, PrefixChange)]
+    backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
+    asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
+    found: dict[str, str] = {}
+    for name, tensor in asked.items():
+        renamed = rename_source_key(tensor, backwards, [], reverse=True)[0]
+        if renamed != tensor and (tensor == name or renamed.endswith(".weight")):
+            found[name] = renamed
+    # Both ways, and each name once: what does not come back stays as it is.
+    back = renamed_in(model, set(found.values()))
+    kept = {name for name, renamed in found.items() if back.get(renamed) == asked[name]}
+    return {
+        name: renamed if asked[name] == name else renamed.removesuffix(".weight")
+        for name, renamed in found.items()
+        if name in kept
+    }
+
+
+def _largest_count(config: Any) -> int:
+    """Return the largest number in a config that says how many modules a model has."""
+    if not isinstance(config, Mapping):
+        return 0
+    counts = [_largest_count(value) for value in config.values()]
+    counts += [
+        value for key, value in config.items() if isinstance(value, int) and _COUNTS.search(str(key)) is not None
+    ]
+    return max(counts, default=0)
