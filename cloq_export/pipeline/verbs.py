@@ -470,7 +470,7 @@ def _compress(
     codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
     _walk(session, loaded, plan, directory, recipe, calibration, codes)
     directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
-    directory.write_report("layers", _certificate_report(directory.certificates()))
+    directory.write_report("layers", _certificate_report(directory.certificates(), plan.unfit))
     return loaded
 
 
@@ -760,8 +760,9 @@ def _checkpoint_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(checkpoint_folder(path))
 
 
-def _certificate_report(certificates: list[LayerCertificate]) -> dict[str, Any]:
-    return {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+def _certificate_report(certificates: list[LayerCertificate], unfit: Mapping[str, str] | None = None) -> dict[str, Any]:
+    report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+    return {**report, "stays_float": dict(unfit)} if unfit else report
 
 
 def _adapter_files(directory: RunDirectory) -> dict[str, str]:

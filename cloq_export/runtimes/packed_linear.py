@@ -178,7 +178,7 @@ class PackedLinear(nn.Linear):
             Tensor: (..., out), the dtype of x.
         """
         if self.native is None:
-            bias = self.bias
+            bias: torch.Tensor | None = self.bias
             if any(self._padding):
                 input = nn.functional.pad(input, (0, self._padding[1]))
                 bias = None if bias is None else nn.functional.pad(bias, (0, self._padding[0]))
