@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from cloq_export.types import LoraPair
@@ -15,10 +17,11 @@ def stored_pair(
     lora_b: torch.Tensor,
     dtype: torch.dtype,
     *,
+    alpha: float | None = None,
     input_energy: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
 ) -> LoraPair:
-    """Return a pair of scaling 1 in a dtype, `B A` as exact as the dtype allows.
+    """Return a pair in a dtype, `B A` as exact as the dtype allows.
 
     Ordinary factors are only cast. Where entries overflow, or those below the smallest normal number lose more than
     eight roundings of `||B A R^T||`, A is multiplied by the power of two that makes the largest entries of both alike,
@@ -28,6 +31,7 @@ def stored_pair(
         lora_a: A, (rank, in) float.
         lora_b: B, (out, rank) float.
         dtype: of the stored pair.
+        alpha: LoRA alpha; None makes the scaling 1.
         input_energy: diag of `H = R^T R`, (in,) float64; None takes R = 1.
         seen: `A R^T`, (rank, k) float64, together with `input_energy`.
 
@@ -36,16 +40,15 @@ def stored_pair(
     """
     moved = lora_a, lora_b
     if not _keeps(lora_a, lora_b, dtype, input_energy, seen):
-        largest_a, largest_b = float(lora_a.abs().amax()), float(lora_b.abs().amax())
-        if largest_a and largest_b:
-            exponent = round(float(torch.log2(torch.tensor([largest_b / largest_a], dtype=torch.float64))) / 2.0)
+        ratio = float(lora_b.abs().amax()) / (float(lora_a.abs().amax()) or math.inf)
+        if ratio and math.isfinite(ratio):
+            exponent = round(math.log2(ratio) / 2.0)
             factor = 2.0**exponent
-            wide = torch.float64
-            moved = lora_a.to(wide) * factor, lora_b.to(wide) / factor
+            moved = lora_a.to(torch.float64) * factor, lora_b.to(torch.float64) / factor
             if not _keeps(*moved, dtype, input_energy, None if seen is None else seen * factor):
                 dtype = torch.float32
     lora_a, lora_b = (factor.to(dtype).contiguous() for factor in moved)
-    return LoraPair(lora_a, lora_b, alpha=float(lora_a.shape[0]))
+    return LoraPair(lora_a, lora_b, float(lora_a.shape[0]) if alpha is None else alpha)
 
 
 def _keeps(

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from cloq_export.calibrate.data import EMBEDDED
 from cloq_export.errors import UsageError
+from cloq_export.models.source import LoadedModel
 from cloq_export.pipeline.exporting import ExportOptions, export
-from cloq_export.pipeline.finetuning import finetune, report_name
+from cloq_export.pipeline.finetuning import ZERO_START, check_length, finetune, read_training_data, report_name
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import TEXT_REPORT, embedded_texts, run
 from cloq_export.pipeline.verification import VerifyOptions, missed_gates, verify
@@ -45,8 +46,24 @@ def run_and_finetune(
     tuning = FineTuneRecipe.from_mapping(recipe.finetune)
     if not tuning.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with --set finetune.data=NAME|FILE.")
+    if not recipe.rank and not tuning.start:
+        raise UsageError(
+            "the rank is 0, so there is no adapter to start the training from; choose one with --rank, or "
+            f"--set finetune.start={ZERO_START}."
+        )
+    if recipe.rank and tuning.name == recipe.adapter_name:
+        raise UsageError(
+            f"the adapter {tuning.name!r} is made together with the codes; give the trained one another name with "
+            "--set finetune.name=NAME."
+        )
     console = console or Console(stderr=True)
-    summary = run(recipe, out, demo=demo, console=console)
+
+    def check(loaded: LoadedModel) -> None:
+        check_length(loaded.model, tuning)
+        if not demo:  # which may fall back on a text that it brings itself
+            read_training_data(tuning, loaded.tokenizer)
+
+    summary = run(recipe, out, demo=demo, console=console, check=check)
     directory = RunDirectory.open(out)
     examples, text = _texts(directory, recipe, demo, console)
     trained = _trained_already(directory, tuning)

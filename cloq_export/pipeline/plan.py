@@ -141,8 +141,8 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         except ShapeError as error:
             reason = str(error).partition(" Give this layer")[0]
             raise ShapeError(
-                f"{reason} The codes are kept as they are, so choose a layout that holds them: --format "
-                "compressed_tensors."
+                f"{reason} The codes are kept as they are, so choose a layout that holds them: --set "
+                "format=compressed_tensors."
             ) from None
         _check_rank(linear, modules[name])
     _check_patterns(recipe, list(modules))

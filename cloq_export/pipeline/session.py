@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
+from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.host_memory import MemoryUse
 from cloq_export.models.source import LoadedModel, open_model
@@ -23,7 +24,7 @@ from cloq_export.pipeline.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target
+from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target, linears_beside
 from cloq_export.types import QuantizedLayer
 
 # Notes about layers that stay float; the rest is counted.
@@ -140,11 +141,27 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)
         session.notes.extend(note for note in notes if note not in session.notes)
-        return loaded, plan
-    checkpoint = Checkpoint.open(recipe.codes_from)
-    for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
-        check_target(loaded.model, module, shape)
-    return loaded, plan_for_codes(find_blocks(loaded.model, recipe.blocks), checkpoint.specs, recipe)
+    else:
+        checkpoint = Checkpoint.open(recipe.codes_from)
+        for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
+            check_target(loaded.model, module, shape)
+        plan = plan_for_codes(find_blocks(loaded.model, recipe.blocks), checkpoint.specs, recipe)
+        _check_values(checkpoint, recipe)
+    specs = {name: planned.spec for name, planned in plan.modules.items()}
+    # It is written when all is done; a name that it cannot write is found now.
+    LAYOUTS[recipe.format].quantization_config(
+        specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
+    )
+    return loaded, plan
+
+
+def _check_values(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse codes that the recipe's layout cannot hold, e.g. for a zero that it has no room for."""
+    layout = LAYOUTS[recipe.format]
+    if layout.name == checkpoint.layout_name:
+        return
+    for name, layer in checkpoint.read_layers():
+        layout.pack_layer(layer, name=name)
 
 
 def refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:

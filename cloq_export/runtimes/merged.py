@@ -267,7 +267,6 @@ class _Writing:
             f"export it in {self._wider()}."
         )
 
-
     def _refuse_loss(self, name: str, lost: float, size: float) -> None:
         short = str(self._dtype).removeprefix("torch.")
         raise NonFiniteError(
