@@ -35,6 +35,9 @@ class Layout(abc.ABC):
     roles: Mapping[str, Role]
     """Part -> what it holds, of every part that a layer may have."""
 
+    least_zero: int = 0
+    """The smallest zero that it holds."""
+
     @abc.abstractmethod
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
         """Return the parts that a layer with this grid must have."""

@@ -3,6 +3,7 @@
 from cloq_export.adapt.cloq import CloqResult, init_cloq
 from cloq_export.adapt.loftq import init_loftq, init_lq_lora, init_svd
 from cloq_export.adapt.root import GramRoot, cholesky_root, eigen_root
+from cloq_export.adapt.stored import stored_pair
 
 __all__ = [
     "CloqResult",
@@ -13,4 +14,5 @@ __all__ = [
     "init_loftq",
     "init_lq_lora",
     "init_svd",
+    "stored_pair",
 ]

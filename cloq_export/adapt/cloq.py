@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from cloq_export.adapt.root import GramRoot
+from cloq_export.adapt.stored import stored_pair
 from cloq_export.errors import ShapeError
 from cloq_export.types import LoraPair, Split
 
@@ -119,7 +120,7 @@ class CloqResult:
     """The LoRA pair of one layer with its optimality bound.
 
     Args:
-        pair: A and B in the adapter's dtype, alpha equal to the rank.
+        pair: A and B in the adapter's dtype, or in float32 where that cannot hold them; alpha equal to the rank.
         bound: the Eckart-Young bound `||dW R^T - LR_r||_F` that no pair of this rank can beat, absolute.
         residual: residual of the truncated SVD.
         svd_method: which decomposition was used.
@@ -160,7 +161,7 @@ def init_cloq(
 
     Raises:
         ShapeError: rank is out of range or shapes disagree.
-        NonFiniteError: the pair does not fit `dtype`.
+        NonFiniteError: the pair does not fit float32.
     """
     out_features, in_features = weight.shape
     if not 1 <= rank <= min(out_features, in_features):
@@ -184,5 +185,6 @@ def init_cloq(
         more = torch.randn(out_features, missing, generator=generator, dtype=right.dtype).to(right.device)
         lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))
         right = torch.cat([right, torch.linalg.qr(torch.cat([right, more], dim=1)).Q[:, -missing:]], dim=1)
-    pair = LoraPair(lora_a.to(dtype).contiguous(), right.to(dtype).contiguous(), alpha=float(rank))
+    seen = torch.nn.functional.pad(left.t(), (0, 0, 0, missing))
+    pair = stored_pair(lora_a, right, dtype, input_energy=root.matrix.square().sum(0), seen=seen)
     return CloqResult(pair, found.tail, found.residual, found.method)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cloq_export.adapt.cloq import split_factors, truncated_svd
+from cloq_export.adapt.stored import stored_pair
 from cloq_export.errors import ShapeError
 from cloq_export.types import LoraPair, QuantizedLayer
 
@@ -25,14 +26,14 @@ def init_svd(
         weight: W, (out, in) float.
         quantized: Q, (out, in) float.
         rank: 1 <= rank <= min(out, in).
-        dtype: of the stored pair.
+        dtype: of the stored pair; float32 is taken where it cannot hold the pair.
 
     Returns:
         LoraPair: scaling 1.
 
     Raises:
         ShapeError: rank is out of range or shapes disagree.
-        NonFiniteError: the pair does not fit `dtype`.
+        NonFiniteError: the pair does not fit float32.
     """
     if weight.shape != quantized.shape or not 1 <= rank <= min(weight.shape):
         raise ShapeError(
@@ -41,7 +42,7 @@ def init_svd(
         )
     found = truncated_svd(weight.to(torch.float64) - quantized.to(torch.float64), rank)
     lora_b, right = split_factors(found, "balanced")
-    return LoraPair(right.t().to(dtype).contiguous(), lora_b.to(dtype).contiguous(), float(rank))
+    return stored_pair(right.t(), lora_b, dtype)
 
 
 def init_loftq(
@@ -65,7 +66,7 @@ def init_loftq(
 
     Raises:
         ShapeError: rank is out of range.
-        NonFiniteError: the pair does not fit `dtype`.
+        NonFiniteError: the pair does not fit float32.
     """
     product = torch.zeros_like(weight)
     for iteration in range(iterations):
@@ -100,7 +101,7 @@ def init_lq_lora(
 
     Raises:
         ShapeError: rank is out of range.
-        NonFiniteError: the pair does not fit `dtype`.
+        NonFiniteError: the pair does not fit float32.
     """
     dequantized, smallest = torch.zeros_like(weight), float("inf")
     for _ in range(iterations):

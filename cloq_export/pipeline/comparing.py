@@ -19,7 +19,6 @@ from torch import nn
 
 from cloq_export.calibrate.data import evaluation_text, evaluation_tokens
 from cloq_export.errors import DivergedError, RecipeError, UsageError
-from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import NO_CODE, open_model, read_tokenizer, save_plain
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
@@ -36,7 +35,6 @@ from cloq_export.pipeline.finetuning import (
     training_device,
     zero_pairs,
 )
-from cloq_export.pipeline.plan import make_plan
 from cloq_export.pipeline.row_folder import (
     RowFolder,
     environment_mark,
@@ -46,7 +44,7 @@ from cloq_export.pipeline.row_folder import (
     table_foot,
     write_table,
 )
-from cloq_export.pipeline.session import Session
+from cloq_export.pipeline.session import Session, plan_model
 from cloq_export.pipeline.table_recipe import (
     is_mapping,
     is_positive,
@@ -492,7 +490,7 @@ class _FloatTrainer(_Trainer):
         loaded = open_model(self._work.comparison.model, dtype=torch.float32)
         options = {**self._work.comparison.quantize, "model": self._work.comparison.model}
         options.pop("preset", None)
-        plan = make_plan(find_blocks(loaded.model), Recipe.from_mapping(options))
+        plan, _ = plan_model(loaded.model, Recipe.from_mapping(options))
         shapes = {name: tuple(loaded.model.get_submodule(name).weight.shape) for name in plan.modules}
         model = loaded.model.to(dtype) if self._kind == "float" else self._nf4(loaded, dtype)
         attach_pairs(model, zero_pairs(shapes, dict.fromkeys(shapes, ZERO_RANK), recipe.seed))

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from cloq_export.calibrate.data import EMBEDDED
 from cloq_export.errors import DataError, MissingPackageError, UsageError
-from cloq_export.models.source import find_source, read_tokenizer
+from cloq_export.models.source import LoadedModel, find_source, read_tokenizer
 from cloq_export.pipeline.exporting import ExportOptions, export
-from cloq_export.pipeline.finetuning import finetune, read_training_data, report_name
+from cloq_export.pipeline.finetuning import ZERO_START, check_length, finetune, read_training_data, report_name
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.verbs import TEXT_REPORT, embedded_texts, run
 from cloq_export.pipeline.verification import VerifyOptions, missed_gates, verify
@@ -48,9 +48,26 @@ def run_and_finetune(
     tuning = FineTuneRecipe.from_mapping(recipe.finetune)
     if not tuning.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with --set finetune.data=NAME|FILE.")
+    if not recipe.rank and not tuning.start:
+        raise UsageError(
+            "the rank is 0, so there is no adapter to start the training from; choose one with --rank, or "
+            f"--set finetune.start={ZERO_START}."
+        )
+    if recipe.rank and tuning.name == recipe.adapter_name:
+        raise UsageError(
+            f"the adapter {tuning.name!r} is made together with the codes; give the trained one another name with "
+            "--set finetune.name=NAME."
+        )
     console = console or Console(stderr=True)
     _check_data(recipe, tuning, out, demo)
-    summary = run(recipe, out, demo=demo, console=console)
+
+    def check(loaded: LoadedModel) -> None:
+        check_length(loaded.model, tuning)
+        # The tokenizer of a GGUF file comes with the model; the demo may fall back on a text that it brings itself.
+        if loaded.source.kind == "gguf" and not demo:
+            read_training_data(tuning, loaded.tokenizer, bos=recipe.bos)
+
+    summary = run(recipe, out, demo=demo, console=console, check=check)
     directory = RunDirectory.open(out)
     examples, text = _texts(directory, recipe, demo, console)
     trained = _trained_already(directory, tuning)

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from cloq_export.adapt import stored_pair
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
@@ -103,7 +104,7 @@ def finetune(
         model = session.timed(
             "read model", lambda: load(run_path, start, device=_own_device(device), dtype=dtype, trainable=True)
         )
-        _check_length(model, recipe)
+        check_length(model, recipe)
         alphas = {name: pair.alpha for name, pair in read_adapter(start).pairs.items()}
         training = _train(session, model, data, recipe, work / _CHECKPOINTS, device, dtype, alphas, work, base)
         pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[session.recipe.adapter_dtype])
@@ -217,16 +218,16 @@ def trained_pairs(model: nn.Module, alphas: Mapping[str, float], dtype: torch.dt
     Args:
         model: with its adapter.
         alphas: full module name -> alpha.
-        dtype: in which the pairs are stored.
+        dtype: in which the pairs are stored, see `stored_pair`.
 
     Raises:
-        NonFiniteError: an entry does not fit the dtype.
+        NonFiniteError: an entry is NaN or Inf.
     """
     pairs = {}
     for name, alpha in alphas.items():
         layer: Any = model.get_submodule(name)
-        weights = [side["default"].weight.detach().to("cpu", dtype) for side in (layer.lora_A, layer.lora_B)]
-        pairs[name] = LoraPair(weights[0].contiguous(), weights[1].contiguous(), alpha)
+        lora_a, lora_b = (side["default"].weight.detach().to("cpu") for side in (layer.lora_A, layer.lora_B))
+        pairs[name] = stored_pair(lora_a, lora_b, dtype, alpha=alpha)
     return pairs
 
 
@@ -413,7 +414,12 @@ def _begin_or_continue(work: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _check_length(model: nn.Module, recipe: FineTuneRecipe) -> None:
+def check_length(model: nn.Module, recipe: FineTuneRecipe) -> None:
+    """Refuse sequences that are longer than the model's context.
+
+    Raises:
+        UsageError: they are.
+    """
     limit = context_length(model)
     if limit is not None and recipe.seqlen > limit:
         raise UsageError(

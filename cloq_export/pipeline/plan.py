@@ -12,6 +12,7 @@ from torch import nn
 from cloq_export.errors import CloqError, RecipeError, ShapeError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import BlockList, find_linears
+from cloq_export.quantize import reach_fault
 from cloq_export.recipe import Recipe
 from cloq_export.types import QuantSpec
 
@@ -40,10 +41,14 @@ class Plan:
     Args:
         blocks: the decoder blocks.
         modules: full module name -> plan, in order of blocks; layers that stay float are absent.
+        unfit: full module name -> why its numbers cannot be stored as codes; these stay float though nobody asked.
+        asked: `modules` and those that are unfit.
     """
 
     blocks: BlockList
     modules: dict[str, ModulePlan]
+    unfit: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, ModulePlan] = dataclasses.field(default_factory=dict)
 
     def of_block(self, index: int) -> dict[str, ModulePlan]:
         """Return the plans of one block's layers."""
@@ -62,10 +67,11 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         Plan.
 
     Raises:
-        RecipeError: a pattern of `overrides` matches no layer, or every layer is skipped.
+        RecipeError: a pattern of `overrides` matches no layer, or every layer stays float.
         ShapeError: a group size, a width or a rank does not fit a layer; the first few are named.
     """
     modules: dict[str, ModulePlan] = {}
+    linears: dict[str, nn.Linear] = {}
     skipped: list[str] = []
     faults: list[str] = []
     for index, block in enumerate(blocks):
@@ -82,7 +88,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
                 _check_fit(linear, plan, recipe.format)
             except CloqError as error:
                 faults.append(str(error))
-            modules[name] = plan
+            modules[name], linears[name] = plan, linear
     if faults:
         hidden = len(faults) - _SHOWN_FAULTS
         more = f" Layers that do not fit either: {hidden} more." if hidden > 0 else ""
@@ -91,7 +97,9 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
     _refuse_shared(blocks, modules)
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
-    return Plan(blocks, modules)
+    faults_of = {name: reach_fault(linear.weight.detach(), modules[name].spec) for name, linear in linears.items()}
+    unfit = {name: fault for name, fault in faults_of.items() if fault is not None}
+    return Plan(blocks, {name: plan for name, plan in modules.items() if name not in unfit}, unfit, modules)
 
 
 def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Plan:
@@ -107,7 +115,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
 
     Raises:
         RecipeError: the checkpoint quantizes what is no linear layer of the blocks, or an override would change codes.
-        ShapeError: a rank does not fit a layer.
+        ShapeError: a rank does not fit a layer, or the layout of the recipe cannot hold the checkpoint's layers.
     """
     linears = {
         name: linear
@@ -130,7 +138,16 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
                 "can be overridden."
             )
         modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
-        _check_rank(linears[name], modules[name])
+        linear = linears[name]
+        try:
+            LAYOUTS[recipe.format].check_packable(linear.out_features, linear.in_features, specs[name], name=name)
+        except ShapeError as error:
+            reason = str(error).partition(" Give this layer")[0]
+            raise ShapeError(
+                f"{reason} The codes are kept as they are, so choose a layout that holds them: --set "
+                "format=compressed_tensors."
+            ) from None
+        _check_rank(linear, modules[name])
     _check_patterns(recipe, list(modules))
     _refuse_shared(blocks, modules)
     return Plan(blocks, modules)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cloq_export.errors import RecipeError
+from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.pipeline.plan import ModulePlan
 from cloq_export.pipeline.solve import (
@@ -214,6 +215,7 @@ class BlockRefiner:
             adapter_dtype=ADAPTER_DTYPES[recipe.adapter_dtype],
             dtype=self._dtype,
             seed=recipe.seed ^ zlib.crc32(plan.name.encode()),
+            least_zero=LAYOUTS[recipe.format].least_zero,
         )
 
     def _finished(

@@ -12,19 +12,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cloq_export.errors import RunDirectoryError, UsageError
+from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
+from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.host_memory import MemoryUse
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.pipeline.plan import Plan, make_plan, plan_for_codes
+from cloq_export.pipeline.rescaling import rescale_neighbours
 from cloq_export.pipeline.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target
+from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target, linears_beside
 from cloq_export.runtimes.hf import refuse_lost_biases
 from cloq_export.types import QuantizedLayer
+
+# Notes about layers that stay float; the rest is counted.
+_SHOWN_UNFIT = 5
 
 
 @dataclasses.dataclass
@@ -101,20 +106,65 @@ def source_fingerprint(recipe: Recipe, model: str) -> str:
     return f"{model}+{Checkpoint.open(recipe.codes_from).computed_fingerprint()}"
 
 
+def plan_model(model: Any, recipe: Recipe) -> tuple[Plan, list[str]]:
+    """Decide what happens to each layer of a model, and bring weights that codes cannot hold into their range.
+
+    Args:
+        model: the float model; where factors move between neighbours its weights change, and its function does not.
+        recipe: every option of the run.
+
+    Returns:
+        The plan, and what the numbers of the model asked for, in plain words.
+
+    Raises:
+        RecipeError, ShapeError: as `make_plan`, or every layer stays float.
+    """
+    blocks = find_blocks(model, recipe.blocks)
+    plan = make_plan(blocks, recipe)
+    notes = rescale_neighbours(model, blocks, plan.asked)
+    if notes:
+        plan = make_plan(blocks, recipe)
+    unfit = list(plan.unfit.items())
+    if not plan.modules:
+        raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    for name, fault in unfit[:_SHOWN_UNFIT]:
+        notes.append(f"{name} stays float: {fault}")
+    if len(unfit) > _SHOWN_UNFIT:
+        notes.append(f"{len(unfit) - _SHOWN_UNFIT} more layers stay float for such reasons, e.g. {unfit[-1][0]}")
+    return plan, notes
+
+
 def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     """Open the float model of a recipe, and decide what happens to each of its layers."""
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
     loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
-    session.notes.extend(loaded.notes)
-    blocks = find_blocks(loaded.model, recipe.blocks)
+    session.notes.extend(note for note in loaded.notes if note not in session.notes)
     if not recipe.codes_from:
-        return loaded, make_plan(blocks, recipe)
-    checkpoint = Checkpoint.open(recipe.codes_from)
-    for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
-        check_target(loaded.model, module, shape)
-    refuse_lost_biases(checkpoint, loaded.model)
-    return loaded, plan_for_codes(blocks, checkpoint.specs, recipe)
+        plan, notes = plan_model(loaded.model, recipe)
+        session.notes.extend(note for note in notes if note not in session.notes)
+    else:
+        checkpoint = Checkpoint.open(recipe.codes_from)
+        for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
+            check_target(loaded.model, module, shape)
+        refuse_lost_biases(checkpoint, loaded.model)
+        plan = plan_for_codes(find_blocks(loaded.model, recipe.blocks), checkpoint.specs, recipe)
+        _check_values(checkpoint, recipe)
+    specs = {name: planned.spec for name, planned in plan.modules.items()}
+    # It is written when all is done; a name that it cannot write is found now.
+    LAYOUTS[recipe.format].quantization_config(
+        specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
+    )
+    return loaded, plan
+
+
+def _check_values(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse codes that the recipe's layout cannot hold, e.g. for a zero that it has no room for."""
+    layout = LAYOUTS[recipe.format]
+    if layout.name == checkpoint.layout_name:
+        return
+    for name, layer in checkpoint.read_layers():
+        layout.pack_layer(layer, name=name)
 
 
 def refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 
 from cloq_export.adapt import GramRoot, cholesky_root, eigen_root, init_cloq, init_loftq, init_lq_lora, init_svd
+from cloq_export.errors import NonFiniteError
+from cloq_export.formats.registry import LAYOUTS
 from cloq_export.pipeline.plan import ModulePlan
 from cloq_export.quantize import (
+    LOST_SHARE,
     DampedGram,
     QuantizeOptions,
     damp_gram,
     effective_rank,
     error_aware_target,
+    lost_energy,
+    lost_groups,
     quantize_group,
     spectral_norm,
 )
@@ -144,9 +149,12 @@ def solve_group(
     for plan in plans:
         name = plan.name
         more = (*notes, *quantize_notes.get(name, ()))
+        if kept_codes is None:
+            more += _lost_notes(plan, weights[name], damped)
         problem = LayerProblem(plan, weights[name], targets[name], damped, root, shared, more)
         if name in alternated:
-            best = BestPair(alternated[name], float("nan"))
+            pair = alternated[name]
+            best = BestPair(pair, float("nan"), _wider(pair, ADAPTER_DTYPES[recipe.adapter_dtype]))
         else:
             best = best_pair(problem, quantized[name], recipe)
         solved[name] = finish_layer(problem, quantized[name], best.pair, best, recipe)
@@ -177,7 +185,7 @@ def _alternate(
 ) -> tuple[dict[str, QuantizedLayer], dict[str, LoraPair]]:
     """Return codes and pairs of an alternation; without an adapter there are only codes, rounded to nearest."""
     alternate = ALTERNATIONS[recipe.init]
-    options = QuantizeOptions(method="rtn", grid=recipe.grid)
+    options = QuantizeOptions(method="rtn", grid=recipe.grid, least_zero=LAYOUTS[recipe.format].least_zero)
     layers: dict[str, QuantizedLayer] = {}
     pairs: dict[str, LoraPair] = {}
     for plan in plans:
@@ -205,15 +213,44 @@ def _quantize(
         magr_alpha=recipe.magr_alpha,
         sweeps=recipe.sweeps,
         refit=recipe.refit,
+        least_zero=LAYOUTS[recipe.format].least_zero,
     )
     layers: dict[str, QuantizedLayer] = {}
     notes: dict[str, tuple[str, ...]] = {}
     for spec in dict.fromkeys(plan.spec for plan in plans):
         same = [plan.name for plan in plans if plan.spec == spec]
-        group = quantize_group([targets[name] for name in same], spec, damped, options)
+        try:
+            group = quantize_group([targets[name] for name in same], spec, damped, options)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{' or '.join(same)}: {error}") from None
         for name, layer in zip(same, group.layers, strict=True):
             layers[name], notes[name] = layer, group.notes
     return layers, notes
+
+
+def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | None) -> tuple[str, ...]:
+    """Return the notes of a layer that loses outputs, or a part of all of them, to the smallest scale."""
+    lost = lost_groups(weight, plan.spec)
+    if not bool(lost.any()):
+        return ()
+    notes: list[str] = []
+    energy = lost_energy(weight, lost)
+    rows, of_rows = energy.sum(1), weight.to(torch.float64).square().sum(1)
+    outputs = int((rows > 0.5 * of_rows).sum())
+    if outputs > LOST_SHARE * weight.shape[0]:
+        notes.append(
+            f"{outputs} of {weight.shape[0]} outputs have weights too small for float16 scales and are rounded to next "
+            "to nothing; if they matter, leave the layer in float with --override 'MODULE:skip=true'"
+        )
+    if damped is not None:
+        whole = _frobenius(damped.weighted(weight))
+        share = _frobenius(damped.weighted(weight * (energy > 0))) / whole if whole else 0.0
+        if share**2 > LOST_SHARE:
+            notes.append(
+                f"{share:.0%} of what this layer puts out on the calibration text comes from weights too small for "
+                f"float16 scales; leave it in float with --override '{plan.name}:skip=true'"
+            )
+    return tuple(notes)
 
 
 def _root(stats: LayerStats, damped: DampedGram) -> GramRoot:
@@ -249,7 +286,8 @@ def best_pair(problem: LayerProblem, quantized: QuantizedLayer, recipe: Recipe) 
     dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
     if recipe.init != CLOQ:
         # LoftQ's alternation ends with the same step.
-        return BestPair(init_svd(problem.weight, quantized.dequantize(), rank, dtype=dtype), float("nan"))
+        pair = init_svd(problem.weight, quantized.dequantize(), rank, dtype=dtype)
+        return BestPair(pair, float("nan"), _wider(pair, dtype))
     if problem.root is None:
         # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
         out_features, in_features = problem.weight.shape
@@ -262,7 +300,15 @@ def best_pair(problem: LayerProblem, quantized: QuantizedLayer, recipe: Recipe) 
     )
     fell_back = result.svd_method == "full" and recipe.svd == "truncated"
     notes = ("the truncated SVD did not settle: the full one was taken",) if fell_back else ()
-    return BestPair(result.pair, result.bound, notes)
+    return BestPair(result.pair, result.bound, (*notes, *_wider(result.pair, dtype)))
+
+
+def _wider(pair: LoraPair, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the note of a pair that its dtype could not hold."""
+    if pair.lora_A.dtype == dtype:
+        return ()
+    asked = str(dtype).removeprefix("torch.")
+    return (f"A and B are beyond the range of {asked}, so they are stored in float32",)
 
 
 def _frobenius(matrix: torch.Tensor) -> float:

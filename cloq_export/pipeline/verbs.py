@@ -68,6 +68,7 @@ from cloq_export.pipeline.session import (
     source_fingerprint,
 )
 from cloq_export.pipeline.solve import ALTERNATIONS
+from cloq_export.pipeline.space import check_space
 from cloq_export.recipe import Recipe
 from cloq_export.run.atomic import make_folder, write_bytes
 from cloq_export.run.directory import RunDirectory, natural_order
@@ -86,7 +87,14 @@ _SHOWN_WARNINGS = 5
 TEXT_REPORT = "calibration"
 
 
-def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    demo: bool = False,
+    console: Console | None = None,
+    check: Callable[[LoadedModel], None] | None = None,
+) -> dict[str, Any]:
     """Go from a model to a measured checkpoint with its adapter, continuing what an earlier call has done.
 
     Args:
@@ -94,6 +102,7 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
         out: the run directory.
         demo: without WikiText-2 at hand, calibrate and measure on the text that Python itself carries.
         console: where progress goes; None is standard error.
+        check: called with the model before any work; refuses what a later step could not do.
 
     Returns:
         The summary: what was measured, where the files are, what to type next.
@@ -108,8 +117,8 @@ def run(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | Non
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        recipe = session.recipe = _budgeted(session, directory, calibration, judging)
-        model = _compress(session, directory, recipe, calibration, judging)
+        recipe = session.recipe = _budgeted(session, directory, calibration, judging, check)
+        model = _compress(session, directory, recipe, calibration, judging, check)
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
         probes: dict[str, ProbeRecord] = {}
@@ -457,7 +466,11 @@ def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirect
 
 
 def _budgeted(
-    session: Session, directory: RunDirectory, calibration: CalibrationText, judging: CalibrationText | None = None
+    session: Session,
+    directory: RunDirectory,
+    calibration: CalibrationText,
+    judging: CalibrationText | None = None,
+    check: Callable[[LoadedModel], None] | None = None,
 ) -> Recipe:
     """Return the recipe with what its budget is spent on, measured in the run's work folder if it is not yet."""
     recipe = session.recipe
@@ -466,6 +479,8 @@ def _budgeted(
     check_budget(recipe)
     loaded, _ = open_planned(session, recipe)
     _check_judging(loaded, recipe, judging)
+    if check is not None:
+        check(loaded)
     windows = _windows(loaded, recipe, calibration)
     path = directory.path / "work" / "budget"
     with _started(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
@@ -490,13 +505,17 @@ def _compress(
     recipe: Recipe,
     calibration: CalibrationText,
     judging: CalibrationText | None = None,
+    check: Callable[[LoadedModel], None] | None = None,
 ) -> LoadedModel:
     loaded, plan = open_planned(session, recipe)
     _check_judging(loaded, recipe, judging)
+    if check is not None:
+        check(loaded)
+    check_space(directory, plan, loaded, recipe)
     codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
     _walk(session, loaded, plan, directory, recipe, calibration, codes)
     directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
-    directory.write_report("layers", _certificate_report(directory.certificates()))
+    directory.write_report("layers", _certificate_report(directory.certificates(), plan.unfit))
     return loaded
 
 
@@ -528,6 +547,8 @@ def _walk(
     calibration: CalibrationText,
     kept_codes: Callable[[str], QuantizedLayer] | None,
 ) -> None:
+    for name in plan.modules:
+        directory.layer_path(name)  # refuses a name that cannot be one of a file
     done = directory.completed_modules()
     if done.issuperset(plan.modules):
         session.say("all layers are finished already")
@@ -816,8 +837,9 @@ def _checkpoint_tokenizer(path: Path) -> Any:
     return read_tokenizer(checkpoint_folder(path))
 
 
-def _certificate_report(certificates: list[LayerCertificate]) -> dict[str, Any]:
-    return {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+def _certificate_report(certificates: list[LayerCertificate], unfit: Mapping[str, str] | None = None) -> dict[str, Any]:
+    report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+    return {**report, "stays_float": dict(unfit)} if unfit else report
 
 
 def _adapter_files(directory: RunDirectory) -> dict[str, str]:

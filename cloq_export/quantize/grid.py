@@ -17,8 +17,9 @@ SEARCH_REFINEMENT = (-0.03, 0.03, -0.015, 0.015)
 # Elements that one pass of the search touches: small enough that its temporaries stay in the cache.
 SEARCH_CHUNK_ELEMENTS = 1 << 17
 
-_SMALLEST_SCALE = 2.0**-14
-_LARGEST_SCALE = 65504.0
+# What is stored is a normal float16 number: some readers take smaller ones for zero.
+SMALLEST_SCALE = 2.0**-14
+LARGEST_SCALE = 65504.0
 
 
 def round_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, max_code: int) -> torch.Tensor:
@@ -38,7 +39,7 @@ def round_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 
 def _representable(scales: torch.Tensor) -> torch.Tensor:
     """Return scales as the layouts store them (float16, normal numbers), in float32."""
-    return scales.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)
+    return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
 
 
 def _grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +106,10 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
     groups = weight.reshape(out_features * spec.group_count(in_features), spec.columns_per_group(in_features))
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError("a weight is NaN or Inf; repair the source model before quantizing it.")
-    if weight.numel() and float(weight.abs().amax()) > _LARGEST_SCALE:
+    if weight.numel() and float(weight.abs().amax()) > LARGEST_SCALE:
         raise NonFiniteError(
             f"a weight of magnitude {float(weight.abs().amax()):.3g} cannot be scaled in float16 (largest "
-            f"{_LARGEST_SCALE:.0f}); leave this layer in float with --override 'MODULE:skip=true'."
+            f"{LARGEST_SCALE:.0f}); leave this layer in float with --override 'MODULE:skip=true'."
         )
     shape = (out_features, spec.group_count(in_features))
     if method == "searched" and groups.shape[1] <= triton_kernels.MOST_COLUMNS and triton_kernels.usable_for(weight):
@@ -119,8 +120,8 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             spec.max_code,
             SEARCH_RANGE_FRACTIONS,
             SEARCH_REFINEMENT,
-            _SMALLEST_SCALE,
-            _LARGEST_SCALE,
+            SMALLEST_SCALE,
+            LARGEST_SCALE,
             symmetric=spec.symmetric,
         )
         return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
@@ -135,3 +136,24 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             found = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
         scales[start : start + chunk], zeros[start : start + chunk] = found
     return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
+
+
+def raise_zeros(
+    scales: torch.Tensor, zeros: torch.Tensor, spec: QuantSpec, least: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return grids whose zeros are at least `least`; a group that has to give up codes reaches as far with the rest.
+
+    Args:
+        scales: (out, groups) float16.
+        zeros: (out, groups) uint8.
+        spec: bits, group size, symmetric or not.
+        least: 0 changes nothing; 1 is for a layout that stores `zero - 1`.
+
+    Returns:
+        Scales (out, groups) float16 and zeros (out, groups) uint8.
+    """
+    low = zeros < least
+    if not bool(low.any()):
+        return scales, zeros
+    wider = scales.to(torch.float32) * ((spec.max_code - zeros.to(torch.float32)) / (spec.max_code - least))
+    return torch.where(low, _representable(wider).to(torch.float16), scales), zeros.clamp_min(least)

@@ -8,7 +8,7 @@ import torch
 
 from cloq_export.quantize.comq import refit_scales, sweep_codes
 from cloq_export.quantize.damping import DampedGram
-from cloq_export.quantize.grid import fit_grid, round_to_grid
+from cloq_export.quantize.grid import fit_grid, raise_zeros, round_to_grid
 from cloq_export.quantize.magr import reduce_magnitude
 from cloq_export.quantize.optq import optq_codes
 from cloq_export.types import QuantizedLayer, QuantSpec
@@ -24,6 +24,7 @@ class QuantizeOptions:
         magr_alpha: weight of MagR's penalty; used by "magr" only.
         sweeps: coordinate descent sweeps after OPTQ.
         refit: fit the scales to the codes by least squares before each sweep, or once without sweeps.
+        least_zero: smallest zero that the layout can hold, 0 or 1.
     """
 
     method: str = "optq"
@@ -31,6 +32,7 @@ class QuantizeOptions:
     magr_alpha: float = 1e-3
     sweeps: int = 0
     refit: bool = False
+    least_zero: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ def quantize_group(
         source = smoothed.weight
         if not smoothed.converged:
             notes.append(f"MagR stopped after {smoothed.iterations} iterations before it converged")
-    scales, zeros = fit_grid(source, spec, options.grid)
+    scales, zeros = raise_zeros(*fit_grid(source, spec, options.grid), spec, options.least_zero)
     column_scales, column_zeros = _spread(scales, columns), _spread(zeros, columns)
     if options.method == "rtn" or damped is None:
         codes = round_to_grid(source, column_scales, column_zeros, spec.max_code).to(torch.uint8)

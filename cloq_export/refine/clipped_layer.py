@@ -35,6 +35,7 @@ class ClippedLayer:
         adapter_dtype: in which A and B are stored.
         dtype: of the installed weight.
         seed: draws A.
+        least_zero: smallest zero that the layout can hold, 0 or 1.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class ClippedLayer:
         adapter_dtype: torch.dtype,
         dtype: torch.dtype,
         seed: int,
+        least_zero: int = 0,
     ) -> None:
         self.parameter = parameter
         self._spec = spec
+        self._least_zero = least_zero
         self._dtype = dtype
         self._adapter_dtype = adapter_dtype
         out_features, in_features = weight.shape
@@ -117,7 +120,7 @@ class ClippedLayer:
             zeros = torch.full_like(scales, float(2 ** (self._spec.bits - 1)))
         else:
             wanted = -low / scales
-            zeros = _through(wanted, wanted.round().clamp(0, largest))
+            zeros = _through(wanted, wanted.round().clamp(self._least_zero, largest))
         steps = self._weight / scales
         codes = (_through(steps, steps.round()) + zeros).clamp(0, largest)
         return codes, scales, zeros

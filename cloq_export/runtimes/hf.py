@@ -179,7 +179,7 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     """Return the packed linear of a module; words in the kernels' own order are taken as they lie in the file."""
     tensors, spec = packed.tensors, packed.checkpoint.specs[packed.module]
     if packed.checkpoint.grids.layout is not GPTQ_V2:
-        tensors = GPTQ_V2.pack_layer(packed.layer(), name=packed.module)
+        return PackedLinear.of_layer(packed.layer(), dtype=dtype)
     expected = torch.arange(packed.linear.in_features, dtype=torch.int32) // spec.columns_per_group(
         packed.linear.in_features
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from cloq_export.errors import NonFiniteError, ShapeError
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.kernels.cpu import linear as cpu_linear
 from cloq_export.kernels.cpu.library import usable_for
+from cloq_export.types import QuantizedLayer
 
 # As the state dict names the parts of a layer.
 _PARTS = ("qweight", "qzeros", "scales")
+_WORD_BITS = 32
 
 
 class PackedLinear(nn.Linear):
@@ -31,11 +34,15 @@ class PackedLinear(nn.Linear):
     The codes are held once, in the order of what computes: the native CPU library has a layout of its own, everything
     else reads GPTQ order. `qweight`, `qzeros`, `scales` and the state dict are in GPTQ order everywhere.
 
+    GPTQ order is made of whole words. A layer whose sides do not fill them (other layouts hold any width) is padded
+    there with weights of zero: they meet inputs of zero, and their outputs are dropped.
+
     Args:
         qweight: (in * bits / 32, out) int32, GPTQ order.
         qzeros: (groups, out * bits / 32) int32, zeros stored as they are (`gptq_v2`).
         scales: (groups, out) float16.
         bits: width of a code.
+        features: (out, in) of a layer that is padded; None takes the words as they are.
         bias: (out), or None.
         dtype: of the weight as others see it, and of the bias.
 
@@ -56,30 +63,57 @@ class PackedLinear(nn.Linear):
         scales: torch.Tensor,
         *,
         bits: int,
+        features: tuple[int, int] | None = None,
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would make the dense weight
         self.bits = bits
         self.compute_dtype = dtype
+        self._features = features
         self._hold(qweight, qzeros, scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+
+    @classmethod
+    def of_layer(cls, layer: QuantizedLayer, *, dtype: torch.dtype = torch.float32) -> PackedLinear:
+        """Return the packed linear of a layer of any width, without a bias.
+
+        Args:
+            layer: codes, scales and zeros.
+            dtype: as in the class.
+        """
+        bits, features = layer.spec.bits, (layer.out_features, layer.in_features)
+        codes, scales, zeros = _padded(layer.codes, layer.scales, layer.zeros, bits)
+        return cls(
+            pack_columns(codes, bits),
+            pack_rows(zeros.t().contiguous(), bits),
+            scales.t().contiguous(),
+            bits=bits,
+            features=None if codes.shape == features else features,
+            dtype=dtype,
+        )
 
     def _hold(self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> None:
         """Check a layer in GPTQ order, and hold it in the order that its device computes from."""
         try:
-            self.in_features = kernels.check_packed(qweight, qzeros, scales, self.bits)
+            in_features = kernels.check_packed(qweight, qzeros, scales, self.bits)
         except ValueError as error:
             raise ShapeError(str(error)) from None
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             raise NonFiniteError("a scale is NaN, Inf, zero or negative; every scale must be a positive number.")
-        self.groups, self.out_features = scales.shape
+        groups, out_features = scales.shape
+        self.out_features, self.in_features = self._features or (out_features, in_features)
+        # The one group of a channel is padded within; others are followed by groups of padding alone.
+        self.groups = groups if groups == 1 else self.in_features * groups // in_features
+        self._padding = (out_features - self.out_features, in_features - self.in_features)
         if scales.dtype != torch.float16 or usable_for(qweight, qzeros, scales) is None:
             self._register(qweight, qzeros, scales, None)
             return
-        zeros = unpack_rows(qzeros, self.bits).t().contiguous()
-        codes = unpack_columns(qweight, self.bits)
-        native = cpu_linear.pack_weight(codes, scales.t().contiguous(), zeros, self.bits)
+        zeros, codes, scales = unpack_rows(qzeros, self.bits).t(), unpack_columns(qweight, self.bits), scales.t()
+        if any(self._padding):
+            codes = codes[: self.out_features, : self.in_features]
+            zeros, scales = (part[: self.out_features, : self.groups] for part in (zeros, scales))
+        native = cpu_linear.pack_weight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), self.bits)
         self._register(native.words, native.zeros, native.scales, native)
 
     def _register(
@@ -96,11 +130,13 @@ class PackedLinear(nn.Linear):
         if self.native is None:
             return self.packed_codes, self.packed_zeros, self.packed_scales
         codes, scales, zeros = cpu_linear.unpack_weight(self.native)
+        if any(self._padding):
+            codes, scales, zeros = _padded(codes, scales, zeros, self.bits)
         return pack_columns(codes, self.bits), pack_rows(zeros.t().contiguous(), self.bits), scales.t().contiguous()
 
     @property
     def qweight(self) -> torch.Tensor:
-        """Return the codes, (in * bits / 32, out) int32."""
+        """Return the codes, (in * bits / 32, out) int32, padded where the layer is."""
         return self.in_gptq_order()[0]
 
     @property
@@ -127,7 +163,8 @@ class PackedLinear(nn.Linear):
         """Return Q, (out, in) float32, newly computed."""
         if self.native is not None:
             return cpu_linear.dequantize(self.native)
-        return kernels.dequantize(self.packed_codes, self.packed_zeros, self.packed_scales, self.bits)
+        weight = kernels.dequantize(self.packed_codes, self.packed_zeros, self.packed_scales, self.bits)
+        return weight[: self.out_features, : self.in_features] if any(self._padding) else weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return `x Q^T + bias`, summed in float32 and rounded once.
@@ -141,15 +178,18 @@ class PackedLinear(nn.Linear):
             Tensor: (..., out), the dtype of x.
         """
         if self.native is None:
-            return kernels.packed_linear(
-                input, self.packed_codes, self.packed_zeros, self.packed_scales, self.bits, self.bias
-            )
+            bias: torch.Tensor | None = self.bias
+            if any(self._padding):
+                input = nn.functional.pad(input, (0, self._padding[1]))
+                bias = None if bias is None else nn.functional.pad(bias, (0, self._padding[0]))
+            y = kernels.packed_linear(input, self.packed_codes, self.packed_zeros, self.packed_scales, self.bits, bias)
+            return y[..., : self.out_features] if self._padding[0] else y
         x = input.to(torch.float32) if input.dtype == torch.float64 else input
         if torch.compiler.is_compiling():
             # The buffers by name: a traced program must find them in the module.
             layer = (self.packed_codes, self.packed_scales, self.packed_zeros, self.bits)
             size = (self.out_features, self.in_features)
-            y: torch.Tensor = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, *[None] * 6, False)
+            y = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, *[None] * 6, False)
         else:
             y = cpu_linear.linear(x, self.native, self.bias)
         return y.to(input.dtype)
@@ -200,13 +240,39 @@ class PackedLinear(nn.Linear):
         if len(found) < len(names):
             return
         qweight, qzeros, scales = (found[name].to(self.packed_codes.device, copy=True) for name in names)
-        size = (self.in_features, self.out_features, self.groups)
+        more_outputs, more_inputs = self._padding
+        size = (self.in_features + more_inputs, self.out_features + more_outputs)
+        groups = self.groups if self.groups == 1 else size[0] // self.group_size
         try:
-            if (kernels.check_packed(qweight, qzeros, scales, self.bits), *scales.shape[::-1]) != size:
-                raise ShapeError(f"a layer with (in, out, groups) = {size} cannot hold {tuple(qweight.shape)} words.")
+            found_size = (kernels.check_packed(qweight, qzeros, scales, self.bits), scales.shape[1])
+            if (found_size, scales.shape[0]) != (size, groups):
+                raise ShapeError(
+                    f"a layer with (in, out, groups) = {(*size, groups)} cannot hold {tuple(qweight.shape)} words."
+                )
             self._hold(qweight, qzeros, scales)
         except (ValueError, ShapeError, NonFiniteError) as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+def _padded(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes (out, in), scales and zeros (out, groups) with sides that fill whole words, by weights of zero."""
+    step = _WORD_BITS // math.gcd(_WORD_BITS, bits)
+    out_features, in_features = codes.shape
+    groups = scales.shape[1]
+    outputs, inputs = -out_features % step, -in_features % step
+    if not outputs and not inputs:
+        return codes, scales, zeros
+    span = in_features // groups
+    if groups > 1:
+        while inputs % span:
+            inputs += step
+    # A code that equals its zero is a weight of zero.
+    filling = zeros[:, -1:].expand(-1, inputs) if groups == 1 else codes.new_zeros(out_features, inputs)
+    codes = nn.functional.pad(torch.cat([codes, filling], dim=1), (0, 0, 0, outputs))
+    more = (0, inputs // span if groups > 1 else 0, 0, outputs)
+    return codes, nn.functional.pad(scales, more, value=1.0), nn.functional.pad(zeros, more)
 
 
 class PackedWeight(torch.Tensor):

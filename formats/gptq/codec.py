@@ -387,6 +387,7 @@ class GptqLayout(Layout):
     def __init__(self, version: Version, *, indexed: bool = True) -> None:
         self.name = layout_name(version)
         self.version: Version = version
+        self.least_zero = 1 if version == 1 else 0
         self._indexed = indexed
 
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:

@@ -139,6 +139,17 @@ def test_a_number_that_becomes_zero_is_counted_as_lost_whole(tmp_path, written):
     assert report.rounding["vectors"].worst == "model.norm.weight"
 
 
+def test_a_tensor_that_would_be_lost_is_refused(tmp_path, written):
+    model = copy.deepcopy(written.source)
+    with torch.no_grad():
+        model.model.norm.weight *= 1e-8
+    message = r"model\.norm\.weight \(root mean square 1e-08\) would lose \d+% .* float16 .*; export it in bfloat16"
+    with pytest.raises(NonFiniteError, match=message):
+        export(written, tmp_path / "merged", model=model, dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    export(written, tmp_path / "merged", model=model, dtype=torch.bfloat16)
+
+
 def test_overflow_names_the_layer_and_the_remedy(tmp_path, written):
     name = next(iter(written.layers))
     pair = written.pairs[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from cloq_export.errors import NonFiniteError, ShapeError
 from cloq_export.kernels.cpu import library
 from cloq_export.runtimes.packed_linear import PackedLinear, PackedWeight
+from cloq_export.types import QuantizedLayer, QuantSpec
 
 
 def packed_tensors(bits=3, in_features=64, out_features=96, groups=2):
@@ -194,3 +196,66 @@ def test_tensors_that_do_not_belong_together_are_refused():
         broken[0, 0] = bad
         with pytest.raises(NonFiniteError, match="a scale is NaN, Inf, zero or negative"):
             PackedLinear(qweight, qzeros, broken, bits=3)
+
+
+# (out, in, bits, group size): sides that do not fill whole words, alone and together.
+ODD = [
+    (80, 96, 3, 16),
+    (96, 80, 3, 16),
+    (100, 100, 4, -1),
+    (5, 24, 2, 8),
+    (33, 40, 3, 8),
+    (7, 9, 8, -1),
+    (1, 1, 3, -1),
+    (64, 48, 3, 24),
+]
+
+
+def odd_layer(out_features, in_features, bits, group_size):
+    generator = torch.Generator().manual_seed(bits)
+    spec = QuantSpec(bits, group_size)
+    groups = spec.group_count(in_features)
+
+    def codes(*shape):
+        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+
+    scales = (0.1 + torch.rand(out_features, groups, generator=generator)).to(torch.float16)
+    return QuantizedLayer(codes(out_features, in_features), scales, codes(out_features, groups), spec)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("size", ODD, ids=str)
+def test_widths_that_do_not_fill_whole_words(size, native, monkeypatch):
+    layer = odd_layer(*size)
+    out_features, in_features, _, _ = size
+    if not native:
+        monkeypatch.setattr(library, "load", lambda: None)
+    packed = PackedLinear.of_layer(layer)
+    assert (packed.native is not None) == native
+    packed.bias = nn.Parameter(torch.linspace(-1, 1, out_features))
+    weight = layer.dequantize()
+    assert torch.equal(packed.dequantize(), weight)
+    assert packed.weight.shape == weight.shape == (packed.out_features, packed.in_features)
+    assert packed.group_size == in_features // layer.scales.shape[1]
+    x = torch.randn(2, 3, in_features, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    y = packed(x)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y, nn.functional.linear(x, weight, packed.bias), **close)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ weight, **close)
+    torch.testing.assert_close(packed.bias.grad, upstream.sum((0, 1)), **close)
+    other = PackedLinear.of_layer(dataclasses.replace(layer, codes=torch.zeros_like(layer.codes)))
+    other.load_state_dict({name: part for name, part in packed.state_dict().items() if name != "bias"})
+    assert torch.equal(other.dequantize(), weight)
+    moved = copy.deepcopy(packed).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(packed.state_dict())
+    assert torch.equal(moved(x), y)
+
+
+def test_a_layer_that_fills_whole_words_is_not_padded():
+    layer = odd_layer(64, 96, 3, 32)
+    packed = PackedLinear.of_layer(layer)
+    assert [tuple(part.shape) for part in packed.in_gptq_order()] == [(9, 64), (3, 6), (3, 64)]
+    with pytest.raises(RuntimeError, match=r"\(96, 64, 3\) cannot hold"):
+        packed.load_state_dict(PackedLinear.of_layer(odd_layer(64, 72, 3, 24)).state_dict())
