@@ -32,7 +32,7 @@ class Gate:
 
 
 GATES: Mapping[str, Gate] = {
-    "certificate": Gate("at least", "1 if every file, layer and the base are those that the certificate names"),
+    "certificate": Gate("at least", "1 if every file, layer and the base are those that the certificate names, or those of the run itself"),
     "noise_floor_max": Gate("at most", "largest log-probability difference of the float model measured twice"),
     "logprob_difference_max": Gate("at most", "largest log-probability difference, served against reference"),
     "logprob_difference_mean": Gate("at most", "mean log-probability difference, served against reference"),

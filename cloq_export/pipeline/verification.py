@@ -44,7 +44,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.run.atomic import make_folder
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.versions import environment
-from cloq_export.runtimes.certificate import verify_certificate
+from cloq_export.runtimes.certificate import verify_certificate, verify_run
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
@@ -330,7 +330,8 @@ class _Verification:
 
     def _certificate(self) -> dict[str, Any]:
         try:
-            repeated = verify_certificate(self.plan.export)
+            run = _run_of(self.plan.export)
+            repeated = verify_certificate(self.plan.export) if run is None else verify_run(run)
         except FormatError as error:
             return {"passed": False, "files": None, "modules": None, "not_covered": [], "reason": str(error)}
         return {
@@ -772,6 +773,15 @@ def _refuse_other_model(loaded: LoadedModel, checkpoint: Checkpoint | OnnxExport
                 f"{loaded.source.name} has {field} {theirs} and {checkpoint.folder} has {mine}, so the one was not "
                 "made from the other; give the float model of this export with --reference."
             )
+
+
+def _run_of(export: Path) -> RunDirectory | None:
+    """Return the run that a folder is, or whose own checkpoint it is."""
+    for folder in (export, export.resolve().parent):
+        if RunDirectory.is_run(folder):
+            run = RunDirectory.open(folder)
+            return run if folder == export or run.checkpoint_path.resolve() == export.resolve() else None
+    return None
 
 
 def _layer_certificates(export: Path) -> list[dict[str, Any]] | None:
