@@ -55,10 +55,21 @@ from cloq_export.recipe import FIELDS
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="How many windows.")
 @click.option("--gsm8k", metavar="FILE", help="The same as --tasks gsm8k=FILE.")
-@click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="Questions of each task.")
+@click.option(
+    "--problems",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Questions of each task, which must be there; unless given, up to 100.",
+)
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
 @click.option("--prompts", type=click.IntRange(min=0), default=32, show_default=True, help="Greedy texts to compare.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens in each of them.")
+@click.option(
+    "--longest",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens in the longest text; unless given, what is served, up to 2048.",
+)
 @click.option(
     "--liveness-tokens",
     type=click.IntRange(min=2),
