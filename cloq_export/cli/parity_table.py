@@ -99,8 +99,8 @@ def _power_of(found: Mapping[str, Any]) -> str:
     if power["smallest_drop"] is None:
         return f"McNemar's test finds no loss among so few questions at the limit {power['limit']:g}"
     return (
-        f"McNemar's test at the limit {power['limit']:g} needs {power['answers_needed']} answers that are lost and none "
-        f"won; with a probability of {power['probability']:.0%} it finds a loss of {power['smallest_drop']:.1%}"
+        f"McNemar's test at the limit {power['limit']:g} needs {power['answers_needed']} answers that are lost and "
+        f"none won; with a probability of {power['probability']:.0%} it finds a loss of {power['smallest_drop']:.1%}"
     )
 
 

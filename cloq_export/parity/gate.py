@@ -41,7 +41,7 @@ _NATS = (0.0, 20.0)
 _RATIO = (0.0, 1000.0)
 JUDGED = "judged"
 GATES: Mapping[str, Gate] = {
-    JUDGED: Gate("at least", "1 if something was judged of the export: always asked for", of_export=False),
+    JUDGED: Gate("at least", "1 if something was judged of the export", of_export=False),
     "certificate": Gate(
         "at least", "1 if every file, layer and the base are those that the certificate names, or those of the run"
     ),

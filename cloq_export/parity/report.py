@@ -163,9 +163,7 @@ def label_of(row: Mapping[str, Any]) -> str:
     return f"{name}, {row['adapter']}" if row.get("adapter") else str(name)
 
 
-def _of(
-    rows: Iterable[Mapping[str, Any]], subjects: Sequence[str | None], **wanted: str
-) -> list[Mapping[str, Any]]:
+def _of(rows: Iterable[Mapping[str, Any]], subjects: Sequence[str | None], **wanted: str) -> list[Mapping[str, Any]]:
     """Return the rows of a kind, none if one of the subjects has no row: its figure is then missing as a whole."""
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found if {row["adapter"] for row in found} >= set(subjects) else []

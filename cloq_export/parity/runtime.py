@@ -195,7 +195,6 @@ class ReferenceModel(TransformersModel):
                 found += [values for module in chosen for values in _logprobs_without(model, token_ids, [module])]
         return torch.stack(found)
 
-
     def token_gaps(
         self,
         prompts: Sequence[Sequence[int]],
@@ -224,6 +223,10 @@ class ReferenceModel(TransformersModel):
         whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
         for adapter, rows in _grouped(whole, adapters, shortest=1):
             model = self.model(adapter)
+            known = model.get_input_embeddings().weight.shape[0]
+            odd = next((token for row in rows for token in texts[row] if not 0 <= token < known), None)
+            if odd is not None:
+                raise ShapeError(f"the runtime wrote the token {odd}; the model knows those from 0 to {known - 1}.")
             for batch in _batches_of(rows, whole, _tokens_per_batch(model)):
                 with torch.no_grad():
                     logits = model(input_ids=_padded([whole[row] for row in batch], model), use_cache=False).logits
@@ -242,7 +245,7 @@ class ReferenceModel(TransformersModel):
         """Return the gradient of weighted sums of log-probabilities with respect to the scale of each quantized module.
 
         The output of module m without its bias is multiplied by `f_m` in each sequence on its own; with `w` the
-        weights, `g_m = d(sum_i w_i log p(x_i | x_1..x_{i-1})) / d f_m` at `f = 1`, for all modules in one backward pass.
+        weights, `g_m = d(sum_i w_i log p(x_i | x_1..x_{i-1})) / d f_m` at `f = 1`, all modules in one backward pass.
 
         Args:
             token_ids: sequences of n tokens, all equally long.
@@ -269,7 +272,6 @@ class ReferenceModel(TransformersModel):
                     for row, ids in enumerate(chosen)
                 ]
         return torch.cat(found, dim=1)
-
 
     @contextlib.contextmanager
     def scaled(self, adapter: str | None, module: str, factor: float) -> Iterator[None]:
@@ -343,10 +345,7 @@ def _base_layer(model: nn.Module, module: str) -> nn.Module:
 
 def _gaps(logits: torch.Tensor, text: Sequence[int], ends: frozenset[int] | None) -> torch.Tensor:
     """Return the gap of each token of a text; logits (tokens + 1, vocabulary), of the place behind the text too."""
-    rows, vocabulary = len(text), logits.shape[-1]
-    odd = next((token for token in text if not 0 <= token < vocabulary), None)
-    if odd is not None:
-        raise ShapeError(f"the runtime wrote the token {odd}; the model knows {vocabulary}.")
+    rows = len(text)
     logits = logits.to(torch.float32)
     best = logits.max(-1).values
     gaps = best[:rows] - logits[:rows].gather(1, torch.tensor(text, device=logits.device).view(rows, 1))[:, 0]

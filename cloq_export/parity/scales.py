@@ -7,7 +7,7 @@ whatever the rounding of each token is (White, Econometrica 48, 1980), are
 
     a_m = <e, d_m> / <d_m, d_m>,    se(a_m)^2 = sum_i (e_i - a_m d_mi)^2 d_mi^2 / <d_m, d_m>^2.
 
-One backward pass gives `<e, d_m>` of all modules, the gradient of `sum_i e_i r_i` with respect to their f_m; with random
+One backward pass gives `<e, d_m>` of all modules, the gradient of `sum_i e_i r_i` with respect to their f_m; with drawn
 signs in the place of e its square has the expectation `<d_m, d_m>` (Hutchinson, Communications in Statistics 19, 1990).
 The few modules that explain the error best are then measured one by one, with d_m from a small change of f_m.
 """

@@ -363,7 +363,9 @@ class _Verification:
         blind = self._blind()
         report["judged"] = {"passed": not (reasons := self._not_judged(blind)), "reasons": reasons}
         report["metrics"][JUDGED] = float(not reasons)
-        report["gates"] = judge(plan.limits, report["metrics"], blind | ({JUDGED: "; ".join(reasons)} if reasons else {}))
+        report["gates"] = judge(
+            plan.limits, report["metrics"], blind | ({JUDGED: "; ".join(reasons)} if reasons else {})
+        )
         report["passed"] = all(verdict["passed"] for verdict in report["gates"])
         return report
 
@@ -524,6 +526,8 @@ class _Verification:
         new = self.options.new_tokens
         with self._judging("greedy", adapter) as judge_written, self._phase("greedy"):
             texts = served.generate(mine, [adapter] * len(mine), new) if mine else []
+            # First: a token that no model knows is refused here.
+            judge_written(reference, mine, texts, new)
             if mine:
                 compared = compare_greedy(
                     served,
@@ -537,7 +541,6 @@ class _Verification:
                     measured=texts,
                 )
                 self.greedy.append({"adapter": adapter, **compared})
-            judge_written(reference, mine, texts, new)
 
     def _serve_mixed(self, served: ServedModel, reference: ReferenceModel) -> None:
         """Let the base and all adapters write in one batch, and judge what each has written."""

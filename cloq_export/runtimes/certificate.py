@@ -158,8 +158,8 @@ def verify_certificate(
         if measured != noted:
             raise FormatError(
                 f"{path} is not the file that was certified (sha256 {measured['sha256'][:12]}…, "
-                f"{measured['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} bytes); "
-                "fetch or write the export again."
+                f"{measured['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} "
+                "bytes); fetch or write the export again."
             )
     modules = certificate["modules"]
     if certificate["layout"] not in WITHOUT_CODES:
