@@ -174,8 +174,8 @@ def default_limits(
     else:
         names = ("logprob_difference_over_float", "longest_difference_over_float", "decode_gap_over_float")
         limits |= dict.fromkeys(names, _HALF_FACTOR)
-        names = ("mixed_batch_difference_over_float", "mixed_decode_gap_over_float")
-        limits |= dict.fromkeys(names, _HALF_FACTOR) if adapters else {}
+        together = ("mixed_batch_difference_over_float", "mixed_decode_gap_over_float")
+        limits |= dict.fromkeys(together, _HALF_FACTOR) if adapters else {}
     if packed:
         limits["packed_logprob_difference_max"] = limit
     if adapters and not rounded:

@@ -31,7 +31,7 @@ SURE = 6.0
 # Modules that are measured one by one.
 CANDIDATES = 4
 # Fewer tokens know too little of their spread.
-LEAST_TOKENS = 64
+LEAST_TOKENS = 8
 _SIGN_DRAWS = 2
 # Relative change of a module's output: small enough to be linear, large beside the rounding of float32.
 _STEP = 0.01
@@ -86,7 +86,7 @@ def measure_scales(
     """
     table = torch.stack([a.double() - b.double() for a, b in zip(served, expected, strict=True)])
     count = table.numel()
-    empty = {"adapter": adapter, "tokens": count, "modules": len(modules), "unseen": []}
+    empty: dict[str, Any] = {"adapter": adapter, "tokens": count, "modules": len(modules), "unseen": []}
     if count < LEAST_TOKENS or not modules or not bool(torch.isfinite(table).all()):
         return empty | {"largest": None, "candidates": [], "found": {}}
     projections, squares = _screen(reference, token_ids, adapter, modules, table, screened, seed)
