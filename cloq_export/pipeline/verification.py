@@ -87,8 +87,9 @@ _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed, and the prompts that are continued in mixed batches.
 _LONGEST = 2048
 _MIXED_PROMPTS = 4
-# Windows on which the scales of modules are measured, and tokens of each on which they are compared at first.
-_SCALE_WINDOWS = {"float32": 4}
+# Tokens on which the scales of modules are measured, all that are served in half precision, and tokens of each window on
+# which modules are compared at first.
+_SCALE_TOKENS = {"float32": 1024}
 _SCREENED_TOKENS = 128
 
 
@@ -585,7 +586,8 @@ class _Verification:
         adapter = plan.subjects[0]
         if _rounds_activations(plan.checkpoint) or adapter not in self.served_logprobs:
             return
-        count = _SCALE_WINDOWS.get(options.dtype, len(self.windows))
+        wanted = _SCALE_TOKENS.get(options.dtype, len(self.windows) * options.window)
+        count = min(len(self.windows), -(-wanted // options.window))
         with self._attempt("scales of modules"), self._phase("scales"):
             self.scales = measure_scales(
                 reference,
