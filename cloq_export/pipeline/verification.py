@@ -87,8 +87,8 @@ _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed, and the prompts that are continued in mixed batches.
 _LONGEST = 2048
 _MIXED_PROMPTS = 4
-# Tokens on which the scales of modules are measured, all that are served in half precision, and tokens of each window on
-# which modules are compared at first.
+# Tokens on which the scales of modules are measured, all that are served in half precision, and tokens of each window
+# on which modules are compared at first.
 _SCALE_TOKENS = {"float32": 1024}
 _SCREENED_TOKENS = 128
 
