@@ -50,6 +50,19 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
             f"greedy text{_with(row['adapter'])}: {share(row['agreement'])} of {row['prompts']} prompts agree, "
             f"{row['ties']} part at a near-tie, {row['flips']} elsewhere",
         )
+    for row in report["decoding"]:
+        _line(
+            console,
+            f"{row['kind']} text of {row['adapter'] or 'the base'}: {row['tokens']} tokens at most "
+            f"{figure(row['gap_max'])} below the reference's best, {figure(row['gap_mean'])} in the mean",
+        )
+    if report["scales"]:
+        scales = report["scales"]
+        least = f", {max(scales['found'].values()):.2%} would have been found in any" if scales["found"] else ""
+        _line(
+            console,
+            f"scales of {scales['modules']} modules: {figure(scales['largest'])} is the largest sure error{least}",
+        )
     for row in report["liveness"]:
         counts = _counted(each["verdict"] for each in row["modules"])
         _line(console, f"liveness of {row['adapter']}: {counts}")
@@ -64,6 +77,8 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     console.print(gate)
     for name, path in (report.get("files") or {}).items():
         _line(console, f"{name}: {path}")
+    for reason in report["judged"]["reasons"]:
+        _line(console, f"nothing was judged: {reason}")
     _line(console, "parity: " + ("passed" if report["passed"] else "missed"))
 
 
@@ -83,6 +98,18 @@ def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
                 f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
             )
         _line(console, f"{found['questions']} questions of {found['origin']} ({found['definition']})")
+        if "power" in found:
+            _line(console, _power_of(found))
+
+
+def _power_of(found: Mapping[str, Any]) -> str:
+    power = found["power"]
+    if power["smallest_drop"] is None:
+        return f"McNemar's test finds no loss among so few questions at the limit {power['limit']:g}"
+    return (
+        f"McNemar's test at the limit {power['limit']:g} needs {power['answers_needed']} answers that are lost and "
+        f"none won; with a probability of {power['probability']:.0%} it finds a loss of {power['smallest_drop']:.1%}"
+    )
 
 
 def _spread(row: Mapping[str, Any]) -> list[Any]:

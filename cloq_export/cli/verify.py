@@ -62,10 +62,21 @@ from cloq_export.recipe import CHOICES, FIELDS
     help="Begin token before each window and prompt of the text: as the tokenizer does by itself, never, or always.",
 )
 @click.option("--gsm8k", metavar="FILE", help="The same as --tasks gsm8k=FILE.")
-@click.option("--problems", type=click.IntRange(min=1), default=100, show_default=True, help="Questions of each task.")
+@click.option(
+    "--problems",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Questions of each task, which must be there; unless given, up to 100.",
+)
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
 @click.option("--prompts", type=click.IntRange(min=0), default=32, show_default=True, help="Greedy texts to compare.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens in each of them.")
+@click.option(
+    "--longest",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens in the longest text; unless given, what is served, up to 2048.",
+)
 @click.option(
     "--liveness-tokens",
     type=click.IntRange(min=2),

@@ -157,10 +157,9 @@ def merged_findings(first: Sequence[Presence], again: Sequence[Presence]) -> lis
 
 
 def live_share(found: Sequence[Presence]) -> float | None:
-    """Return the share of modules that are shown to be live; those of zero product count as such."""
-    if not found:
-        return None
-    return sum(presence.verdict in (LIVE, ZERO) for presence in found) / len(found)
+    """Return the share of modules that are shown to be live, those of zero product left out; None if none is left."""
+    shown = [presence for presence in found if presence.verdict != ZERO]
+    return sum(presence.verdict == LIVE for presence in shown) / len(shown) if shown else None
 
 
 def _judge(module: str, e: torch.Tensor, d: torch.Tensor, gain: float, *, is_zero: bool) -> Presence:

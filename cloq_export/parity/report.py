@@ -49,15 +49,22 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
     Args:
         report: the report as it is measured so far.
     """
+    subjects = [each["name"] for each in report["adapters"]] or [None]
     numerics = report["numerics"]
-    served = _of(numerics, measured="served", against="reference")
-    packed = _of(numerics, measured="packed", against="reference") or (
+    served = _of(numerics, subjects, measured="served", against="reference")
+    packed = _of(numerics, subjects, measured="packed", against="reference") or (
         served if report["runtime"] == "hf" and report["dtype"] == "float32" else []
     )
-    precision = _of(numerics, measured="float in served precision", against="float")
-    own = precision[0]["mean"] if precision else None
-    perplexities = _of(report["quality"]["perplexity"], model="served")
-    greedy, liveness, isolation = report["greedy"], report["liveness"], report["isolation"]
+    longest = _of(numerics, subjects, measured="served at length", against="reference")
+    own, own_longest = (
+        next((row["mean"] for row in numerics if row["measured"] == f"float in served precision{at}"), None)
+        for at in ("", ", at length")
+    )
+    perplexities = _of(report["quality"]["perplexity"], subjects, model="served")
+    greedy = _of(report["greedy"], subjects)
+    liveness, isolation, scales = report["liveness"], report["isolation"], report["scales"]
+    written = [row for row in report["decoding"] if row["kind"] != "mixed"]
+    mixed = [row for row in report["decoding"] if row["kind"] == "mixed"]
     certificate, found = report["certificate"], report["provenance"]["findings"]
     metrics: dict[str, float | None] = {
         "certificate": None if certificate is None else float(certificate["passed"]),
@@ -70,16 +77,26 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
         "logprob_difference_mean": _worst(row["mean"] for row in served),
         "packed_logprob_difference_max": _worst(row["max"] for row in packed),
         "logprob_difference_over_float": _over(_worst(row["mean"] for row in served), own),
+        "longest_difference_max": _worst(row["max"] for row in longest),
+        "longest_difference_mean": _worst(row["mean"] for row in longest),
+        "longest_difference_over_float": _over(_worst(row["mean"] for row in longest), own_longest),
+        "scale_error_max": None if scales is None else scales["largest"],
         "perplexity_ratio": _worst(row.get("ratio_to_float") for row in perplexities),
         "perplexity_over_recorded": _over_recorded(perplexities, report["provenance"]["recorded_ratios"]),
         "perplexity_ratio_upper": _worst(row.get("ratio_upper") for row in perplexities),
         "greedy_agreement": _share(greedy, "agreement", "prompts"),
         "greedy_flips": float(sum(row["flips"] for row in greedy)) if greedy else None,
+        "decode_gap_max": _worst(row["gap_max"] for row in written),
+        "decode_gap_mean": _worst(row["gap_mean"] for row in written),
+        "decode_gap_over_float": _over(_worst(row["gap_mean"] for row in written), own),
         "live_modules": _worst((row["live_share"] for row in liveness), least=True),
         "mixed_batch_difference_max": isolation["max"] if isolation else None,
         "mixed_batch_difference_over_float": _over(
             _worst(row["mean"] for row in isolation["by_adapter"]) if isolation else None, own
         ),
+        "mixed_decode_gap_max": _worst(row["gap_max"] for row in mixed),
+        "mixed_decode_gap_mean": _worst(row["gap_mean"] for row in mixed),
+        "mixed_decode_gap_over_float": _over(_worst(row["gap_mean"] for row in mixed), own),
     }
     for task, entries in report["quality"]["tasks"].items():
         metrics |= _task_metrics(task, entries)
@@ -154,8 +171,10 @@ def label_of(row: Mapping[str, Any]) -> str:
     return f"{name}, {row['adapter']}" if row.get("adapter") else str(name)
 
 
-def _of(rows: Iterable[Mapping[str, Any]], **wanted: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+def _of(rows: Iterable[Mapping[str, Any]], subjects: Sequence[str | None], **wanted: str) -> list[Mapping[str, Any]]:
+    """Return the rows of a kind, none if one of the subjects has no row: its figure is then missing as a whole."""
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return found if {row["adapter"] for row in found} >= set(subjects) else []
 
 
 def _verdict(findings: Iterable[Mapping[str, Any]]) -> float | None:
@@ -205,6 +224,10 @@ def _task_figures(entry: Mapping[str, Any]) -> dict[str, float | None]:
         "accuracy_drop": None if served is None or reference is None else reference["accuracy"] - served["accuracy"],
         "p_value": None if pair is None else pair["p_value"],
         "agreement": None if pair is None else pair["agreement"],
+        "questions_missing": float(entry["missing"]),
+        "questions_repeated": float(entry["repeated"]),
+        # Where no record tells what an adapter was trained on, nothing can be said against a question.
+        "questions_seen": float(entry["seen"] or 0),
     }
 
 

@@ -195,6 +195,98 @@ class ReferenceModel(TransformersModel):
                 found += [values for module in chosen for values in _logprobs_without(model, token_ids, [module])]
         return torch.stack(found)
 
+    def token_gaps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        ends: Sequence[frozenset[int] | None],
+    ) -> list[torch.Tensor]:
+        """Return how far each token of a text lies below the token that is most probable in its place.
+
+        `max_v log p(v | prompt, x_1..x_{i-1}) - log p(x_i | prompt, x_1..x_{i-1})`, all tokens of a text in one forward
+        pass, so that what comes behind a token of a near-tie is judged too.
+
+        Args:
+            prompts: token ids.
+            texts: what was written behind each prompt.
+            adapters: as in `prompt_logprobs`.
+            ends: for each text the tokens of which the best one counts as what comes last; None adds nothing.
+
+        Returns:
+            list: one float32 tensor on the CPU per text, of its tokens and of its end if that was asked for.
+
+        Raises:
+            ShapeError: a text holds a token that the model does not know.
+        """
+        results: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+        whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+        for adapter, rows in _grouped(whole, adapters, shortest=1):
+            model = self.model(adapter)
+            known = model.get_input_embeddings().weight.shape[0]
+            odd = next((token for row in rows for token in texts[row] if not 0 <= token < known), None)
+            if odd is not None:
+                raise ShapeError(f"the runtime wrote the token {odd}; the model knows those from 0 to {known - 1}.")
+            for batch in _batches_of(rows, whole, _tokens_per_batch(model)):
+                with torch.no_grad():
+                    logits = model(input_ids=_padded([whole[row] for row in batch], model), use_cache=False).logits
+                for place, row in enumerate(batch):
+                    first = len(prompts[row]) - 1
+                    results[row] = _gaps(logits[place, first : len(whole[row])], texts[row], ends[row])
+        return results
+
+    def scale_gradients(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        adapter: str | None,
+        modules: Sequence[str],
+        weights: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the gradient of weighted sums of log-probabilities with respect to the scale of each quantized module.
+
+        The output of module m without its bias is multiplied by `f_m` in each sequence on its own; with `w` the
+        weights, `g_m = d(sum_i w_i log p(x_i | x_1..x_{i-1})) / d f_m` at `f = 1`, all modules in one backward pass.
+
+        Args:
+            token_ids: sequences of n tokens, all equally long.
+            adapter: the adapter, or None.
+            modules: full names of linear modules.
+            weights: (sequences, n - 1) tensors.
+
+        Returns:
+            Tensor: (weights, sequences, modules) float64; zero for a module that a sequence does not reach.
+        """
+        model = self.model(adapter)
+        model.requires_grad_(False)
+        # Backward keeps the logits and their softmax.
+        count = max(1, _tokens_per_batch(model) // 4 // len(token_ids[0]))
+        found = []
+        for start in range(0, len(token_ids), count):
+            rows = slice(start, start + count)
+            chosen, weighted = token_ids[rows], [weight[rows] for weight in weights]
+            try:
+                found.append(_scale_gradients(model, chosen, modules, weighted))
+            except _RowsMixedError:
+                found += [
+                    _scale_gradients(model, [ids], modules, [weight[row : row + 1] for weight in weighted])
+                    for row, ids in enumerate(chosen)
+                ]
+        return torch.cat(found, dim=1)
+
+    @contextlib.contextmanager
+    def scaled(self, adapter: str | None, module: str, factor: float) -> Iterator[None]:
+        """Multiply the output of a quantized module, without its bias, by a factor for a while."""
+        base = _base_layer(self.model(adapter), module)
+
+        def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * factor if module.bias is None else output * factor - (factor - 1) * module.bias
+
+        handle = base.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
 
 def reference_model(
     export: Path, adapters: Mapping[str, Path], *, device: str = "cpu", force: bool = False
@@ -213,6 +305,11 @@ def reference_model(
     return ReferenceModel(shared._load_model)
 
 
+def longest_in_memory(model: Any) -> int:
+    """Return how many tokens of one sequence a forward pass may have logits for."""
+    return _tokens_per_batch(model)
+
+
 def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Return log p(x_i | x_1..x_{i-1}) of each sequence from one forward pass.
 
@@ -225,14 +322,71 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
     Returns:
         list: one (n - 1,) float32 tensor on the CPU per sequence.
     """
+    padded = _padded(token_ids, model)
+    with torch.no_grad():
+        logits = model(input_ids=padded, use_cache=False).logits
+    return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+
+
+def _padded(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:
     longest = max(len(ids) for ids in token_ids)
     padded = torch.zeros(len(token_ids), longest, dtype=torch.int64)
     for row, ids in enumerate(token_ids):
         padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    padded = padded.to(_device_of(model))
-    with torch.no_grad():
-        logits = model(input_ids=padded, use_cache=False).logits
-    return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+    return padded.to(_device_of(model))
+
+
+def _base_layer(model: nn.Module, module: str) -> nn.Module:
+    from peft.tuners.lora import LoraLayer
+
+    layer = model.get_submodule(module)
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
+
+
+def _gaps(logits: torch.Tensor, text: Sequence[int], ends: frozenset[int] | None) -> torch.Tensor:
+    """Return the gap of each token of a text; logits (tokens + 1, vocabulary), of the place behind the text too."""
+    rows = len(text)
+    logits = logits.to(torch.float32)
+    best = logits.max(-1).values
+    gaps = best[:rows] - logits[:rows].gather(1, torch.tensor(text, device=logits.device).view(rows, 1))[:, 0]
+    if ends is not None:
+        gaps = torch.cat([gaps, (best[rows] - logits[rows, sorted(ends)].max()).view(1)])
+    return gaps.cpu()
+
+
+def _scale_gradients(
+    model: Any, token_ids: Sequence[Sequence[int]], modules: Sequence[str], weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return (weights, sequences, modules) float64; see `ReferenceModel.scale_gradients`."""
+    rows, device = len(token_ids), _device_of(model)
+
+    def scaled(factor: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            if rows > 1 and (output.ndim < 3 or output.shape[0] != rows):
+                raise _RowsMixedError
+            bare = output if module.bias is None else output - module.bias
+            return output + (factor - 1).view(-1, *[1] * (output.ndim - 1)) * bare
+
+        return hook
+
+    factors = [torch.ones(rows, device=device, requires_grad=True) for _ in modules]
+    padded = _padded(token_ids, model)
+    with contextlib.ExitStack() as stack:
+        for module, factor in zip(modules, factors, strict=True):
+            stack.callback(_base_layer(model, module).register_forward_hook(scaled(factor)).remove)
+        with torch.enable_grad():
+            logits = model(input_ids=padded, use_cache=False).logits[:, :-1].to(torch.float32)
+            logprobs = -nn.functional.cross_entropy(
+                logits.transpose(1, 2), padded[:, 1:], reduction="none"
+            )  # (sequences, n - 1)
+    found = []
+    for weight in weights:
+        total = (logprobs * weight.to(device, torch.float32)).sum()
+        gradients = torch.autograd.grad(total, factors, retain_graph=True, allow_unused=True)
+        found.append(
+            torch.stack([torch.zeros(rows) if g is None else g.cpu() for g in gradients], dim=1).to(torch.float64)
+        )
+    return torch.stack(found)
 
 
 class _RowsMixedError(Exception):

@@ -34,6 +34,7 @@ from cloq_export.parity.commonsense import (
 )
 from cloq_export.parity.continuations import CHOICES, PARAGRAPH_WORDS, continuation_rows, read_continuation
 from cloq_export.parity.quality import mcnemar
+from cloq_export.parity.questions import question_hash, row_hashes
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
 from cloq_export.texts.reading import read_rows
@@ -79,12 +80,16 @@ class Questions:
         origin: where they are from.
         sha256: of all that is put to a model and of the right answers, hexadecimal.
         shots: worked examples before each.
+        keys: hash of each question and its choices, worked examples left out.
+        hashes: of each question the hashes that it may have among examples of a training.
     """
 
     items: tuple[Question, ...]
     origin: str
     sha256: str
     shots: int
+    keys: tuple[str, ...] = ()
+    hashes: tuple[frozenset[str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,7 +440,10 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
         task.with_examples((), shots)
     rows, origin = task.rows(file)
     # All are read, so that a broken row is found whatever part is asked for.
-    items = [task.read(row, where) for where, row in rows][:count]
+    pairs = [(task.read(row, where), row) for where, row in rows][:count]
+    items = [item for item, _ in pairs]
+    keys = tuple(question_hash(_put(item, "\n")) for item in items)
+    hashes = tuple(row_hashes(_put(item, None), row) for item, row in pairs)
     if not items:
         raise DataError(f"{origin} holds no question of {task.name}; name another file with --tasks {task.name}=FILE.")
     if shots:
@@ -443,7 +451,15 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps(dataclasses.asdict(item), sort_keys=True).encode("utf-8") + b"\n")
-    return Questions(tuple(items), origin, digest.hexdigest(), shots)
+    return Questions(tuple(items), origin, digest.hexdigest(), shots, keys, hashes)
+
+
+def _put(item: Question, between: str | None) -> str:
+    """Return what is put to a model: with its choices where `between` is to stand between them."""
+    if item.choices is None:
+        return item.prompt
+    pairs = item.choices.pairs
+    return pairs[0][0] if between is None else between.join(text for pair in pairs for text in pair)
 
 
 def task_entry(task: Task, questions: Questions, answers: Mapping[str, Answers], adapter: str | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from cloq_export.runtimes.certificate import certify_checkpoint, verify_certific
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.runtimes.hf import find_adapter, float_part, read_bound_adapter, tied_head
+from cloq_export.runtimes.hub import is_left_out
 from cloq_export.runtimes.hub import push as upload
 from cloq_export.runtimes.merged import MergedReport, export_merged
 from cloq_export.runtimes.model_card import base_license, write_model_card
@@ -234,7 +235,7 @@ def push(
 
 
 def _refuse_uncertified(folder: Path) -> None:
-    verify_certificate(folder)
+    verify_certificate(folder, left_out=is_left_out)
 
 
 def _noted(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecord | None:

@@ -25,6 +25,7 @@ from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
+from cloq_export.parity.questions import TrainedOn
 from cloq_export.pipeline.recording import note_adapter, place_pairs, probe_model
 from cloq_export.pipeline.session import Session
 from cloq_export.pipeline.solve import ADAPTER_DTYPES
@@ -35,7 +36,7 @@ from cloq_export.run.safe_json import read_json
 from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.provenance import ProbeRecord, TrainingRecord, pair_digest, pairs_digest
-from cloq_export.train.examples import AnyExample, Example, ExampleSet
+from cloq_export.train.examples import AnyExample, ChatExample, Example, ExampleSet
 from cloq_export.train.named_sets import load_examples
 from cloq_export.train.sequences import SequenceCounts, Sequences, make_sequences
 from cloq_export.train.trainer import DTYPES, Training, load_parameters, newest_checkpoint, step_of, train_adapter
@@ -112,7 +113,7 @@ def finetune(
             # As they are stored: what the record says is then what every reader of the files must find.
             place_pairs(model, pairs)
             probe = probe_model(model, read_tokenizer(checkpoint_folder(run_path)))
-            _write(session, directory, recipe, base, pairs, record, training, start, probe)
+            _write(session, directory, recipe, base, pairs, record, training, start, probe, data)
             finished = work.with_name(f".{work.name}.finished")
             shutil.rmtree(finished, ignore_errors=True)
             work.rename(finished)
@@ -130,11 +131,13 @@ class TrainingData:
         learned: sequences to learn.
         evaluated: sequences to evaluate on, or None.
         origins: "data" and perhaps "eval_data": where from, and the hash.
+        questions: what `TrainedOn` keeps of the prompts that are learned from.
     """
 
     learned: Sequences
     evaluated: Sequences | None
     origins: Mapping[str, Mapping[str, str]]
+    questions: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,13 +313,24 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
 
 
 def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
-    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), examples, bos=session.recipe.bos)
+    found = examples or load_examples(recipe.data)
+    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), found, bos=session.recipe.bos)
+    data = dataclasses.replace(data, questions=TrainedOn.of(_prompts(found)))
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
             session.notes.extend(_count_notes(what, sequences.counts, recipe))
     if recipe.eval_samples and data.evaluated is None:
         session.notes.append("too few examples to hold any out: nothing was evaluated, and the last adapter is kept")
     return data
+
+
+def _prompts(found: ExampleSet) -> Iterator[str]:
+    """Yield what the examples ask: prompts, and what users say in chats."""
+    for example in found.examples:
+        if isinstance(example, ChatExample):
+            yield from (message.content for message in example.messages if message.role == "user")
+        elif example.prompt is not None:
+            yield example.prompt
 
 
 def _count_notes(what: str, counts: SequenceCounts, recipe: FineTuneRecipe) -> Iterator[str]:
@@ -518,6 +532,7 @@ def _write(
     training: Training,
     start: Path,
     probe: ProbeRecord,
+    data: TrainingData,
 ) -> None:
     curve = dataclasses.asdict(training.curve)
     trained = TrainingRecord(
@@ -528,6 +543,7 @@ def _write(
         learning_rate=recipe.learning_rate,
         seed=recipe.seed,
         data_sha256=record["data"]["sha256"],
+        questions=data.questions,
         start=pairs_digest({module: pair_digest(pair) for module, pair in read_adapter(start).pairs.items()}),
     )
     write_adapter(

@@ -23,6 +23,7 @@ from cloq_export.parity.provenance import (
     judge_codes,
     judge_tokenizer,
 )
+from cloq_export.parity.questions import TrainedOn
 from cloq_export.parity.tasks import PERPLEXITY
 from cloq_export.pipeline.recording import CODES_ALONE, run_record
 from cloq_export.pipeline.session import layers_of
@@ -141,6 +142,11 @@ class MadeBefore:
         if self.base is None or (adapter is not None and record is None):
             return None
         return self.base.probes.get(CODES_ALONE if adapter is None else record.name)  # type: ignore[union-attr]
+
+    def trained_on(self) -> dict[str, TrainedOn]:
+        """Return what each adapter's training has seen, as far as it was recorded."""
+        trained = {name: record.training for name, record in self.records.items() if record.training is not None}
+        return {name: TrainedOn(training.questions) for name, training in trained.items() if training.questions}
 
     def recorded_ratios(self, options: VerifyOptions, text_sha256: str | None) -> list[dict[str, Any]]:
         """Return what the run recorded of its perplexity under the conditions of this call; empty if under others.

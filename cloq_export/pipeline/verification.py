@@ -8,7 +8,7 @@ import difflib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,29 +16,51 @@ import torch
 from rich.console import Console
 
 from cloq_export.calibrate.data import evaluation_text, evaluation_tokens, tokenize_text
-from cloq_export.errors import CloqError, FormatError, UsageError
+from cloq_export.errors import CalibrationError, CloqError, FormatError, GateMissedError, UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.parity import liveness
+from cloq_export.parity import generation, liveness
 from cloq_export.parity.answers import Answers
 from cloq_export.parity.decoding import end_tokens
-from cloq_export.parity.gate import default_limits, explain_miss, float32_limit, judge, merged_limits, read_gate_file
+from cloq_export.parity.gate import (
+    JUDGED,
+    SIGNIFICANCE,
+    binding_limits,
+    default_limits,
+    explain_miss,
+    judge,
+    merged_limits,
+    read_gate_file,
+    tie_gap,
+)
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
-from cloq_export.parity.perplexity import check_windows
+from cloq_export.parity.perplexity import check_windows, context_length
 from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, probe_differences
 from cloq_export.parity.quality import perplexity_entry
+from cloq_export.parity.questions import DEFAULT_QUESTIONS, blindness, question_facts
 from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_metrics, write_report
 from cloq_export.parity.runtime import (
     ReferenceModel,
     ServedModel,
     float_model,
+    longest_in_memory,
     packed_model,
     reference_model,
 )
-from cloq_export.parity.tasks import PERPLEXITY, Questions, Task, expand_names, find_task, load_questions, task_entry
+from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
+from cloq_export.parity.tasks import (
+    PERPLEXITY,
+    Questions,
+    Task,
+    expand_names,
+    find_task,
+    gate_key,
+    load_questions,
+    task_entry,
+)
 from cloq_export.pipeline.exporting import adapters_in
 from cloq_export.pipeline.made_before import MadeBefore, compare_float_part
 from cloq_export.pipeline.session import Session
@@ -46,7 +68,7 @@ from cloq_export.recipe import CHOICES, Recipe
 from cloq_export.run.atomic import make_folder
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.versions import environment
-from cloq_export.runtimes.certificate import verify_certificate
+from cloq_export.runtimes.certificate import verify_certificate, verify_run
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.hf import find_adapter, read_bound_adapter
 from cloq_export.runtimes.merged import is_merged
@@ -65,6 +87,13 @@ _LIVENESS_SEQUENCES = {"float32": 1}
 _LIVENESS_SEQUENCES_HALF = 4
 _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
+# The longest text that is served unless a length is typed, and the prompts that are continued in mixed batches.
+_LONGEST = 2048
+_MIXED_PROMPTS = 4
+# Tokens on which the scales of modules are measured, all that are served in half precision, and tokens of each window
+# on which modules are compared at first.
+_SCALE_TOKENS = {"float32": 1024}
+_SCREENED_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +113,12 @@ class VerifyOptions:
         windows: how many at most.
         bos: what each window and each prompt of the text begins with: "auto", "never" or "always".
         gsm8k: file of its problems; None takes the data folder's or the hub's.
-        problems: how many questions of each task, from the start.
+        problems: how many questions of each task, from the start, which must be there; None takes up to 100.
         shots: worked examples before each problem.
         prompts: greedy continuations that are compared.
         new_tokens: tokens in each of them.
+        longest: length of the longest text that is measured and continued; None takes what the model is served with,
+            as far as the text, memory and 2048 tokens go.
         liveness_tokens: tokens on which modules are shown to be live.
         seed: of the bootstrap.
         force: take adapters of another base; the report says so.
@@ -110,10 +141,11 @@ class VerifyOptions:
     windows: int = 16
     bos: str = "auto"
     gsm8k: str | None = None
-    problems: int = 100
+    problems: int | None = None
     shots: int = 0
     prompts: int = 32
     new_tokens: int = 32
+    longest: int | None = None
     liveness_tokens: int = 64
     seed: int = 0
     force: bool = False
@@ -139,6 +171,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
 
     Raises:
         UsageError: options that cannot be meant.
+        GateMissedError: the text is shorter than one window, so that nothing can be judged.
         CloqError: the model, an adapter or the engine cannot be loaded, so that nothing can be measured.
     """
     plan = _Plan.make(Path(export), options)
@@ -303,7 +336,11 @@ class _Verification:
         self.perplexity: list[dict[str, Any]] = []
         self.greedy: list[dict[str, Any]] = []
         self.liveness: list[dict[str, Any]] = []
+        self.decoding: list[dict[str, Any]] = []
+        self.scales: dict[str, Any] | None = None
         self.isolation: dict[str, Any] | None = None
+        # Adapter -> hashes of the questions and prompts that it was trained on, as far as they are known.
+        self.training_hashes: Mapping[str, Container[str]] = plan.made.trained_on()
         self.tasks: dict[str, tuple[Task, Questions]] = {}
         # Task -> (float, reference or served; adapter) -> answers.
         self.answers: dict[str, dict[tuple[str, str | None], Answers]] = {}
@@ -342,13 +379,19 @@ class _Verification:
             self._measure_served(reference)
         report = self._report(certificate, source, {"text": text.origin, "text_sha256": text.sha256})
         report["metrics"] = collect_metrics(report)
-        report["gates"] = judge(plan.limits, report["metrics"])
+        blind = self._blind()
+        report["judged"] = {"passed": not (reasons := self._not_judged(blind)), "reasons": reasons}
+        report["metrics"][JUDGED] = float(not reasons)
+        report["gates"] = judge(
+            plan.limits, report["metrics"], blind | ({JUDGED: "; ".join(reasons)} if reasons else {})
+        )
         report["passed"] = all(verdict["passed"] for verdict in report["gates"])
         return report
 
     def _certificate(self) -> dict[str, Any]:
         try:
-            repeated = verify_certificate(self.plan.export)
+            run = _run_of(self.plan.export)
+            repeated = verify_certificate(self.plan.export) if run is None else verify_run(run)
         except FormatError as error:
             return {"passed": False, "files": None, "modules": None, "not_covered": [], "reason": str(error)}
         return {
@@ -364,7 +407,7 @@ class _Verification:
         options = self.options
         for name, file in _asked_tasks(options).items():
             task = find_task(name)
-            questions = load_questions(task, file, count=options.problems, shots=options.shots)
+            questions = load_questions(task, file, count=options.problems or DEFAULT_QUESTIONS, shots=options.shots)
             self.tasks[name], self.answers[name] = (task, questions), {}
 
     def _cut(self, tokens: torch.Tensor, bare: torch.Tensor) -> None:
@@ -375,6 +418,8 @@ class _Verification:
         width = min(_PROMPT_TOKENS, options.window) - len(begin)
         # Prompts are spread over the whole of what was read, so that they are not all of one page.
         flat = bare[: count * (options.window - len(begin))].tolist()
+        # One text from the start, begun once.
+        self.longest = [*begin, *bare[: self.length - len(begin)].tolist()]
         step = max(1, (len(flat) - width) // max(1, options.prompts))
         starts = range(0, len(flat) - width + 1, step)
         self.prompts = [begin + flat[start : start + width] for start in list(starts)[: options.prompts]]
@@ -400,8 +445,14 @@ class _Verification:
         self.tokenizer, self.ends = loaded.tokenizer, end_tokens(loaded.model)
         self.begin = list(TextTokens(loaded.tokenizer).window_begin(options.bos))
         tokens = evaluation_tokens(loaded.tokenizer, text, options.window, options.bos)
-        check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
-        self._cut(tokens, tokenize_text(loaded.tokenizer, text))
+        try:
+            check_windows(loaded.model, tokens, window=options.window, windows=options.windows)
+        except CalibrationError as error:
+            raise GateMissedError(f"nothing was judged: {error}") from None
+        bare = tokenize_text(loaded.tokenizer, text)
+        self.length = self._longest_length(loaded.model, len(self.begin) + bare.numel())
+        self.places = _changing_places(loaded.config)
+        self._cut(tokens, bare)
         model = float_model(loaded.model.to(options.device))
         alone: list[str | None] = [None] * len(self.windows)
         self.session.say(f"measure the float model on {len(self.windows)} windows of {options.window} tokens, twice")
@@ -409,16 +460,20 @@ class _Verification:
         self.noise_floor = compare_logprobs(measure_logprobs(model, self.windows, alone), self.float_logprobs)
         self._add_perplexity("float", None, self.float_logprobs)
         self._answer("float", model, None)
+        longest = [] if options.dtype == "float32" else measure_logprobs(model, [self.longest], [None])
         if options.dtype != "float32":
             # In place: a second copy would double the memory that the float model takes.
             rounded = float_model(loaded.model.to(DTYPES[options.dtype]))
             logprobs = measure_logprobs(rounded, self.windows, alone)
             self._add_numerics("float in served precision", "float", None, logprobs, self.float_logprobs)
+            rounded_longest = measure_logprobs(rounded, [self.longest], [None])
+            self._add_numerics("float in served precision, at length", "float", None, rounded_longest, longest)
         return {"name": options.reference, "fingerprint": loaded.source.fingerprint}
 
     def _measure_reference(self, reference: ReferenceModel) -> None:
         plan = self.plan
         self.reference_logprobs: dict[str | None, list[torch.Tensor]] = {}
+        self.longest_logprobs: dict[str | None, list[torch.Tensor]] = {}
         self.expected: dict[str | None, list[list[int]]] = {}
         self.without: dict[str, dict[str, list[torch.Tensor]]] = {}
         self.probed: dict[str, list[torch.Tensor]] = {}
@@ -428,6 +483,7 @@ class _Verification:
             self.reference_logprobs[adapter] = logprobs
             self._add_numerics("reference", "float", adapter, logprobs, self.float_logprobs)
             self._add_perplexity("reference", adapter, logprobs)
+            self.longest_logprobs[adapter] = measure_logprobs(reference, [self.longest], [adapter])
             mine = self._prompts_of(number)
             self.expected[adapter] = reference.generate(mine, [adapter] * len(mine), self.options.new_tokens)
             self._answer("reference", reference, adapter)
@@ -454,9 +510,11 @@ class _Verification:
     def _measure_served(self, reference: ReferenceModel) -> None:
         plan, options = self.plan, self.options
         self.session.say(f"serve with {options.runtime} in {options.dtype}")
+        self.served_logprobs: dict[str | None, list[torch.Tensor]] = {}
         with self._served(plan.folders) as served:
             for number, adapter in enumerate(plan.subjects):
                 self._serve_text(served, adapter)
+                self._serve_longest(served, reference, adapter)
                 self._serve_greedy(served, reference, adapter, number)
                 with self._attempt(f"tasks, {adapter or 'base'}"):
                     self._answer("served", served, adapter)
@@ -465,16 +523,30 @@ class _Verification:
             if plan.adapters:
                 with self._attempt("isolation"), self._phase("isolation"):
                     self.isolation = measure_isolation(served, self.isolated, list(plan.adapters))
+                self._serve_mixed(served, reference)
             with self._phase("liveness"):
                 found = self._serve_probes(served)
         with self._phase("liveness"):
             self._settle_liveness(found)
+        self._measure_scales(reference)
 
     def _serve_text(self, served: ServedModel, adapter: str | None) -> None:
         with self._attempt(f"served logits, {adapter or 'base'}"):
             logprobs = measure_logprobs(served, self.windows, [adapter] * len(self.windows))
             self._add_numerics("served", "reference", adapter, logprobs, self.reference_logprobs[adapter])
             self._add_perplexity("served", adapter, logprobs)
+            self.served_logprobs[adapter] = logprobs
+
+    def _serve_longest(self, served: ServedModel, reference: ReferenceModel, adapter: str | None) -> None:
+        """Measure the longest text that is served, and texts that are written behind long prompts."""
+        new = min(self.options.new_tokens, max(1, len(self.longest) - 1))
+        of = adapter or "base"
+        with self._attempt(f"the longest text, {of}"), self._phase("longest"):
+            logprobs = measure_logprobs(served, [self.longest], [adapter])
+            self._add_numerics("served at length", "reference", adapter, logprobs, self.longest_logprobs[adapter])
+        prompts = generation.long_prompts(self.longest, new, self.places) if self.options.prompts else []
+        with self._judging("longest", adapter) as judge_written, self._phase("longest"):
+            judge_written(reference, prompts, served.generate(prompts, [adapter] * len(prompts), new), new)
 
     def _serve_probe(self, served: ServedModel, adapter: str | None) -> None:
         """Ask for what the model said at its last step, when it was made."""
@@ -485,21 +557,119 @@ class _Verification:
 
     def _serve_greedy(self, served: ServedModel, reference: ReferenceModel, adapter: str | None, number: int) -> None:
         mine = self._prompts_of(number)
-        if not mine:
-            return
-        with self._attempt(f"greedy text, {adapter or 'base'}"), self._phase("greedy"):
-            compared = compare_greedy(
-                served,
-                reference,
-                mine,
-                self.expected[adapter],
-                adapter,
-                max_new_tokens=self.options.new_tokens,
-                end_tokens=self.ends,
-                # Both tokens of a near-tie may be off by the limit, one upwards and one downwards.
-                tie=2 * float32_limit(self.plan.bits),
+        new = self.options.new_tokens
+        with self._judging("greedy", adapter) as judge_written, self._phase("greedy"):
+            texts = served.generate(mine, [adapter] * len(mine), new) if mine else []
+            # First: a token that no model knows is refused here.
+            judge_written(reference, mine, texts, new)
+            if mine:
+                compared = compare_greedy(
+                    served,
+                    reference,
+                    mine,
+                    self.expected[adapter],
+                    adapter,
+                    max_new_tokens=new,
+                    end_tokens=self.ends,
+                    tie=tie_gap(self.plan.bits),
+                    measured=texts,
+                )
+                self.greedy.append({"adapter": adapter, **compared})
+
+    def _serve_mixed(self, served: ServedModel, reference: ReferenceModel) -> None:
+        """Let the base and all adapters write in one batch, and judge what each has written."""
+        names: list[str | None] = [None, *self.plan.adapters]
+        prompts, new = self.prompts[:_MIXED_PROMPTS], self.options.new_tokens
+        found: dict[str | None, Any] = {}
+        if prompts:
+            with self._attempt("texts of a mixed batch"), self._phase("isolation"):
+                found = generation.mixed_texts(served, prompts, names, new)
+        for name in names:
+            with self._judging("mixed", name) as judge_written, self._phase("isolation"):
+                judge_written(reference, *found.get(name, ([], [])), new)
+
+    @contextlib.contextmanager
+    def _judging(self, kind: str, adapter: str | None) -> Iterator[Callable[..., None]]:
+        """Note a row of texts whatever becomes of it: one that is missing makes its figures missing."""
+        rows = []
+
+        def judge_written(
+            reference: ReferenceModel, prompts: Sequence[Any], texts: Sequence[Any], max_new_tokens: int
+        ) -> None:
+            rows.append(
+                generation.judge_texts(
+                    reference,
+                    prompts,
+                    texts,
+                    adapter,
+                    kind=kind,
+                    max_new_tokens=max_new_tokens,
+                    end_tokens=self.ends,
+                )
             )
-            self.greedy.append({"adapter": adapter, **compared})
+
+        names = {"greedy": "greedy text", "longest": "text behind long prompts", "mixed": "text in a mixed batch"}
+        with self._attempt(f"{names[kind]}, {adapter or 'base'}"):
+            yield judge_written
+        self.decoding.append(rows[0] if rows else generation.missing_row(adapter, kind))
+
+    def _measure_scales(self, reference: ReferenceModel) -> None:
+        """Measure the scale of every quantized module, which all adapters share, as the first of them is served."""
+        plan, options = self.plan, self.options
+        adapter = plan.subjects[0]
+        if _rounds_activations(plan.checkpoint) or adapter not in self.served_logprobs:
+            return
+        wanted = _SCALE_TOKENS.get(options.dtype, len(self.windows) * options.window)
+        count = min(len(self.windows), -(-wanted // options.window))
+        with self._attempt("scales of modules"), self._phase("scales"):
+            self.scales = measure_scales(
+                reference,
+                self.windows[:count],
+                adapter,
+                list(plan.checkpoint.specs),
+                self.served_logprobs[adapter][:count],
+                self.reference_logprobs[adapter][:count],
+                screened=min(options.window, _SCREENED_TOKENS),
+                limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
+                seed=options.seed,
+            )
+
+    def _longest_length(self, model: Any, tokens: int) -> int:
+        """Return the length of the longest text: what was typed, or what is served as far as one can measure it."""
+        options, context = self.options, context_length(model)
+        served = min(each for each in (context, _engine_length(self.plan), tokens) if each is not None)
+        if options.longest is not None:
+            if options.longest > served:
+                raise UsageError(
+                    f"--longest is {options.longest}; the model is served with up to {context or 'any number of'} "
+                    f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
+                )
+            return options.longest
+        return min(served, max(options.window, min(_LONGEST, longest_in_memory(model))))
+
+    def _question_limit(self, task: str) -> float:
+        return self.plan.limits.get(f"{gate_key(task)}_p_value", SIGNIFICANCE)
+
+    def _blind(self) -> dict[str, str]:
+        """Return the gates that nothing measured here could have missed, with the reason."""
+        found = {}
+        for name, (_, questions) in self.tasks.items():
+            reason = blindness(len(questions.items), self._question_limit(name))
+            if reason:
+                found[f"{gate_key(name)}_p_value"] = reason
+        return found
+
+    def _not_judged(self, blind: Mapping[str, str]) -> list[str]:
+        """Return why nothing was judged of the export, or of a part that verify is there for."""
+        reasons = []
+        largest = {"greedy_flips": float(sum(row["prompts"] for row in self.greedy))}
+        if not set(binding_limits(self.plan.limits, largest)) - set(blind):
+            reasons.append("every limit is dropped, or so wide that nothing can miss it")
+        if self.plan.adapters and not self.prompts:
+            reasons.append("no prompt was continued (--prompts 0), so nothing that the adapters write was looked at")
+        if not self.windows:
+            reasons.append("the text has no window")
+        return reasons
 
     def _serve_probes(self, served: ServedModel) -> dict[str, list[liveness.Presence]]:
         found: dict[str, list[liveness.Presence]] = {}
@@ -529,6 +699,9 @@ class _Verification:
                 again = self._probe_enlarged(unsettled)
         for name, findings in found.items():
             settled = liveness.merged_findings(findings, again.get(name, []))
+            if settled and liveness.live_share(settled) is None:
+                reason = "the products of all its modules are zero, so there is nothing of it to see"
+                self.missing.append({"what": f"liveness, {name}", "reason": reason})
             self.liveness.append(
                 {
                     "adapter": name,
@@ -601,8 +774,9 @@ class _Verification:
             self.session.say(f"{what} could not be measured: {reason}")
 
     def _prompts_of(self, number: int) -> list[list[int]]:
-        """Return the prompts of the subject of this number: they are dealt out in turn."""
-        return self.prompts[number :: len(self.plan.subjects)]
+        """Return the prompts of the subject of this number: they are dealt out in turn, and to each at least one."""
+        count = len(self.prompts)
+        return self.prompts[number :: len(self.plan.subjects)] or self.prompts[number % max(1, count) :][:1]
 
     def _add_numerics(
         self,
@@ -635,6 +809,14 @@ class _Verification:
             given = self.answers[name]
             entries[name] = [
                 task_entry(task, questions, {model: each for (model, of), each in given.items() if of in own}, adapter)
+                | question_facts(
+                    len(questions.items),
+                    self.options.problems,
+                    questions.keys,
+                    questions.hashes,
+                    self.training_hashes.get(adapter or ""),
+                    self._question_limit(name),
+                )
                 for adapter in self.plan.subjects
                 for own in [(None, adapter)]
             ]
@@ -677,6 +859,7 @@ class _Verification:
             "format": REPORT_FORMAT,
             "format_version": FORMAT_VERSION,
             "passed": False,
+            "judged": {"passed": False, "reasons": []},
             "export": str(plan.export),
             "layout": plan.checkpoint.layout_name,
             "bits": sorted({spec.bits for spec in plan.checkpoint.specs.values()}),
@@ -694,6 +877,7 @@ class _Verification:
                 "tasks": list(options.tasks),
                 "prompts": len(self.prompts),
                 "new_tokens": options.new_tokens,
+                "longest": len(self.longest),
                 "liveness_tokens": options.liveness_tokens,
                 "seed": options.seed,
                 "device": options.device,
@@ -710,6 +894,8 @@ class _Verification:
             "numerics": self.numerics,
             "quality": {"perplexity": self.perplexity, "tasks": self._task_entries()},
             "greedy": self.greedy,
+            "decoding": self.decoding,
+            "scales": self.scales,
             "liveness": self.liveness,
             "isolation": self.isolation,
             "layers": _layer_certificates(plan.export),
@@ -741,7 +927,28 @@ def missed_gates(report: Mapping[str, Any]) -> str | None:
     if dead:
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         reasons.append(f"{', '.join(dead[:3])}{more}")
-    return "; ".join([*missed, *reasons])
+    return "; ".join([*missed, *reasons, *_where_it_fails(report)])
+
+
+def _where_it_fails(report: Mapping[str, Any]) -> list[str]:
+    """Return which module's scale is off and which text goes wrong where, as far as a gate on it was missed."""
+    missed = {verdict["gate"] for verdict in report["gates"] if not verdict["passed"] and verdict["value"] is not None}
+    found = []
+    if "scale_error_max" in missed:
+        worst = report["scales"]["candidates"][0]
+        found.append(
+            f"the scale of {worst['module']} is off by {worst['error']:+.2%} ± {worst['standard_error']:.2%} "
+            f"with {report['scales']['adapter'] or 'the base'}"
+        )
+    for prefix, kinds in (("decode_gap", ("greedy", "longest")), ("mixed_decode_gap", ("mixed",))):
+        rows = [row for row in report["decoding"] if row["kind"] in kinds and row["worst"]]
+        if any(gate.startswith(prefix) for gate in missed) and rows:
+            row = max(rows, key=lambda each: each["gap_max"])
+            found.append(
+                f"{row['kind']} text of {row['adapter'] or 'the base'} is worst at token {row['worst']['position']} "
+                f"behind prompt {row['worst']['prompt']}"
+            )
+    return found
 
 
 def _measures_packed(options: VerifyOptions) -> bool:
@@ -775,7 +982,8 @@ def _check_options(options: VerifyOptions) -> None:
     for flag, number, least in (
         ("--window", options.window, 2),
         ("--windows", options.windows, 1),
-        ("--problems", options.problems, 1),
+        ("--problems", 1 if options.problems is None else options.problems, 1),
+        ("--longest", 2 if options.longest is None else options.longest, 2),
         ("--shots", options.shots, 0),
         ("--prompts", options.prompts, 0),
         ("--new-tokens", options.new_tokens, 1),
@@ -819,6 +1027,38 @@ def _refuse_other_model(loaded: LoadedModel, checkpoint: Checkpoint | OnnxExport
                 f"{loaded.source.name} has {field} {theirs} and {checkpoint.folder} has {mine}, so the one was not "
                 "made from the other; give the float model of this export with --reference."
             )
+
+
+def _engine_length(plan: _Plan) -> int | None:
+    """Return how long a text an engine takes for scoring, None where nothing but the model limits it."""
+    if not isinstance(plan.checkpoint, Checkpoint) or not plan.options.runtime.startswith("vllm"):
+        return None
+    from cloq_export.runtimes.vllm_engine import engine_options
+
+    options = engine_options(
+        plan.checkpoint, plan.folders, dtype=plan.options.dtype, kv_cache_gib=1, force=plan.options.force
+    )
+    # Scoring a text asks for one token behind it.
+    return int(options["max_model_len"]) - 1
+
+
+def _changing_places(config: Any) -> list[int]:
+    """Return the lengths at which a model changes what it does: a sliding window, or other rotary frequencies."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scaling = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    named = [getattr(text_config, name, None) for name in ("sliding_window", "original_max_position_embeddings")]
+    if isinstance(scaling, Mapping):
+        named.append(scaling.get("original_max_position_embeddings"))
+    return [place for place in named if isinstance(place, int) and place > 0]
+
+
+def _run_of(export: Path) -> RunDirectory | None:
+    """Return the run that a folder is, or whose own checkpoint it is."""
+    for folder in (export, export.resolve().parent):
+        if RunDirectory.is_run(folder):
+            run = RunDirectory.open(folder)
+            return run if folder == export or run.checkpoint_path.resolve() == export.resolve() else None
+    return None
 
 
 def _layer_certificates(export: Path) -> list[dict[str, Any]] | None:

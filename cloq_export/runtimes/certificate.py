@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from cloq_export.errors import FormatError
-from cloq_export.models.companions import is_companion, is_legal
 from cloq_export.run.atomic import tensor_bytes, write_json
+from cloq_export.run.directory import RunDirectory
 from cloq_export.run.fingerprint import combine_digests, layer_digest
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_paths import require_inside
@@ -34,11 +37,11 @@ ONNX = "onnx"
 _NOT_COVERED = (CERTIFICATE_NAME, "README.md")
 # Of a file in an export; every file system allows as much.
 _LONGEST_NAME = 255
-# Files that change what an engine serves.
-_SERVED = (
-    *(".safetensors", ".json", ".bin", ".pt", ".py", ".gguf", ".model", ".jinja"),
-    *(".onnx", ".data", ".onnx_adapter"),
-)
+# What the hub and its client lay beside the files of a model; no engine reads any of it.
+_HUB_ATTRIBUTES = ".gitattributes"
+_HUB_ATTRIBUTE_LINE = re.compile(r"(#.*|\S+( (filter|diff|merge)=lfs| -text)+)?")
+_HUB_CACHE = re.compile(r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.+\.(metadata|lock))")
+_HUB_CACHE_BYTES = 4096
 _BUFFER = 4 * 1024 * 1024
 
 
@@ -121,33 +124,42 @@ def write_certificate(
     return certificate
 
 
-def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def verify_certificate(
+    folder: str | os.PathLike[str], *, left_out: Callable[[str], bool] | None = None
+) -> dict[str, Any]:
     """Repeat what the certificate of an export says: every file, every layer, the base.
 
     Args:
         folder: the export.
+        left_out: tells of a name in the folder whether whoever asks will leave it out, so that it may lie there.
 
     Returns:
-        dict: "certificate" (its content), "files" (how many were compared), "modules", "not_covered" (files that the
-        certificate does not speak of).
+        dict: "certificate" (its content), "files" (how many were compared), "modules", "not_covered" (files of the hub
+        that lie beside them; the card may be edited and is not counted).
 
     Raises:
-        FormatError: there is no certificate, or a file, a layer or the base differs from it.
+        FormatError: there is no certificate, or a file, a layer or the base differs from it, or something lies in the
+            folder that it does not name: a file of whatever suffix, a link, a device. Empty folders are fine.
     """
     folder = Path(folder)
     certificate = read_certificate(folder)
+    found = [name for name in _entries(folder) if left_out is None or not left_out(name)]
+    extra = _refuse_extras(folder, found, certificate["files"])
     for name, noted in sorted(certificate["files"].items()):
         path = folder / name
-        if not path.is_file():
+        if name not in found:
+            twins = sorted(other for other in found if _folded(other) == _folded(name))
+            seen = f" (there is {twins[0]!a:.80}, which is another name)" if twins else ""
             raise FormatError(
-                f"{folder} lacks {name!r:.80}, which its certificate names; fetch or write the export again."
+                f"{folder} lacks {name!r:.80}, which its certificate names{seen}; fetch or write the export again."
             )
-        found = _file_entry(require_inside(folder, path))
-        if found != noted:
+        _refuse_no_file(folder, path)
+        measured = _file_entry(path)
+        if measured != noted:
             raise FormatError(
-                f"{path} is not the file that was certified (sha256 {found['sha256'][:12]}…, "
-                f"{found['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} bytes); "
-                "fetch or write the export again."
+                f"{path} is not the file that was certified (sha256 {measured['sha256'][:12]}…, "
+                f"{measured['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} "
+                "bytes); fetch or write the export again."
             )
     modules = certificate["modules"]
     if certificate["layout"] not in WITHOUT_CODES:
@@ -166,19 +178,41 @@ def verify_certificate(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{folder} holds the base {computed}, its config says {noted!r:.80} and its "
                 f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
             )
-    more = sorted({name for name, _ in _covered(folder)} - set(certificate["files"]))
-    served = [name for name in more if Path(name).suffix in _SERVED or (is_companion(name) and not is_legal(name))]
-    if served:
-        raise FormatError(
-            f"{folder / served[0]} is in the export and not in its certificate, and engines may read it; remove it, or "
-            "write the export again."
-        )
     return {
         "certificate": certificate,
         "files": len(certificate["files"]),
         "modules": len(modules),
-        "not_covered": more,
+        "not_covered": extra,
     }
+
+
+def verify_run(run: RunDirectory) -> dict[str, Any]:
+    """Compare the checkpoint of a run with the layers that the run keeps; a run has no certificate of its own.
+
+    Args:
+        run: the run.
+
+    Returns:
+        dict: "files" (layers that were read, each a file of its own), "modules", "not_covered" (none).
+
+    Raises:
+        FormatError: a layer of the checkpoint is not the one that the run keeps, or its config names another base.
+    """
+    checkpoint = Checkpoint.open(run.path)
+    kept = {name: layer_digest(run.read_layer(name).quantized) for name in sorted(run.completed_modules())}
+    packed = {module: layer_digest(layer) for module, layer in checkpoint.read_layers()}
+    for module in sorted(set(kept) | set(packed)):
+        if kept.get(module) != packed.get(module):
+            raise FormatError(
+                f"{checkpoint.folder}: {module!r:.120} is not the layer that {run.path} keeps; write the checkpoint "
+                f"again with: cloq export {run.path}"
+            )
+    if checkpoint.noted_fingerprint != combine_digests(packed):
+        raise FormatError(
+            f"{checkpoint.folder} holds the base {combine_digests(packed)} and its config says "
+            f"{checkpoint.noted_fingerprint!r:.80}; write the checkpoint again with: cloq export {run.path}"
+        )
+    return {"files": len(kept), "modules": len(packed), "not_covered": []}
 
 
 class _Quantized(Protocol):
@@ -257,10 +291,91 @@ def same_bits(read: torch.Tensor, meant: torch.Tensor) -> bool:
 
 
 def _covered(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in _NOT_COVERED:
-            yield name, path
+    for name in _entries(folder):
+        if name not in _NOT_COVERED:
+            _refuse_no_file(folder, folder / name)
+            yield name, folder / name
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the names of all that lies in a folder but folders themselves, hidden files and links included, sorted.
+
+    A link to a folder is an entry and is not entered: what it leads to lies elsewhere.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise FormatError(f"{error.filename} cannot be read: {error.strerror or error}; check the path.") from error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
+def _refuse_extras(folder: Path, found: Iterable[str], certified: Mapping[str, Any]) -> list[str]:
+    """Refuse what a certificate does not speak of, and return what may lie there nevertheless, the card left out."""
+    allowed = []
+    for name in found:
+        if name in certified or name == CERTIFICATE_NAME:
+            continue
+        path = folder / name
+        if name in _NOT_COVERED or _is_of_the_hub(name, path):
+            _refuse_no_file(folder, path)
+            allowed += [name] if name not in _NOT_COVERED else []
+            continue
+        kind = _kind_of(path)
+        twin = next((other for other in sorted(certified) if _folded(other) == _folded(name)), None)
+        like = f", which names {twin!a:.80}, another file," if twin is not None else ""
+        # An odd name is shown with its signs escaped, since it may look like one that belongs here.
+        shown = path if name.isascii() and name.isprintable() else f"{folder}: {name!a:.120}"
+        raise FormatError(
+            f"{shown} is {kind} in the export and not in its certificate{like or ','} and engines may read it; remove "
+            "it, or write the export again."
+        )
+    return allowed
+
+
+def _refuse_no_file(folder: Path, path: Path) -> None:
+    """Refuse what is no file of the folder itself; the hub's own snapshots hold links into the blobs beside them."""
+    kind = _kind_of(path)
+    if kind == "a file":
+        return
+    if kind == "a link to a file":
+        require_inside(folder, path)
+        blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
+        if any(path.resolve().parent == blob for blob in blobs):
+            return
+    raise FormatError(f"{path} is {kind}, and what it leads to may change; put the file itself into the folder.")
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            mode = path.stat().st_mode
+            return "a link to a folder" if stat.S_ISDIR(mode) else "a link to a file"
+    except (OSError, RuntimeError):
+        return "a link that leads nowhere" if path.is_symlink() else "unreadable"
+    return "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
+
+
+def _is_of_the_hub(name: str, path: Path) -> bool:
+    """Return whether a file is one of those that the hub or its client writes, by its name and what it holds."""
+    try:
+        if name != _HUB_ATTRIBUTES and not _HUB_CACHE.fullmatch(name):
+            return False
+        if not path.is_file() or path.stat().st_size > _HUB_CACHE_BYTES:
+            return False
+        lines = path.read_text("utf-8").splitlines() if name == _HUB_ATTRIBUTES else []
+    except (OSError, UnicodeDecodeError):
+        return False
+    return all(_HUB_ATTRIBUTE_LINE.fullmatch(line.strip()) for line in lines)
+
+
+def _folded(name: str) -> str:
+    """Return a name as file systems that tell neither case nor normal forms apart see it."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _files(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if any(_is_left_out(part) for part in name.parts):
+        if is_left_out(name.as_posix()):
             continue
         # A link would publish whatever it leads to.
         if path.is_symlink():
@@ -133,8 +133,10 @@ def _files(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _is_left_out(name: str) -> bool:
-    return is_partial(name) or name in _LEFT_OUT_NAMES or name.endswith(_LEFT_OUT_SUFFIXES)
+def is_left_out(name: str) -> bool:
+    """Return whether a file of this name in the folder belongs to the machine and is not uploaded."""
+    parts = name.split("/")
+    return any(is_partial(part) or part in _LEFT_OUT_NAMES or part.endswith(_LEFT_OUT_SUFFIXES) for part in parts)
 
 
 def _literal(name: str) -> str:

@@ -167,6 +167,7 @@ class TrainingRecord:
         seed: of the recipe.
         data_sha256: of the examples.
         start: `pairs_digest` of the adapter that it began with.
+        questions: hashes of the prompts that were learned from (`parity.questions.TrainedOn`); empty for plain text.
     """
 
     steps: int
@@ -177,6 +178,7 @@ class TrainingRecord:
     seed: int
     data_sha256: str
     start: str
+    questions: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

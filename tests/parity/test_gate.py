@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from cloq_export.errors import UsageError
-from cloq_export.parity.gate import GATES, default_limits, explain_miss, judge, merged_limits, read_gate_file
+from cloq_export.parity.gate import (
+    GATES,
+    binding_limits,
+    default_limits,
+    explain_miss,
+    judge,
+    merged_limits,
+    read_gate_file,
+)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -83,6 +91,45 @@ def test_chosen_limits_take_the_place_of_defaults() -> None:
         "certificate": 1.0,
         "perplexity_ratio": 2.0,
     }
+
+
+def test_something_must_be_judged_whatever_was_chosen() -> None:
+    defaults = default_limits("float32", 3, ("ppl", "gsm8k"), adapters=1, packed=False)
+    dropped = merged_limits(defaults, dict.fromkeys(defaults))
+    assert dropped == {"judged": 1.0}
+    assert binding_limits(dropped) == []
+    (verdict,) = judge(dropped, {"judged": 0.0}, {"judged": "why"})
+    assert explain_miss(verdict) == "nothing was judged: why"
+    assert "certificate" in binding_limits(defaults)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "binds"),
+    [
+        ("certificate", 1.0, True),
+        ("certificate", 0.0, False),
+        ("live_modules", 0.01, True),
+        ("live_modules", -1e308, False),
+        ("logprob_difference_max", 5.0, True),
+        ("logprob_difference_max", 1e308, False),
+        ("perplexity_ratio", 1.2, True),
+        ("perplexity_ratio", 1e6, False),
+        ("greedy_flips", 5.0, True),
+        ("greedy_flips", 6.0, False),  # as many as there are prompts
+        ("gsm8k_accuracy_drop", 1.0, False),
+        ("gsm8k_p_value", 0.0, False),
+        ("noise_floor_max", 0.0, False),  # of the float model alone
+        ("gsm8k_questions_missing", 0.0, False),  # of the questions alone
+    ],
+)
+def test_a_limit_that_nothing_can_miss_does_not_bind(name: str, limit: float, binds: bool) -> None:
+    assert binding_limits({name: limit}, {"greedy_flips": 6.0}) == ([name] if binds else [])
+
+
+def test_a_gate_that_could_not_be_missed_has_missed() -> None:
+    (verdict,) = judge({"gsm8k_p_value": 0.01}, {"gsm8k_p_value": 1.0}, {"gsm8k_p_value": "too few"})
+    assert not verdict["passed"]
+    assert explain_miss(verdict) == "gsm8k_p_value says nothing: too few"
 
 
 def test_nothing_is_rounded_and_what_is_missing_has_missed() -> None:

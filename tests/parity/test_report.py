@@ -17,6 +17,7 @@ from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.gate import GATES, TASK_GATES, judge
 from cloq_export.parity.numerics import compare_logprobs
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
+from cloq_export.parity.questions import question_facts
 from cloq_export.parity.report import collect_metrics, figure, render_html, schema, write_report
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -73,6 +74,7 @@ def report() -> dict[str, Any]:
         "format": "cloq-parity",
         "format_version": 1,
         "passed": False,
+        "judged": {"passed": False, "reasons": [HOSTILE]},
         "export": HOSTILE,
         "layout": "gptq_v2",
         "bits": [2, 4],
@@ -91,6 +93,7 @@ def report() -> dict[str, Any]:
             "tasks": ["ppl", "gsm8k"],
             "prompts": 3,
             "new_tokens": 4,
+            "longest": 60,
             "liveness_tokens": 16,
             "seed": 0,
             "device": "cpu",
@@ -128,6 +131,7 @@ def report() -> dict[str, Any]:
                         "other_rule": "strict",
                         "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
                         "comparisons": [pair],
+                        **question_facts(2, 3, ("a", "a"), ({"a"}, {"a"}), {"a"}, 0.01),
                     }
                     | other
                     for other in ({}, {"adapter": HOSTILE, "models": dict.fromkeys(["float", "served"], answers)})
@@ -147,6 +151,33 @@ def report() -> dict[str, Any]:
             }
             for name, prompts, share, flips in (("good", 3, 1.0, 0), (HOSTILE, 1, 0.0, 1))
         ],
+        "decoding": [
+            {
+                "adapter": name,
+                "kind": kind,
+                "prompts": 2,
+                "longest_prompt": 50,
+                "tokens": 8,
+                "gap_max": largest,
+                "gap_mean": largest / 8,
+                "worst": {"prompt": 1, "position": 2, "served": 7, "gap": largest},
+            }
+            for name, kind, largest in (
+                ("good", "greedy", 0.25),
+                (HOSTILE, "longest", 0.5),
+                (None, "mixed", 0.0),
+                (HOSTILE, "mixed", 2.0),
+            )
+        ],
+        "scales": {
+            "adapter": HOSTILE,
+            "tokens": 90,
+            "modules": 14,
+            "unseen": [],
+            "largest": 0.02,
+            "candidates": [{"module": HOSTILE, "error": -0.03, "standard_error": 0.001, "sure": 0.02}],
+            "found": {HOSTILE: 0.01},
+        },
         "liveness": [
             {"adapter": "good", "sequences": 1, "tokens": 15, "live_share": 1.0, "modules": presences},
             {"adapter": HOSTILE, "sequences": 1, "tokens": 15, "live_share": 6 / 7, "modules": [dead, *presences[1:]]},
@@ -163,7 +194,7 @@ def report() -> dict[str, Any]:
         "seconds": {"float": 1.25},
         "versions": {"torch": "2"},
     }
-    made["metrics"] = collect_metrics(made)
+    made["metrics"] = collect_metrics(made) | {"judged": 0.0}
     made["gates"] = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, made["metrics"])
     return made
 
@@ -177,6 +208,12 @@ def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
     assert (metrics["greedy_agreement"], metrics["greedy_flips"]) == (0.75, 1)
     assert (metrics["gsm8k_accuracy"], metrics["gsm8k_accuracy_drop"], metrics["gsm8k_agreement"]) == (0.0, 0.5, 0.5)
     assert metrics["noise_floor_max"] == 0
+    assert (metrics["decode_gap_max"], metrics["decode_gap_mean"]) == (0.5, 0.0625)
+    assert (metrics["mixed_decode_gap_max"], metrics["mixed_decode_gap_mean"]) == (2.0, 0.25)
+    assert metrics["scale_error_max"] == 0.02
+    assert metrics["longest_difference_max"] is None  # no row of it
+    asked = [metrics[f"gsm8k_questions_{figure}"] for figure in ("missing", "repeated", "seen")]
+    assert asked == [1.0, 1.0, 2.0]
     assert metrics["logprob_difference_over_float"] is None  # nothing to compare with in float32
 
 

@@ -378,6 +378,8 @@ def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
     monkeypatch.setattr("cloq_export.pipeline.verbs._walk", lambda *_: pytest.fail("the work was begun"))
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3"}\n{"texts": "w1"}\n')
+    whole = str(tmp_path / "whole.jsonl")
+    Path(whole).write_text('{"prompt": "w1", "completion": " w2"}\n{"prompt": "w3", "completion": " w4"}\n')
 
     def refused(error: type[Exception], match: str, rank: int = 4, **tuning: Any) -> None:
         recipe = recipe_for(rank=rank, samples=2, finetune={"data": str(data), "seqlen": 16, **tuning})
@@ -387,8 +389,8 @@ def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
 
     refused(cloq_export.errors.DataError, "line 2")
     refused(UsageError, "the rank is 0, so there is no adapter to start the training from", rank=0)
-    refused(UsageError, "is made together with the codes; give the trained one another name", name="cloq")
-    refused(UsageError, "a sequence has 65 tokens, but this model reads at most 64", seqlen=65)
+    refused(UsageError, "is made together with the codes; give the trained one another name", name="cloq", data=whole)
+    refused(UsageError, "a sequence has 65 tokens, but this model reads at most 64", seqlen=65, data=whole)
 
 
 def test_the_command_says_which_layers_stay_float(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -19,12 +20,24 @@ from rich.console import Console
 
 from cloq_export import pipeline
 from cloq_export.cli import main
-from cloq_export.errors import BindingError, DataError, MissingPackageError, RunDirectoryError, UsageError
+from cloq_export.errors import (
+    BindingError,
+    DataError,
+    EngineError,
+    GateMissedError,
+    MissingPackageError,
+    RunDirectoryError,
+    UsageError,
+)
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
+from cloq_export.parity.gate import GATES
+from cloq_export.parity.questions import question_hash
 from cloq_export.parity.report import schema
 from cloq_export.parity.runtime import ServedModel, packed_model
 from cloq_export.pipeline import ExportOptions, VerifyOptions, missed_gates, planned_gates, verification, verify
+from cloq_export.run.atomic import write_safetensors
+from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.runtimes import vllm_engine, vllm_server
 from cloq_export.types import LoraPair
 
@@ -145,7 +158,8 @@ def test_an_ignored_module_misses_even_where_the_numbers_allow_it(
     tmp_path: Path, exported: Path, options: VerifyOptions, serve: Any, silent: Console
 ) -> None:
     gate = tmp_path / "gate.yaml"
-    gate.write_text("logprob_difference_max: 100\ngreedy_flips: null\n")
+    numbers = ("logprob_difference_max", "longest_difference_max", "decode_gap_max", "mixed_decode_gap_max")
+    gate.write_text("".join(f"{name}: 100\n" for name in numbers) + "greedy_flips: null\n")
     serve(wrapped(IgnoresModule))
     report = verify(exported, dataclasses.replace(options, gate=gate), console=silent)
     assert missed(report) == {"live_modules"}
@@ -214,8 +228,9 @@ class Short(Wrapper):
 def test_a_missing_figure_misses_its_gate(exported: Path, options: VerifyOptions, serve: Any, silent: Console) -> None:
     serve(wrapped(Mute))
     report = verify(exported, options, console=silent)
-    assert missed(report) == {"greedy_flips"}
-    assert [entry["reason"] for entry in report["missing"]] == ["this engine scores only"] * 2
+    assert missed(report) == {"greedy_flips", "decode_gap_max", "mixed_decode_gap_max"}
+    # Two adapters, each behind short and long prompts, and one batch of both.
+    assert [entry["reason"] for entry in report["missing"]] == ["this engine scores only"] * 5
     assert "greedy_flips was not measured" in str(missed_gates(report))
     serve(wrapped(Nan))
     report = verify(exported, options, console=silent)
@@ -261,14 +276,16 @@ def test_weak_modules_in_half_precision_are_shown_enlarged(
 
 
 def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console) -> None:
-    rows = [{"question": f"w{n} w{n + 1}?", "answer": f"w3 w4\n#### {n}"} for n in range(5)]
+    rows = [{"question": f"w{n} w{n + 1}?", "answer": f"w3 w4\n#### {n}"} for n in range(10)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = dataclasses.replace(options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), problems=4)
+    asked = dataclasses.replace(options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), problems=9)
     report = verify(exported, asked, console=silent)
     entries = report["quality"]["tasks"]["gsm8k"]
     assert [entry["adapter"] for entry in entries] == [each["name"] for each in report["adapters"]]
     for entry in entries:
-        assert entry["questions"] == 4
+        assert entry["questions"] == 9
+        assert (entry["missing"], entry["repeated"], entry["seen"]) == (0, 0, None)
+        assert entry["power"]["answers_needed"] == 8
         assert list(entry["models"]) == ["float", "reference", "served"]
     jsonschema.validate(report, schema())
     assert report["metrics"]["gsm8k_agreement"] == 1
@@ -276,8 +293,132 @@ def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOpti
     assert report["passed"]
     with (tmp_path / "problems.jsonl").open("a") as file:
         file.write('{"question": "broken')
-    with pytest.raises(DataError, match=r"line 6 of .*problems.jsonl is not a JSON object"):
+    with pytest.raises(DataError, match=r"line 11 of .*problems.jsonl is not a JSON object"):
         verify(exported, asked, console=silent)
+
+
+def test_questions_that_show_nothing_miss(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"w{n} w{n + 1}?", "answer": f"w3 w4\n#### {n}"} for n in (1, 2, 3, 3)]
+    rows[3]["question"] = "W3   w4?"  # the third once more, but for case and blanks
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = dataclasses.replace(options, tasks=("gsm8k",), gsm8k=str(tmp_path / "problems.jsonl"), problems=6)
+    make = verification._Verification.__init__
+
+    def trained(self: Any, *arguments: Any) -> None:
+        make(self, *arguments)
+        self.training_hashes = {"second": {question_hash("w1 w2?")}}
+
+    monkeypatch.setattr(verification._Verification, "__init__", trained)
+    report = verify(exported, asked, console=silent)
+    assert missed(report) == {
+        "gsm8k_p_value",
+        "gsm8k_questions_missing",
+        "gsm8k_questions_repeated",
+        "gsm8k_questions_seen",
+    }
+    assert [entry["seen"] for entry in report["quality"]["tasks"]["gsm8k"]] == [None, 1]
+    said = str(missed_gates(report))
+    assert "with 4 questions the p-value is never below 0.125" in said
+    assert "gsm8k_questions_missing is 2.0" in said
+    jsonschema.validate(json.loads(json.dumps(report)), schema())
+
+
+@pytest.mark.parametrize("limit", [None, 1e308, -1e308])
+def test_a_gate_that_unlimits_everything_judges_nothing(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, limit: float | None
+) -> None:
+    wide = {
+        name: None if limit is None else math.copysign(1e308, 1 if GATES[name].bound == "at most" else -1)
+        for name in planned_gates(exported, options)
+    }
+    if limit == -1e308:  # as far as shares and counts go
+        wide |= {"certificate": 0, "live_modules": 0, "greedy_flips": 6, "greedy_agreement": 0, "perplexity_ratio": 1e6}
+    (tmp_path / "gate.yaml").write_text(json.dumps(wide))
+    report = verify(exported, dataclasses.replace(options, gate=tmp_path / "gate.yaml"), console=silent)
+    assert not report["passed"]
+    assert missed(report) == {"judged"}
+    assert report["judged"] == {
+        "passed": False,
+        "reasons": ["every limit is dropped, or so wide that nothing can miss it"],
+    }
+    assert str(missed_gates(report)).startswith("nothing was judged: every limit is dropped")
+    jsonschema.validate(json.loads(json.dumps(report)), schema())
+
+
+def test_without_prompts_nothing_that_adapters_write_is_judged(
+    exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    report = verify(exported, dataclasses.replace(options, prompts=0), console=silent)
+    assert missed(report) == {"judged", "greedy_flips", "decode_gap_max", "mixed_decode_gap_max"}
+    assert "no prompt was continued (--prompts 0)" in str(missed_gates(report))
+
+
+def test_a_text_shorter_than_a_window_judges_nothing(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    with pytest.raises(GateMissedError, match=r"nothing was judged: the evaluation text has 3 tokens") as raised:
+        verify(exported, dataclasses.replace(options, text=str(tmp_path / "short.txt")), console=silent)
+    assert raised.value.exit_code == 3
+
+
+def test_an_adapter_of_zeros_is_not_live(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    read = read_adapter(exported / "adapters" / "second")
+    zeros = {name: dataclasses.replace(pair, lora_B=0 * pair.lora_B) for name, pair in read.pairs.items()}
+    write_adapter(tmp_path / "zero", zeros, base_model="m", base_fingerprint=str(read.base_fingerprint))
+    report = verify(exported, dataclasses.replace(options, adapters=(str(tmp_path / "zero"),)), console=silent)
+    # Beside an export that carries records, an adapter without one is not proven either.
+    assert missed(report) == {"live_modules", "provenance"}
+    assert "the products of all its modules are zero" in str(missed_gates(report))
+
+
+def test_every_adapter_gets_a_prompt(exported: Path, options: VerifyOptions, silent: Console) -> None:
+    report = verify(exported, dataclasses.replace(options, prompts=1), console=silent)
+    assert [row["prompts"] for row in report["greedy"]] == [1, 1]
+    assert report["passed"]
+
+
+class FailsWith(Wrapper):
+    """Scores the first adapter alone."""
+
+    def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
+        if set(adapters) == {"second"}:
+            raise EngineError("this engine has no second adapter")
+        return super().prompt_logprobs(token_ids, adapters)
+
+
+def test_one_adapter_that_is_not_served_makes_the_figures_missing(
+    exported: Path, options: VerifyOptions, serve: Any, silent: Console
+) -> None:
+    serve(wrapped(FailsWith))
+    report = verify(exported, options, console=silent)
+    assert report["metrics"]["logprob_difference_max"] is None
+    assert report["metrics"]["longest_difference_max"] is None
+    assert {"logprob_difference_max", "longest_difference_max", "live_modules"} <= missed(report)
+
+
+def test_a_run_is_verified_by_the_layers_that_it_keeps(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    run = exported.parent.parent
+    for folder in (run, run / "checkpoint"):
+        report = verify(folder, options, console=silent)
+        assert report["certificate"]["passed"], report["certificate"]
+        assert report["passed"]
+        assert len(report["layers"]) == 14
+    assert [entry["name"] for entry in verify(run, options, console=silent)["adapters"]] == ["cloq", "second"]
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    tensors, metadata = read_safetensors(copy / "checkpoint" / "model.safetensors")
+    held = {name: tensor.clone() for name, tensor in tensors.items()}
+    held[f"{DEAD}.qweight"][0, 0] ^= 1
+    write_safetensors(copy / "checkpoint" / "model.safetensors", held, metadata)
+    report = verify(copy, dataclasses.replace(options, force=True), console=silent)
+    assert "certificate" in missed(report)
+    assert f"{DEAD!r} is not the layer that" in str(missed_gates(report))
 
 
 def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console) -> None:
@@ -297,6 +438,8 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
         ({"adapters": ("a/b=cloq",)}, r"'a/b' cannot be the name of an adapter"),
         ({"adapters": ("a=cloq", "a=second")}, r"two adapters have the name 'a'"),
         ({"window": 4000}, r"model reads at most 64"),
+        ({"longest": 400}, r"--longest is 400; the model is served with up to 64 tokens .* choose 64"),
+        ({"problems": 0}, r"--problems is 0; it must be at least 1"),
         ({"prompts": -1}, r"--prompts is -1; it must be at least 0"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from cloq_export.run.fingerprint import layer_digest
 from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.runtimes.certificate import CERTIFICATE_NAME, certify_checkpoint, same_bits, verify_certificate
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.runtimes.hub import is_left_out
 from cloq_export.types import QuantSpec
 
 
@@ -129,14 +132,141 @@ def test_every_change_is_noticed(tmp_path, write_quantized):
     changed(certificate(modules=[]), r"modules is \[\]; the file is damaged")
 
 
-def test_what_it_does_not_speak_of_is_listed(tmp_path, write_quantized):
+EXTRAS = {
+    "notes.txt": r"notes\.txt is a file in the export and not in its certificate",
+    "model-00002-of-00002.safetensors": "is a file in the export and not in its certificate, and engines may read it",
+    "tokenizer.model": "is a file in the export",
+    "modeling_x.py": "is a file in the export",
+    "chat_template.jinja": "is a file in the export",
+    "weights": "is a file in the export",
+    ".hidden": "is a file in the export",
+    ".cache/huggingface/download/a.py": "is a file in the export",
+    "adapters/late/adapter_config.json": "late/adapter_config.json is a file in the export",
+    "adapters/README.md": "README.md is a file in the export",
+    "Config.json": "which names 'config.json', another file, and engines may read it",
+    "README.MD": "is a file in the export",
+}
+
+
+@pytest.mark.parametrize("name", list(EXTRAS))
+def test_whatever_lies_beside_what_was_certified_is_named(tmp_path, write_quantized, name):
+    written, _ = certified(write_quantized, tmp_path)
+    path = written.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    with pytest.raises(FormatError, match=EXTRAS[name]):
+        verify_certificate(written.folder)
+
+
+def test_the_card_may_be_edited_and_empty_folders_lie_there(tmp_path, write_quantized):
     written, _ = certified(write_quantized, tmp_path)
     (written.folder / "README.md").write_text("edited")
-    (written.folder / "notes.txt").write_text("mine")
-    assert verify_certificate(written.folder)["not_covered"] == ["notes.txt"]
-    (written.folder / "model-00002-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(FormatError, match="is in the export and not in its certificate, and engines may read it"):
+    (written.folder / "empty" / "folder").mkdir(parents=True)
+    assert verify_certificate(written.folder)["not_covered"] == []
+
+
+def test_files_of_the_hub_are_told_from_others_by_what_they_hold(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    attributes = written.folder / ".gitattributes"
+    attributes.write_text("*.bin filter=lfs diff=lfs merge=lfs -text\n\n# more\n")
+    record = written.folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text("0\n1\n2\n")
+    noted = [".cache/huggingface/download/config.json.metadata", ".gitattributes"]
+    assert verify_certificate(written.folder)["not_covered"] == noted
+    attributes.write_text("import os\n")
+    with pytest.raises(FormatError, match=r"\.gitattributes is a file in the export and not in its certificate"):
         verify_certificate(written.folder)
+
+
+def test_what_an_upload_leaves_out_may_lie_there(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    (written.folder / ".git").mkdir()
+    for name in (".DS_Store", ".git/config"):
+        (written.folder / name).write_text("")
+    with pytest.raises(FormatError, match=r"\.DS_Store is a file in the export"):
+        verify_certificate(written.folder)
+    assert verify_certificate(written.folder, left_out=is_left_out)["not_covered"] == []
+    (written.folder / "more.py").write_text("")
+    with pytest.raises(FormatError, match=r"more\.py is a file in the export"):
+        verify_certificate(written.folder, left_out=is_left_out)
+
+
+def test_links_and_devices_are_no_files_of_an_export(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_text("x")
+    links = {
+        "a": (outside / "x", "a is a link to a file in the export and not in its certificate"),
+        "b": (outside, "b is a link to a folder in the export and not in its certificate"),
+        "c": (tmp_path / "nowhere", "c is a link that leads nowhere in the export"),
+        "d": (written.folder / "config.json", "d is a link to a file in the export"),
+        "e": (written.folder, "e is a link to a folder in the export"),
+        "f": (written.folder / "f", "f is a link that leads nowhere in the export"),
+    }
+    for name, (target, message) in links.items():
+        link = written.folder / name
+        link.symlink_to(target)
+        with pytest.raises(FormatError, match=message):
+            verify_certificate(written.folder)
+        link.unlink()
+    os.mkfifo(written.folder / "pipe")
+    with pytest.raises(FormatError, match="pipe is a device, pipe or socket in the export"):
+        verify_certificate(written.folder)
+    (written.folder / "pipe").unlink()
+    assert verify_certificate(written.folder)["not_covered"] == []
+
+
+def test_a_certified_file_that_became_a_link_is_refused(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    path = written.folder / "config.json"
+    path.rename(tmp_path / "config.json")
+    path.symlink_to(tmp_path / "config.json")
+    with pytest.raises(FormatError, match="leads out of"):
+        verify_certificate(written.folder)
+    path.unlink()
+    (tmp_path / "config.json").rename(path)
+    (written.folder / "README.md").symlink_to(path)
+    with pytest.raises(FormatError, match=r"README\.md is a link to a file, and what it leads to may change"):
+        verify_certificate(written.folder)
+
+
+def test_names_in_another_normal_form_are_other_names(tmp_path, write_quantized):
+    written, honest = certified(write_quantized, tmp_path)
+    composed, apart = "caf\u00e9.json", "cafe\u0301.json"
+    (written.folder / composed).write_text("{}")
+    entry = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    files = {**honest["files"], composed: entry}
+    (written.folder / CERTIFICATE_NAME).write_text(json.dumps({**honest, "files": files}))
+    verify_certificate(written.folder)
+    (written.folder / apart).write_text("{}")
+    with pytest.raises(FormatError, match=r"'cafe\\u0301.json' is a file .* which names 'caf\\xe9.json', another file"):
+        verify_certificate(written.folder)
+    (written.folder / composed).unlink()
+    with pytest.raises(FormatError, match=r"'cafe\\u0301.json' is a file"):
+        verify_certificate(written.folder)
+
+
+def test_a_snapshot_of_the_hub_holds_links_into_its_blobs(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    home = tmp_path / "models--a--b"
+    snapshot = home / "snapshots" / "0123"
+    (home / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(written.folder.iterdir())):
+        shutil.copy(path, home / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert verify_certificate(snapshot)["not_covered"] == []
+    (home / "blobs" / "other").write_text("{}")
+    (snapshot / "more.json").symlink_to("../../blobs/other")
+    with pytest.raises(FormatError, match=r"more\.json is a link to a file in the export and not in its certificate"):
+        verify_certificate(snapshot)
+    (snapshot / "more.json").unlink()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/other")
+    with pytest.raises(FormatError, match=r"config\.json is not the file that was certified"):
+        verify_certificate(snapshot)
 
 
 def test_bits_are_compared_and_not_numbers():
@@ -162,16 +292,10 @@ def test_files_in_folders_are_certified_like_the_others(tmp_path, write_quantize
     assert verify_certificate(written.folder)["not_covered"] == []
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "qwen.tiktoken", "additional_chat_templates/late.jinja"])
+@pytest.mark.parametrize("name", ["vocab.txt", "qwen.tiktoken", "additional_chat_templates/late.jinja", "LICENSE.txt"])
 def test_a_file_that_would_travel_may_not_be_added(tmp_path, write_quantized, name):
     written, _ = certified(write_quantized, tmp_path)
     (written.folder / name).parent.mkdir(exist_ok=True)
     (written.folder / name).write_text("added")
-    with pytest.raises(FormatError, match="is in the export and not in its certificate"):
+    with pytest.raises(FormatError, match="is a file in the export and not in its certificate"):
         verify_certificate(written.folder)
-
-
-def test_a_licence_may_be_added(tmp_path, write_quantized):
-    written, _ = certified(write_quantized, tmp_path)
-    (written.folder / "LICENSE.txt").write_text("added")
-    assert verify_certificate(written.folder)["not_covered"] == ["LICENSE.txt"]
