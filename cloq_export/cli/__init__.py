@@ -1,20 +1,26 @@
 """The command line `cloq`: one file per verb, imported when the verb is used.
 
-Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import click
 
 from cloq_export import __version__
+from cloq_export.cli.streams import drop_closed_streams, prepared_streams, write_line
 from cloq_export.errors import CloqError
+from cloq_export.run.versions import require_versions
 
 # verb -> its line in `cloq --help`; the command is `command` in the module of the same name.
 VERBS = {
@@ -36,6 +42,12 @@ VERBS = {
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.
 _RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "frontier", "export")
+_ASK_FOR_HELP = {"-h", "--help", "--version"}
+_INTERRUPTED, _CLOSED_PIPE, _TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM
+
+
+class _Termination(KeyboardInterrupt):
+    """SIGTERM; whatever handles Ctrl-C handles it too."""
 
 
 class _VerbGroup(click.Group):
@@ -78,18 +90,48 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; unexpected exceptions keep their traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with prepared_streams(), _interrupted_by_termination():
+        try:
+            return _run(arguments)
+        except BrokenPipeError:
+            # What `cloq ... | head` ends with, as if the signal of a closed pipe had ended it.
+            if not drop_closed_streams():
+                raise
+            return _CLOSED_PIPE
+
+
+def _run(arguments: list[str]) -> int:
     try:
+        if not _ASK_FOR_HELP.intersection(arguments):
+            require_versions()
         outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
     except CloqError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        write_line(f"error: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        error.show(file=sys.stderr)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as interrupt:
         verb = next((argument for argument in arguments if argument in VERBS), "")
         keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
         rest = "the same command continues where it stopped" if keeps else "nothing was written"
-        click.echo(f"interrupted: {rest}.", err=True)
-        return 130
+        write_line(f"interrupted: {rest}.", sys.stderr)
+        return _TERMINATED if isinstance(interrupt, _Termination) else _INTERRUPTED
     return outcome if isinstance(outcome, int) else 0
+
+
+@contextlib.contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """Let SIGTERM end a verb in order, as Ctrl-C does: batch systems send it before they kill."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Termination
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -43,8 +43,8 @@ from cloq_export.recipe import FIELDS
     "--tasks",
     default="ppl",
     show_default=True,
-    metavar="ppl,TASK[=FILE],…",
-    help="What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, …, or the groups arithmetic and "
+    metavar="ppl,TASK[=FILE],...",
+    help="What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, ..., or the groups arithmetic and "
     "commonsense; docs/tasks.md has them all.",
 )
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from cloq_export.cli.options import json_option
+from cloq_export.cli.streams import write_line
 from cloq_export.errors import EngineError
 
 
@@ -68,7 +70,7 @@ def command(export: Path, as_json: bool, **named: Any) -> None:
             # The engine's lines stay lines; the error itself is one.
             first, _, lines = str(error).partition("\n")
             if lines:
-                click.echo(lines, err=True)
+                write_line(lines, sys.stderr)
             raise EngineError(first.replace("; its last lines:", "; its last lines stand above.")) from None
 
 

@@ -34,7 +34,7 @@ from cloq_export.recipe import FIELDS
     "--tasks",
     default="ppl",
     show_default=True,
-    metavar="ppl,TASK[=FILE],…",
+    metavar="ppl,TASK[=FILE],...",
     help="What is measured beside the numbers; tasks as in `cloq eval`.",
 )
 @click.option("--gate", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of limits.")

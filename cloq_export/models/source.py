@@ -28,6 +28,7 @@ from cloq_export.run.atomic import write_json
 from cloq_export.run.fingerprint import file_fingerprint
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_tensors import read_safetensors_header
+from cloq_export.run.versions import require_versions
 
 DEMO_MODEL = "smollm2-demo"
 
@@ -154,6 +155,7 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
         UnsupportedModelError: the model is already quantized.
         MissingPackageError: the demo model's package, or what reading GGUF needs, is not installed.
     """
+    require_versions()
     if name == DEMO_MODEL:
         return _gguf_source(name, _find_demo_file())
     path = Path(name).expanduser()
@@ -183,7 +185,9 @@ def load_source(
         SourceError: a file cannot be read, or the weights do not fill the model.
         UnsupportedModelError: it is not a causal language model that transformers knows.
         NonFiniteError: a weight is NaN or Inf.
+        MissingPackageError: an installed package is too old.
     """
+    require_versions()
     import transformers
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -327,6 +331,7 @@ def _gguf_source(name: str, path: Path) -> ModelSource:
                 f"{path} is a GGUF file, and reading it needs the package {package}; install it with "
                 "`pip install cloq-export[demo]`."
             )
+    require_versions("demo")
     return ModelSource(name, "gguf", path.parent, (path,), (), torch.float32)
 
 

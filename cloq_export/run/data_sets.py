@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import DataError, MissingPackageError
+from cloq_export.run.versions import require_versions
 
 _HUB_TIMEOUT_S = 10.0
 
@@ -49,6 +50,7 @@ def hub_rows(identifier: str, config: str | None, split: str, *, remedy: str) ->
             f"data set {identifier} is on the Hugging Face hub and the package `datasets` is not installed; install "
             f"it with `pip install cloq-export[hub]`. {remedy}"
         ) from None
+    require_versions("hub")
     try:
         # One quick question first: the loader itself retries for minutes when there is no network.
         if not huggingface_hub.constants.HF_HUB_OFFLINE:

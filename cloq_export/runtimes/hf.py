@@ -19,6 +19,7 @@ from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
 from cloq_export.kernels import cpu
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.versions import require_versions
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
@@ -183,6 +184,7 @@ def _build_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
+    require_versions()
     model = _empty_model(checkpoint, dtype)
     for module, linear in _targeted_linears(checkpoint, model).items():
         try:

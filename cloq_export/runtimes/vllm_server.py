@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -480,6 +480,7 @@ class VllmServer(ServerClient):
         clients: requests that are under way at a time.
         echo: where the server's lines go once it is ready; None keeps them silent.
         early_echo: where they go before.
+        waiting: called again and again until the server is ready.
 
     Raises:
         EngineError: the server did not start; its last lines are shown.
@@ -493,6 +494,7 @@ class VllmServer(ServerClient):
         clients: int = 8,
         echo: IO[str] | None = None,
         early_echo: IO[str] | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(plan.url, plan.base_name, plan.adapters, timeout=timeout, clients=clients)
         self.plan = plan
@@ -507,7 +509,7 @@ class VllmServer(ServerClient):
         finally:
             os.close(held)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(waiting)
         except BaseException:
             self.close()
             raise
@@ -532,7 +534,7 @@ class VllmServer(ServerClient):
         options = {"port": 0, "default": next(iter(adapters), None), **options}
         return cls(plan_server(export, adapters, **options), timeout=timeout)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, waiting: Callable[[], None]) -> None:
         end = time.monotonic() + self._timeout
         while True:
             if self._process.exit_code is not None:
@@ -547,6 +549,7 @@ class VllmServer(ServerClient):
                     f"the vLLM server was not ready within {self._timeout:g} seconds and was stopped; its last lines:\n"
                     f"{self._process.last_lines()}"
                 )
+            waiting()
             time.sleep(0.5)
 
     def wait(self, seconds: float | None = None) -> int | None:
