@@ -417,13 +417,19 @@ class ServerClient:
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    def load_adapter(self, name: str, folder: Path) -> None:
+    def load_adapter(self, name: str, folder: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load an adapter while the server runs; the server checks it as `cloq serve` does.
+
+        Args:
+            name: what requests ask for.
+            folder: the adapter.
+            replace: take the place of an adapter of this name; requests under way are finished with the weights before.
 
         Raises:
             EngineError: the server refused, and says why.
         """
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(folder).resolve())})
+        place = str(Path(folder).expanduser().resolve())
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place, "load_inplace": replace})
         self._names[name] = None
 
     def unload_adapter(self, name: str) -> None:
