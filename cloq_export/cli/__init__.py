@@ -46,6 +46,10 @@ _ASK_FOR_HELP = {"-h", "--help", "--version"}
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM
 
 
+class _EndedFromOutsideError(Exception):
+    """A signal or a closed pipe, its cause, on its way past click."""
+
+
 class _Termination(KeyboardInterrupt):
     """SIGTERM; whatever handles Ctrl-C handles it too."""
 
@@ -62,6 +66,13 @@ class _VerbGroup(click.Group):
         module = importlib.import_module(f"cloq_export.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            # click would make both its own end, with an empty line and code 1.
+            raise _EndedFromOutsideError from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -93,11 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with prepared_streams(), _interrupted_by_termination():
         try:
             return _run(arguments)
-        except BrokenPipeError:
-            # What `cloq ... | head` ends with, as if the signal of a closed pipe had ended it.
-            if not drop_closed_streams():
-                raise
-            return _CLOSED_PIPE
+        except _EndedFromOutsideError as error:
+            cause = error.__cause__
+            if isinstance(cause, BrokenPipeError):
+                # What `cloq ... | head` ends with, as if the signal of a closed pipe had ended it.
+                if not drop_closed_streams():
+                    raise cause from None
+                return _CLOSED_PIPE
+            return _tell_interrupt(arguments, cause)
+        except (click.Abort, KeyboardInterrupt) as error:
+            return _tell_interrupt(arguments, error)
 
 
 def _run(arguments: list[str]) -> int:
@@ -111,13 +127,15 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show(file=sys.stderr)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt) as interrupt:
-        verb = next((argument for argument in arguments if argument in VERBS), "")
-        keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
-        rest = "the same command continues where it stopped" if keeps else "nothing was written"
-        write_line(f"interrupted: {rest}.", sys.stderr)
-        return _TERMINATED if isinstance(interrupt, _Termination) else _INTERRUPTED
     return outcome if isinstance(outcome, int) else 0
+
+
+def _tell_interrupt(arguments: list[str], interrupt: BaseException | None) -> int:
+    verb = next((argument for argument in arguments if argument in VERBS), "")
+    keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
+    rest = "the same command continues where it stopped" if keeps else "nothing was written"
+    write_line(f"interrupted: {rest}.", sys.stderr)
+    return _TERMINATED if isinstance(interrupt, _Termination) else _INTERRUPTED
 
 
 @contextlib.contextmanager

@@ -46,9 +46,9 @@ def prepared_streams() -> Iterator[None]:
     Signs that the encoding of a stream lacks are replaced; bytes of a file name that are no text stay as they are.
     """
     codecs.register_error(_ERRORS, _replace)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=_ERRORS)
+    before = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    for stream, _ in before:
+        stream.reconfigure(errors=_ERRORS)
     added: list[str] = []
     if sys.stderr is None or not sys.stderr.isatty():
         added = [name for name in _NO_BARS if name not in os.environ]
@@ -58,6 +58,9 @@ def prepared_streams() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+        for stream, errors in before:
+            with contextlib.suppress(OSError, ValueError):  # it may be closed by now
+                stream.reconfigure(errors=errors)
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:

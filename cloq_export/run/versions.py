@@ -16,7 +16,7 @@ from cloq_export.errors import MissingPackageError
 # The oldest versions that the fast tests were run with; pyproject.toml declares the same, and a test compares them.
 LOWEST = {
     "accelerate": "1.3",
-    "click": "8.2",
+    "click": "8.4.2",
     "greenlet": "3.0",
     "huggingface_hub": "1.31",
     "jinja2": "3.1",
@@ -107,8 +107,9 @@ def _fault(package: str, lowest: str, *, required: bool) -> str:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         # A package that was put there without its metadata cannot be judged.
-        there = importlib.util.find_spec(_IMPORT_NAMES.get(package, package)) is not None
-        return "" if there or not required else f"no {package} ({lowest} or newer is needed)"
+        if not required or importlib.util.find_spec(_IMPORT_NAMES.get(package, package)) is not None:
+            return ""
+        return f"no {package} ({lowest} or newer is needed)"
     try:
         too_old = Version(found).release < Version(lowest).release  # 5.18.0.dev0 counts as 5.18
     except InvalidVersion:
