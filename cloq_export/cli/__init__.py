@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -44,6 +46,16 @@ _MODULES = {"eval": "evaluate"}
 _RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "frontier", "export")
 _ASK_FOR_HELP = {"-h", "--help", "--version"}
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM
+
+# What a system refuses whatever the program does -> what its user can do.
+_OF_THE_SYSTEM = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or name a folder on another disk with TMPDIR",
+    errno.EDQUOT: "make room, or name a folder on another disk with TMPDIR",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "check the permissions, or name another folder",
+    errno.EPERM: "check the permissions, or name another folder",
+}
 
 
 class _EndedFromOutsideError(Exception):
@@ -124,6 +136,12 @@ def _run(arguments: list[str]) -> int:
     except CloqError as error:
         write_line(f"error: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        write_line(f"error: {place}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}.", sys.stderr)
+        return CloqError.exit_code
     except click.ClickException as error:
         error.show(file=sys.stderr)
         return error.exit_code

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
+from cloq_export.cli.options import PATH
 from cloq_export.cli.streams import write_line
 from cloq_export.errors import UsageError
 
 
 @click.command(name="data")
 @click.argument("name", type=click.Choice(["word-problems"]))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Unless given, standard output.")
+@click.option("--out", type=PATH, metavar="FILE", help="Unless given, standard output.")
 @click.option("--count", type=int, default=2000, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)

@@ -28,6 +28,7 @@ from cloq_export.run.atomic import write_json
 from cloq_export.run.fingerprint import file_fingerprint
 from cloq_export.run.safe_json import read_json
 from cloq_export.run.safe_tensors import read_safetensors_header
+from cloq_export.run.spelled_paths import expand_user, require_text
 from cloq_export.run.versions import require_versions
 
 DEMO_MODEL = "smollm2-demo"
@@ -158,7 +159,8 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
     require_versions()
     if name == DEMO_MODEL:
         return _gguf_source(name, _find_demo_file())
-    path = Path(name).expanduser()
+    require_text(name)
+    path = expand_user(name)
     if name and path.is_dir():
         return _folder_source(name, path)
     if path.is_file():

@@ -22,6 +22,7 @@ import torch
 
 from cloq_export.errors import EngineError, MissingPackageError, UsageError
 from cloq_export.run.atomic import header_bytes
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_engine import (
     SAFE_PATH,
@@ -428,7 +429,7 @@ class ServerClient:
         Raises:
             EngineError: the server refused, and says why.
         """
-        place = str(Path(folder).expanduser().resolve())
+        place = str(expand_user(folder).resolve())
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place, "load_inplace": replace})
         self._names[name] = None
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from cloq_export.errors import DataError, FormatError
 from cloq_export.run.safe_json import parse_json
+from cloq_export.run.spelled_paths import expand_user
 
 # Longer than any book; a line or a file beyond is a mistake or an attack on memory.
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -134,7 +135,7 @@ def read_examples(path: str | Path) -> ExampleSet:
         DataError: it is missing, empty or unreadable, or a line of it is empty, too long or malformed: the message
             gives the line's number.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     suffix = path.suffix.lower()
     if suffix not in (*_TEXT_SUFFIXES, *_JSON_SUFFIXES):
         raise DataError(f"{path} is a {suffix or 'nameless kind of'} file; {_allowed()}")

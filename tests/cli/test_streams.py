@@ -86,9 +86,9 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"error: ")
-    assert b"/\xff" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: the name ")
+    assert b"/\xff is not UTF-8" in done.stderr
 
 
 def test_the_reader_may_have_left() -> None:

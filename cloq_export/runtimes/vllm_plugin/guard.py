@@ -17,6 +17,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.formats.peft.codec import BINDING_NAME
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_plugin.adapters import (
     LIFELINE_VARIABLE,
@@ -185,7 +186,7 @@ def _check_request(policy: ServingPolicy, model: str, limits: Any, request: Any)
     if request.load_inplace and request.lora_name == policy.default:
         raise _held(request.lora_name, "replaced")
     base = _base(model)
-    folder = Path(request.lora_path).expanduser()
+    folder = expand_user(request.lora_path)
     if base is None:
         return
     check_adapter(base, folder, max_rank=limits.max_lora_rank, target_modules=limits.target_modules, force=policy.force)

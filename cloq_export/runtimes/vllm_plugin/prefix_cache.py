@@ -13,12 +13,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from cloq_export.run.spelled_paths import expand_user
+
 
 def files_signature(folder: str | Path) -> str:
     """Return a hash of the state of a folder's files, which is another one after any of them was written."""
     state = []
     try:
-        for path in sorted(Path(folder).expanduser().resolve().iterdir()):
+        for path in sorted(expand_user(folder).resolve().iterdir()):
             found = path.stat()
             state.append((path.name, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns))
     except OSError as error:
