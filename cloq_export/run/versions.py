@@ -45,6 +45,9 @@ LOWEST_OF_EXTRAS = {
     "ray": {"ray": "2.40"},
 }
 
+# A package from a version on -> what it needs of another without declaring it, so that pip puts them together.
+_TOGETHER = {("transformers", "5.24"): ("peft", "0.22")}
+
 # Packages that are imported under another name than they are installed by.
 _IMPORT_NAMES = {"pyyaml": "yaml"}
 _PACKAGES = (
@@ -91,7 +94,11 @@ def require_versions(extra: str | None = None) -> None:
     Raises:
         MissingPackageError: names every package that is too old or not there, and the command that mends it.
     """
-    needed = LOWEST if extra is None else LOWEST_OF_EXTRAS[extra]
+    needed = dict(LOWEST if extra is None else LOWEST_OF_EXTRAS[extra])
+    for (package, version), (other, lowest) in _TOGETHER.items():
+        found = _release(package)
+        if other in needed and found is not None and found >= Version(version).release:
+            needed[other] = lowest
     wrong = {name: fault for name, lowest in needed.items() if (fault := _fault(name, lowest, required=extra is None))}
     if wrong:
         wanted = " ".join(shlex.quote(f"{name}>={needed[name]}") for name in wrong)
@@ -110,8 +117,14 @@ def _fault(package: str, lowest: str, *, required: bool) -> str:
         if not required or importlib.util.find_spec(_IMPORT_NAMES.get(package, package)) is not None:
             return ""
         return f"no {package} ({lowest} or newer is needed)"
-    try:
-        too_old = Version(found).release < Version(lowest).release  # 5.18.0.dev0 counts as 5.18
-    except InvalidVersion:
-        return ""
+    release = _release(package)
+    too_old = release is not None and release < Version(lowest).release
     return f"{package} {found} ({lowest} or newer is needed)" if too_old else ""
+
+
+def _release(package: str) -> tuple[int, ...] | None:
+    """Return the numbers of an installed version, those of 5.18.0.dev0 are 5.18.0; None where there are none to read."""
+    try:
+        return Version(importlib.metadata.version(package)).release
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return None
