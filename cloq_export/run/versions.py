@@ -123,7 +123,7 @@ def _fault(package: str, lowest: str, *, required: bool) -> str:
 
 
 def _release(package: str) -> tuple[int, ...] | None:
-    """Return the numbers of an installed version, those of 5.18.0.dev0 are 5.18.0; None where there are none to read."""
+    """Return the numbers of an installed version, 5.18.0 of 5.18.0.dev0; None where there are none to read."""
     try:
         return Version(importlib.metadata.version(package)).release
     except (importlib.metadata.PackageNotFoundError, InvalidVersion):
