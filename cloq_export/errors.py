@@ -78,7 +78,7 @@ class HubError(CloqError):
 
 
 class MissingPackageError(CloqError):
-    """An optional package is needed; the message names the extra that installs it."""
+    """A package is needed that is not installed or too old; the message says how to install it."""
 
 
 class DivergedError(CloqError):

@@ -15,7 +15,9 @@ import pytest
 
 
 def _tasks(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(task.strip() for task in text.split(",") if task.strip()))
+    from cloq_export.run.spelled_paths import split_list
+
+    return tuple(dict.fromkeys(task for task in split_list(text, ",", label="=") if task))
 
 
 # Name of an option of `cloq verify` -> what its text is made into, what stands for it in the help, and the help.

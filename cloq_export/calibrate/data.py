@@ -12,6 +12,7 @@ import torch
 
 from cloq_export.errors import CalibrationError, DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
+from cloq_export.run.spelled_paths import expand_user, split_list
 from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
 from cloq_export.texts.tokens import TextTokens
 
@@ -81,9 +82,10 @@ def load_text(name: str) -> CalibrationText:
         CalibrationError: the text is missing, unreadable, empty, or on the hub without network.
         MissingPackageError: a hub data set is asked for and `datasets` is not installed.
     """
-    if "+" not in name or Path(name).expanduser().is_file():
+    entries = split_list(name, "+")
+    if len(entries) == 1:
         return _load_any(name, "validation", "train")
-    parts = tuple(_load_any(part.strip(), "validation", "train") for part in name.split("+"))
+    parts = tuple(_load_any(entry, "validation", "train") for entry in entries)
     whole = CalibrationText.of("\n\n".join(part.text for part in parts), " + ".join(part.origin for part in parts))
     return dataclasses.replace(whole, parts=parts)
 
@@ -230,7 +232,7 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
         return _gsm8k(gsm8k_split)
     if name == EMBEDDED:
         return _embedded()
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_file():
         return CalibrationText.of(_read_file(path), str(path))
     if path.is_dir() or path.suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")) or not name.strip():

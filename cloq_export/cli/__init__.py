@@ -1,20 +1,28 @@
 """The command line `cloq`: one file per verb, imported when the verb is used.
 
-Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import click
 
 from cloq_export import __version__
+from cloq_export.cli.streams import drop_closed_streams, prepared_streams, write_line
 from cloq_export.errors import CloqError
+from cloq_export.run.versions import require_versions
 
 # verb -> its line in `cloq --help`; the command is `command` in the module of the same name.
 VERBS = {
@@ -36,6 +44,26 @@ VERBS = {
 _MODULES = {"eval": "evaluate"}
 # Verbs that write layer by layer and go on where they stopped.
 _RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "frontier", "export")
+_ASK_FOR_HELP = {"-h", "--help", "--version"}
+_INTERRUPTED, _CLOSED_PIPE, _TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM
+
+# What a system refuses whatever the program does -> what its user can do.
+_OF_THE_SYSTEM = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or name a folder on another disk with TMPDIR",
+    errno.EDQUOT: "make room, or name a folder on another disk with TMPDIR",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "check the permissions, or name another folder",
+    errno.EPERM: "check the permissions, or name another folder",
+}
+
+
+class _EndedFromOutsideError(Exception):
+    """A signal or a closed pipe, its cause, on its way past click."""
+
+
+class _Termination(KeyboardInterrupt):
+    """SIGTERM; whatever handles Ctrl-C handles it too."""
 
 
 class _VerbGroup(click.Group):
@@ -50,6 +78,13 @@ class _VerbGroup(click.Group):
         module = importlib.import_module(f"cloq_export.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            # click would make both its own end, with an empty line and code 1.
+            raise _EndedFromOutsideError from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,18 +113,61 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; unexpected exceptions keep their traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with prepared_streams(), _interrupted_by_termination():
+        try:
+            return _run(arguments)
+        except _EndedFromOutsideError as error:
+            cause = error.__cause__
+            if isinstance(cause, BrokenPipeError):
+                # What `cloq ... | head` ends with, as if the signal of a closed pipe had ended it.
+                if not drop_closed_streams():
+                    raise cause from None
+                return _CLOSED_PIPE
+            return _tell_interrupt(arguments, cause)
+        except (click.Abort, KeyboardInterrupt) as error:
+            return _tell_interrupt(arguments, error)
+
+
+def _run(arguments: list[str]) -> int:
     try:
+        if not _ASK_FOR_HELP.intersection(arguments):
+            require_versions()
         outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
     except CloqError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        write_line(f"error: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        write_line(f"error: {place}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}.", sys.stderr)
+        return CloqError.exit_code
     except click.ClickException as error:
-        error.show()
+        error.show(file=sys.stderr)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        verb = next((argument for argument in arguments if argument in VERBS), "")
-        keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
-        rest = "the same command continues where it stopped" if keeps else "nothing was written"
-        click.echo(f"interrupted: {rest}.", err=True)
-        return 130
     return outcome if isinstance(outcome, int) else 0
+
+
+def _tell_interrupt(arguments: list[str], interrupt: BaseException | None) -> int:
+    verb = next((argument for argument in arguments if argument in VERBS), "")
+    keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
+    rest = "the same command continues where it stopped" if keeps else "nothing was written"
+    write_line(f"interrupted: {rest}.", sys.stderr)
+    return _TERMINATED if isinstance(interrupt, _Termination) else _INTERRUPTED
+
+
+@contextlib.contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """Let SIGTERM end a verb in order, as Ctrl-C does: batch systems send it before they kill."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Termination
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

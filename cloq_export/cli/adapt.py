@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option, read_changes, recipe_option, set_option
+from cloq_export.cli.options import PATH, json_option, read_changes, recipe_option, set_option
 from cloq_export.errors import UsageError
 from cloq_export.recipe import Recipe
 
@@ -17,7 +17,7 @@ _FOR_CHECKPOINTS = ("calibration", "samples", "seqlen", "seed", "error_aware")
 
 
 @click.command(name="adapt")
-@click.argument("path", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN|CHECKPOINT", type=PATH)
 @recipe_option("rank")
 @recipe_option("split")
 @recipe_option("svd")
@@ -26,7 +26,7 @@ _FOR_CHECKPOINTS = ("calibration", "samples", "seqlen", "seed", "error_aware")
 @recipe_option("adapter_name")
 @recipe_option("device")
 @click.option("--original", metavar="MODEL", help="The float model of CHECKPOINT: a folder, a hub id or a GGUF file.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="The run directory to make of CHECKPOINT.")
+@click.option("--out", type=PATH, metavar="RUN", help="The run directory to make of CHECKPOINT.")
 @recipe_option("calibration")
 @recipe_option("samples")
 @recipe_option("seqlen")

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import PATH, json_option
 
 
 @click.command(name="compare")
 @click.argument("recipe", metavar="NAME|FILE")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Where all of it goes.")
+@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where all of it goes.")
 @click.option("--start", "starts", multiple=True, metavar="NAME", help="Only this start; can be repeated.")
 @click.option("--bits", type=int, multiple=True, help="Only this width; can be repeated. 16 is the float model.")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task; can be repeated.")

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import export_options, json_option
+from cloq_export.cli.options import PATH, export_options, json_option
 
 
 @click.command(name="convert")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @export_options("it must be given")
 @click.option(
     "--read-as",

@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
+from cloq_export.cli.options import PATH
+from cloq_export.cli.streams import write_line
 from cloq_export.errors import UsageError
 
 
 @click.command(name="data")
 @click.argument("name", type=click.Choice(["word-problems"]))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Unless given, standard output.")
+@click.option("--out", type=PATH, metavar="FILE", help="Unless given, standard output.")
 @click.option("--count", type=int, default=2000, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
@@ -26,9 +28,9 @@ def command(name: str, out: Path | None, **named: Any) -> None:
     if out is not None and out.suffix.lower() != ".jsonl":
         raise UsageError(f"{out} is no name for JSON lines; end it with .jsonl.")
     rows = [{"question": each.question, "answer": each.answer} for each in generate(named.pop("count"), **named)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "\n".join(json.dumps(row) for row in rows)
     if out is None:
-        click.echo(text, nl=False)
+        write_line(text)
         return
-    write_bytes(out, text.encode("utf-8"))
-    click.echo(f"{len(rows)} {name} ({named['split']}) in {out}")
+    write_bytes(out, (text + "\n").encode("utf-8"))
+    write_line(f"{len(rows)} {name} ({named['split']}) in {out}")

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from cloq_export.cli.gates import gate_option, judge_gates, parse_gates, raise_if_missed
-from cloq_export.cli.options import json_option, parse_tasks
+from cloq_export.cli.options import PATH, json_option, parse_tasks
 from cloq_export.recipe import CHOICES, FIELDS
 
 
 @click.command(name="eval")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option(
     "--text",
     default=FIELDS["eval_text"].default,
@@ -49,8 +49,8 @@ from cloq_export.recipe import CHOICES, FIELDS
     "--tasks",
     default="ppl",
     show_default=True,
-    metavar="ppl,TASK[=FILE],…",
-    help="What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, …, or the groups arithmetic and "
+    metavar="ppl,TASK[=FILE],...",
+    help="What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, ..., or the groups arithmetic and "
     "commonsense; docs/tasks.md has them all.",
 )
 @click.option(
@@ -59,7 +59,7 @@ from cloq_export.recipe import CHOICES, FIELDS
 @click.option("--shots", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples before each.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FOLDER",
     help="For answers, from which an interrupted call goes on, and tasks.json.",
 )

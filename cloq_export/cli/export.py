@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import export_options, json_option
+from cloq_export.cli.options import PATH, export_options, json_option
 
 
 @click.command(name="export")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @export_options("it lies in RUN/exports")
 @json_option()
 def command(run: Path, as_json: bool, **named: Any) -> None:

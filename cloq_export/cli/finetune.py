@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from cloq_export.cli.options import finetune_options, json_option
+from cloq_export.cli.options import PATH, finetune_options, json_option
 from cloq_export.recipe import FineTuneRecipe
 
 
@@ -18,7 +18,7 @@ from cloq_export.recipe import FineTuneRecipe
     name="finetune",
     epilog="Several GPUs: accelerate launch -m cloq_export finetune RUN ... with --batch-size for each of them.",
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @finetune_options
 @json_option()
 def command(run: Path, as_json: bool, **named: Any) -> None:

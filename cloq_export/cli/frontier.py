@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import PATH, json_option
 
 
 @click.command(name="frontier")
 @click.argument("model", required=False, default="")
 @click.option("--recipe", default="small", show_default=True, metavar="NAME|FILE", help="What is measured.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Where all of it goes.")
+@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where all of it goes.")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Only this method or peer; can be repeated.")
 @click.option("--bits", type=int, multiple=True, help="Only this width; can be repeated.")
 @click.option("--rank", "ranks", type=int, multiple=True, help="Only this rank; can be repeated.")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import PATH, json_option
 
 
 @click.command(name="inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option(
     "--verify",
     is_flag=True,

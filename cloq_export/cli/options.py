@@ -6,6 +6,7 @@ defaults of `Recipe`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,19 @@ from cloq_export.recipe import (
     parse_setting,
     read_recipe,
 )
+from cloq_export.run.spelled_paths import expand_user, require_text, split_list
+
+
+class _TypedPath(click.Path):
+    """A path of the command line; a shell leaves the tilde of `--out=~/run` alone."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = expand_user(os.fsdecode(super().convert(value, param, ctx)))
+        require_text(path)
+        return path
+
+
+PATH = _TypedPath(path_type=Path)
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -105,7 +119,7 @@ def recipe_options(function: Decorated) -> Decorated:
             metavar="'PATTERN:key=value,...'",
             help="Own bits, group_size, rank or skip for modules that match; first match wins; can be repeated.",
         ),
-        click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="The run directory to write."),
+        click.option("--out", type=PATH, metavar="RUN", help="The run directory to write."),
     ]
     for decorator in reversed(decorators):
         function = decorator(function)
@@ -181,9 +195,7 @@ def export_options(place: str) -> Callable[[Decorated], Decorated]:
         click.option(
             "--force", is_flag=True, help="Take an adapter of another base; the export and its card will say so."
         ),
-        click.option(
-            "--out", type=click.Path(path_type=Path), metavar="FOLDER", help=f"Folder to write; unless given, {place}."
-        ),
+        click.option("--out", type=PATH, metavar="FOLDER", help=f"Folder to write; unless given, {place}."),
     ]
 
     def decorate(function: Decorated) -> Decorated:
@@ -203,7 +215,7 @@ def set_option() -> Callable[[Decorated], Decorated]:
 
 def parse_tasks(text: str) -> tuple[str, ...]:
     """Return the tasks of a list with commas, each once."""
-    return tuple(dict.fromkeys(task.strip() for task in text.split(",") if task.strip()))
+    return tuple(dict.fromkeys(task for task in split_list(text, ",", label="=") if task))
 
 
 def json_option() -> Callable[[Decorated], Decorated]:

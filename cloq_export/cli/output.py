@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import click
 from rich.console import Console
+
+from cloq_export.cli.streams import drop_closed_streams, write_line
 
 
 @contextlib.contextmanager
@@ -31,10 +32,15 @@ def to_plain(result: Any) -> dict[str, Any]:
 
 def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console], None], *, as_json: bool) -> None:
     """Print a result on standard output: one JSON object, or what `render` makes of it for people."""
-    if as_json:
-        click.echo(json.dumps(_jsonable(result), indent=2, allow_nan=False, default=str))
-    else:
-        render(result, Console(highlight=False))
+    try:
+        if as_json:
+            write_line(json.dumps(_jsonable(result), indent=2, allow_nan=False, default=str))
+        else:
+            render(result, Console(highlight=False))
+    except BrokenPipeError:
+        # Whoever reads has enough; what the verb has done, and the code it ends with, stay as they are.
+        if not drop_closed_streams():
+            raise
 
 
 def _jsonable(value: Any) -> Any:

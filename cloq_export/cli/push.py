@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import PATH, json_option
 
 
 @click.command(name="push")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", metavar="BRANCH", help="Branch to put it on; unless given, the main one.")

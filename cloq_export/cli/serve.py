@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option
+from cloq_export.cli.options import PATH, json_option
+from cloq_export.cli.streams import write_line
 from cloq_export.errors import EngineError
 
 
 @click.command(name="serve", epilog="What follows -- goes to vLLM, e.g.: cloq serve EXPORT -- --max-num-seqs 16")
-@click.argument("export", type=click.Path(path_type=Path))
+@click.argument("export", type=PATH)
 @click.argument("engine_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM OPTIONS]")
 @click.option(
     "--adapter",
@@ -43,7 +45,7 @@ from cloq_export.errors import EngineError
 @click.option("--threads", type=click.IntRange(min=1), help="Threads on a CPU.")
 @click.option(
     "--python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Interpreter of the environment that has vLLM; unless given, this one.",
 )
 @click.option("--force", is_flag=True, help="Serve adapters that are bound to another base.")
@@ -68,7 +70,7 @@ def command(export: Path, as_json: bool, **named: Any) -> None:
             # The engine's lines stay lines; the error itself is one.
             first, _, lines = str(error).partition("\n")
             if lines:
-                click.echo(lines, err=True)
+                write_line(lines, sys.stderr)
             raise EngineError(first.replace("; its last lines:", "; its last lines stand above.")) from None
 
 

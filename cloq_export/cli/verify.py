@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from cloq_export.cli.options import json_option, parse_tasks
+from cloq_export.cli.options import PATH, json_option, parse_tasks
 from cloq_export.errors import GateMissedError, UsageError
 from cloq_export.recipe import CHOICES, FIELDS
 
 
 @click.command(name="verify")
-@click.argument("export", type=click.Path(path_type=Path))
+@click.argument("export", type=PATH)
 @click.option("--reference", metavar="MODEL", help="The float model: a folder, a hub id or a GGUF file.")
 @click.option(
     "--runtime",
@@ -34,10 +34,10 @@ from cloq_export.recipe import CHOICES, FIELDS
     "--tasks",
     default="ppl",
     show_default=True,
-    metavar="ppl,TASK[=FILE],…",
+    metavar="ppl,TASK[=FILE],...",
     help="What is measured beside the numbers; tasks as in `cloq eval`.",
 )
-@click.option("--gate", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of limits.")
+@click.option("--gate", type=PATH, metavar="FILE", help="YAML file of limits.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -97,11 +97,11 @@ from cloq_export.recipe import CHOICES, FIELDS
 @click.option("--force", is_flag=True, help="Take adapters of another base; the report says so.")
 @click.option(
     "--python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PATH",
     help="Interpreter of the environment that has vLLM; unless given, this one.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="For parity.json and parity.html.")
+@click.option("--out", type=PATH, metavar="FOLDER", help="For parity.json and parity.html.")
 @json_option()
 def command(export: Path, reference: str | None, tasks: str, as_json: bool, **named: Any) -> None:
     """Measure whether what is served of EXPORT equals what was trained, and judge it by a gate.

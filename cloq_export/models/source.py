@@ -36,6 +36,8 @@ from cloq_export.models.weight_files import (
 from cloq_export.run.atomic import write_json
 from cloq_export.run.fingerprint import file_fingerprint
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.spelled_paths import expand_user, require_text
+from cloq_export.run.versions import require_versions
 
 DEMO_MODEL = "smollm2-demo"
 
@@ -156,9 +158,11 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
         UnsupportedModelError: the model is already quantized.
         MissingPackageError: the demo model's package, or what reading GGUF needs, is not installed.
     """
+    require_versions()
     if name == DEMO_MODEL:
         return _gguf_source(name, _find_demo_file())
-    path = Path(name).expanduser()
+    require_text(name)
+    path = expand_user(name)
     if name and path.is_dir():
         return _folder_source(name, path)
     if path.is_file():
@@ -191,7 +195,9 @@ def load_source(
             they are not tied as config.json says.
         UnsupportedModelError: it is not a causal language model that transformers knows.
         NonFiniteError: a weight is NaN or Inf.
+        MissingPackageError: an installed package is too old.
     """
+    require_versions()
     import transformers
 
     options: dict[str, Any] = {}
@@ -477,6 +483,7 @@ def _gguf_source(name: str, path: Path) -> ModelSource:
                 f"{path} is a GGUF file, and reading it needs the package {package}; install it with "
                 "`pip install cloq-export[demo]`."
             )
+    require_versions("demo")
     return ModelSource(name, "gguf", path.parent, (path,), (), torch.float32)
 
 

@@ -14,6 +14,7 @@ import yaml
 from cloq_export.errors import UsageError
 from cloq_export.parity.scales import SCALE_LIMIT
 from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
+from cloq_export.run.spelled_paths import expand_user
 
 Bound = Literal["at most", "at least"]
 _MAX_FILE_BYTES = 1 << 20
@@ -213,7 +214,7 @@ def read_gate_file(path: str | Path) -> dict[str, float | None]:
     Raises:
         UsageError: the file cannot be read, or names an unknown gate, or gives a limit that is no number.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)

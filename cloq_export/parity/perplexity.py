@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
+from cloq_export.run.progress import show_progress
 from cloq_export.types import Perplexity
 
 # Logits that one forward pass may make: windows are read several at a time, so that packed weights are unpacked less
@@ -46,9 +46,9 @@ def window_losses(
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
         device: where the input ids go; None means where the model's first parameter lies.
-        progress: show a bar with the time left on standard error.
-        label: what the bar is named.
-        console: the console for the bar; None means a new one on standard error.
+        progress: show how far it is on standard error.
+        label: what the work is named there.
+        console: the console for that; None means a new one on standard error.
 
     Returns:
         Tensor: (windows,) float64 on the CPU.
@@ -63,8 +63,8 @@ def window_losses(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     losses = torch.empty(len(rows), dtype=torch.float64)
-    with _evaluating(model), torch.no_grad(), _progress(progress, console) as bar:
-        task = bar.add_task(label, total=len(rows))
+    shown = show_progress(label, console, unit="windows", transient=True) if progress else contextlib.nullcontext()
+    with _evaluating(model), torch.no_grad(), shown as advance:
         start = 0
         for batch in rows.split(_windows_per_batch(model, window)):
             ids = batch.to(device)
@@ -77,7 +77,8 @@ def window_losses(
                         "its weights with `cloq inspect --verify`."
                     )
                 losses[index] = loss
-                bar.advance(task)
+                if advance is not None:
+                    advance(index + 1, len(rows))
             start += len(ids)
     return losses
 
@@ -107,8 +108,8 @@ def perplexity(
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
         device: where the input ids go; None means where the model's first parameter lies.
-        progress: show a bar with the time left on standard error.
-        console: the console for the bar; None means a new one on standard error.
+        progress: show how far it is on standard error.
+        console: the console for that; None means a new one on standard error.
 
     Returns:
         Perplexity: over all predicted tokens, `window - 1` of each window.
@@ -212,8 +213,8 @@ def evaluate(
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
         device: where the input ids go; None means where the model's first parameter lies.
-        progress: show a bar with the time left on standard error.
-        console: the console for the bar; None means a new one on standard error.
+        progress: show how far it is on standard error.
+        console: the console for that; None means a new one on standard error.
 
     Returns:
         dict: for each name `{"perplexity", "standard_error"}`, and beside a model named "float" also
@@ -305,16 +306,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _progress(shown: bool, console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        transient=True,
-        disable=not shown,
-    )

@@ -124,7 +124,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> dict[str, str]:
         for path in paths.values():
             path.unlink(missing_ok=True)
     write_json(paths["json"], report, sort_keys=False)
-    write_bytes(paths["html"], page.encode("utf-8"))
+    write_bytes(paths["html"], page.encode("utf-8", "replace"))
     return {name: str(path) for name, path in paths.items()}
 
 

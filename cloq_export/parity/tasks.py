@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from cloq_export.calibrate.data import WIKITEXT2, evaluation_text
@@ -37,6 +36,7 @@ from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.questions import question_hash, row_hashes
 from cloq_export.parity.runtime import ServedModel
 from cloq_export.run.data_sets import hub_rows, local_file
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.texts.reading import read_rows
 from cloq_export.train.examples import instruction_prompt
 from cloq_export.train.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS, WORD_PROBLEMS
@@ -130,7 +130,7 @@ class Task(abc.ABC):
             DataError: they cannot be found or read.
             MissingPackageError: they are on the hub, and `datasets` is not installed.
         """
-        path = Path(file).expanduser() if file is not None else local_file(*self.files)
+        path = expand_user(file) if file is not None else local_file(*self.files)
         if path is not None:
             return read_rows(path), str(path)
         if self.hub is None:

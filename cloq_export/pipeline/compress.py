@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
@@ -24,6 +23,7 @@ from cloq_export.pipeline.solve import SolvedLayer, on_device, served_weight
 from cloq_export.pipeline.solvers import LocalSolvers, SolveJob, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.progress import show_progress
 from cloq_export.types import LayerStats, QuantizedLayer
 
 FLOAT_STREAM, COMPRESSED_STREAM = 0, 1
@@ -75,7 +75,7 @@ class BlockWalk:
         device: where to compute.
         compute: precision of the forward passes, see `BlockStream`.
         kept_codes: gives the codes that a module keeps (only adapters are made); None quantizes.
-        console: where the progress bar goes.
+        console: where progress goes.
         solvers: where layers that do not wait for each other are solved; None is `device`.
         windows_per_batch: calibration windows of one forward pass; None takes `usual_windows_per_batch`.
     """
@@ -129,22 +129,15 @@ class BlockWalk:
             paired = max(1, math.ceil(share * len(self._stream.hidden)))
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
         self._stream.hidden.clear()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} blocks"),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._console) as progress, torch.no_grad():
-            task = progress.add_task("calibrate, quantize, adapt", total=last + 1)
+        shown = show_progress("calibrate, quantize, adapt", self._console, unit="blocks")
+        with shown as progress, torch.no_grad():
+            progress(0, last + 1)
             for index in range(last + 1):
                 started, before = time.perf_counter(), self.seconds.beside_forward
                 streams = self._walk_block(index, streams)
                 spent = time.perf_counter() - started
                 self.seconds.forward_and_statistics += spent - (self.seconds.beside_forward - before)
-                progress.advance(task)
+                progress(index + 1, last + 1)
 
     def _walk_block(self, index: int, streams: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
         """Finish the layers of one block; return the streams behind it."""

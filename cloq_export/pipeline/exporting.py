@@ -30,6 +30,7 @@ from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.run.safe_paths import require_inside
+from cloq_export.run.spelled_paths import command_line
 from cloq_export.runtimes.certificate import certify_checkpoint, verify_certificate, write_certificate
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
@@ -324,9 +325,9 @@ def _export(
         "seconds": session.seconds,
         "notes": session.notes,
         "next": [
-            f"cloq inspect {out} --verify",
-            *([f"cloq verify {out} --reference MODEL --runtime onnx"] if format == ONNX else []),
-            f"cloq push {out} OWNER/NAME",
+            command_line("cloq", "inspect", out, "--verify"),
+            *([f"{command_line('cloq', 'verify', out)} --reference MODEL --runtime onnx"] if format == ONNX else []),
+            command_line("cloq", "push", out, "OWNER/NAME"),
         ],
     }
 

@@ -18,6 +18,7 @@ from cloq_export.pipeline.verification import VerifyOptions, missed_gates, verif
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.run.atomic import write_bytes
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.spelled_paths import command_line
 from cloq_export.train.examples import Example, ExampleSet
 from cloq_export.train.named_sets import load_examples
 
@@ -96,7 +97,7 @@ def run_and_finetune(
         "export": str(folder),
         "parity report": report["files"]["html"],
     }
-    summary["next"] = [f"cloq serve {folder}", f"cloq inspect {folder} --verify"]
+    summary["next"] = [command_line("cloq", "serve", folder), command_line("cloq", "inspect", folder, "--verify")]
     summary["notes"] = [*summary["notes"], *(trained.get("notes") or [])]
     return summary
 

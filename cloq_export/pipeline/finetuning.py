@@ -33,6 +33,7 @@ from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.run.atomic import write_bytes, write_json
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.spelled_paths import command_line
 from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
 from cloq_export.runtimes.provenance import ProbeRecord, TrainingRecord, pair_digest, pairs_digest
@@ -623,8 +624,8 @@ def _summary(
             "plot": str(plot_path(directory, recipe.name)),
         },
         "next": [
-            f"cloq eval {directory.path} --adapter {recipe.name}",
-            f"cloq export {directory.path} --adapter {recipe.name}",
+            command_line("cloq", "eval", directory.path, "--adapter", recipe.name),
+            command_line("cloq", "export", directory.path, "--adapter", recipe.name),
         ],
         "notes": session.notes,
     }

@@ -112,6 +112,11 @@ class MadeBefore:
         """Return whether there is, or should be, anything to compare with."""
         return self.expected or bool(self.records) or self.run is not None or bool(self.base)
 
+    @property
+    def _subjects(self) -> list[str | None]:
+        """Return what is served: every adapter, or the codes alone if there is none."""
+        return [*self.adapters] if self.adapters else [None]
+
     def limits(self, options: VerifyOptions, defaults: Mapping[str, float]) -> dict[str, float]:
         """Return the limits that hold by default beside those of the figures.
 
@@ -124,7 +129,7 @@ class MadeBefore:
             limits["provenance"] = 1.0
         if self.base is not None and not options.other_reference:
             limits["reference"] = 1.0
-        probes = [probe for name in [*self.adapters] or [None] if (probe := self.probe(name)) is not None]
+        probes = [probe for name in self._subjects if (probe := self.probe(name)) is not None]
         if probes:
             exact = options.dtype == "float32" and all(probe.precision == "float32" for probe in probes)
             exact = exact and "logprob_difference_max" in defaults
@@ -166,7 +171,7 @@ class MadeBefore:
             return []
         same = text_sha256 in (None, quality.text_sha256)
         found = []
-        for adapter in [*self.adapters] or [None]:
+        for adapter in self._subjects:
             record = self.records.get(adapter) if adapter is not None else None
             name = CODES_ALONE if adapter is None else record.name if record and record.training is None else None
             if name is not None and name in quality.ratio:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cloq_export.run.progress import show_waiting
 from cloq_export.run.safe_json import read_json
 
 _WORKERS = Path(__file__).with_name("peer_workers")
@@ -72,7 +73,7 @@ def run_peer(name: str, job: Mapping[str, Any], environments: Path, place: Path,
     result.unlink(missing_ok=True)
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     command = [str(python), str(_WORKERS / peer.worker), str(job_file), str(result)]
-    with console.status(f"{name} is at work; its log is {log}"), log.open("w", encoding="utf-8") as sink:
+    with show_waiting(f"{name} is at work; its log is {log}", console), log.open("w", encoding="utf-8") as sink:
         try:
             code = subprocess.run(
                 command, cwd=place, env=clean, stdout=sink, stderr=subprocess.STDOUT, timeout=3600 * _HOURS
@@ -96,7 +97,8 @@ def _environment(peer: Peer, environments: Path, console: Console) -> Path:
     own = torch.__version__.partition("+")[0]
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, f"torch=={own}"], [*pip, *peer.packages]]
-    with console.status(f"installing {', '.join(peer.packages)} in {folder}"), log.open("w", encoding="utf-8") as sink:
+    what = f"installing {', '.join(peer.packages)} in {folder}"
+    with show_waiting(what, console), log.open("w", encoding="utf-8") as sink:
         for step in steps:
             try:
                 code = subprocess.run(step, stdout=sink, stderr=subprocess.STDOUT).returncode

@@ -96,10 +96,10 @@ def write_table(
     result = {**content, "environments": _environments(folder)}
     files = {"json": str(folder / f"{name}.json"), "table": str(folder / f"{name}.md")}
     write_json(folder / f"{name}.json", result)
-    write_bytes(folder / f"{name}.md", table(result).encode("utf-8"))
+    write_bytes(folder / f"{name}.md", table(result).encode("utf-8", "replace"))
     for picture, svg in plots(result).items():
         files[picture] = str(folder / f"{picture}.svg")
-        write_bytes(folder / f"{picture}.svg", svg.encode("utf-8"))
+        write_bytes(folder / f"{picture}.svg", svg.encode("utf-8", "replace"))
     return result | {"files": files}
 
 

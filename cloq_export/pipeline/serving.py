@@ -18,6 +18,7 @@ from cloq_export.errors import EngineError, UsageError
 from cloq_export.formats.peft import is_adapter
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.progress import show_waiting
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, checkpoint_folder
 from cloq_export.runtimes.vllm_plugin.adapters import check_name
 from cloq_export.runtimes.vllm_server import ServerPlan, VllmServer, curl_line, plan_server
@@ -88,10 +89,12 @@ def serve(
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
     with contextlib.suppress(KeyboardInterrupt), _interrupted_by_termination():
-        console.print(f"starting vLLM with {plan.name} at {plan.url}; loading takes a while", markup=False)
-        with VllmServer(
-            plan, timeout=options.timeout, echo=sys.stderr, early_echo=sys.stderr if options.verbose else None
-        ) as server:
+        errors = sys.stderr  # a bar stands in for it while it is shown
+        what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
+        with show_waiting(what, console) as waiting:
+            early = errors if options.verbose else None
+            server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
+        with server:
             announce(_describe(plan, server.models()))
             code = server.wait()
             raise EngineError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.formats.registry import LAYOUTS
@@ -23,6 +22,7 @@ from cloq_export.pipeline.rescaling import rescale_neighbours
 from cloq_export.pipeline.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory, natural_order
+from cloq_export.run.progress import show_progress
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.checkpoint_writer import LayerSource, check_target, linears_beside
 from cloq_export.runtimes.hf import refuse_lost_biases
@@ -51,17 +51,11 @@ class Session:
 
     def say(self, line: str) -> None:
         """Print a line for people."""
-        self.console.print(line, highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Give a function that shows (done, in all) as a bar with the time left."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(), console=self.console
-        ) as bar:
-            task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    def progress(self, what: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+        """Give a function that shows (done, in all), as `show_progress` does."""
+        return show_progress(what, self.console)
 
 
 def device_of(recipe: Recipe) -> torch.device:

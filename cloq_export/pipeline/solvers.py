@@ -18,6 +18,7 @@ from cloq_export.errors import EngineError, MissingPackageError
 from cloq_export.pipeline.plan import ModulePlan
 from cloq_export.pipeline.solve import SolvedLayer, solve_group
 from cloq_export.recipe import Recipe
+from cloq_export.run.versions import require_versions
 from cloq_export.types import LayerStats, QuantizedLayer
 
 # How often a job is given to another worker after its own was lost.
@@ -174,6 +175,7 @@ class RaySolvers:
             raise MissingPackageError(
                 "solvers=ray needs the package ray; run: pip install 'cloq-export[ray]', or take solvers=local."
             ) from None
+        require_versions("ray")
         self._ray: Any = ray
         self._kind = device.type
         if not ray.is_initialized():

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -73,6 +74,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.run.atomic import make_folder, write_bytes
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import base_fingerprint
+from cloq_export.run.spelled_paths import command_line
 from cloq_export.run.versions import environment
 from cloq_export.runtimes.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.runtimes.hf import find_adapter, load, read_bound_adapter
@@ -167,7 +169,10 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
         record_base(session, directory, model.tokenizer, model_name=public_name(recipe.model))
         directory.set_state("quantized")
         summary = _summary(session, directory, None)
-        summary["next"] = [f"cloq adapt {out} --rank {recipe.rank or 64}", f"cloq export {out}"]
+        summary["next"] = [
+            command_line("cloq", "adapt", out, "--rank", recipe.rank or 64),
+            command_line("cloq", "export", out),
+        ]
         return summary
 
 
@@ -241,7 +246,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     with contextlib.suppress(OSError):  # another adapter may be in the making there
         work.parent.rmdir()
     summary = _summary(session, directory, None, certificates, adapter=recipe.adapter_name)
-    summary["next"] = [f"cloq export {run_path}", f"cloq eval {run_path}"]
+    summary["next"] = [command_line("cloq", "export", run_path), command_line("cloq", "eval", run_path)]
     return summary
 
 
@@ -880,7 +885,8 @@ def _summary(
     if directory.checkpoint_path.exists():
         files["checkpoint"] = str(directory.checkpoint_path)
     files |= _adapter_files(directory)
-    load_line = f"cloq_export.load({str(directory.path)!r}" + (f", adapter={adapter!r})" if adapter else ")")
+    quoted = json.dumps(str(directory.path), ensure_ascii=False)
+    load_line = f"cloq_export.load({quoted}" + (f', adapter="{adapter}")' if adapter else ")")
     return {
         "run": str(directory.path),
         "model": recipe.model,
@@ -902,9 +908,9 @@ def _summary(
         },
         "files": files,
         "next": [
-            f"cloq inspect {directory.path}",
-            f"cloq eval {directory.path} --windows 64",
-            f'python -c "import cloq_export; model = {load_line}"',
+            command_line("cloq", "inspect", directory.path),
+            command_line("cloq", "eval", directory.path, "--windows", 64),
+            command_line("python", "-c", f"import cloq_export; model = {load_line}"),
         ],
         "notes": session.notes,
     }

@@ -1003,7 +1003,7 @@ def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, s
     folders: dict[str, Path] = {}
     for text in asked:
         name, separator, place = text.partition("=")
-        if not separator:
+        if not separator or (not _NAME.fullmatch(name) and Path(text).is_dir()):
             place = text
             name = Path(text).name
         if not _NAME.fullmatch(name):

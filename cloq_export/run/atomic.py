@@ -93,7 +93,8 @@ def write_json(path: str | os.PathLike[str], obj: Any, *, sort_keys: bool = True
         RunDirectoryError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
     text = json.dumps(_json_value(obj), indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode("utf-8"))
+    # A file name that is no text holds half surrogates, which JSON writes as escapes.
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_safetensors(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import DataError, MissingPackageError
+from cloq_export.run.spelled_paths import expand_user
+from cloq_export.run.versions import require_versions
 
 _HUB_TIMEOUT_S = 10.0
 
@@ -16,7 +18,7 @@ _HUB_TIMEOUT_S = 10.0
 def data_folder() -> Path:
     """Return the folder of local data sets: CLOQ_DATA, or `shared/data` beside a source checkout; it may not exist."""
     chosen = os.environ.get("CLOQ_DATA")
-    return Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    return expand_user(chosen) if chosen else Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
 def local_file(*names: str) -> Path | None:
@@ -50,6 +52,7 @@ def hub_rows(identifier: str, config: str | None, split: str, *, remedy: str) ->
             f"data set {identifier} is on the Hugging Face hub and the package `datasets` is not installed; install "
             f"it with `pip install cloq-export[hub]`. {remedy}"
         ) from None
+    require_versions("hub")
     try:
         # One quick question first: the loader itself retries for minutes when there is no network.
         if not huggingface_hub.constants.HF_HUB_OFFLINE:

@@ -26,6 +26,7 @@ from cloq_export.recipe import NOT_IN_THE_BYTES
 from cloq_export.run.atomic import is_partial, remove_partials, translate_os_errors, write_json, write_safetensors
 from cloq_export.run.safe_json import parse_json, read_json
 from cloq_export.run.safe_tensors import read_safetensors, read_safetensors_header, require_tensor
+from cloq_export.run.spelled_paths import is_same_place
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 
 if sys.platform != "win32":
@@ -522,6 +523,8 @@ def recipe_difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list
     held, asked = _plain(held), _plain(asked)
     lines = []
     for key in sorted({*held, *asked} - set(NOT_IN_THE_BYTES)):
+        if is_same_place(held.get(key), asked.get(key)):
+            continue
         if (key in held) != (key in asked) or held.get(key) != asked.get(key):
             before, now = (_shown(side[key]) if key in side else "not set" for side in (held, asked))
             lines.append(f"{key}: {before} in the run, {now} asked")

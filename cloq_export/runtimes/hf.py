@@ -30,6 +30,7 @@ from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.models.source import NO_CODE, quiet_transformers, refuse_part_of_wrapper
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.run.directory import RunDirectory
+from cloq_export.run.versions import require_versions
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, Checkpoint
 from cloq_export.runtimes.checkpoint_writer import FloatPart, linears_beside
 from cloq_export.runtimes.packed_linear import PackedLinear
@@ -221,6 +222,7 @@ def _build_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
 ) -> PreTrainedModel:
     """Return the model of a checkpoint, with `place` making the quantized linears."""
+    require_versions()
     model = _empty_model(checkpoint, dtype)
     linears = _targeted_linears(checkpoint, model)
     placed_names, _ = _float_places(checkpoint, model)

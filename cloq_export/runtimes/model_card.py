@@ -105,7 +105,7 @@ def write_model_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -
         RunDirectoryError: the folder cannot be written.
     """
     path = Path(folder) / CARD_NAME
-    write_bytes(path, model_card(facts).encode("utf-8"))
+    write_bytes(path, model_card(facts).encode("utf-8", "replace"))
     return path
 
 

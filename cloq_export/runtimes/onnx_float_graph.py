@@ -22,6 +22,7 @@ from cloq_export.errors import FormatError, MissingPackageError, UnsupportedMode
 from cloq_export.models.source import NO_CODE
 from cloq_export.run.atomic import write_json
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.versions import require_versions
 
 GENAI_CONFIG = "genai_config.json"
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
@@ -63,6 +64,7 @@ def require_packages() -> None:
             f"ONNX exports need {', '.join(name.replace('_', '-') for name in missing)}, which is not installed; "
             "install it with `pip install cloq-export[onnx]`."
         )
+    require_versions("onnx")
 
 
 def build_graph(model: Path, scratch: Path, outputs: Collection[int] = ()) -> FloatGraph:

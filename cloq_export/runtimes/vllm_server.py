@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ import torch
 from cloq_export.errors import EngineError, MissingPackageError, UsageError
 from cloq_export.models.source import require_tokenizer
 from cloq_export.run.atomic import header_bytes
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_engine import (
     SAFE_PATH,
@@ -424,13 +425,19 @@ class ServerClient:
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    def load_adapter(self, name: str, folder: Path) -> None:
+    def load_adapter(self, name: str, folder: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load an adapter while the server runs; the server checks it as `cloq serve` does.
+
+        Args:
+            name: what requests ask for.
+            folder: the adapter.
+            replace: take the place of an adapter of this name; requests under way are finished with the weights before.
 
         Raises:
             EngineError: the server refused, and says why.
         """
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(folder).resolve())})
+        place = str(expand_user(folder).resolve())
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place, "load_inplace": replace})
         self._names[name] = None
 
     def unload_adapter(self, name: str) -> None:
@@ -487,6 +494,7 @@ class VllmServer(ServerClient):
         clients: requests that are under way at a time.
         echo: where the server's lines go once it is ready; None keeps them silent.
         early_echo: where they go before.
+        waiting: called again and again until the server is ready.
 
     Raises:
         EngineError: the server did not start; its last lines are shown.
@@ -500,6 +508,7 @@ class VllmServer(ServerClient):
         clients: int = 8,
         echo: IO[str] | None = None,
         early_echo: IO[str] | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(plan.url, plan.base_name, plan.adapters, timeout=timeout, clients=clients)
         self.plan = plan
@@ -514,7 +523,7 @@ class VllmServer(ServerClient):
         finally:
             os.close(held)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(waiting)
         except BaseException:
             self.close()
             raise
@@ -539,7 +548,7 @@ class VllmServer(ServerClient):
         options = {"port": 0, "default": next(iter(adapters), None), **options}
         return cls(plan_server(export, adapters, **options), timeout=timeout)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, waiting: Callable[[], None]) -> None:
         end = time.monotonic() + self._timeout
         while True:
             if self._process.exit_code is not None:
@@ -554,6 +563,7 @@ class VllmServer(ServerClient):
                     f"the vLLM server was not ready within {self._timeout:g} seconds and was stopped; its last lines:\n"
                     f"{self._process.last_lines()}"
                 )
+            waiting()
             time.sleep(0.5)
 
     def wait(self, seconds: float | None = None) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cloq_export.errors import DataError
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.texts.reading import ALLOWED, holds_rows, read_rows, read_text
 
 ROLES = ("system", "user", "assistant")
@@ -159,7 +160,7 @@ def read_examples(path: str | Path) -> ExampleSet:
         DataError: it is missing, empty or unreadable, or a line of it is too long or malformed: the message gives the
             line's number.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not holds_rows(path):
         return ExampleSet.of(_text_examples(read_text(path)), str(path))
     return ExampleSet.of((example_of(row, where) for where, row in read_rows(path)), str(path))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cloq_export.errors import DataError, UsageError
 from cloq_export.run.data_sets import hub_rows, local_file
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.train.examples import Example, ExampleSet, example_of, question_prompt, read_examples
 from cloq_export.train.word_problems import MOST_STEPS, generate
 
@@ -134,7 +134,7 @@ def load_examples(name: str, split: str | None = None, *, count: int | None = No
     first, _, rest = name.partition(":")
     if first in set_names():
         return load_named_set(first, rest or split or "train", count=count)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_file():
         return _first(read_examples(path), count)
     if path.exists() or path.suffix or "/" not in name or name.startswith((".", "/", "~")):

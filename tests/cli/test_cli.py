@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import types
@@ -517,3 +519,26 @@ def test_an_interrupt_says_how_to_go_on(pipeline, capsys, arguments, message):
 def test_the_entry_point_returns_the_exit_code():
     entry = next(iter(importlib.metadata.entry_points(group="console_scripts", name="cloq")))
     assert entry.value == "cloq_export.cli:main"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            errno.ENOSPC,
+            "error: /tmp/x: No space left on device; make room, or name a folder on another disk with TMPDIR.",
+        ),
+        (errno.EROFS, "error: /tmp/x: Read-only file system; name a folder that can be written."),
+        (errno.ENAMETOOLONG, "error: /tmp/x: File name too long; choose a shorter name."),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(pipeline, capsys, number, message):
+    pipeline.raises = OSError(number, os.strerror(number), "/tmp/x")
+    assert main(["eval", "x"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+def test_a_tilde_behind_an_equals_sign(pipeline, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", "x", "--out=~/export"]) == 0
+    assert pipeline.calls[-1][2]["out"] == tmp_path / "export"

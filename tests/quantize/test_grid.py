@@ -21,7 +21,9 @@ specs = st.builds(QuantSpec, st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1,
 methods = st.sampled_from(["searched", "minmax"])
 # Magnitudes from far below float16's smallest number to its largest, with exact zeros and repeated values.
 numbers = st.one_of(
-    st.floats(-LARGEST, LARGEST, width=32), st.floats(-1.0, 1.0, width=32), st.sampled_from([0.0, 0.5, -1e-30, 1e-5])
+    st.floats(-LARGEST, LARGEST, width=32),
+    st.floats(-1.0, 1.0, width=32),
+    st.sampled_from([0.0, 0.5, *map(float, np.float32([-1e-30, 1e-5]))]),
 )
 weights = arrays.arrays(np.float32, (3, GROUP), elements=numbers).map(torch.from_numpy)
 quick = settings(max_examples=150, deadline=None, derandomize=True)

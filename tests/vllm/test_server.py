@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import json
@@ -161,15 +162,66 @@ def test_what_is_refused_while_it_serves(
     assert server.generate([SEQUENCES[0]], ["two"], 4) == before
 
 
-def test_changed_weights_in_the_same_folder_are_refused(
+def test_a_name_with_other_weights_never_meets_what_was_computed_with_those_before(
     server: ServerClient, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    folder = write_pairs(tmp_path / "changing", export.layers, export.fingerprint, seed=21)
-    server.load_adapter("changing", folder)
+    """One folder, written anew and loaded again: after unloading or in its place, under every spelling of its path."""
+    folder, link = tmp_path / "changing", tmp_path / "link"
+    link.symlink_to(folder)
+    spellings = [folder, f"{folder}/", f"{folder}/../changing", link, folder]
+    # Long enough for whole blocks of the prompt to be kept.
+    prompt = [3 + position * 7 % 90 for position in range(200)]
+
+    def answer() -> list[float]:
+        choice = server.complete(prompt, "changing", max_tokens=1, logprobs=5)
+        return [round(float(value), 4) for value in choice["logprobs"]["top_logprobs"][0].values()]
+
+    def load(spelling: pathlib.Path | str, **how: bool) -> None:
+        content = {"lora_name": "changing", "lora_path": str(spelling), **how}
+        server._post("/v1/load_lora_adapter", content)
+
+    fresh: dict[int, list[float]] = {}
+    for seed in (21, 22):  # each from a folder of its own, under a name of its own
+        own = write_pairs(tmp_path / f"own{seed}", export.layers, export.fingerprint, seed=seed)
+        server.load_adapter(f"own{seed}", own)
+        choice = server.complete(prompt, f"own{seed}", max_tokens=1, logprobs=5)
+        fresh[seed] = [round(float(value), 4) for value in choice["logprobs"]["top_logprobs"][0].values()]
+        server.unload_adapter(f"own{seed}")
+    assert fresh[21] != fresh[22]
+
+    for number, spelling in enumerate(spellings):
+        seed = 21 + number % 2
+        write_pairs(folder, export.layers, export.fingerprint, seed=seed)
+        load(spelling)
+        assert answer() == answer() == fresh[seed], spelling
+        server.unload_adapter("changing")
+    load(folder)
+    for number, spelling in enumerate(spellings):
+        seed = 22 - number % 2
+        write_pairs(folder, export.layers, export.fingerprint, seed=seed)
+        load(spelling, load_inplace=True)
+        assert answer() == answer() == fresh[seed], spelling
     server.unload_adapter("changing")
-    write_pairs(folder, export.layers, export.fingerprint, seed=22)
-    with pytest.raises(EngineError, match="other weights than when changing was loaded from it before"):
-        server.load_adapter("changing", folder)
+
+
+def test_requests_under_way_keep_the_weights_that_they_began_with(
+    server: ServerClient, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    folders = {
+        seed: write_pairs(tmp_path / f"adapter{seed}", export.layers, export.fingerprint, seed=seed)
+        for seed in (41, 42)
+    }
+    ids, options = SEQUENCES[2], {"max_tokens": 200, "ignore_eos": True, "return_token_ids": True}
+    server.load_adapter("moving", folders[41])
+    before = server.complete(ids, "moving", **options)["token_ids"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(server.complete, ids, "moving", **options)
+        time.sleep(0.05)
+        server.load_adapter("moving", folders[42], replace=True)
+        after = server.complete(ids, "moving", **options)["token_ids"]
+        assert under_way.result()["token_ids"] in (before, after)  # it may not have begun before
+    assert after != before
+    server.unload_adapter("moving")
 
 
 def test_many_requests_while_adapters_come_and_go(

@@ -7,7 +7,8 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
   log-probabilities with adapters (`punica`);
-- a check of every adapter that is loaded onto a base of ours (`guard`).
+- a check of every adapter that is loaded onto a base of ours (`guard`);
+- keys of known prompts that tell the loads of one name apart (`prefix_cache`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
 """
@@ -53,10 +54,11 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.runtimes.vllm_plugin import fused_lora, guard, linear, punica, quantization
+    from cloq_export.runtimes.vllm_plugin import fused_lora, guard, linear, prefix_cache, punica, quantization
 
     quantization.register()
     linear.register()
     punica.register()
     fused_lora.register()
     guard.register()
+    prefix_cache.register()

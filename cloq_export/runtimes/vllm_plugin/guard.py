@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -15,9 +14,10 @@ from typing import Any
 
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from cloq_export.errors import CloqError, FormatError, UsageError
-from cloq_export.formats.peft.codec import BINDING_NAME, WEIGHTS_NAME
+from cloq_export.errors import CloqError, UsageError
+from cloq_export.formats.peft.codec import BINDING_NAME
 from cloq_export.run.safe_json import read_json
+from cloq_export.run.spelled_paths import expand_user
 from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.runtimes.vllm_plugin.adapters import (
     LIFELINE_VARIABLE,
@@ -26,6 +26,7 @@ from cloq_export.runtimes.vllm_plugin.adapters import (
     check_binding,
     check_name,
 )
+from cloq_export.runtimes.vllm_plugin.prefix_cache import files_signature
 
 
 def register() -> None:
@@ -50,9 +51,14 @@ def _end_with_starter() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-@functools.cache
 def _base(path: str) -> Checkpoint | None:
     """Return the checkpoint that an engine serves, or None if it is not one that this package wrote."""
+    return _base_of(path, files_signature(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _base_of(path: str, state: str) -> Checkpoint | None:
+    # A process may serve other files under the same path later.
     try:
         checkpoint = Checkpoint.open(path)
     except CloqError:
@@ -94,7 +100,7 @@ def _guard_server() -> None:
     stock_check_unload = OpenAIServingModels._check_unload_lora_adapter_request
     stock_models, stock_adapters = OpenAIServingModels.show_available_models, BaseServing._maybe_get_adapters
     stock_static = OpenAIServingModels.init_static_loras
-    weights: dict[tuple[str, str], str] = {}
+    stock_load = OpenAIServingModels.load_lora_adapter
 
     def refuse(error: Exception) -> Any:
         return create_error_response(message=str(error), err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
@@ -105,10 +111,36 @@ def _guard_server() -> None:
             return refused
         limits = self.engine_client.vllm_config.lora_config
         try:
-            await asyncio.to_thread(_check_request, policy, self.model_config.model, limits, request, weights)
+            await asyncio.to_thread(_check_request, policy, self.model_config.model, limits, request)
         except CloqError as error:
             return refuse(error)
         return None
+
+    async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        if not request.load_inplace or request.lora_name not in self.lora_requests:
+            return await stock_load(self, request.model_copy(update={"load_inplace": False}), base_model_name)
+        # vLLM would give the new weights the number of the old ones, to which requests under way hold, and read the
+        # folder again at every step from then on.
+        async with self.lora_resolver_lock[request.lora_name]:
+            refused = await self._check_load_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            loaded = LoRARequest(
+                request.lora_name,
+                self.lora_id_counter.inc(1),
+                request.lora_path,
+                is_3d_lora_weight=request.is_3d_lora_weight,
+            )
+            try:
+                await self.engine_client.add_lora(loaded)
+            except Exception as error:  # whatever the engine says is the answer; the weights before stay
+                return create_error_response(
+                    message=str(error),
+                    err_type="InternalServerError",
+                    status_code=HTTPStatus.INTERNAL_SERVER_ERROR,
+                )
+            self.lora_requests[request.lora_name] = loaded
+            return f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
     async def check_unload(self: Any, request: Any) -> Any:
         if policy.default is not None and request.lora_name in (policy.name, policy.default):
@@ -134,6 +166,7 @@ def _guard_server() -> None:
         return stock_adapters(self, request, *args, **kwargs)
 
     OpenAIServingModels._check_load_lora_adapter_request = check_load
+    OpenAIServingModels.load_lora_adapter = load
     OpenAIServingModels._check_unload_lora_adapter_request = check_unload
     OpenAIServingModels.show_available_models = show_models
     OpenAIServingModels.init_static_loras = load_static
@@ -147,22 +180,13 @@ def _held(name: str, wish: str) -> UsageError:
     )
 
 
-def _check_request(
-    policy: ServingPolicy, model: str, limits: Any, request: Any, weights: dict[tuple[str, str], str]
-) -> None:
+def _check_request(policy: ServingPolicy, model: str, limits: Any, request: Any) -> None:
     """Refuse a request to load an adapter that `cloq serve` would refuse at its start."""
     check_name(request.lora_name, taken=(policy.name, policy.base_name))
     if request.load_inplace and request.lora_name == policy.default:
         raise _held(request.lora_name, "replaced")
     base = _base(model)
-    folder = Path(request.lora_path)
+    folder = expand_user(request.lora_path)
     if base is None:
         return
     check_adapter(base, folder, max_rank=limits.max_lora_rank, target_modules=limits.target_modules, force=policy.force)
-    digest = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-    # vLLM keeps what it computed for a prompt by name and path of the adapter.
-    if weights.setdefault((request.lora_name, request.lora_path), digest) != digest:
-        raise FormatError(
-            f"{folder} holds other weights than when {request.lora_name} was loaded from it before; load changed "
-            "weights from another folder, because answers to known prompts are kept by name and folder."
-        )

@@ -1,0 +1,97 @@
+"""Standard output and standard error as they are on a user's machine: any encoding, a closed pipe, no terminal."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_ERRORS = "cloq_export_replace"
+# Signs of our own tables and messages, as far as plain ones say the same.
+_PLAIN = {
+    "…": "...",
+    "±": "+-",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "≤": "<=",
+    "≥": ">=",
+    "×": "x",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+}
+# Bars of the libraries below ask these; their lines of a bar redrawn a thousand times make a log unreadable.
+_NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def write_line(text: str, stream: TextIO | None = None) -> None:
+    """Write a line to a stream, standard output unless given, in the encoding that the stream has.
+
+    click's own echo writes UTF-8 where ASCII is asked for.
+    """
+    stream = stream or sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+@contextlib.contextmanager
+def prepared_streams() -> Iterator[None]:
+    """Let output never fail for its encoding, and keep the bars of libraries off what is no terminal.
+
+    Signs that the encoding of a stream lacks are replaced; bytes of a file name that are no text stay as they are.
+    """
+    codecs.register_error(_ERRORS, _replace)
+    before = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    for stream, _ in before:
+        stream.reconfigure(errors=_ERRORS)
+    added: list[str] = []
+    if sys.stderr is None or not sys.stderr.isatty():
+        added = [name for name in _NO_BARS if name not in os.environ]
+        os.environ.update({name: _NO_BARS[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        for stream, errors in before:
+            with contextlib.suppress(OSError, ValueError):  # it may be closed by now
+                stream.reconfigure(errors=errors)
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return what stands for the signs that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = bytearray()
+    for sign in error.object[error.start : error.end]:
+        code = ord(sign)
+        if 0xDC80 <= code <= 0xDCFF:
+            found.append(code - 0xDC00)  # how Python holds a byte of a file name that is no text
+        else:
+            found += _PLAIN.get(sign, "?").encode("ascii")
+    return bytes(found), error.end
+
+
+def is_closed(stream: Any) -> bool:
+    """Return whether what reads a stream has gone, as `head` does when it has its lines."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def drop_closed_streams() -> bool:
+    """Turn the streams away whose reader has gone, so that nothing more fails on them; return whether there is one."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if is_closed(stream)]
+    for stream in closed:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(closed)
