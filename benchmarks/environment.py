@@ -76,6 +76,7 @@ def perturbed_adapters(source: Path, place: Path, count: int, *, share: float = 
     import torch
 
     from cloq_export.formats.peft import read_adapter, write_adapter
+    from cloq_export.pipeline.recording import note_adapter
 
     adapter = read_adapter(source)
     folders = {}
@@ -87,8 +88,13 @@ def perturbed_adapters(source: Path, place: Path, count: int, *, share: float = 
             noise = torch.randn(b.shape, generator=generator) * (share * b.std())
             pairs[module] = dataclasses.replace(pair, lora_B=(b + noise).to(pair.lora_B.dtype))
         folders[f"noisy{seed}"] = place / f"noisy{seed}"
-        base = str(adapter.config.get("base_model_name_or_path") or "")
+        bound = str(adapter.base_fingerprint or "")
         write_adapter(
-            folders[f"noisy{seed}"], pairs, base_model=base, base_fingerprint=str(adapter.base_fingerprint or "")
+            folders[f"noisy{seed}"],
+            pairs,
+            base_model=str(adapter.config.get("base_model_name_or_path") or ""),
+            base_fingerprint=bound,
+            # An adapter of its own, so with a record of its own: the gate takes none without.
+            extra=note_adapter(f"noisy{seed}", pairs, base_fingerprint=bound),
         )
     return folders

@@ -178,10 +178,15 @@ class MadeBefore:
                 found.append({"adapter": adapter, "ratio": quality.ratio[name] if same else None})
         return found
 
-    def findings(self) -> list[Finding]:
-        """Return what comes of comparing codes and adapters with their records."""
+    def findings(self, digests: Mapping[str, str] | None) -> list[Finding]:
+        """Return what comes of comparing codes and adapters with their records.
+
+        Args:
+            digests: full module name -> `layer_digest` of what the export holds; None reads it.
+        """
         findings = list(self.unread)
-        digests = {module: layer_digest(layer) for module, layer in self.checkpoint.read_layers()}
+        if digests is None:
+            digests = {module: layer_digest(layer) for module, layer in self.checkpoint.read_layers()}
         fingerprint = combine_digests(digests)
         if self.base is not None:
             findings.append(judge_codes(self.base, fingerprint, digests))

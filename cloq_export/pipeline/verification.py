@@ -346,6 +346,8 @@ class _Verification:
         self.answers: dict[str, dict[tuple[str, str | None], Answers]] = {}
         self.noise_floor: dict[str, Any] | None = None
         self.findings: list[Finding] = []
+        # Of the layers, where the certificate has read them already.
+        self.digests: dict[str, str] | None = None
         self.float_part: list[Finding] = []
         self.last_steps: list[dict[str, Any]] = []
         self._phases: list[str] = []
@@ -364,7 +366,7 @@ class _Verification:
         with self._phase("certificate"):
             certificate = self._certificate()
         with self._phase("provenance"):
-            self.findings += plan.made.findings()
+            self.findings += plan.made.findings(self.digests)
         text = evaluation_text(options.text)
         self._read_questions()
         with self._phase("float"):
@@ -394,6 +396,7 @@ class _Verification:
             repeated = verify_certificate(self.plan.export) if run is None else verify_run(run)
         except FormatError as error:
             return {"passed": False, "files": None, "modules": None, "not_covered": [], "reason": str(error)}
+        self.digests = repeated["digests"]
         return {
             "passed": True,
             "files": repeated["files"],

@@ -135,7 +135,7 @@ def verify_certificate(
 
     Returns:
         dict: "certificate" (its content), "files" (how many were compared), "modules", "not_covered" (files of the hub
-        that lie beside them; the card may be edited and is not counted).
+        that lie beside them; the card may be edited and is not counted), "digests" (module -> `layer_digest`).
 
     Raises:
         FormatError: there is no certificate, or a file, a layer or the base differs from it, or something lies in the
@@ -162,6 +162,7 @@ def verify_certificate(
                 "bytes); fetch or write the export again."
             )
     modules = certificate["modules"]
+    digests: dict[str, str] = {}
     if certificate["layout"] not in WITHOUT_CODES:
         quantized = _open_quantized(folder, certificate["layout"])
         digests = {module: layer_digest(layer) for module, layer in quantized.read_layers()}
@@ -183,6 +184,7 @@ def verify_certificate(
         "files": len(certificate["files"]),
         "modules": len(modules),
         "not_covered": extra,
+        "digests": digests,
     }
 
 
@@ -193,7 +195,8 @@ def verify_run(run: RunDirectory) -> dict[str, Any]:
         run: the run.
 
     Returns:
-        dict: "files" (layers that were read, each a file of its own), "modules", "not_covered" (none).
+        dict: "files" (layers that were read, each a file of its own), "modules", "not_covered" (none), "digests"
+        (module -> `layer_digest`).
 
     Raises:
         FormatError: a layer of the checkpoint is not the one that the run keeps, or its config names another base.
@@ -212,7 +215,7 @@ def verify_run(run: RunDirectory) -> dict[str, Any]:
             f"{checkpoint.folder} holds the base {combine_digests(packed)} and its config says "
             f"{checkpoint.noted_fingerprint!r:.80}; write the checkpoint again with: cloq export {run.path}"
         )
-    return {"files": len(kept), "modules": len(packed), "not_covered": []}
+    return {"files": len(kept), "modules": len(packed), "not_covered": [], "digests": packed}
 
 
 class _Quantized(Protocol):

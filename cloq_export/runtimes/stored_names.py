@@ -148,10 +148,13 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
 
 def _largest_count(config: Any) -> int:
     """Return the largest number in a config that says how many modules a model has."""
-    if not isinstance(config, Mapping):
-        return 0
-    counts = [_largest_count(value) for value in config.values()]
-    counts += [
-        value for key, value in config.items() if isinstance(value, int) and _COUNTS.search(str(key)) is not None
-    ]
-    return max(counts, default=0)
+    largest, open_parts = 0, [config]
+    # Without recursion: how deep a config is nested is its writer's choice.
+    while open_parts:
+        part = open_parts.pop()
+        if not isinstance(part, Mapping):
+            continue
+        open_parts += part.values()
+        counts = (value for key, value in part.items() if isinstance(value, int) and _COUNTS.search(str(key)))
+        largest = max(largest, *counts, 0)
+    return largest

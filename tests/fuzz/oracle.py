@@ -170,6 +170,8 @@ def read_gptq(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: 
         raise Unsure  # symmetric zeros as the other version stores them: the content counts
     if version == 1:
         zeros = zeros + 1
+    if zeros.max() >= 2**bits and not {"checkpoint_format", "format", "cloq"} & set(quantization):
+        raise Unsure  # without a label, symmetric layers beside this one may prove the other version
     if zeros.max() >= 2**bits or zeros.shape != (out_features, groups):
         raise ValueError("zeros")
     if not np.array_equal(parts["g_idx"], np.arange(in_features) // span):
