@@ -24,6 +24,7 @@ from cloq_export.errors import (
     UnsupportedModelError,
 )
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
+from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import check_gguf, refuse_other_files
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
@@ -493,6 +494,7 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
         raise SourceError(f"{folder} has no config.json, so it is not a model folder{_what_else(folder)}")
     try:
         config = read_json(config_path)
+        refuse_fetched_code(config, str(config_path))
         weights = WeightFiles.open(folder)
         refuse_quantized(name, folder, config, weights)
     except FormatError as error:

@@ -167,7 +167,7 @@ def refuse_quantized(name: str, folder: Path, config: Mapping[str, Any], weights
     packed: dict[str, list[str]] = {}
     for tensor, (code, _) in weights.headers.items():
         short = tensor.rpartition(".")[2]
-        if code.startswith(("F8", "F6", "F4")):
+        if code not in _FLOATS and code.startswith(("F8", "F6", "F4")):
             kind = "fp8" if code.startswith("F8") else "fp6" if code.startswith("F6") else "fp4"
         elif code not in _FLOATS and (short == "weight" or _PACKED.search(tensor)):
             kind = {"I8": "int8", "U8": "uint8, int8 or two 4-bit codes to a byte"}.get(code, "packed integers")

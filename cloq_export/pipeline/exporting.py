@@ -288,6 +288,7 @@ def _export(
         )
     fingerprint = checkpoint.fingerprint
     adapters = [_prepared(session, source, name, checkpoint, fingerprint, options) for name in adapter_names]
+    _refuse_strangers(adapters, layers, checkpoint)
     format, decision = _choose(session, layers, checkpoint, adapters, options)
     if decision is not None:
         adapters = [_fit_for(session, adapter, decision, options) for adapter in adapters]
@@ -412,6 +413,25 @@ def _prepared(
     record["modules"] = len(pairs)
     provenance = read_adapter_record(session, folder.name, read.extra, folder)
     return _Prepared(folder.name, pairs, {**_kept_record(read), **record}, provenance)
+
+
+def _refuse_strangers(adapters: Sequence[_Prepared], layers: LayerSource, checkpoint: Checkpoint) -> None:
+    """Refuse pairs for what the checkpoint has not: bound or forced, no reader could place them."""
+    for adapter in adapters:
+        for module, pair in adapter.pairs.items():
+            weight = f"{module}.weight"
+            shape: tuple[int, ...] | None = layers.shapes.get(module)
+            if shape is None and weight in checkpoint.headers:
+                shape = checkpoint.headers[weight][1]
+            if shape is None and (source := tied_head(checkpoint).get(weight)) is not None:
+                shape = checkpoint.headers[source][1]
+            fits = (pair.lora_B.shape[0], pair.lora_A.shape[1])
+            if shape is None or tuple(shape) != fits:
+                seen = "does not hold" if shape is None else f"holds as {tuple(shape)}, not as {fits}"
+                raise FormatError(
+                    f"the adapter {adapter.name} adapts {module}, which {checkpoint.folder} {seen}; it belongs to "
+                    "another model, or its keys were renamed."
+                )
 
 
 def _kept_record(read: Adapter) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cloq_export.errors import FormatError
 from cloq_export.formats.gptq import GptqLayout, version_of_symmetric
 from cloq_export.formats.layout import Headers, StoredGrids
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
+from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.run.directory import RunDirectory, natural_order
 from cloq_export.run.fingerprint import combine_digests, layer_digest
 from cloq_export.run.safe_json import read_json
@@ -93,10 +94,12 @@ class Checkpoint:
             The checkpoint.
 
         Raises:
+            UnsupportedModelError: the config would make transformers fetch code.
             FormatError: the folder is missing, of another kind, or a file of it is missing, damaged or disagrees.
         """
         folder = checkpoint_folder(path)
         config = read_json(require_inside(folder, folder / CONFIG_NAME))
+        refuse_fetched_code(config, str(folder / CONFIG_NAME))
         found = find_quantization(folder, config)
         if found is None:
             _refuse_undescribed(folder)

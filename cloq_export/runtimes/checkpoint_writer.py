@@ -293,6 +293,8 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
 def drop_private(config: dict[str, Any]) -> None:
     """Take out of a config.json what is outdated, and the folder that somebody's machine keeps the model in."""
     config.pop("torch_dtype", None)
+    # Code that is not carried along must not be asked for either.
+    config.pop("auto_map", None)
     if Path(str(config.get("_name_or_path"))).is_absolute():
         del config["_name_or_path"]
 

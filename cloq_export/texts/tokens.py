@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cloq_export.errors import DataError, UsageError
@@ -11,6 +12,8 @@ from cloq_export.errors import DataError, UsageError
 _ANCHORS = ("\n", ".", "a")
 # How tokenizers show the blank that some put before the first word of whatever they are given.
 _BLANKS = ("▁", "Ġ")
+# Tokens of a vocabulary that are looked through for one that is no special token.
+_PROBED_TOKENS = 2048
 
 
 class TextTokens:
@@ -160,9 +163,24 @@ class TextTokens:
         return alone
 
 
+def _ordinary_text(tokenizer: Any) -> str:
+    """Return a text whose tokens are none that a tokenizer might add: of the alphabet, or of the vocabulary."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+
+    def is_ordinary(text: str) -> bool:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        return bool(ids) and special.isdisjoint(ids)
+
+    def vocabulary() -> Iterator[str]:
+        for token in sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)[:_PROBED_TOKENS]:
+            yield tokenizer.convert_tokens_to_string([token]).strip()
+
+    return next(filter(is_ordinary, itertools.chain(("a", "A", "0"), vocabulary())), "a")
+
+
 def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return what a tokenizer puts before and behind a text by itself."""
-    probe = "a"
+    probe = _ordinary_text(tokenizer)
     plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
     whole = tokenizer(probe)["input_ids"]
     for start in range(len(whole) - len(plain) + 1):

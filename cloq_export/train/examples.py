@@ -26,7 +26,7 @@ _SPEAKERS = {
     "assistant": "assistant",
 }
 # What a chat template would write, or another trainer obey, were it handed on: leaving it out would change the chat.
-_ROW_EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs")
+_ROW_EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history")
 _MESSAGE_EXTRAS = (
     "tool_calls",
     "tool_call_id",
@@ -35,6 +35,7 @@ _MESSAGE_EXTRAS = (
     "reasoning",
     "thinking",
     "weight",
+    "train",
 )
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "null", [], {})
 _ROW_FORMS = (
@@ -174,8 +175,16 @@ def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
         where: which row it is, for messages.
 
     Raises:
-        DataError: it has the fields of no known form, or one of them is no text or empty.
+        DataError: it has the fields of no known form, or one of them is no text or empty; or it has one that would
+            stand in the prompt and is not read.
     """
+    for extra in _ROW_EXTRAS:
+        if row.get(extra) not in _NOTHING:
+            remedy = "Make it the first message" if extra.startswith("system") else "Write it into the prompt"
+            raise DataError(
+                f"{where} has {extra!r}, which cannot be learned with: it would stand before the answer. {remedy}, "
+                "or take it out."
+            )
     for field in _CHAT_FIELDS:
         if field in row:
             return _chat_of(row, field, where)
@@ -203,9 +212,6 @@ def _text_examples(text: str) -> Sequence[Example]:
 
 
 def _chat_of(row: Mapping[str, Any], field: str, where: str) -> ChatExample:
-    for extra in _ROW_EXTRAS:
-        if row.get(extra) not in _NOTHING:
-            raise DataError(f"{where} has {extra!r}, which cannot be learned with; only {field!r} is. Take it out.")
     found = row[field]
     if not isinstance(found, list) or not found:
         raise DataError(
@@ -232,7 +238,7 @@ def _message_of(entry: Any, which: str) -> Message:
         if role not in ROLES:
             raise DataError(f"{which} has the role {str(role)[:40]!r}; allowed are {', '.join(ROLES)}.")
     for extra in _MESSAGE_EXTRAS:
-        if entry.get(extra) not in _NOTHING and not (extra == "weight" and entry[extra] == 1):
+        if entry.get(extra) not in _NOTHING and not (extra in ("weight", "train") and entry[extra] == 1):
             raise DataError(
                 f"{which} has {extra!r}, which cannot be learned with; only its {content!r} is. Write what is to be "
                 "learned there, or take it out."

@@ -487,6 +487,12 @@ def _parse_auto_round(config: Mapping[str, Any], modules: Sequence[str], headers
             f"{source}: packing_format is {packing!r:.80}; of AutoRound's, this reader knows "
             f"{', '.join(AUTO_ROUND_PACKINGS)}. Export it again with one of those."
         )
+    meant = AUTO_ROUND_PACKINGS[packing]
+    if config.get("checkpoint_format", meant) != meant:
+        raise FormatError(
+            f"{source}: packing_format is {packing!r} but checkpoint_format is {config['checkpoint_format']!r:.80}; "
+            "one of them is wrong: look at the file with `cloq inspect`, and mend the label."
+        )
     if config.get("desc_act"):
         raise FormatError(f"{source}: desc_act is true in a file of AutoRound's, which holds no order of groups.")
     if config.get("data_type", "int") != "int":

@@ -364,6 +364,10 @@ def test_config_needs_modules_with_plain_names() -> None:
         ({"quant_method": "awq"}, "c: quant_method is 'awq'; this reader knows 'gptq'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; this reader knows"),
         ({"checkpoint_format": ["gptq"]}, "checkpoint_format is"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "desc_act": None},
+            "packing_format is 'auto_round:auto_gptq' but checkpoint_format is 'gptq_v2'",
+        ),
         ({"format": "gptq"}, "checkpoint_format is 'gptq_v2' but format is 'gptq'; one of them is wrong"),
         ({"desc_act": "yes"}, "desc_act is 'yes'; expected true or false"),
         ({"rotation": "hadamard"}, "rotation is 'hadamard', which changes what the layers compute"),

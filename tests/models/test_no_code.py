@@ -106,3 +106,13 @@ def test_a_missing_tokenizer_is_one_line_and_no_empty_vocabulary(folder: Path, k
     with pytest.raises(SourceError, match=r"the tokenizer of .* holds no tokenizer\.json and no other") as error:
         read_tokenizer(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_that_a_config_would_fetch_are_refused(folder: Path, key: str) -> None:
+    edit(folder / "config.json", **{key: "owner/kernels"})
+    with pytest.raises(UnsupportedModelError, match=f"sets {key} to 'owner/kernels', which transformers would fetch"):
+        open_model(str(folder))
+    edit(folder / "config.json", **{key: None}, text_config={key: {"full": "owner/kernels@v1"}})
+    with pytest.raises(UnsupportedModelError, match="no code of a model is run"):
+        open_model(str(folder))

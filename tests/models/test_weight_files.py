@@ -40,6 +40,12 @@ def refusal(folder: Path, kind: type[CloqError], *, opened: bool = False) -> str
     return str(error.value)
 
 
+def test_double_precision_is_a_float_dtype(folder: Path) -> None:
+    weight = load_file(folder / "model.safetensors")[f"{Q}.weight"]
+    change_weights(folder, **{f"{Q}.weight": weight.to(torch.float64)})
+    assert torch.equal(open_model(str(folder)).model.get_submodule(Q).weight, weight)
+
+
 @pytest.mark.parametrize(
     ("dtype", "word"),
     [

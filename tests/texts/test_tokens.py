@@ -236,3 +236,19 @@ def test_a_chat_has_the_ids_that_it_is_asked_with(kind: str, post: str) -> None:
         assert labels[len(before) - 1] == NOT_LEARNED
         assert labels[len(before)] == ids[len(before)]
     assert made.counts.straddled == 0
+
+
+@pytest.mark.parametrize("unknown", ["<s>", None])
+def test_begin_tokens_are_found_where_the_alphabet_is_small(unknown: str | None) -> None:
+    """Texts that become the unknown token, or nothing at all, tell nothing of what a tokenizer adds."""
+    vocabulary = {"<s>": 0, "</s>": 1, "C": 2, "G": 3, "T": 4}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    if unknown is None:
+        inner = tokenizers.Tokenizer(models.BPE(dict(vocabulary), []))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = {"bos_token": "<s>", "unk_token": "<s>"} if unknown else {"cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokens = TextTokens(tokenizer)
+    assert tokens.begin == (0,)
+    assert tokens.prompt_ids("C G") == [0, 2, 3]

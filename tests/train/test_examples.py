@@ -55,8 +55,11 @@ def test_chats_of_another_form_and_where_they_stand(tmp_path: Path) -> None:
     [
         (
             {"messages": CHAT, "tools": [{"name": "f"}]},
-            "row has 'tools', which cannot be learned with; only 'messages'",
+            "row has 'tools', which cannot be learned with: it would stand before the answer",
         ),
+        ({"prompt": "a", "completion": "b", "system": "Be brief."}, "'system', .* Make it the first message"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history', .* Write it into the prompt"),
+        ({"messages": [CHAT[1], {**CHAT[2], "train": False}]}, "message 2 has 'train'"),
         (
             {"messages": [{**CHAT[1], "content": [{"type": "text"}]}, CHAT[2]]},
             "message 1: 'content' is a list of parts",
