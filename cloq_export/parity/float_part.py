@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cloq_export.errors import CloqError
 from cloq_export.models.source import NO_CODE, LoadedModel, quiet_transformers, read_tokenizer
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
 from cloq_export.runtimes.checkpoint import Checkpoint
+from cloq_export.runtimes.hf import tie_entries
 from cloq_export.runtimes.provenance import TokenizerRecord
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
@@ -25,22 +27,25 @@ _NO_FUNCTION = frozenset(
     }
 )
 _NOT_GENERATION = frozenset({"transformers_version", "_from_model_config"})
-# Half precision stores 8 bits of a number or more: a tensor that went through it differs by no more than this.
-_ONE_ROUNDING = 2.0**-8
+# What rounding to a dtype once changes at most: half a unit in the last place, and the smallest numbers absolutely.
+_ONE_ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 0.0)}
+# What of a tokenizer's file makes ids and texts; padding and truncation are set by every call.
+_TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
+_TOKENIZER_SETTINGS = ("model_max_length", "truncation_side", "split_special_tokens", "clean_up_tokenization_spaces")
 _SHOWN = 3
 
 
-def compare_tensors(checkpoint: Checkpoint, model: Any) -> Finding:
-    """Compare every float tensor of a checkpoint with the float model's own.
+def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
+    """Compare every float tensor of a checkpoint with the float model's own, and what config.json says of a tied head.
 
-    A tensor that is stored in the dtype of its source is the same number for number; one that went through another
-    dtype may be off by one rounding.
+    A tensor that is stored in the dtype of its source, or in float32, is the same number for number; one that was
+    stored in another dtype may be off by one rounding to it.
 
     Args:
         checkpoint: the export.
-        model: the float model in float32.
+        loaded: the float model in float32.
     """
-    state = model.state_dict()
+    state = loaded.model.state_dict()
     faults: list[str] = []
     held: set[str] = set()
     for name in checkpoint.float_names():
@@ -48,10 +53,12 @@ def compare_tensors(checkpoint: Checkpoint, model: Any) -> Finding:
         if wanted is None:
             continue  # a reader of the checkpoint refuses what its model has no place for
         held.add(name)
-        fault = _tensor_fault(checkpoint.read(name), wanted)
+        fault = _tensor_fault(checkpoint.read(name), wanted, loaded.source.dtype)
         if fault:
             faults.append(f"{name} {fault}")
     faults += _gaps(state, held, checkpoint.specs)
+    if tie_entries(checkpoint):
+        faults.append("config.json ties the head to the embeddings, and the files hold two matrices that differ")
     if not faults:
         return Finding("float tensors", PROVEN)
     more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -73,6 +80,12 @@ def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Findin
             mine = dict(_flat(type(model.config).from_dict(plain).to_dict()))
     except Exception as error:  # a config raises whatever its values lead to
         return Finding("config", CONTRADICTED, f"{source} cannot be read ({' '.join(str(error).split())[:200]})")
+    # What a reader of the file goes by, whatever class reads it here.
+    names = config.get("architectures")
+    known = {type(model).__name__, *(model.config.architectures or ())}
+    if isinstance(names, list) and not known & set(map(str, names)):
+        mine["architectures"], theirs["architectures"] = names, [type(model).__name__]
+    mine["model_type"], theirs["model_type"] = config.get("model_type"), model.config.model_type
     differing = [
         f"{key} is {mine.get(key)!r:.60}, the float model's is {theirs.get(key)!r:.60}"
         for key in sorted({*mine, *theirs})
@@ -101,8 +114,11 @@ def compare_tokenizer(folder: Path, loaded: LoadedModel) -> list[Finding]:
             TokenizerRecord.of(loaded.tokenizer), TokenizerRecord.of(own), what="tokenizer", against=against
         )
     ]
-    if findings[0].verdict == PROVEN and own.get_vocab() != loaded.tokenizer.get_vocab():
-        findings[0] = Finding("tokenizer", CONTRADICTED, "its vocabulary is not the float model's")
+    if findings[0].verdict == PROVEN:
+        if own.get_vocab() != loaded.tokenizer.get_vocab():
+            findings[0] = Finding("tokenizer", CONTRADICTED, "its vocabulary is not the float model's")
+        elif differing := _differing_parts(own, loaded.tokenizer):
+            findings[0] = Finding("tokenizer", CONTRADICTED, f"its {', '.join(differing)} is not the float model's")
     templates = [_templates(each) for each in (own, loaded.tokenizer)]
     if templates[0] == templates[1]:
         findings.append(Finding("chat template", PROVEN))
@@ -143,7 +159,7 @@ def compare_generation(folder: Path, model: Any) -> Finding:
     return Finding("generation settings", CONTRADICTED, shown)
 
 
-def _tensor_fault(stored: torch.Tensor, wanted: torch.Tensor) -> str | None:
+def _tensor_fault(stored: torch.Tensor, wanted: torch.Tensor, source: torch.dtype) -> str | None:
     """Return what is wrong with a stored tensor, as the end of a sentence; None if it is the float model's."""
     if tuple(stored.shape) != tuple(wanted.shape):
         return f"has the shape {tuple(stored.shape)}, the float model's {tuple(wanted.shape)}"
@@ -153,9 +169,10 @@ def _tensor_fault(stored: torch.Tensor, wanted: torch.Tensor) -> str | None:
         return "has other numbers than the float model's"
     difference = (stored.to(torch.float32) - wanted.to(torch.float32)).abs()
     size = wanted.to(torch.float32).abs()
-    # Below the smallest ordinary number of float16 rounding is absolute.
-    if stored.dtype != torch.float32 and bool((difference <= _ONE_ROUNDING * size + 2.0**-24).all()):
-        return None
+    if stored.dtype != source and stored.dtype in _ONE_ROUNDING:
+        share, least = _ONE_ROUNDING[stored.dtype]
+        if bool((difference <= share * size + least).all()):
+            return None
     relative = float(difference.max() / size.max().clamp(min=torch.finfo(torch.float32).tiny))
     return f"differs from the float model's by up to {relative:.1e} of its largest number"
 
@@ -182,6 +199,16 @@ def _flat(values: Mapping[str, Any], front: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{front}{key}.")
         else:
             yield f"{front}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _differing_parts(own: Any, reference: Any) -> list[str]:
+    """Return which parts of two tokenizers differ, though both make the same ids of the probes."""
+    backends: list[Any] = [getattr(each, "backend_tokenizer", None) for each in (own, reference)]
+    parts: list[str] = []
+    if all(hasattr(backend, "to_str") for backend in backends):
+        mine, theirs = (json.loads(backend.to_str()) for backend in backends)
+        parts = [name for name in _TOKENIZER_PARTS if mine.get(name) != theirs.get(name)]
+    return parts + [name for name in _TOKENIZER_SETTINGS if getattr(own, name, None) != getattr(reference, name, None)]
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:

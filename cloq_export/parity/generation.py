@@ -63,6 +63,10 @@ def judge_texts(
                 f"the runtime stopped behind {len(text)} of {max_new_tokens} tokens of prompt {number}, and the model "
                 "has no token that ends a text."
             )
+        if len(text) > place + 1:
+            raise ShapeError(
+                f"the runtime wrote {len(text) - place - 1} tokens behind the end of the text of prompt {number}."
+            )
         written.append(list(text[:place]))
         ends.append(end_tokens if place < max_new_tokens and end_tokens else None)
     gaps = reference.token_gaps(prompts, written, [adapter] * len(prompts), ends)

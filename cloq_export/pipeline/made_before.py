@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from cloq_export.formats.onnx.reading import OnnxExport
     from cloq_export.pipeline.verification import VerifyOptions
 
+# Of the declared cost of an export's form: rounding both factors to bfloat16, 2u + u^2.
+_LARGEST_DECLARED = 2 * 2.0**-8
+
 
 @dataclasses.dataclass(frozen=True)
 class MadeBefore:
@@ -60,6 +63,8 @@ class MadeBefore:
         unread: why a record is missing or cannot be read: of the base, and of adapters.
         expected: whether the export says that it carries a record.
         run: the run directory that it is compared with, or None.
+        serves_all: whether all adapters that lie there are served, and none was chosen.
+        is_run: whether a run directory itself is verified.
     """
 
     checkpoint: Checkpoint | OnnxExport
@@ -69,6 +74,8 @@ class MadeBefore:
     unread: tuple[Finding, ...]
     expected: bool
     run: RunDirectory | None
+    serves_all: bool
+    is_run: bool
 
     @classmethod
     def read(
@@ -79,6 +86,7 @@ class MadeBefore:
         adapters: Mapping[str, Adapter],
         *,
         run: Path | None,
+        serves_all: bool,
     ) -> MadeBefore:
         """Read the records of an export and of its adapters.
 
@@ -88,6 +96,7 @@ class MadeBefore:
             folders: name -> folder of an adapter.
             adapters: name -> adapter.
             run: the run that the export was made from, if it is at hand.
+            serves_all: as in the class.
 
         Raises:
             RunDirectoryError: there is no run at `run`.
@@ -105,7 +114,7 @@ class MadeBefore:
             if found is not None:
                 records[name] = found
         expected = bool(unread) or _promises_record(export)
-        return cls(checkpoint, adapters, base, records, tuple(unread), expected, of_run)
+        return cls(checkpoint, adapters, base, records, tuple(unread), expected, of_run, serves_all, own is not None)
 
     @property
     def is_judged(self) -> bool:
@@ -196,6 +205,7 @@ class MadeBefore:
                 if self.expected
                 else Finding("codes", NOT_RECORDED, "nothing recorded them when they were made")
             )
+        findings += self._findings_of_names()
         for name, adapter in self.adapters.items():
             if name in self.records:
                 findings.append(
@@ -240,6 +250,24 @@ class MadeBefore:
             # It was asked for; what differs is judged by its tensors and its tokenizer.
             return [Finding("reference", NOT_PROVEN, reason)]
         return [Finding("reference", CONTRADICTED, f"{reason}; give that one, or --other-reference"), *findings]
+
+    def _findings_of_names(self) -> list[Finding]:
+        """Return which adapters are gone, stand under another name, or would be served in part."""
+        findings = []
+        gone = sorted(set(self.base.adapters) - set(self.adapters)) if self.base is not None and self.serves_all else []
+        for name in gone:
+            reason = "the export was written with it, and it is not there"
+            findings.append(Finding(f"adapter {name}", CONTRADICTED, reason))
+        for name, adapter in self.adapters.items():
+            record, what = self.records.get(name), f"adapter {name}"
+            if record is not None and self.is_run and self.serves_all and record.name != name:
+                findings.append(Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}"))
+            left_out = _left_out(adapter) if record is not None else []
+            if left_out:
+                more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+                reason = f"adapter_config.json leaves out {left_out[0]}{more}, whose pairs the file holds"
+                findings.append(Finding(what, CONTRADICTED, reason))
+        return findings
 
     def _without_record(self, name: str) -> Finding:
         what = f"adapter {name}"
@@ -296,7 +324,7 @@ def compare_float_part(checkpoint: Checkpoint | OnnxExport, loaded: LoadedModel)
     """
     findings = [compare_config(checkpoint.config, loaded.model, str(checkpoint.folder / "config.json"))]
     if isinstance(checkpoint, Checkpoint):
-        findings.append(compare_tensors(checkpoint, loaded.model))
+        findings.append(compare_tensors(checkpoint, loaded))
     return [
         *findings,
         *compare_tokenizer(checkpoint.folder, loaded),
@@ -323,4 +351,17 @@ def _promises_record(export: Path) -> bool:
 
 def _declared_error(adapter: Adapter) -> float:
     value = adapter.extra.get(LARGEST_PRODUCT_ERROR, 0.0)
-    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0
+    changed = adapter.extra.get("split") or adapter.extra.get("uniform")
+    # No form that an export writes costs more than rounding both factors to bfloat16 does.
+    return float(value) if changed and isinstance(value, (int, float)) and 0 <= value <= _LARGEST_DECLARED else 0.0
+
+
+def _left_out(adapter: Adapter) -> list[str]:
+    """Return the modules that PEFT and engines would leave out, going by adapter_config.json alone."""
+    config = adapter.config
+    named = config.get("target_modules")
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return sorted(adapter.pairs)
+    if not isinstance(named, list):
+        return []  # a pattern: PEFT's own reading of it is as good as ours
+    return sorted(module for module in adapter.pairs if not any(f".{module}".endswith(f".{name}") for name in named))

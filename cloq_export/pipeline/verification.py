@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from cloq_export.calibrate.data import evaluation_text, evaluation_tokens, tokenize_text
-from cloq_export.errors import CalibrationError, CloqError, FormatError, GateMissedError, UsageError
+from cloq_export.errors import CalibrationError, FormatError, GateMissedError, UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
@@ -219,7 +219,7 @@ class _Plan:
                 f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
             )
         checkpoint, folders, adapters = (_read_onnx if is_onnx_export(export) else _read_checkpoint)(export, options)
-        made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run)
+        made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
             options.dtype,
             min(spec.bits for spec in checkpoint.specs.values()),
@@ -771,7 +771,7 @@ class _Verification:
         """Note what could not be measured, and go on: its figures stay missing, and the gates on them miss."""
         try:
             yield
-        except (CloqError, NotImplementedError) as error:
+        except Exception as error:  # an engine raises whatever it runs into; what it did not answer is missing
             reason = " ".join(str(error).split()) or type(error).__name__
             self.missing.append({"what": what, "reason": reason})
             self.session.say(f"{what} could not be measured: {reason}")

@@ -221,7 +221,7 @@ class AdapterRecord:
                 base_fingerprint=_text(found["base_fingerprint"]),
                 pairs={module: _read_pair(entry) for module, entry in found["pairs"].items()},
                 probe=None if found["probe"] is None else _read_probe(found["probe"]),
-                training=None if found["training"] is None else TrainingRecord(**found["training"]),
+                training=None if found["training"] is None else _read_training(found["training"]),
             )
 
 
@@ -288,6 +288,8 @@ class BaseRecord:
         found = _unsealed(content, source)
         with _damaged(source):
             tokenizer, quality = found["tokenizer"], found["quality"]
+            if len(tokenizer["texts"]) != len(PROBE_TEXTS):
+                raise ValueError
             return cls(
                 model=_text(found["model"]),
                 source_fingerprint=_text(found["source_fingerprint"]),
@@ -299,7 +301,7 @@ class BaseRecord:
                     dict(tokenizer["special"]),
                 ),
                 probes={name: _read_probe(probe) for name, probe in found["probes"].items()},
-                quality=None if quality is None else Quality(**quality),
+                quality=None if quality is None else _read_quality(quality),
                 adapters=dict(found["adapters"]),
             )
 
@@ -434,6 +436,8 @@ def _text(value: Any) -> str:
 
 
 def _read_pair(entry: Mapping[str, Any]) -> PairRecord:
+    if len(entry["sketch"]) != _SKETCHES:
+        raise ValueError
     return PairRecord(
         _text(entry["sha256"]),
         int(entry["rank"]),
@@ -444,8 +448,29 @@ def _read_pair(entry: Mapping[str, Any]) -> PairRecord:
 
 
 def _read_probe(entry: Mapping[str, Any]) -> ProbeRecord:
+    lengths = [(len(ids), len(values)) for ids, values in zip(entry["token_ids"], entry["logprobs"], strict=True)]
+    if not lengths or any(ids < 2 or values != ids - 1 for ids, values in lengths):
+        raise ValueError
     return ProbeRecord(
         _text(entry["precision"]),
         tuple(tuple(map(int, ids)) for ids in entry["token_ids"]),
         tuple(tuple(map(float, values)) for values in entry["logprobs"]),
     )
+
+
+def _read_training(entry: Mapping[str, Any]) -> TrainingRecord:
+    read = TrainingRecord(**entry)
+    losses = [value for value in (read.kept_loss, read.last_loss) if value is not None]
+    numbers = (read.steps, read.kept_step, read.learning_rate, read.seed, *losses)
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        raise ValueError
+    for text in (read.data_sha256, read.start, read.questions):
+        _text(text)
+    return read
+
+
+def _read_quality(entry: Mapping[str, Any]) -> Quality:
+    read = Quality(**entry)
+    if not all(isinstance(value, (int, float)) and value > 0 for value in read.ratio.values()):
+        raise ValueError
+    return read

@@ -260,6 +260,24 @@ def _delete_record(export: Path) -> None:
     (export / PROVENANCE_NAME).unlink()
 
 
+def _leave_out_modules(export: Path) -> None:
+    edit_json(
+        export / "adapters" / "one" / "adapter_config.json", lambda content: content.update(target_modules=["q_proj"])
+    )
+
+
+def _delete_adapter(export: Path) -> None:
+    shutil.rmtree(export / "adapters" / "one")
+
+
+def _declare_any_error(export: Path) -> None:
+    _round_to_bfloat16(export)
+    edit_json(
+        export / "adapters" / "one" / "cloq_adapter.json",
+        lambda content: content["extra"].update(largest_product_error=0.9, split="balanced"),
+    )
+
+
 BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "folders of two adapters exchanged": (_swap_folders, "exchanged"),
     "weights of two adapters exchanged": (_swap_weights, "its pairs are those of two"),
@@ -276,6 +294,9 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "the record edited": (_edit_record, "was edited after it was written"),
     "the adapter's record edited": (_edit_adapter_record, "was edited after it was written"),
     "the record of another version": (_other_version, "is of version 99"),
+    "target modules left out of the config": (_leave_out_modules, "adapter_config.json leaves out"),
+    "an adapter deleted": (_delete_adapter, "the export was written with it, and it is not there"),
+    "a cost declared that no form has": (_declare_any_error, "was rounded after it was made"),
     "the record deleted": (_delete_record, "the record that the certificate speaks of is missing"),
 }
 
@@ -329,6 +350,10 @@ def _other_end(export: Path) -> None:
     edit_json(export / "tokenizer_config.json", lambda content: content.update(eos_token="w3"))
 
 
+def _add_decoder(export: Path) -> None:
+    edit_json(export / "tokenizer.json", lambda content: content.update(decoder={"type": "Fuse"}))
+
+
 def _add_template(export: Path) -> None:
     (export / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
@@ -358,6 +383,12 @@ FLOAT_PART: dict[str, tuple[Fault, str]] = {
     "two words of the vocabulary exchanged": (_reorder_vocabulary, "vocabulary is not the float model's"),
     "the pre-tokenizer": (_lose_spaces, "probe text 1 becomes other token ids"),
     "the end token of the tokenizer": (_other_end, "eos_token is another token"),
+    "the model's class": (_edit_config(architectures=["LlamaForCausalLM"]), "architectures is ['LlamaForCausalLM']"),
+    "a tied head over two matrices": (
+        _edit_config(tie_word_embeddings=True),
+        "the files hold two matrices that differ",
+    ),
+    "the decoder of the tokenizer": (_add_decoder, "its decoder is not the float model's"),
     "a chat template": (_add_template, "chat template: default is not the float model's"),
     "generation settings": (_edit_generation, "temperature is 0.2"),
 }
