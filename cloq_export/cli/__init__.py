@@ -5,16 +5,12 @@ Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted, 14
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -22,6 +18,7 @@ import click
 from cloq_export import __version__
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, write_line
 from cloq_export.errors import CloqError
+from cloq_export.run.termination import Termination, interrupted_by_termination
 from cloq_export.run.versions import require_versions
 
 # verb -> its line in `cloq --help`; the command is `command` in the module of the same name.
@@ -60,10 +57,6 @@ _OF_THE_SYSTEM = {
 
 class _EndedFromOutsideError(Exception):
     """A signal or a closed pipe, its cause, on its way past click."""
-
-
-class _Termination(KeyboardInterrupt):
-    """SIGTERM; whatever handles Ctrl-C handles it too."""
 
 
 class _VerbGroup(click.Group):
@@ -113,7 +106,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; unexpected exceptions keep their traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with prepared_streams(), _interrupted_by_termination():
+    with prepared_streams(), interrupted_by_termination():
         try:
             return _run(arguments)
         except _EndedFromOutsideError as error:
@@ -153,21 +146,4 @@ def _tell_interrupt(arguments: list[str], interrupt: BaseException | None) -> in
     keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
     rest = "the same command continues where it stopped" if keeps else "nothing was written"
     write_line(f"interrupted: {rest}.", sys.stderr)
-    return _TERMINATED if isinstance(interrupt, _Termination) else _INTERRUPTED
-
-
-@contextlib.contextmanager
-def _interrupted_by_termination() -> Iterator[None]:
-    """Let SIGTERM end a verb in order, as Ctrl-C does: batch systems send it before they kill."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Termination
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _TERMINATED if isinstance(interrupt, Termination) else _INTERRUPTED

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +16,7 @@ from cloq_export.formats.peft import is_adapter
 from cloq_export.recipe import Recipe
 from cloq_export.run.directory import RunDirectory
 from cloq_export.run.progress import show_waiting
+from cloq_export.run.termination import interrupted_by_termination
 from cloq_export.runtimes.checkpoint import ADAPTERS_NAME, checkpoint_folder
 from cloq_export.runtimes.vllm_plugin.adapters import check_name
 from cloq_export.runtimes.vllm_server import ServerPlan, VllmServer, curl_line, plan_server
@@ -88,7 +86,7 @@ def serve(
     """
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
-    with contextlib.suppress(KeyboardInterrupt), _interrupted_by_termination():
+    with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
         errors = sys.stderr  # a bar stands in for it while it is shown
         what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
         with show_waiting(what, console) as waiting:
@@ -166,20 +164,3 @@ def _describe(plan: ServerPlan, models: list[str]) -> dict[str, Any]:
         "curl": curl_line(plan),
         "notes": notes,
     }
-
-
-@contextlib.contextmanager
-def _interrupted_by_termination() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that the server is stopped in order."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
