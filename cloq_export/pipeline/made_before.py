@@ -274,7 +274,7 @@ class MadeBefore:
         if self.base is not None and self.base.adapters.get(name) is not None:
             return Finding(what, CONTRADICTED, "its folder holds no record, and the export was written with one")
         if self.base is not None and name not in self.base.adapters:
-            return Finding(what, NOT_PROVEN, "it lies outside the export and carries no record of how it was made")
+            return Finding(what, NOT_PROVEN, "it carries no record of how it was made")
         return Finding(what, NOT_RECORDED, "nothing recorded it when it was made")
 
     def _findings_of_run(self, digests: Mapping[str, str], fingerprint: str) -> list[Finding]:
