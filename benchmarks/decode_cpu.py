@@ -146,8 +146,8 @@ class Files:
         """Write the model rounded to nearest, group 64, as a checkpoint; return its folder."""
         import torch
 
+        from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
         from cloq_export.formats.registry import LAYOUTS
-        from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
         from cloq_export.types import QuantizedLayer, QuantSpec
 
         model, spec = self.float_model(), QuantSpec(bits, 64)
@@ -194,8 +194,8 @@ def add_adapters(model: Any, count: int) -> list[str]:
     import torch
     from peft import LoraConfig
 
-    from cloq_export.runtimes.packed_linear import PackedLinear
-    from cloq_export.runtimes.packed_lora import PackedLoraLinear
+    from cloq_export.engines.packed_linear import PackedLinear
+    from cloq_export.engines.packed_lora import PackedLoraLinear
 
     names = [f"adapter{index}" for index in range(count)]
     targets = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -321,7 +321,7 @@ class Bench:
         """Measure transformers in float, and `cloq_export.load`."""
         import torch
 
-        from cloq_export.runtimes.hf import load
+        from cloq_export.engines.transformers import load
 
         if "transformers" in self.engines:
             todo = self.missing(files.label, "transformers", None, [0])
@@ -376,7 +376,7 @@ def call_vllm(python: str, job: Mapping[str, Any], threads: int, variables: Mapp
     Raises:
         SystemExit: it failed; the end of its output is shown.
     """
-    from cloq_export.runtimes.vllm_engine import engine_environment
+    from cloq_export.engines.vllm.engine import engine_environment
 
     result = place / "result.json"
     result.unlink(missing_ok=True)
@@ -470,10 +470,10 @@ def main() -> None:
         return
     import torch
 
+    from cloq_export.engines.vllm.server import engine_facts
+    from cloq_export.files.atomic import write_json
+    from cloq_export.files.versions import environment
     from cloq_export.kernels import cpu
-    from cloq_export.run.atomic import write_json
-    from cloq_export.run.versions import environment
-    from cloq_export.runtimes.vllm_server import engine_facts
 
     if options.threads:
         torch.set_num_threads(options.threads)

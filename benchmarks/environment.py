@@ -11,15 +11,15 @@ from typing import Any
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Return what this process runs on; see `cloq_export.run.hardware`."""
-    from cloq_export.run.hardware import describe_hardware as describe
+    """Return what this process runs on; see `cloq_export.process.hardware`."""
+    from cloq_export.process.hardware import describe_hardware as describe
 
     return describe()
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:
     """Return the hardware in one line."""
-    from cloq_export.run.hardware import hardware_line as line
+    from cloq_export.process.hardware import hardware_line as line
 
     return line(hardware)
 
@@ -76,7 +76,7 @@ def perturbed_adapters(source: Path, place: Path, count: int, *, share: float = 
     import torch
 
     from cloq_export.formats.peft import read_adapter, write_adapter
-    from cloq_export.pipeline.recording import note_adapter
+    from cloq_export.verbs.recording import note_adapter
 
     adapter = read_adapter(source)
     folders = {}

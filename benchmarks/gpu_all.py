@@ -25,7 +25,7 @@ import torch
 from environment import describe_hardware
 from gpu_clock import describe_device, device_of
 
-from cloq_export.run.atomic import write_json
+from cloq_export.files.atomic import write_json
 
 HERE = Path(__file__).resolve().parent
 _SHOWN_CHARACTERS = 4000

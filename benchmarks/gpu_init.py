@@ -27,13 +27,13 @@ import torch
 from gpu_clock import describe_device, device_of, measure_ceilings, release, synchronize
 from rich.console import Console
 
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.plan import make_plan
+from cloq_export.compress.walk import BlockWalk
 from cloq_export.errors import CloqError
+from cloq_export.files.atomic import write_json
 from cloq_export.models.blocks import find_blocks
-from cloq_export.pipeline.compress import BlockWalk
-from cloq_export.pipeline.plan import make_plan
 from cloq_export.recipe import Recipe
-from cloq_export.run.atomic import write_json
-from cloq_export.run.directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)

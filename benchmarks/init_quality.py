@@ -26,8 +26,8 @@ from typing import Any
 from environment import describe_hardware, hardware_line, model_folder, put_into
 
 from cloq_export.errors import CloqError
+from cloq_export.files.atomic import write_json
 from cloq_export.recipe import PRESETS, Recipe
-from cloq_export.run.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "init_quality.json"
@@ -125,7 +125,7 @@ class JudgedText:
 
 def judged_texts(tokenizer: Any, options: argparse.Namespace) -> list[JudgedText]:
     """Return the three texts; `test` and `rest` are two parts of one file, and nothing is in both."""
-    from cloq_export.calibrate.data import evaluation_text, tokenize_text
+    from cloq_export.texts.corpora import evaluation_text, tokenize_text
 
     wikitext, problems = evaluation_text("wikitext2"), evaluation_text("gsm8k")
     ids = tokenize_text(tokenizer, wikitext.text)
@@ -243,8 +243,8 @@ def measure_setting(
     """Compress with one recipe and measure what the files hold."""
     from rich.console import Console
 
-    from cloq_export import pipeline
-    from cloq_export.runtimes.hf import dequantized_model, load
+    from cloq_export import verbs
+    from cloq_export.engines.transformers import dequantized_model, load
 
     kinds = [("quantized", None), ("adapter", recipe.adapter_name)] if has_adapter(recipe) else [("quantized", None)]
     # Q alone is what a setting without an adapter has; elsewhere it is not what is optimised, and can be left out.
@@ -257,7 +257,7 @@ def measure_setting(
         return
     with tempfile.TemporaryDirectory(prefix="run-", dir=options.out) as folder:
         run = Path(folder) / "run"
-        summary = pipeline.run(recipe, run, console=Console(file=io.StringIO()))
+        summary = verbs.run(recipe, run, console=Console(file=io.StringIO()))
         stages = summary["seconds"]
         # The same stages as benchmarks/init_speed.py: not reading, writing or measuring.
         compressing = stages["forward and statistics"] + stages["solve"] + stages.get("refine", 0.0)
@@ -305,7 +305,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     """Measure everything that is asked and not yet in the file; return the exit code."""
     from transformers import AutoTokenizer
 
-    from cloq_export.run.versions import environment
+    from cloq_export.files.versions import environment
 
     names, failed = _chosen_settings(options.settings), []
     if options.out:

@@ -84,9 +84,9 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from cloq_export.pipeline import verbs
-    from cloq_export.pipeline.compress import BlockWalk
+    from cloq_export.compress.walk import BlockWalk
     from cloq_export.recipe import Recipe
+    from cloq_export.verbs import verbs
 
     result: dict[str, Any] = {}
 
@@ -205,8 +205,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Make what both sides are given: the model as a folder, and the token ids of the calibration windows."""
     from transformers import AutoTokenizer
 
-    from cloq_export.calibrate.data import load_text, sample_windows, tokenize_text
-    from cloq_export.run.versions import environment
+    from cloq_export.files.versions import environment
+    from cloq_export.texts.corpora import load_text, sample_windows, tokenize_text
 
     folder = model_folder(job["model"], Path(job["folder"]) / "model")
     text = load_text(job["calibration"])
@@ -385,7 +385,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Run both sides in turns; return the report."""
-    from cloq_export.run.atomic import write_json
+    from cloq_export.files.atomic import write_json
 
     peer_python = options.peer_python or make_peer_venv()
     # Not resolved: in a virtual environment the interpreter is a link, and the link is what finds the packages.

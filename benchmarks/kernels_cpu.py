@@ -408,8 +408,8 @@ def peers_of(pythons: list[str]) -> dict[str, str]:
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Run all engines in turns; return the report."""
+    from cloq_export.files.versions import environment
     from cloq_export.kernels import cpu
-    from cloq_export.run.versions import environment
 
     engines = {"cloq": sys.executable, **peers_of(options.peer_python)}
     job = {
@@ -547,7 +547,7 @@ def main() -> None:
         report = json.loads(options.render.read_text(encoding="utf-8"))
         put_into(options.into, "kernels_cpu", markdown(report, [4096, 4096]))
         return
-    from cloq_export.run.atomic import write_json
+    from cloq_export.files.atomic import write_json
 
     report = run_benchmark(options)
     if options.json:

@@ -28,11 +28,11 @@ import torch
 from gpu_clock import describe_device, device_of, measure_ceilings, median_seconds, release, ring
 
 from cloq_export import kernels
+from cloq_export.files.atomic import write_json
 from cloq_export.kernels import dispatch
 from cloq_export.kernels import triton as triton_kernels
 from cloq_export.kernels.reference import linear as reference
 from cloq_export.kernels.reference.lora import compute_packed_lora_linear
-from cloq_export.run.atomic import write_json
 
 Row = dict[str, Any]
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -27,21 +27,21 @@ import onnxruntime
 import torch
 from environment import describe_hardware, hardware_line, model_folder
 
-from cloq_export.calibrate.data import evaluation_text, tokenize_text
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.engines.onnx.engine import OnnxModel
+from cloq_export.engines.onnx.export import export_onnx
+from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, build_graph
+from cloq_export.engines.protocol import float_model
+from cloq_export.engines.transformers import dequantized_model
+from cloq_export.files.atomic import write_json
+from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx.record import ADAPTER_NAME
 from cloq_export.models.source import LoadedModel, open_model, quiet_transformers, save_source_files
-from cloq_export.parity.runtime import float_model
-from cloq_export.pipeline import ExportOptions, export
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
-from cloq_export.run.atomic import write_json
-from cloq_export.run.fingerprint import base_fingerprint
-from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
-from cloq_export.runtimes.hf import dequantized_model
-from cloq_export.runtimes.onnx_export import export_onnx
-from cloq_export.runtimes.onnx_float_graph import GENAI_CONFIG, build_graph
-from cloq_export.runtimes.onnx_runtime import OnnxModel
+from cloq_export.texts.corpora import evaluation_text, tokenize_text
 from cloq_export.types import QuantizedLayer, QuantSpec
+from cloq_export.verbs import ExportOptions, export
 
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 PROMPT_TOKENS = 16

@@ -22,7 +22,7 @@ from typing import Any
 
 from environment import describe_hardware, hardware_line
 
-from cloq_export.run.atomic import write_json
+from cloq_export.files.atomic import write_json
 
 STYLES = ("matmulnbits", "qdq")
 
@@ -58,12 +58,12 @@ def make_float_graph(run: Path, place: Path) -> None:
     """Write the float graph of a run's dequantized base to `place`, and say where in `graph.json`."""
     import torch
 
+    from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
+    from cloq_export.artifact.merged import export_merged
+    from cloq_export.artifact.run_directory import RunDirectory
+    from cloq_export.engines.onnx.float_graph import build_graph
+    from cloq_export.files.fingerprint import base_fingerprint
     from cloq_export.models.source import open_model, save_source_files
-    from cloq_export.run.directory import RunDirectory
-    from cloq_export.run.fingerprint import base_fingerprint
-    from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource
-    from cloq_export.runtimes.merged import export_merged
-    from cloq_export.runtimes.onnx_float_graph import build_graph
 
     directory = RunDirectory.open(run)
     layers = LayerSource.of_run(directory)
@@ -79,9 +79,9 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
     """Quantize the float graph in `place` and return the memory that it took."""
     import onnx_ir
 
+    from cloq_export.artifact.checkpoint_writer import LayerSource
+    from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.formats.onnx.graph import GraphLayers, quantize_graph
-    from cloq_export.run.directory import RunDirectory
-    from cloq_export.runtimes.checkpoint_writer import LayerSource
 
     made = json.loads((place / "graph.json").read_text())
     layers = LayerSource.of_run(RunDirectory.open(run))

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from environment import describe_hardware, hardware_line
 
+from cloq_export.files.atomic import write_json
+from cloq_export.files.versions import environment
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
-from cloq_export.run.atomic import write_json
-from cloq_export.run.versions import environment
 
 
 def check(codes: torch.Tensor, bits: int) -> None:

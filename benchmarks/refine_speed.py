@@ -19,8 +19,8 @@ from typing import Any
 
 from environment import describe_hardware, hardware_line
 
-from cloq_export.run.atomic import write_json
-from cloq_export.run.versions import environment
+from cloq_export.files.atomic import write_json
+from cloq_export.files.versions import environment
 
 # What AutoRound does unless told otherwise; its worker tells it nothing else.
 ITERATIONS, WINDOWS_PER_ITERATION = 200, 8
@@ -42,9 +42,11 @@ def cut_model(name: str, blocks: int, folder: Path) -> None:
 
 def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """Run the package with `--refine block`; solving the start of each block is part of the time."""
-    from cloq_export.pipeline import compress, refining, run
-    from cloq_export.pipeline.row_folder import making_seconds
+    from cloq_export.compress import block_refined as refining
+    from cloq_export.compress import walk as compress
+    from cloq_export.lab.row_folder import making_seconds
     from cloq_export.recipe import Recipe
+    from cloq_export.verbs import run
 
     if job["same_tokens"]:
         compress.TOKENS_PER_STEP = WINDOWS_PER_ITERATION * job["recipe"]["seqlen"]  # type: ignore[misc]
@@ -65,10 +67,10 @@ def measure_autoround(job: dict[str, Any]) -> dict[str, Any]:
     """Run AutoRound with its defaults, in its own environment."""
     from rich.console import Console
 
-    from cloq_export.calibrate.data import calibration_windows, load_text
+    from cloq_export.lab.peers import run_peer
     from cloq_export.models.source import open_model
-    from cloq_export.pipeline.peers import run_peer
     from cloq_export.recipe import Recipe
+    from cloq_export.texts.corpora import calibration_windows, load_text
 
     recipe = Recipe.from_mapping(job["recipe"])
     tokenizer, text = open_model(recipe.model).tokenizer, load_text(recipe.calibration)

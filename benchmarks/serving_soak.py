@@ -33,11 +33,11 @@ from typing import Any
 import torch
 from environment import describe_hardware, hardware_line, perturbed_adapters
 
+from cloq_export.engines.vllm.server import ServerClient, engine_facts
 from cloq_export.errors import CloqError
-from cloq_export.pipeline.serving import served_adapters
-from cloq_export.run.atomic import write_json
-from cloq_export.run.versions import environment
-from cloq_export.runtimes.vllm_server import ServerClient, engine_facts
+from cloq_export.files.atomic import write_json
+from cloq_export.files.versions import environment
+from cloq_export.verbs.serving import served_adapters
 
 # Single and batched products add the same numbers in another order.
 LIMIT = 1e-3
@@ -257,8 +257,8 @@ def cut_prompts(export: Path, count: int) -> list[list[int]]:
     """Return prompts of 8 to 24 tokens out of the standard library's text."""
     from transformers import AutoTokenizer
 
-    from cloq_export.calibrate.data import load_text
-    from cloq_export.runtimes.checkpoint import checkpoint_folder
+    from cloq_export.artifact.checkpoint import checkpoint_folder
+    from cloq_export.texts.corpora import load_text
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(export))
     ids = tokenizer(load_text("embedded").text[:50_000], verbose=False)["input_ids"]

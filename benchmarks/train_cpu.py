@@ -20,7 +20,7 @@ from typing import Any
 
 from environment import describe_hardware, hardware_line
 
-from cloq_export.run.atomic import write_json
+from cloq_export.files.atomic import write_json
 
 SIDES = ("packed", "bfloat16")
 
@@ -30,11 +30,11 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
     import torch
 
     import cloq_export
+    from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.formats.peft import read_adapter
-    from cloq_export.models.host_memory import MemoryWatch
+    from cloq_export.lab.comparing import attach_pairs
     from cloq_export.models.source import open_model
-    from cloq_export.pipeline.comparing import attach_pairs
-    from cloq_export.run.directory import RunDirectory
+    from cloq_export.process.host_memory import MemoryWatch
     from cloq_export.train.loss import next_token_loss
 
     torch.set_num_threads(threads)

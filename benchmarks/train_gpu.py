@@ -24,8 +24,8 @@ from gpu_clock import describe_device, device_of, release, synchronize
 from gpu_init import SHAPES
 from torch import nn
 
-from cloq_export.run.atomic import write_json
-from cloq_export.runtimes.packed_linear import PackedLinear
+from cloq_export.engines.packed_linear import PackedLinear
+from cloq_export.files.atomic import write_json
 
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _VOCABULARY = 32000

@@ -15,7 +15,7 @@ import pytest
 
 
 def _tasks(text: str) -> tuple[str, ...]:
-    from cloq_export.run.spelled_paths import split_list
+    from cloq_export.files.spelled_paths import split_list
 
     return tuple(dict.fromkeys(task for task in split_list(text, ",", label="=") if task))
 
@@ -79,7 +79,7 @@ class ParityGate(pytest.Collector):
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yield one test for each limit, known from headers and the gate file alone."""
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         errors = importlib.import_module("cloq_export.errors")
         try:
             limits = pipeline.planned_gates(*self._arguments())
@@ -93,7 +93,7 @@ class ParityGate(pytest.Collector):
         if self.failure is not None:
             raise self.failure
         if self.report is None:
-            pipeline = importlib.import_module("cloq_export.pipeline")
+            pipeline = importlib.import_module("cloq_export.verbs")
             with warnings.catch_warnings():
                 # A suite that turns warnings into errors means its own code, not the libraries that load a model.
                 warnings.simplefilter("ignore")
@@ -105,7 +105,7 @@ class ParityGate(pytest.Collector):
         return self.report
 
     def _arguments(self) -> tuple[Path, Any]:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         chosen = {name: self.config.getoption(f"--cloq-{name}") for name in _OPTIONS}
         given = {name: value for name, value in chosen.items() if value is not None}
         options = pipeline.VerifyOptions(adapters=tuple(self.config.getoption("--cloq-adapter")), **given)

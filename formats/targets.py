@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from cloq_export.errors import UsageError
-from cloq_export.run.atomic import write_bytes
+from cloq_export.files.atomic import write_bytes
 
 if TYPE_CHECKING:
     # QuantSpec lives beside tensors; this module itself needs no torch.

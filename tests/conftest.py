@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ("quantized_checkpoints", "tiny_causal_models", "tiny_runs")
+
 # Without a GPU, all of Triton is interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

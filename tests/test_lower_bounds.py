@@ -15,8 +15,8 @@ from packaging.version import Version
 
 from cloq_export.cli import main
 from cloq_export.errors import MissingPackageError
-from cloq_export.run import versions
-from cloq_export.run.versions import LOWEST, LOWEST_OF_EXTRAS, require_versions
+from cloq_export.files import versions
+from cloq_export.files.versions import LOWEST, LOWEST_OF_EXTRAS, require_versions
 
 tomllib = pytest.importorskip("tomllib", reason="part of Python 3.11")
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def test_the_lowest_versions_work_together(tmp_path: Path):
     pins = [f"{name}=={version}" for name, version in wanted.items() if name != "torch"]
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, *pins], check=True, timeout=900)
-    chosen = ("models/test_source", "pipeline/test_run", "pipeline/test_finetune", "runtimes/test_model_card")
+    chosen = ("models/test_source", "verbs/test_run", "verbs/test_finetune", "artifact/test_model_card")
     files = [str(ROOT / "tests" / f"{name}.py") for name in chosen]
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files],

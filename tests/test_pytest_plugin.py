@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cloq_export import pipeline
+from cloq_export import verbs
 from cloq_export.errors import SourceError, UsageError
 from cloq_export.parity.gate import judge
 
@@ -41,8 +41,8 @@ class Played:
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     stand_in = Played()
-    monkeypatch.setattr(pipeline, "verify", stand_in.verify)
-    monkeypatch.setattr(pipeline, "planned_gates", stand_in.planned_gates)
+    monkeypatch.setattr(verbs, "verify", stand_in.verify)
+    monkeypatch.setattr(verbs, "planned_gates", stand_in.planned_gates)
     return stand_in
 
 

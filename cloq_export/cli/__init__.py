@@ -18,8 +18,8 @@ import click
 from cloq_export import __version__
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, write_line
 from cloq_export.errors import CloqError
-from cloq_export.run.termination import Termination, interrupted_by_termination
-from cloq_export.run.versions import require_versions
+from cloq_export.files.versions import require_versions
+from cloq_export.process.termination import Termination, interrupted_by_termination
 
 # verb -> its line in `cloq --help`; the command is `command` in the module of the same name.
 VERBS = {

@@ -57,7 +57,7 @@ def command(
     from cloq_export.cli.render import render_summary
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         if original is None:
             summary = pipeline.adapt(path, changes, console=console)
         else:

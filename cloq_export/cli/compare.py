@@ -38,7 +38,7 @@ def command(
 
     from cloq_export.cli.output import emit, progress_console
 
-    comparing = importlib.import_module("cloq_export.pipeline.comparing")
+    comparing = importlib.import_module("cloq_export.lab.comparing")
     comparison = comparing.Comparison.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
         result = comparing.compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)

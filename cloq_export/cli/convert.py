@@ -26,7 +26,7 @@ def command(checkpoint: Path, read_as: str | None, as_json: bool, **named: Any) 
     from cloq_export.cli.render import render_export
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         options = pipeline.ExportOptions(**named)
         summary = to_plain(pipeline.convert(checkpoint, options, read_as=read_as, console=console))
     emit(summary, render_export, as_json=as_json)

@@ -22,8 +22,8 @@ from cloq_export.errors import UsageError
 @click.option("--most-steps", type=int, default=4, show_default=True, help="Calculations in a solution, 1 to 4.")
 def command(name: str, out: Path | None, **named: Any) -> None:
     """Write generated examples, one JSON object a line, with `question` and `answer` as GSM8K has them."""
-    from cloq_export.run.atomic import write_bytes
-    from cloq_export.train.word_problems import generate
+    from cloq_export.files.atomic import write_bytes
+    from cloq_export.texts.word_problems import generate
 
     if out is not None and out.suffix.lower() != ".jsonl":
         raise UsageError(f"{out} is no name for JSON lines; end it with .jsonl.")

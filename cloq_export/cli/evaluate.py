@@ -89,7 +89,7 @@ def command(
     from cloq_export.cli.render import render_evaluation
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         measured = pipeline.evaluate(
             path,
             text,

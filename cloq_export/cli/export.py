@@ -21,6 +21,6 @@ def command(run: Path, as_json: bool, **named: Any) -> None:
     from cloq_export.cli.render import render_export
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         summary = to_plain(pipeline.export(run, pipeline.ExportOptions(**named), console=console))
     emit(summary, render_export, as_json=as_json)

@@ -32,7 +32,7 @@ def command(run: Path, as_json: bool, **named: Any) -> None:
     from cloq_export.cli.output import emit, progress_console, to_plain
 
     with progress_console(as_json=as_json) as console:
-        finetuning = importlib.import_module("cloq_export.pipeline.finetuning")
+        finetuning = importlib.import_module("cloq_export.verbs.finetuning")
         summary = to_plain(finetuning.finetune(run, recipe, console=console))
     emit(summary, render_training, as_json=as_json)
 

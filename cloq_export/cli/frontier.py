@@ -39,7 +39,7 @@ def command(
 
     from cloq_export.cli.output import emit, progress_console
 
-    pipeline = importlib.import_module("cloq_export.pipeline.frontier")
+    pipeline = importlib.import_module("cloq_export.lab.frontier")
     frontier = pipeline.Frontier.read(recipe, model=model, full=full)
     with progress_console(as_json=as_json) as console:
         found = pipeline.measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)

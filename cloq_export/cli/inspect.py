@@ -30,6 +30,6 @@ def command(path: Path, verify: bool, adapter: str | None, force: bool, as_json:
     from cloq_export.cli.render import render_inspection
 
     with progress_console(as_json=as_json):
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         result = to_plain(pipeline.inspect(path, verify, adapter=adapter, force=force))
     emit(result, render_inspection, as_json=as_json)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from cloq_export.errors import UsageError
+from cloq_export.files.spelled_paths import expand_user, require_text, split_list
 from cloq_export.recipe import (
     CHOICES,
     DEMO,
@@ -29,7 +30,6 @@ from cloq_export.recipe import (
     parse_setting,
     read_recipe,
 )
-from cloq_export.run.spelled_paths import expand_user, require_text, split_list
 
 
 class _TypedPath(click.Path):

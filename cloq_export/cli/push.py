@@ -27,6 +27,6 @@ def command(
     from cloq_export.cli.render import render_inspection
 
     with progress_console(as_json=as_json):
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         result = to_plain(pipeline.push(folder, repository, private=private, token=token, revision=revision))
     emit(result, render_inspection, as_json=as_json)

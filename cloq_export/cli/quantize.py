@@ -21,6 +21,6 @@ def command(as_json: bool, **options: Any) -> None:
     from cloq_export.cli.render import render_summary
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         summary = to_plain(pipeline.quantize(recipe, out, demo=options["demo"], console=console))
     emit(summary, render_summary, as_json=as_json)

@@ -38,10 +38,10 @@ def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **option
 
     with progress_console(as_json=as_json) as console:
         if recipe.finetune:
-            whole = importlib.import_module("cloq_export.pipeline.finetuned_run")
+            whole = importlib.import_module("cloq_export.verbs.finetuned_run")
             summary = to_plain(whole.run_and_finetune(recipe, out, demo=options["demo"], console=console))
         else:
-            pipeline = importlib.import_module("cloq_export.pipeline")
+            pipeline = importlib.import_module("cloq_export.verbs")
             summary = to_plain(pipeline.run(recipe, out, demo=options["demo"], console=console))
     if gates:
         summary["gates"] = judge_gates(gates, summary.get("perplexity") or {})

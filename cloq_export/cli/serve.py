@@ -58,7 +58,7 @@ def command(export: Path, as_json: bool, **named: Any) -> None:
     """Serve EXPORT, an export or a run, with its adapters until Ctrl-C."""
     from cloq_export.cli.output import emit, progress_console
 
-    serving = importlib.import_module("cloq_export.pipeline.serving")
+    serving = importlib.import_module("cloq_export.verbs.serving")
 
     def announce(served: Mapping[str, Any]) -> None:
         emit(served, render_server, as_json=as_json)

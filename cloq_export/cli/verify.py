@@ -116,7 +116,7 @@ def command(export: Path, reference: str | None, tasks: str, as_json: bool, **na
     from cloq_export.cli.parity_table import render_parity
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.pipeline")
+        pipeline = importlib.import_module("cloq_export.verbs")
         options = pipeline.VerifyOptions(reference=reference, tasks=chosen, **named)
         report = to_plain(pipeline.verify(export, options, console=console))
         missed = pipeline.missed_gates(report)

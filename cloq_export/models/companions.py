@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from cloq_export.errors import SourceError
-from cloq_export.run.safe_paths import require_inside
+from cloq_export.files.safe_paths import require_inside
 
 MAX_BYTES = 512 * 2**20
 """Of one file: the largest vocabularies have some 40 MB, and what is larger is no file of this kind."""

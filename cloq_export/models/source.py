@@ -23,6 +23,11 @@ from cloq_export.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from cloq_export.files.atomic import write_json
+from cloq_export.files.fingerprint import file_fingerprint
+from cloq_export.files.safe_json import read_json
+from cloq_export.files.spelled_paths import expand_user, require_text
+from cloq_export.files.versions import require_versions
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import check_gguf, refuse_other_files
@@ -34,11 +39,6 @@ from cloq_export.models.weight_files import (
     refuse_left_over,
     refuse_quantized,
 )
-from cloq_export.run.atomic import write_json
-from cloq_export.run.fingerprint import file_fingerprint
-from cloq_export.run.safe_json import read_json
-from cloq_export.run.spelled_paths import expand_user, require_text
-from cloq_export.run.versions import require_versions
 
 DEMO_MODEL = "smollm2-demo"
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from cloq_export.errors import SourceError, UnsupportedModelError
-from cloq_export.run.safe_json import read_json
-from cloq_export.run.safe_tensors import TensorFile
+from cloq_export.files.safe_json import read_json
+from cloq_export.files.safe_tensors import TensorFile
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

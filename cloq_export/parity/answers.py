@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cloq_export.engines.decoding import Ended
+from cloq_export.engines.protocol import ServedModel, TransformersModel
 from cloq_export.errors import FormatError, RunDirectoryError
-from cloq_export.parity.decoding import Ended
-from cloq_export.parity.runtime import ServedModel, TransformersModel
-from cloq_export.run.atomic import write_json
-from cloq_export.run.safe_json import read_json
+from cloq_export.files.atomic import write_json
+from cloq_export.files.safe_json import read_json
 from cloq_export.texts.tokens import TextTokens
 
 # What an answer is read as where none can be read.

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.empty_model import tie_entries
+from cloq_export.artifact.provenance import TokenizerRecord
 from cloq_export.errors import CloqError
 from cloq_export.models.source import NO_CODE, LoadedModel, quiet_transformers, read_tokenizer
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
-from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.hf import tie_entries
-from cloq_export.runtimes.provenance import TokenizerRecord
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
 # the tensors.

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from cloq_export.errors import UsageError
+from cloq_export.files.spelled_paths import expand_user
 from cloq_export.parity.scales import SCALE_LIMIT
 from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
-from cloq_export.run.spelled_paths import expand_user
 
 Bound = Literal["at most", "at least"]
 _MAX_FILE_BYTES = 1 << 20

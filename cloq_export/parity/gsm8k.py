@@ -15,7 +15,7 @@ import yaml
 
 from cloq_export.errors import DataError, FormatError
 from cloq_export.parity.answers import INVALID
-from cloq_export.train.examples import question_prompt
+from cloq_export.texts.examples import question_prompt
 
 _HARNESS_PACKAGE = "lm_eval"
 _HARNESS_FILE = "tasks/gsm8k/gsm8k.yaml"

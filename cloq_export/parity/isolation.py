@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from cloq_export.engines.protocol import ServedModel
 from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
-from cloq_export.parity.runtime import ServedModel
 
 
 def measure_isolation(

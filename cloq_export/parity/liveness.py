@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from cloq_export.engines.protocol import ReferenceModel, ServedModel
 from cloq_export.parity.numerics import measure_logprobs
-from cloq_export.parity.runtime import ReferenceModel, ServedModel
 from cloq_export.types import LoraPair
 
 # A module is live if its presence lies in this range, known to this standard error: ignored (0) and served (1) are

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from cloq_export.engines.protocol import ServedModel
 from cloq_export.errors import ShapeError
-from cloq_export.parity.runtime import ServedModel
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # Decades of the histogram: 1e-9 up to 10, and what lies beyond at both ends.

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
-from cloq_export.run.progress import show_progress
+from cloq_export.process.progress import show_progress
 from cloq_export.types import Perplexity
 
 # Logits that one forward pass may make: windows are read several at a time, so that packed weights are unpacked less

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.runtimes.provenance import (
+from cloq_export.artifact.provenance import (
     AdapterRecord,
     BaseRecord,
     PairRecord,

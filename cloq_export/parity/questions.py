@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from cloq_export.train.examples import instruction_prompt, question_prompt
+from cloq_export.texts.examples import instruction_prompt, question_prompt
 
 # How many questions are asked unless a number is typed.
 DEFAULT_QUESTIONS = 100

@@ -12,13 +12,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from cloq_export.files.atomic import make_folder, translate_os_errors, write_bytes, write_json
+from cloq_export.files.safe_json import parse_json
 from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.liveness import ZERO
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
 from cloq_export.parity.provenance import NOT_RECORDED, PROVEN
 from cloq_export.parity.tasks import gate_key
-from cloq_export.run.atomic import make_folder, translate_os_errors, write_bytes, write_json
-from cloq_export.run.safe_json import parse_json
 
 JSON_NAME = "parity.json"
 HTML_NAME = "parity.html"

@@ -12,8 +12,9 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from cloq_export.calibrate.data import WIKITEXT2, evaluation_text
+from cloq_export.engines.protocol import ServedModel
 from cloq_export.errors import DataError, UsageError
+from cloq_export.files.spelled_paths import expand_user
 from cloq_export.parity import arithmetic, gsm8k
 from cloq_export.parity.answers import (
     Advance,
@@ -34,13 +35,12 @@ from cloq_export.parity.commonsense import (
 from cloq_export.parity.continuations import CHOICES, PARAGRAPH_WORDS, continuation_rows, read_continuation
 from cloq_export.parity.quality import mcnemar
 from cloq_export.parity.questions import question_hash, row_hashes
-from cloq_export.parity.runtime import ServedModel
-from cloq_export.run.data_sets import hub_rows, local_file
-from cloq_export.run.spelled_paths import expand_user
+from cloq_export.texts.corpora import WIKITEXT2, evaluation_text
+from cloq_export.texts.data_sets import hub_rows, local_file
+from cloq_export.texts.examples import instruction_prompt
+from cloq_export.texts.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS, WORD_PROBLEMS
 from cloq_export.texts.reading import read_rows
-from cloq_export.train.examples import instruction_prompt
-from cloq_export.train.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS, WORD_PROBLEMS
-from cloq_export.train.word_problems import generate
+from cloq_export.texts.word_problems import generate
 
 # Asked for in one breath with the tasks, though no question is asked for it.
 PERPLEXITY = "ppl"

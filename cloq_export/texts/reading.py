@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cloq_export.errors import DataError
-from cloq_export.run.safe_json import distinct_keys
+from cloq_export.files.safe_json import distinct_keys
 
 # Longer than any book; a line or a file beyond is a mistake or an attack on memory.
 MAX_LINE_BYTES = 16 * 1024 * 1024

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from cloq_export.errors import DataError
+from cloq_export.texts.examples import AnyExample, ChatExample, Example
 from cloq_export.texts.tokens import TextTokens
-from cloq_export.train.examples import AnyExample, ChatExample, Example
 
 # What the loss passes over, by torch's convention.
 NOT_LEARNED = -100

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
+from cloq_export.files.safe_tensors import require_tensor
 from cloq_export.kernels.bitpack import pack_rows, unpack_rows
-from cloq_export.run.safe_tensors import require_tensor
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 _WORD_BITS = 32

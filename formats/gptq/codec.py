@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
+from cloq_export.files.safe_tensors import require_tensor
 from cloq_export.formats.layout import Binding, Headers, Layout, Role, StoredGrids, read_binding
 from cloq_export.formats.patterns import NamePattern, PatternBudget, literal_name
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
-from cloq_export.run.safe_tensors import require_tensor
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 Version = Literal[1, 2]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cloq_export.errors import FormatError
-from cloq_export.run.safe_json import read_json
+from cloq_export.files.safe_json import read_json
 from cloq_export.types import LoraPair, QuantizedLayer
 
 MERGED_NAME = "cloq_merged.json"

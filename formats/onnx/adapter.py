@@ -14,12 +14,12 @@ import onnxruntime
 import torch
 
 from cloq_export.errors import BindingError, FormatError, NonFiniteError, ShapeError
+from cloq_export.files.atomic import write_folder, write_json
+from cloq_export.files.safe_json import read_json
+from cloq_export.files.safe_paths import require_inside
 from cloq_export.formats.onnx.graph import lora_names
 from cloq_export.formats.onnx.record import ADAPTER_NAME
 from cloq_export.formats.peft.codec import BINDING_NAME, Adapter
-from cloq_export.run.atomic import write_folder, write_json
-from cloq_export.run.safe_json import read_json
-from cloq_export.run.safe_paths import require_inside
 from cloq_export.types import LoraPair
 
 BINDING_FORMAT = "cloq-onnx-adapter"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import CloqError, FormatError
+from cloq_export.files.safe_json import read_json
+from cloq_export.files.safe_paths import require_inside
 from cloq_export.formats.onnx.blocks import EXACT, INT8, STYLES, TWO_BIT, BlockGrid, Style, TwoBit
-from cloq_export.run.safe_json import read_json
-from cloq_export.run.safe_paths import require_inside
 from cloq_export.types import QuantSpec
 
 RECORD_NAME = "cloq_onnx.json"

@@ -74,10 +74,10 @@ ANSWERED = {
 
 
 class RecordingPipeline(types.ModuleType):
-    """Stands in for cloq_export.pipeline; prints to standard output, as careless libraries do."""
+    """Stands in for cloq_export.verbs; prints to standard output, as careless libraries do."""
 
     def __init__(self) -> None:
-        super().__init__("cloq_export.pipeline")
+        super().__init__("cloq_export.verbs")
         self.calls: list[tuple[Any, ...]] = []
         self.raises: BaseException | None = None
         self.perplexity: dict[str, Any] = PERPLEXITY
@@ -159,7 +159,7 @@ class RecordingPipeline(types.ModuleType):
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> RecordingPipeline:
     fake = RecordingPipeline()
-    monkeypatch.setitem(sys.modules, "cloq_export.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "cloq_export.verbs", fake)
     return fake
 
 

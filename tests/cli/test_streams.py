@@ -34,7 +34,7 @@ SUMMARY = {
 SIGNALLED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import cloq_export.train.word_problems as problems
+import cloq_export.texts.word_problems as problems
 from cloq_export.cli import main
 problems.generate = lambda *_, **__: os.kill(os.getpid(), int(sys.argv[1]))
 before = signal.getsignal(signal.SIGTERM)

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoTokenizer
 
 import cloq_export
-from cloq_export.calibrate.data import load_text, tokenize_text
+from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
-from cloq_export.run.directory import RunDirectory
-from cloq_export.runtimes.hf import dequantized_model
+from cloq_export.engines.transformers import dequantized_model
+from cloq_export.texts.corpora import load_text, tokenize_text
 
 pytestmark = pytest.mark.slow
 

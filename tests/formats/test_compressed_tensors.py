@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import cloq_export.formats.compressed_tensors as compressed_tensors
 from cloq_export.errors import FormatError, ShapeError
+from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.formats.compressed_tensors import COMPRESSED_TENSORS, COMPRESSED_TENSORS_PADDED
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
-from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 GOLDEN = Path(compressed_tensors.__file__).parent / "golden"

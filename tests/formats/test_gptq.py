@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError, ShapeError
+from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.formats.gptq import (
     GPTQ_V1,
     pack_layer,
@@ -20,7 +21,6 @@ from cloq_export.formats.gptq import (
     quantization_config,
     unpack_layer,
 )
-from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 GOLDEN = Path(gptq.__file__).parent / "golden"

@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import cloq_export.formats.onnx
 from cloq_export.errors import BindingError, FormatError, ShapeError, UsageError
+from cloq_export.files.atomic import write_json
+from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx.adapter import (
     ADAPTER_NAME,
     load_pairs,
@@ -31,8 +33,6 @@ from cloq_export.formats.onnx.blocks import BlockGrid, choose_blocks, pack_block
 from cloq_export.formats.onnx.graph import GraphLayers, UnmatchedLinearError, check_graph, lora_names, quantize_graph
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, RECORD_NAME, read_record
-from cloq_export.run.atomic import write_json
-from cloq_export.run.fingerprint import base_fingerprint
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 FOLDER = Path(cloq_export.formats.onnx.__file__).parent

@@ -10,6 +10,8 @@ import torch
 
 import cloq_export.formats.peft as peft_layout
 from cloq_export.errors import FormatError, NonFiniteError, RunDirectoryError, ShapeError
+from cloq_export.files.atomic import write_safetensors
+from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.formats.peft import (
     VLLM_MAX_LORA_RANKS,
     allowed_rank,
@@ -21,8 +23,6 @@ from cloq_export.formats.peft import (
     uniform,
     write_adapter,
 )
-from cloq_export.run.atomic import write_safetensors
-from cloq_export.run.safe_tensors import read_safetensors
 from cloq_export.types import LoraPair
 
 GOLDEN = Path(peft_layout.__file__).parent / "golden"

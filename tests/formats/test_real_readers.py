@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cloq_export.formats.compressed_tensors as compressed_tensors
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.formats.compressed_tensors import COMPRESSED_TENSORS, COMPRESSED_TENSORS_PADDED
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.peft.codec import read_adapter, write_adapter
-from cloq_export.runtimes.checkpoint import Checkpoint
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 pytestmark = pytest.mark.slow
@@ -137,7 +137,7 @@ class Exchange:
 def exchange(request, tmp_path_factory) -> Exchange:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+    from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 
     folder, layout = tmp_path_factory.mktemp(f"compressed_tensors_{request.param}"), VERSIONS[request.param]
     layers = layers_to_exchange()

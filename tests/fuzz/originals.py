@@ -8,12 +8,12 @@ import pathlib
 
 import torch
 
+from cloq_export.artifact.certificate import CERTIFICATE_NAME, certify_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.files.atomic import write_json
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.peft import write_adapter
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.run.atomic import write_json
-from cloq_export.runtimes.certificate import CERTIFICATE_NAME, certify_checkpoint
-from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")

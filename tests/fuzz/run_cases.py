@@ -25,12 +25,12 @@ import oracle
 import originals
 import torch
 
+from cloq_export.artifact.certificate import verify_certificate
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.detective import examine
+from cloq_export.artifact.inspection import describe
 from cloq_export.errors import CloqError
 from cloq_export.formats.peft import read_adapter
-from cloq_export.runtimes.certificate import verify_certificate
-from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.detective import examine
-from cloq_export.runtimes.inspection import describe
 
 SECONDS = 20
 # The largest honest file here has some kilobytes.

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cloq_export.errors import FormatError
+from cloq_export.files.safe_json import read_json
+from cloq_export.files.safe_paths import require_inside
+from cloq_export.files.safe_tensors import TensorFile, read_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
-from cloq_export.run.safe_json import read_json
-from cloq_export.run.safe_paths import require_inside
-from cloq_export.run.safe_tensors import TensorFile, read_safetensors
 from cloq_export.types import LoraPair
 
 FINGERPRINT = "sha256:" + "5" * 64

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cloq_export import kernels
+from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.kernels import triton as triton_kernels
-from cloq_export.runtimes.packed_linear import PackedLinear
 
 pytestmark = [
     pytest.mark.gpu,

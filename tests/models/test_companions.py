@@ -9,8 +9,8 @@ import pytest
 
 import cloq_export.models.companions as companions_module
 from cloq_export.errors import FormatError, SourceError
+from cloq_export.files.fingerprint import file_fingerprint
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, is_companion, is_legal
-from cloq_export.run.fingerprint import file_fingerprint
 
 TRAVEL = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "special_tokens_map.json"),

@@ -18,7 +18,7 @@ from cloq_export.parity.questions import (
     smallest_drop,
 )
 from cloq_export.parity.tasks import find_task, load_questions
-from cloq_export.train.examples import instruction_prompt, question_prompt
+from cloq_export.texts.examples import instruction_prompt, question_prompt
 
 
 def test_questions_are_equal_whatever_their_case_and_blanks() -> None:

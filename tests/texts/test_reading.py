@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from cloq_export.calibrate.data import evaluation_text, load_text
 from cloq_export.errors import CalibrationError, DataError
 from cloq_export.parity.tasks import find_task, load_questions
 from cloq_export.texts import reading
+from cloq_export.texts.corpora import evaluation_text, load_text
+from cloq_export.texts.examples import read_examples
+from cloq_export.texts.named_sets import load_examples, load_named_set
 from cloq_export.texts.reading import holds_rows, read_rows, read_text
-from cloq_export.train.examples import read_examples
-from cloq_export.train.named_sets import load_examples, load_named_set
 
 ROWS = [
     {"question": "one\u2028two\u2029three\u0085four", "answer": "a\r\nb\x0b\x0c\x1cc #### 1"},

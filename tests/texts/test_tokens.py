@@ -10,11 +10,11 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from cloq_export.calibrate.data import CalibrationText, calibration_windows, evaluation_tokens, tokenize_text
 from cloq_export.errors import DataError, UsageError
 from cloq_export.parity.answers import continue_prompts, score_continuations
+from cloq_export.texts.corpora import CalibrationText, calibration_windows, evaluation_tokens, tokenize_text
+from cloq_export.texts.examples import ChatExample, Example, Message
 from cloq_export.texts.tokens import TextTokens
-from cloq_export.train.examples import ChatExample, Example, Message
 from cloq_export.train.sequences import NOT_LEARNED, make_sequences
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

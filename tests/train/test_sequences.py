@@ -11,7 +11,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cloq_export.errors import DataError
-from cloq_export.train.examples import ChatExample, Example, Message
+from cloq_export.texts.examples import ChatExample, Example, Message
 from cloq_export.train.sequences import NOT_LEARNED, make_sequences, pad_batch
 
 WORDS = ["<unk>", "<s>", "</s>", "user", "assistant", ":", *(f"w{number}" for number in range(40))]

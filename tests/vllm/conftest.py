@@ -18,12 +18,12 @@ import torch
 import transformers
 
 import cloq_export
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.engines.vllm.engine import SAFE_PATH, VllmModel
+from cloq_export.engines.vllm.server import engine_facts
 from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
-from cloq_export.runtimes.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.runtimes.vllm_engine import SAFE_PATH, VllmModel
-from cloq_export.runtimes.vllm_server import engine_facts
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(93))]

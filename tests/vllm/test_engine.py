@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from cloq_export.engines.vllm.engine import VllmModel
+from cloq_export.engines.vllm.server import engine_facts
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.runtimes.vllm_engine import VllmModel
-from cloq_export.runtimes.vllm_server import engine_facts
 from cloq_export.types import QuantSpec
 
 pytestmark = pytest.mark.slow

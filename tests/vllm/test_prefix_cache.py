@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 
-from cloq_export.runtimes.vllm_plugin.prefix_cache import LoadedAdapters, files_signature
+from cloq_export.engines.vllm.plugin.prefix_cache import LoadedAdapters, files_signature
 
 
 def write(folder: pathlib.Path, content: str) -> pathlib.Path:

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 
+from cloq_export.engines.vllm.server import ServerClient
 from cloq_export.errors import EngineError
-from cloq_export.runtimes.vllm_server import ServerClient
 from cloq_export.types import QuantSpec
 
 pytestmark = pytest.mark.slow

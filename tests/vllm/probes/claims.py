@@ -6,7 +6,7 @@ from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.platforms import PlatformEnum
 
-from cloq_export.runtimes import vllm_plugin
+from cloq_export.engines.vllm import plugin as vllm_plugin
 
 vllm_plugin.register()
 stock = get_quantization_config("auto_gptq")

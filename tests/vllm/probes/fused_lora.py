@@ -12,12 +12,12 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 
-import cloq_export.runtimes.vllm_plugin as plugin
-from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.vllm_plugin.quantization import CloqConfig
+import cloq_export.engines.vllm.plugin as plugin
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.vllm.plugin.quantization import CloqConfig
 
 plugin.register()
-from cloq_export.runtimes.vllm_plugin import fused_lora  # noqa: E402
+from cloq_export.engines.vllm.plugin import fused_lora  # noqa: E402
 
 folder, dtype_name = sys.argv[1:]
 dtype = getattr(torch, dtype_name)

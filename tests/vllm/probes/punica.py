@@ -7,10 +7,10 @@ import torch
 from vllm.lora.ops import torch_ops as stock
 from vllm.lora.punica_wrapper import punica_cpu
 
-from cloq_export.runtimes import vllm_plugin
+from cloq_export.engines.vllm import plugin as vllm_plugin
 
 vllm_plugin.register()
-from cloq_export.runtimes.vllm_plugin import punica  # noqa: E402
+from cloq_export.engines.vllm.plugin import punica  # noqa: E402
 
 SLOTS, RANK, WIDTH, OUT = 4, 8, 32, 48
 generator = torch.Generator().manual_seed(0)

@@ -7,11 +7,11 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
-import cloq_export.runtimes.vllm_plugin as plugin
+import cloq_export.engines.vllm.plugin as plugin
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.vllm.plugin.quantization import CloqConfig
 from cloq_export.errors import CloqError
 from cloq_export.kernels import cpu
-from cloq_export.runtimes.checkpoint import Checkpoint
-from cloq_export.runtimes.vllm_plugin.quantization import CloqConfig
 
 plugin.register()
 native = cpu.available

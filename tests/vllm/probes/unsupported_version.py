@@ -10,7 +10,7 @@ vllm.version.__version__ = sys.argv[1]
 
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS  # noqa: E402
 
-from cloq_export.runtimes import vllm_plugin  # noqa: E402
+from cloq_export.engines.vllm import plugin as vllm_plugin  # noqa: E402
 
 lines = []
 

@@ -1,0 +1,391 @@
+"""GPTQ's tensors: version 1 or 2, dense or planar 3-bit codes, act-order, and whether label and content agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cloq_export.artifact.detective import statistics
+from cloq_export.artifact.detective.case import (
+    LAYER_BYTES,
+    SAMPLED_LAYERS,
+    Case,
+    Confidence,
+    Verdict,
+    compare_grids,
+    constant_of,
+    counted,
+    mean_text,
+    most_common,
+    note_act_order,
+    note_codes,
+    note_extra,
+    note_missing,
+    note_scales,
+    read_scales,
+    rounded,
+    shown,
+)
+from cloq_export.artifact.detective.foreign import UNREAD_GPTQ_FORMATS
+from cloq_export.artifact.run_directory import natural_order
+from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
+from cloq_export.formats.layout import Headers
+from cloq_export.kernels.bitpack import unpack_columns, unpack_rows
+from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_LABELS = ("gptq", "gptq_v2", "gptq_p")
+
+
+@dataclasses.dataclass
+class _Sample:
+    """Figures of one sampled layer, for each order in which its bits may lie."""
+
+    offsets: dict[str, statistics.LayerOffset]
+    counts: dict[str, torch.Tensor]
+    zeros: dict[str, torch.Tensor]
+
+
+def examine_gptq(case: Case, modules: list[str]) -> Verdict:
+    label, spoken = gptq_label(case)
+    note_missing(case, modules, ("qweight", "qzeros", "scales"))
+    note_extra(case, modules, _PARTS)
+    whole = [module for module in modules if all(f"{module}.{part}" in case.headers for part in _PARTS[:3])]
+    lacking = [module for module in whole if f"{module}.g_idx" not in case.headers]
+    # AutoRound leaves it out, groups being sequential, and its label says that the file is one of those.
+    if lacking and case.text("quant_method") != AUTO_ROUND:
+        case.suspect(
+            "no-index",
+            "wrong",
+            f"{counted(lacking, modules)} have no g_idx, which only AutoRound's own format may leave out",
+            f"the first is {lacking[0]}",
+            "add a g_idx of i // group_size to each module, or export again with GPTQModel.",
+        )
+    seen = {module: _grid(case, module) for module in whole}
+    fitting = {module: grid for module, grid in seen.items() if grid is not None}
+    odd = [module for module in whole if module not in fitting]
+    if odd:
+        case.suspect(
+            "shapes",
+            "wrong",
+            f"the tensors of {counted(odd, modules)} do not fit together",
+            f"{odd[0]}: " + ", ".join(f"{part} {case.shape(f'{odd[0]}.{part}')}" for part in _PARTS[:3]),
+            "fetch or write the file again.",
+        )
+    compare_grids(case, fitting)
+    bits, group_size = most_common(fitting.values())
+    sampled, samples, act_order, scales = _sample_layers(case, fitting, bits)
+    note_act_order(case, act_order, sampled)
+    note_scales(case, scales, sampled)
+    labelled_symmetric = case.quantization.get("sym")
+    order, order_confidence = _bit_order(case, samples, bits, label)
+    constant = constant_of(sample.zeros[order] for sample in samples) if samples else None
+    middle = None if bits is None else 2 ** (bits - 1)
+    symmetric = None if not samples or middle is None else constant in (middle, middle - 1)
+    content, confidence = _version(case, samples, order, constant, middle, labelled_symmetric is True)
+    if order == "planar":
+        content, confidence = "gptq_p", order_confidence
+    _compare_label(case, label, spoken, content, confidence, bits)
+    if samples and bits is not None and middle is not None:
+        _note_zeros(case, samples, order, bits, content or label, labelled_symmetric, symmetric, constant)
+        note_codes(case, [sample.counts[order] for sample in samples], bits)
+    return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
+
+
+def gptq_label(case: Case) -> tuple[str, str]:
+    """Return the layout that the file says it has, and in which words it says so."""
+    if case.text("quant_method") == AUTO_ROUND:
+        packing = case.text("packing_format") or AUTO_ROUND_DEFAULT
+        return AUTO_ROUND_PACKINGS.get(packing, packing), f"packing_format {packing!r}"
+    told = {key: case.text(key) for key in ("checkpoint_format", "format") if case.text(key) is not None}
+    if len(set(told.values())) > 1:
+        case.suspect(
+            "two-labels",
+            "wrong",
+            "checkpoint_format and format name two layouts; readers differ in which of them they take",
+            ", ".join(f"{key} {value!r}" for key, value in told.items()),
+            "keep the one that the content shows.",
+        )
+    for key, value in told.items():
+        return str(value), f"{key} {value!r}"
+    return "gptq", "no checkpoint_format, which means gptq (version 1)"
+
+
+def has_gptq_shape(headers: Headers, module: str) -> bool:
+    """Return whether words run along the inputs, as GPTQ has them, and not along the outputs, as AWQ."""
+    code, shape = headers[f"{module}.qweight"]
+    scales = headers.get(f"{module}.scales", ("", ()))[1]
+    if code != "I32" or len(shape) != 2:
+        return False
+    return len(scales) != 2 or scales[1] == shape[1]
+
+
+def _grid(case: Case, module: str) -> tuple[int, int] | None:
+    """Return (bits, group size) that the shapes of a module show, or None where they fit no grid."""
+    words, zeros, scales = (case.shape(f"{module}.{part}") for part in _PARTS[:3])
+    if any(len(shape) != 2 or 0 in shape for shape in (words, zeros, scales)):
+        return None
+    groups, out_features = scales
+    if words[1] != out_features or zeros[0] != groups:
+        return None
+    bits, rest = divmod(zeros[1] * 32, out_features)
+    if rest or not 1 <= bits <= 8 or (words[0] * 32) % bits:
+        return None
+    in_features = words[0] * 32 // bits
+    index = case.headers.get(f"{module}.g_idx")
+    if (index is not None and index[1] != (in_features,)) or in_features % groups:
+        return None
+    return bits, PER_CHANNEL if groups == 1 else in_features // groups
+
+
+def _sample_layers(
+    case: Case, seen: Mapping[str, tuple[int, int]], bits: int | None
+) -> tuple[list[str], list[_Sample], list[str], list[tuple[str, torch.Tensor]]]:
+    """Read a sample of layers; return (modules, figures, those with act-order, scales)."""
+    fitting = [module for module in seen if seen[module][0] == bits and bits in SUPPORTED_BITS]
+    sampled = statistics.spread_evenly(sorted(fitting, key=natural_order), SAMPLED_LAYERS)
+    samples, act_order, scales = [], [], []
+    for module in sampled:
+        in_features, out_features = (
+            case.shape(f"{module}.qweight")[0] * 32 // int(bits or 1),
+            case.shape(f"{module}.scales")[1],
+        )
+        groups = case.shape(f"{module}.scales")[0]
+        span = in_features // groups
+        index = _read_index(case, module, in_features, span)
+        if index is not None:
+            act_order.append(module)
+        sample, scale = _sample_layer(case, module, int(bits or 1), in_features, out_features, span, index)
+        if sample is not None:
+            samples.append(sample)
+        if scale is not None:
+            scales.append((module, scale))
+    return sampled, samples, act_order, scales
+
+
+def _read_index(case: Case, module: str, in_features: int, span: int) -> torch.Tensor | None:
+    """Return g_idx if it is not sequential, else None."""
+    code, shape = case.headers.get(f"{module}.g_idx", ("", ()))
+    if code not in ("I32", "I64") or shape != (in_features,) or in_features * 8 > LAYER_BYTES:
+        return None
+    index = case.files[f"{module}.g_idx"].read(f"{module}.g_idx").to(torch.int64)
+    return None if torch.equal(index, torch.arange(in_features) // span) else index
+
+
+def _sample_layer(
+    case: Case, module: str, bits: int, in_features: int, out_features: int, span: int, index: torch.Tensor | None
+) -> tuple[_Sample | None, torch.Tensor | None]:
+    """Return the figures and the scales of one layer, from blocks of columns spread over its inputs."""
+    groups = in_features // span
+    # A block holds whole words, whole planes and whole groups, or lies inside one group.
+    unit = 32 if index is not None or span % 32 == 0 else math.lcm(span, 32)
+    if in_features % unit:
+        unit = in_features
+    each = unit if index is not None else min(unit, span)
+    unit_bytes = unit * bits // 8 * out_features
+    words_name, zeros_name = f"{module}.qweight", f"{module}.qzeros"
+    if unit_bytes > LAYER_BYTES or any(case.headers[name][0] != "I32" for name in (words_name, zeros_name)):
+        return None, None
+    chosen = statistics.spread_evenly(range(in_features // unit), LAYER_BYTES // unit_bytes)
+    starts = [place * unit + offset for place in chosen for offset in range(0, unit, each)]
+    group_of = [start // span for start in starts]
+    rows = sorted(set(group_of)) if index is None else list(range(groups))
+    if len(rows) * case.shape(zeros_name)[1] * 4 > LAYER_BYTES:
+        return None, None
+    height = unit * bits // 32
+    words = torch.cat(
+        [case.files[words_name].read_rows(words_name, place * height, (place + 1) * height) for place in chosen]
+    )
+    stored = _read_some(case, zeros_name, rows)
+    orders: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        "dense": (unpack_columns(words, bits), unpack_rows(stored, bits).t())
+    }
+    if bits == 3:
+        orders["planar"] = (
+            statistics.unpack_planar_columns(words),
+            statistics.unpack_planar_columns(stored.t().contiguous()).t(),
+        )
+    sample = _Sample({}, {}, {})
+    place_of = {group: place for place, group in enumerate(rows)}
+    for order, (codes, zeros) in orders.items():
+        cut = codes.reshape(out_features, -1, each)
+        if index is None:
+            beside = zeros[:, [place_of[group] for group in group_of]]
+        else:
+            columns = torch.cat([torch.arange(start, start + each) for start in starts])
+            of_columns = zeros.to(torch.float32)[:, index[columns].clamp(0, groups - 1)]
+            beside = of_columns.view(out_features, -1, each).mean(dim=2)
+        sample.offsets[order] = statistics.layer_offset(cut, beside)
+        sample.counts[order] = statistics.position_counts(codes, bits)
+        sample.zeros[order] = torch.bincount(zeros.reshape(-1).to(torch.int64), minlength=1 << bits)
+    return sample, read_scales(case, f"{module}.scales", rows)
+
+
+def _read_some(case: Case, name: str, rows: Sequence[int]) -> torch.Tensor:
+    """Return some rows of a tensor, in order."""
+    if len(rows) == case.shape(name)[0]:
+        return case.files[name].read(name)
+    return torch.cat([case.files[name].read_rows(name, row, row + 1) for row in rows])
+
+
+def _bit_order(case: Case, samples: Sequence[_Sample], bits: int | None, label: str) -> tuple[str, Confidence]:
+    """Decide in which order 3-bit codes lie; other widths have one order."""
+    if bits != 3 or not samples:
+        return "dense", "certain"
+    constants = {order: constant_of(sample.zeros[order] for sample in samples) for order in ("dense", "planar")}
+    exact = [order for order, value in constants.items() if value in (3, 4)]
+    entropies = {
+        order: statistics.entropy_per_code(statistics.add_counts((sample.counts[order] for sample in samples), bits))
+        for order in ("dense", "planar")
+    }
+    case.figures["entropy_per_code"] = {order: rounded(value) for order, value in entropies.items()}
+    least = statistics.least_entropy(entropies)
+    if len(exact) == 1:
+        return exact[0], "certain"
+    if least is not None:
+        return least, "likely"
+    said = "planar" if label == "gptq_p" else "dense"
+    case.suspect(
+        "order-open",
+        "doubtful",
+        "the content does not tell whether 3-bit codes lie densely or in planes (gptq_p), which have the same shapes",
+        f"entropy per code: {shown(entropies)}",
+        f"the label is believed: {said}; ask the producer if the model is garbage.",
+    )
+    return said, "open"
+
+
+def _version(
+    case: Case,
+    samples: Sequence[_Sample],
+    order: str,
+    constant: int | None,
+    middle: int | None,
+    labelled_symmetric: bool,
+) -> tuple[str | None, Confidence]:
+    """Decide whether zeros are stored as they are or less one."""
+    found = statistics.zero_offset([sample.offsets[order] for sample in samples])
+    if found is None or middle is None:
+        return None, "open"
+    case.figures["code_minus_zero"] = {
+        "mean": rounded(found.mean),
+        "standard_error": rounded(found.standard_error),
+        "log_odds_as_they_are": rounded(found.log_odds),
+        "layers": found.layers,
+    }
+    by_mean = None if found.shift is None else ("gptq_v2", "gptq")[found.shift]
+    by_constant = {middle: "gptq_v2", middle - 1: "gptq"}.get(-1 if constant is None else constant)
+    if by_constant is not None and by_mean in (None, by_constant):
+        return by_constant, "certain" if labelled_symmetric else "likely"
+    if by_constant is not None:
+        case.suspect(
+            "zeros-and-codes",
+            "doubtful",
+            f"all stored zeros are {constant}, as in symmetric layers of {by_constant}, but codes lie as in {by_mean}",
+            mean_text(found),
+            "compare a layer with the float original before you use it.",
+        )
+        return None, "open"
+    if not found.explained:
+        case.suspect(
+            "zeros-and-codes",
+            "doubtful",
+            "the codes lie around neither reading of the zeros; bits may lie in another order, or be of another width",
+            mean_text(found),
+            "compare a layer with the float original before you use it.",
+        )
+    return (by_mean, "likely") if by_mean is not None else (None, "open")
+
+
+def _compare_label(
+    case: Case, label: str, spoken: str, content: str | None, confidence: Confidence, bits: int | None
+) -> None:
+    # Planar words of 2, 4 and 8 bits are those of gptq_v2.
+    meant = "gptq_v2" if label == "gptq_p" and bits in (2, 4, 8) else label
+    if label not in _LABELS:
+        what, remedy = UNREAD_GPTQ_FORMATS.get(label, ("a layout that is unknown here", "ask the producer"))
+        case.suspect("label", "wrong", f"the label {label!r} means {what}, but the shapes are GPTQ's", spoken, remedy)
+    elif content is None:
+        if case.figures:
+            case.suspect(
+                "version-open",
+                "doubtful",
+                "the content does not tell whether zeros are stored as they are (gptq_v2) or less one (gptq)",
+                f"{spoken}; " + shown(case.figures.get("code_minus_zero", {})),
+                f"the label is believed: {meant}.",
+            )
+    elif content != meant:
+        remedy = f"read it with: cloq convert --read-as {content}"
+        if content == "gptq_p":
+            remedy = UNREAD_GPTQ_FORMATS["gptq_p"][1] + "; other readers will take it for noise."
+        figures = {key: case.figures[key] for key in ("code_minus_zero", "entropy_per_code") if key in case.figures}
+        case.suspect(
+            "version" if content != "gptq_p" and meant != "gptq_p" else "order",
+            "wrong",
+            f"the label says {label}, but the content is {content} ({confidence})",
+            f"{spoken}; " + "; ".join(f"{key.replace('_', ' ')}: {shown(value)}" for key, value in figures.items()),
+            remedy,
+        )
+
+
+def _note_zeros(
+    case: Case,
+    samples: Sequence[_Sample],
+    order: str,
+    bits: int,
+    layout: str,
+    labelled_symmetric: Any,
+    symmetric: bool | None,
+    constant: int | None,
+) -> None:
+    counts = torch.stack([sample.zeros[order] for sample in samples]).sum(dim=0)
+    case.figures["stored_zeros"] = counts.tolist() if bits <= 4 else _sparse(counts)
+    full, total = int(counts[-1]), int(counts.sum())
+    if layout == "gptq" and full:
+        case.suspect(
+            "wrapped-zeros",
+            "wrong",
+            f"{full} of {total} stored zeros have all bits set: a zero of 0 that version 1 cannot hold. Readers take "
+            f"it for 0 or for {2**bits}"
+            + ("" if bits == 3 else ", and writers that subtract from whole words have lowered its neighbour too"),
+            f"zeros of {len(samples)} layers",
+            "quantize again and write gptq_v2; a file of GPTQModel can be converted by GPTQModel itself.",
+        )
+    if labelled_symmetric is True and symmetric is False:
+        case.suspect(
+            "symmetric",
+            "wrong",
+            "the config says sym, but the zeros differ"
+            if constant is None
+            else f"the config says sym, but all zeros are {constant}",
+            f"{int((counts > 0).sum())} different zeros in {len(samples)} layers",
+            "set sym to false: engines for symmetric files ignore the zeros.",
+        )
+    elif labelled_symmetric is False and symmetric:
+        case.suspect(
+            "symmetric",
+            "note",
+            "the config says asymmetric, but every zero seen is the middle",
+            f"zeros of {len(samples)} layers",
+            "with sym set to true more engines read it, if the other layers are alike.",
+        )
+    slopes = sorted(slope for sample in samples if (slope := sample.offsets[order].slope) is not None)
+    if slopes:
+        slope = slopes[len(slopes) // 2]
+        case.figures["slope_of_codes_on_zeros"] = rounded(slope)
+        if slope < 0.3:
+            case.suspect(
+                "zeros-order",
+                "doubtful",
+                "zeros do not move with the codes of their groups; zeros or codes may lie in another order",
+                f"slope {slope:.2f} (median of {len(slopes)} layers) where 0.8 to 1 is usual",
+                "compare a layer with the float original before you use it.",
+            )
+
+
+def _sparse(counts: torch.Tensor) -> dict[str, int]:
+    return {str(int(value)): int(counts[value]) for value in counts.nonzero().flatten()}

@@ -1,0 +1,1 @@
+"""Files in, logits and texts out: what serves a model."""

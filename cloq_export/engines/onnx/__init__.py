@@ -1,0 +1,1 @@
+"""ONNX Runtime: the float graph, the quantized graph and the engine that runs it."""

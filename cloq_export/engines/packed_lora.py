@@ -1,0 +1,173 @@
+"""PEFT's LoRA layer over a packed linear: base and adapters in one call of the native CPU library."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from cloq_export.engines.packed_linear import PackedLinear
+from cloq_export.kernels.cpu import linear as cpu_linear
+
+# What PEFT calls the base in a list of adapters.
+_BASE = "__base__"
+
+
+class PackedLoraLinear(lora.Linear):
+    """PEFT's LoRA layer, computed as `y = x Q^T + scaling (x A^T) B^T + bias` with one rounding where it only serves.
+
+    With gradients, dropout, a variant of LoRA, or a base that the native library does not hold, PEFT computes.
+
+    The pairs are brought into the library's layout once, in the narrowest dtype that holds them exactly, and again when
+    a parameter has been changed in a way that torch counts; writing through `parameter.data` is not counted.
+    """
+
+    _kept: tuple[tuple[Any, ...], cpu_linear.CpuLora] | None = None
+    _served: _Served | None = None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the output of the layer.
+
+        Args:
+            x: (..., in) of any float dtype.
+            args: as PEFT's layer takes them.
+            kwargs: as PEFT's layer takes them; `adapter_names` holds an adapter for every row of a batch.
+
+        Returns:
+            torch.Tensor: (..., out), the dtype of x.
+        """
+        rows: list[str] | None = kwargs.get("adapter_names")
+        served = self._served
+        if served is not None and not args and len(kwargs) == (rows is not None) and served.is_current(self, x, rows):
+            return cpu_linear.lora_linear(x, served.native, served.bias, served.packed, served.index(x))
+        names = list(dict.fromkeys(self.active_adapters if rows is None else rows))
+        names = [name for name in names if name in self.lora_A]
+        base = self.base_layer
+        native = base.native if type(base) is PackedLinear else None
+        if native is None or args or len(kwargs) > (rows is not None) or not self._only_served(x, names, rows):
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
+        self._check_forward_args(x, **kwargs)
+        served = _Served(self, names, rows, native, self._packed(names))
+        self._served = None if torch.is_grad_enabled() else served
+        return cpu_linear.lora_linear(x, native, base.bias, served.packed, served.index(x))
+
+    def _only_served(self, x: torch.Tensor, names: list[str], rows: list[str] | None) -> bool:
+        if not names or (rows is None and len(names) > 1) or self.disable_adapters or self.merged:
+            return False
+        if x.dtype == torch.float64 or torch.compiler.is_compiling():
+            return False
+        wants_grad, bias = torch.is_grad_enabled(), self.base_layer.bias
+        if wants_grad and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return False
+        for name in names:
+            if name in self.lora_variant or self.lora_bias[name]:
+                return False
+            if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
+                return False
+            for factor in (self.lora_A[name].weight, self.lora_B[name].weight):
+                if (wants_grad and factor.requires_grad) or factor.is_inference() or factor.device.type != "cpu":
+                    return False
+        return True
+
+    def _packed(self, names: list[str]) -> cpu_linear.CpuLora:
+        """Return the pairs of these adapters in the library's layout, with room for the largest of their ranks."""
+        pairs = [(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()) for name in names]
+        scaling = [self.scaling[name] for name in names]
+        state = tuple((factor.data_ptr(), factor._version, factor.dtype) for pair in pairs for factor in pair)
+        key = (*names, *scaling, *state)
+        if self._kept is None or self._kept[0] != key:
+            rank, (out_features, in_features) = max(a.shape[0] for a, _ in pairs), self.base_layer.weight.shape
+            factors = [factor for pair in pairs for factor in pair]
+            dtype = next(dtype for dtype in _NARROWEST_FIRST if all(_holds(dtype, factor) for factor in factors))
+            packed = cpu_linear.allocate_lora(len(pairs), rank, in_features, (out_features,), dtype)
+            for index, (a, b) in enumerate(pairs):
+                cpu_linear.place_adapter(packed, index, [(a.to(dtype), b.to(dtype))], scaling[index])
+            self._kept = key, packed
+        return self._kept[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLoraLinear:
+        self._kept = self._served = None
+        super()._apply(fn, recurse)
+        return self
+
+
+class _Served:
+    """What one adapter for all rows, or one for each, was found to need; a token costs as much as finding that out.
+
+    Args:
+        layer: the layer.
+        names: the adapters.
+        rows: an adapter for every row of the batch, or None if the one is for all.
+        native: the base.
+        packed: the pairs.
+    """
+
+    def __init__(
+        self,
+        layer: PackedLoraLinear,
+        names: list[str],
+        rows: list[str] | None,
+        native: cpu_linear.CpuWeight,
+        packed: cpu_linear.CpuLora,
+    ) -> None:
+        self.names, self.native, self.packed = names, native, packed
+        self.rows = None if rows is None else list(rows)
+        self.slots = None if rows is None else tuple(names.index(row) if row in names else -1 for row in rows)
+        self.active, self.training = layer._active_adapter, layer.training
+        self.scaling = dict(layer.scaling)
+        self.base, self.bias = layer.base_layer, layer.base_layer.bias
+        self.pairs = layer.lora_A, layer.lora_B
+        # Of every factor: who keeps it under which name, and the state that it was in.
+        self.factors = []
+        for pairs in self.pairs:
+            for name in names:
+                module = pairs[name]
+                weight = module.weight
+                state = (weight._version, weight.data_ptr())
+                self.factors.append((pairs._modules, name, module, module._parameters, weight, *state))
+
+    def index(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the adapter of every token, or None for the first adapter."""
+        return None if self.slots is None else _index_of(self.slots, x.shape[:-1])
+
+    def is_current(self, layer: PackedLoraLinear, x: torch.Tensor, rows: list[str] | None) -> bool:
+        """Return whether the layer would find the same again. Goes past the slow attribute look-up of modules."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
+            return False
+        if rows != self.rows or (rows is not None and len(rows) != x.shape[0]):
+            return False
+        if layer._disable_adapters or layer.merged_adapters or layer.training != self.training:
+            return False
+        modules = layer._modules
+        if self.active != layer._active_adapter or modules["base_layer"] is not self.base:
+            return False
+        if modules["lora_A"] is not self.pairs[0] or modules["lora_B"] is not self.pairs[1]:
+            return False
+        if self.base.native is not self.native or self.base._parameters["bias"] is not self.bias:
+            return False
+        if layer.scaling != self.scaling:
+            return False
+        for held, name, module, parameters, weight, version, place in self.factors:
+            if held.get(name) is not module or parameters["weight"] is not weight:
+                return False
+            if weight._version != version or weight.data_ptr() != place:
+                return False
+        return True
+
+
+@functools.lru_cache(maxsize=64)
+def _index_of(slots: tuple[int, ...], shape: torch.Size) -> torch.Tensor:
+    """Return the adapter of every token, int32 of this shape, from that of every row: one tensor for all layers."""
+    rows = torch.tensor(slots, dtype=torch.int32).view(-1, *[1] * (len(shape) - 1))
+    return rows.expand(shape).contiguous()
+
+
+_NARROWEST_FIRST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _holds(dtype: torch.dtype, factor: torch.Tensor) -> bool:
+    return bool((factor.to(dtype).to(torch.float32) == factor).all()) or dtype == torch.float32

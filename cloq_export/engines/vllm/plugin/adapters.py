@@ -1,0 +1,189 @@
+"""Which adapters a vLLM server may load: the same checks before it starts and while it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.errors import BindingError, FormatError, ShapeError, UsageError
+from cloq_export.formats.peft.codec import CONFIG_NAME, Adapter, is_adapter, read_adapter
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's `--max-lora-rank` takes (vllm/config/lora.py: MaxLoRARanks)."""
+
+POLICY_VARIABLE = "CLOQ_EXPORT_VLLM_POLICY"
+"""Environment variable by which `cloq serve` hands its `ServingPolicy` to the server."""
+
+LIFELINE_VARIABLE = "CLOQ_EXPORT_VLLM_LIFELINE"
+"""Environment variable that names the pipe whose other end closes when the program that started a server is gone."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+\-]{0,127}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingPolicy:
+    """What a server that `cloq serve` started has to keep to.
+
+    Args:
+        name: the model's own name, under which the default adapter is served.
+        base_name: the name of the quantized base without an adapter; equal to `name` if there is no adapter.
+        default: the name of the adapter that answers to the model's own name, or None if there is no adapter.
+        force: load adapters that are bound to another base.
+    """
+
+    name: str
+    base_name: str
+    default: str | None = None
+    force: bool = False
+
+    def to_text(self) -> str:
+        """Return the text for `POLICY_VARIABLE`."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_environment(cls) -> ServingPolicy | None:
+        """Return the policy of this process, or None if `cloq serve` did not start it."""
+        text = os.environ.get(POLICY_VARIABLE)
+        return None if not text else cls(**json.loads(text))
+
+
+def derived_name(folder: Path) -> str:
+    """Return the name of a folder as a model's name, with what is not allowed replaced."""
+    return re.sub(r"[^A-Za-z0-9_.:+\-]+", "-", folder.resolve().name).lstrip(".:+-")[:100] or "model"
+
+
+def check_name(name: str, taken: Iterable[str] = (), *, kind: str = "adapter") -> None:
+    """Refuse a name that a client could not use or that is taken.
+
+    Args:
+        name: the name.
+        taken: names that stand for something else.
+        kind: of what it is the name, for messages.
+
+    Raises:
+        UsageError: it is empty, has a character that is not allowed, or stands for something else already.
+    """
+    if "/" in name or "\\" in name:
+        raise UsageError(f"the {kind} name {name!r:.80} has a slash; choose a name without one.")
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"the {kind} name {name!r:.80} is not allowed; use letters, digits and . _ : + -, at most 128 of them."
+        )
+    if name in taken:
+        raise UsageError(f"the name {name!r} is given twice; every adapter and the model need a name of their own.")
+
+
+def smallest_rank(ranks: Iterable[int]) -> int:
+    """Return the smallest `--max-lora-rank` that takes all of these ranks.
+
+    Raises:
+        UsageError: a rank is larger than any that vLLM takes.
+    """
+    largest = max(ranks)
+    for allowed in RANKS:
+        if allowed >= largest:
+            return allowed
+    raise UsageError(f"an adapter has rank {largest}; vLLM takes up to {RANKS[-1]}. Make one of a lower rank.")
+
+
+def check_adapter(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    max_rank: int | None = None,
+    target_modules: Iterable[str] | None = None,
+    force: bool = False,
+) -> Adapter:
+    """Read an adapter and refuse it unless it can be served on a base.
+
+    Args:
+        checkpoint: the base.
+        folder: the adapter folder.
+        max_rank: the largest rank that the engine takes; None takes any that vLLM can be told to take.
+        target_modules: last parts of the module names that the engine adapts; None means any.
+        force: take it whatever base it is bound to.
+
+    Returns:
+        Adapter: as read.
+
+    Raises:
+        FormatError: a file is missing or damaged, or a module does not fit the base.
+        BindingError: it is bound to another base, or to none.
+        UsageError: its rank is too large.
+    """
+    if not is_adapter(folder):
+        raise FormatError(f"{folder} is no adapter folder; give the folder that holds {CONFIG_NAME}.")
+    adapter = read_adapter(folder)
+    if not force:
+        check_binding(checkpoint, folder, adapter.base_fingerprint)
+    allowed = None if target_modules is None else set(target_modules)
+    for module, pair in adapter.pairs.items():
+        shape = _linear_shape(checkpoint, module)
+        if shape is None:
+            raise FormatError(
+                f"{folder} adapts {module}, which is no linear layer of {checkpoint.folder}; it belongs to another "
+                "model."
+            )
+        if (pair.lora_B.shape[0], pair.lora_A.shape[1]) != shape:
+            raise FormatError(
+                f"{folder}: A {tuple(pair.lora_A.shape)} and B {tuple(pair.lora_B.shape)} do not fit {module} with "
+                f"{shape[1]} inputs and {shape[0]} outputs; it belongs to another model."
+            )
+        if allowed is not None and module.rpartition(".")[2] not in allowed:
+            raise FormatError(
+                f"{folder} adapts {module}, but the server adapts only modules named {', '.join(sorted(allowed))}; "
+                "start it with this adapter."
+            )
+        if pair.rank > (max_rank or RANKS[-1]):
+            raise UsageError(
+                f"{folder} has rank {pair.rank} at {module}; the server takes up to {max_rank or RANKS[-1]}. Start it "
+                "with a larger --max-lora-rank, or make an adapter of a lower rank."
+            )
+    return adapter
+
+
+def check_binding(checkpoint: Checkpoint, folder: Path, bound_to: str | None) -> None:
+    """Refuse an adapter of another base.
+
+    Args:
+        checkpoint: the base.
+        folder: of the adapter, for messages.
+        bound_to: the base fingerprint that the adapter carries, or None.
+
+    Raises:
+        BindingError: it is bound to another base, or to none.
+    """
+    base = checkpoint.fingerprint
+    if bound_to == base:
+        return
+    if bound_to is None:
+        raise BindingError(
+            f"{folder} does not say which quantized base it belongs to; {checkpoint.folder} is {base}. Only if it was "
+            "trained on this base, serve it with cloq serve --force."
+        )
+    raise BindingError(
+        f"{folder} is bound to the base {bound_to}, but {checkpoint.folder} is {base}; an adapter is wrong on any "
+        "other quantization. Make one for this base with `cloq adapt`, or serve it with cloq serve --force."
+    )
+
+
+def quantized_suffixes(checkpoint: Checkpoint) -> set[str]:
+    """Return the last parts of the names of a base's quantized modules, as `--lora-target-modules` takes them."""
+    return {module.rpartition(".")[2] for module in checkpoint.specs}
+
+
+def _linear_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
+    """Return (out, in) of a linear layer of a base, quantized or not, or None if there is no such layer."""
+    if module in checkpoint.specs:
+        try:
+            return checkpoint.features(module)
+        except ShapeError as error:
+            raise FormatError(str(error)) from None
+    header: Mapping[str, tuple[str, tuple[int, ...]]] = checkpoint.headers
+    shape = header.get(f"{module}.weight", ("", ()))[1]
+    return (shape[0], shape[1]) if len(shape) == 2 else None

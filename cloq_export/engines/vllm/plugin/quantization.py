@@ -1,0 +1,181 @@
+"""The quantization config "cloq": GPTQ checkpoints that vLLM itself refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from cloq_export.engines.vllm.plugin.linear import CloqLinearMethod
+from cloq_export.errors import CloqError, FormatError
+from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config
+from cloq_export.formats.layout import StoredGrids
+from cloq_export.types import QuantSpec
+
+METHOD = "cloq"
+
+ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
+"""Environment variable that allows bfloat16 on CUDA, where vLLM's kernels want scales in the activations' dtype."""
+
+# What vLLM's own GPTQ config takes: vllm/model_executor/layers/quantization/auto_gptq.py (AutoGPTQConfig.TYPE_MAP) and
+# utils/marlin_utils.py (MARLIN_SUPPORTED_GROUP_SIZES), the same in 0.32 and 0.33.
+_STOCK_GRIDS = ((4, True), (8, True))
+_STOCK_GROUP_SIZES = (-1, 32, 64, 128)
+_LABELS = (None, METHOD, "gptq")
+# What this plugin does not compute: the order of groups is not looked at here, so its label has to be believed.
+_UNSERVED = {"desc_act": "an order of groups (act-order)", "lm_head": "a quantized head"}
+
+
+def register() -> None:
+    """Make the config known to vLLM."""
+    register_quantization_config(METHOD)(CloqConfig)
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Return whether a `quantization_config` is one that this plugin reads and vLLM itself does not.
+
+    Args:
+        config: as it stands in config.json.
+    """
+    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+        return False
+    try:
+        grids = parse_quantization_config(config)
+    except CloqError:
+        return False  # not ours to explain: vLLM's own config says what it thinks of it
+    if (grids.overrides or grids.rules) and grids.modules is not None:
+        # vLLM looks rules up under the names of fused layers, which no rule of ours has, and would take the default.
+        return True
+    specs = [grids.default, *(spec for spec in grids.overrides.values() if spec is not None)]
+    specs += [spec for _, spec in grids.rules if spec is not None]
+    return not all(
+        (spec.bits, spec.symmetric) in _STOCK_GRIDS and spec.group_size in _STOCK_GROUP_SIZES for spec in specs
+    )
+
+
+class CloqConfig(QuantizationConfig):
+    """What a GPTQ checkpoint's config says, and which linear layers it is about.
+
+    Args:
+        grids: layout and grid of every module.
+    """
+
+    def __init__(self, grids: StoredGrids) -> None:
+        super().__init__()
+        self.grids = grids
+
+    def __repr__(self) -> str:
+        """Return layout and default grid."""
+        return f"CloqConfig({self.grids.layout.name}, {self.grids.default}, {len(self.grids.overrides)} overrides)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return "cloq"."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the dtypes of activations; on CUDA only those whose scales stay as they were trained against."""
+        dtypes = [torch.float16, torch.float32]
+        if current_platform.is_cpu() or os.environ.get(ROUND_SCALES_VARIABLE) == "1":
+            dtypes.append(torch.bfloat16)
+        return dtypes
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest GPU, Turing."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file: the config stands in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CloqConfig:
+        """Read a `quantization_config`.
+
+        Raises:
+            FormatError: it is damaged, or has what the plugin does not compute.
+        """
+        for key, what in _UNSERVED.items():
+            if config.get(key):
+                raise FormatError(
+                    f"quantization_config: {key} is {config[key]!r:.80}, and this plugin does not serve {what}; write "
+                    "the checkpoint again with `cloq convert`, or serve a merged export (cloq export --format merged)."
+                )
+        return cls(parse_quantization_config(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a checkpoint that vLLM itself refuses, and any GPTQ one for which `--quantization cloq` was given."""
+        if hf_quant_cfg.get("quant_method") != "gptq" or user_quant not in _LABELS:
+            return None
+        return METHOD if user_quant == METHOD or claims(hf_quant_cfg) else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Find the quantized modules in the files, where a foreign config does not list them."""
+        if self.grids.modules is not None:
+            return
+        names = get_safetensors_params_metadata(model_name, revision=revision)
+        modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+        self.grids = self.grids.with_modules(modules)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename modules as the model of vLLM does."""
+        modules = self.grids.modules
+        self.grids = dataclasses.replace(
+            self.grids,
+            modules=None if modules is None else tuple(hf_to_vllm_mapper.apply_list(list(modules))),
+            overrides=hf_to_vllm_mapper.apply_dict(dict(self.grids.overrides)),
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return how a layer is loaded and computed; None for what is no linear layer.
+
+        Raises:
+            FormatError: a part of a fused layer is quantized and another is not, or the experts of a mixture are.
+        """
+        if isinstance(layer, ParallelLMHead):
+            return None
+        if not isinstance(layer, LinearBase):
+            if any(module.startswith(f"{prefix}.") for module in self.grids.modules or ()) and hasattr(
+                layer, "moe_config"
+            ):
+                raise FormatError(
+                    f"{prefix} is a mixture of quantized experts, which this plugin does not compute; serve a merged "
+                    "export (cloq export --format merged)."
+                )
+            return None
+        names = self._module_names(prefix)
+        specs: list[QuantSpec | None] = [self.grids.spec_for(name) for name in names]
+        quantized = [spec for spec in specs if spec is not None]
+        if not quantized:
+            return UnquantizedLinearMethod()
+        if len(quantized) < len(specs):
+            apart = ", ".join(name for name, spec in zip(names, specs, strict=True) if spec is None)
+            raise FormatError(
+                f"vLLM computes {', '.join(names)} as one layer, but {apart} is not quantized; quantize all of them or "
+                "none, with an override in the recipe."
+            )
+        return CloqLinearMethod(names, quantized, first_version=self.grids.layout is GPTQ_V1)
+
+    def _module_names(self, prefix: str) -> list[str]:
+        """Return the modules of the checkpoint that a layer of vLLM is made of."""
+        parent, dot, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last)
+        if not parts or self.grids.spec_for(prefix) is not None:
+            # A layer that is fused in the checkpoint too is listed under its own name.
+            return [prefix]
+        return [f"{parent}{dot}{part}" for part in parts]

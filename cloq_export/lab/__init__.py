@@ -1,0 +1,1 @@
+"""The research bench: methods and peers beside each other. Nothing outside imports it."""

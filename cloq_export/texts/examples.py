@@ -1,0 +1,259 @@
+"""What an adapter learns from: plain text, prompts with their completions, and chats, read from text and JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cloq_export.errors import DataError
+from cloq_export.files.spelled_paths import expand_user
+from cloq_export.texts.reading import ALLOWED, holds_rows, read_rows, read_text
+
+ROLES = ("system", "user", "assistant")
+# Where chats are found, and who speaks in those that say "from" and "value" (ShareGPT's form).
+_CHAT_FIELDS = ("messages", "conversations")
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+}
+# What a chat template would write, or another trainer obey, were it handed on: leaving it out would change the chat.
+_ROW_EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history")
+_MESSAGE_EXTRAS = (
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "weight",
+    "train",
+)
+_NOTHING: tuple[Any, ...] = (None, "", "[]", "null", [], {})
+_ROW_FORMS = (
+    "'messages' or 'conversations'; 'prompt' and 'completion'; 'instruction' and 'output'; 'question' and 'answer'; or "
+    "'text'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One text to learn.
+
+    Args:
+        prompt: what stands before and is not learned; None makes the completion plain text, all of it learned.
+        completion: what is learned. Nothing is put between the two: a blank that belongs there stands in one of them.
+    """
+
+    prompt: str | None
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a chat.
+
+    Args:
+        role: "system", "user" or "assistant".
+        content: its text.
+    """
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatExample:
+    """A chat to learn the assistant's turns of; the model's own chat template makes a text of it.
+
+    Args:
+        messages: in order, the assistant's last; a system message can only be the first.
+        where: which row it is, for messages of errors; two chats are equal whatever it says.
+    """
+
+    messages: tuple[Message, ...]
+    where: str = dataclasses.field(default="", compare=False)
+
+
+AnyExample: TypeAlias = Example | ChatExample
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """Examples and where they came from.
+
+    Args:
+        examples: in the order of their source, at least one.
+        origin: a file path, "hub:<id>", or "generated (<what>)", for reports.
+        sha256: of the examples, hexadecimal: equal examples in equal order have equal hashes.
+    """
+
+    examples: tuple[AnyExample, ...]
+    origin: str
+    sha256: str
+
+    @classmethod
+    def of(cls, examples: Iterable[AnyExample], origin: str) -> ExampleSet:
+        """Return the examples with their hash.
+
+        Args:
+            examples: at least one.
+            origin: where they came from, for reports and messages.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = tuple(examples)
+        if not found:
+            raise DataError(f"{origin} holds no example; {ALLOWED}.")
+        digest = hashlib.sha256()
+        for example in found:
+            content = dataclasses.asdict(example)
+            content.pop("where", None)
+            digest.update(json.dumps(content, sort_keys=True).encode("utf-8") + b"\n")
+        return cls(found, origin, digest.hexdigest())
+
+
+def question_prompt(question: str) -> str:
+    """Return the text before an answer, as lm-evaluation-harness writes it for GSM8K."""
+    return f"Question: {question}\nAnswer:"
+
+
+def instruction_prompt(instruction: str, given: str = "") -> str:
+    """Return the text before a response, as Alpaca writes it, and LLM-Adapters for Math10K and Commonsense170K.
+
+    Args:
+        instruction: what is to be done.
+        given: what it is to be done with; may be empty.
+    """
+    if given:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            f"a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n"
+            f"{given}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def read_examples(path: str | Path) -> ExampleSet:
+    """Read a file of examples.
+
+    A .jsonl or .json file holds rows, as `read_rows` reads them; any other is one plain text. A row has 'messages' or
+    'conversations', with 'role' and 'content' or 'from' and 'value'; or 'prompt' and 'completion', taken as they are;
+    or 'instruction', 'output' and perhaps 'input'; or 'question' and 'answer'; or 'text'. The first form that fits
+    counts.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: it is missing, empty or unreadable, or a line of it is too long or malformed: the message gives the
+            line's number.
+    """
+    path = expand_user(path)
+    if not holds_rows(path):
+        return ExampleSet.of(_text_examples(read_text(path)), str(path))
+    return ExampleSet.of((example_of(row, where) for where, row in read_rows(path)), str(path))
+
+
+def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
+    """Return what one row of a file or a data set says.
+
+    Args:
+        row: its fields.
+        where: which row it is, for messages.
+
+    Raises:
+        DataError: it has the fields of no known form, or one of them is no text or empty; or it has one that would
+            stand in the prompt and is not read.
+    """
+    for extra in _ROW_EXTRAS:
+        if row.get(extra) not in _NOTHING:
+            remedy = "Make it the first message" if extra.startswith("system") else "Write it into the prompt"
+            raise DataError(
+                f"{where} has {extra!r}, which cannot be learned with: it would stand before the answer. {remedy}, "
+                "or take it out."
+            )
+    for field in _CHAT_FIELDS:
+        if field in row:
+            return _chat_of(row, field, where)
+    if "prompt" in row and "completion" in row:
+        return Example(_text_of(row, "prompt", where), _text_of(row, "completion", where))
+    if "instruction" in row and "output" in row:
+        given = row.get("input") or ""
+        if not isinstance(given, str):
+            raise DataError(f"{where}: 'input' is no text; mend the line.")
+        prompt = instruction_prompt(_text_of(row, "instruction", where), given)
+        return Example(prompt, _text_of(row, "output", where))
+    if "question" in row and "answer" in row:
+        question, answer = _text_of(row, "question", where), _text_of(row, "answer", where)
+        return Example(question_prompt(question), f" {answer}")
+    if "text" in row:
+        return Example(None, _text_of(row, "text", where))
+    raise DataError(
+        f"{where} has the fields {', '.join(str(name)[:40] for name in list(row)[:12]) or 'none'}; a row holds "
+        f"{_ROW_FORMS}. Rename its fields."
+    )
+
+
+def _text_examples(text: str) -> Sequence[Example]:
+    return [Example(None, text)] if text.strip() else []
+
+
+def _chat_of(row: Mapping[str, Any], field: str, where: str) -> ChatExample:
+    found = row[field]
+    if not isinstance(found, list) or not found:
+        raise DataError(
+            f"{where}: {field!r} is no list of messages; each has 'role' and 'content', or 'from' and 'value'. Mend "
+            "the line."
+        )
+    messages = [_message_of(entry, f"{where}, message {number}") for number, entry in enumerate(found, start=1)]
+    for number, message in enumerate(messages, start=1):
+        if message.role == "system" and number > 1:
+            raise DataError(f"{where}, message {number} is a system message behind others; it can only be the first.")
+    if messages[-1].role != "assistant":
+        raise DataError(f"{where}: the last message is the {messages[-1].role}'s; a chat to learn ends with assistant.")
+    return ChatExample(tuple(messages), where)
+
+
+def _message_of(entry: Any, which: str) -> Message:
+    if isinstance(entry, dict) and "role" not in entry and "from" in entry:
+        speaker, content = entry["from"], "value"
+        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise DataError(f"{which} is from {str(speaker)[:40]!r}; allowed are {', '.join(_SPEAKERS)}.")
+    else:
+        role, content = entry.get("role") if isinstance(entry, dict) else None, "content"
+        if role not in ROLES:
+            raise DataError(f"{which} has the role {str(role)[:40]!r}; allowed are {', '.join(ROLES)}.")
+    for extra in _MESSAGE_EXTRAS:
+        if entry.get(extra) not in _NOTHING and not (extra in ("weight", "train") and entry[extra] == 1):
+            raise DataError(
+                f"{which} has {extra!r}, which cannot be learned with; only its {content!r} is. Write what is to be "
+                "learned there, or take it out."
+            )
+    if isinstance(entry.get(content), list):
+        raise DataError(
+            f"{which}: {content!r} is a list of parts; only plain text is read. Write what they say as one text."
+        )
+    return Message(role, _text_of(entry, content, which))
+
+
+def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        found = "empty" if isinstance(text, str) else "no text"
+        hint = " A chat goes into 'messages'." if isinstance(text, list) else ""
+        raise DataError(f"{where}: {field!r} is {found}; mend the line, or delete it.{hint}")
+    return text

@@ -1,0 +1,97 @@
+"""What `verify` compares an ONNX export with: the integers of its graph, in the float model that they are of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from cloq_export.artifact.checkpoint import ADAPTERS_NAME
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.errors import BindingError, FormatError
+from cloq_export.files.fingerprint import base_fingerprint
+from cloq_export.formats.onnx.adapter import is_onnx_adapter, read_onnx_adapter, require_fit
+from cloq_export.formats.onnx.reading import OnnxExport
+from cloq_export.formats.onnx.record import ADAPTER_NAME
+from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
+from cloq_export.formats.peft.codec import is_adapter
+from cloq_export.models.source import LoadedModel
+
+
+def find_adapter(export: Path, place: str) -> Path:
+    """Return the folder of an adapter of an ONNX export.
+
+    Args:
+        export: the export.
+        place: the name of an adapter in it, or a folder of an ONNX adapter or a PEFT one.
+
+    Raises:
+        FormatError: there is none.
+    """
+    inside = export / ADAPTERS_NAME / place
+    for folder in (*([inside] if Path(place).name == place else []), Path(place)):
+        if is_onnx_adapter(folder) or is_adapter(folder):
+            return folder
+    raise FormatError(
+        f"{place} is no adapter in {export} and no adapter folder; give a name in its {ADAPTERS_NAME}/, or the folder "
+        f"that holds {ADAPTER_NAME} or adapter_config.json."
+    )
+
+
+def read_bound_adapter(folder: Path, export: OnnxExport, *, force: bool) -> Adapter:
+    """Return the adapter of a folder, refusing one that the graph cannot serve as meant.
+
+    Args:
+        folder: an ONNX adapter or a PEFT one.
+        export: the graph that it is to be served on.
+        force: take it whatever it is bound to.
+
+    Raises:
+        BindingError: it is bound to another base, or to none, or the graph has no inputs for it.
+        FormatError: a file is missing or damaged.
+    """
+    read = read_onnx_adapter(folder) if is_onnx_adapter(folder) else read_adapter(folder)
+    if read.base_fingerprint != export.fingerprint and not force:
+        raise BindingError(
+            f"{folder} is bound to {read.base_fingerprint or 'no base'}, but {export.folder} is {export.fingerprint}; "
+            "an adapter is wrong on any other quantization. Make one for this base with `cloq adapt`."
+        )
+    require_fit(read.pairs, export.shapes, str(folder))
+    return read
+
+
+def write_stand_in(
+    place: Path, export: OnnxExport, loaded: LoadedModel, adapters: Mapping[str, Adapter]
+) -> tuple[Path, dict[str, Path]]:
+    """Write an ordinary quantized checkpoint with the integers of a graph and the float part of a model.
+
+    Nothing of the graph but its integers goes in, so that whatever else is wrong with it shows.
+
+    Args:
+        place: an existing folder to write into.
+        export: the export.
+        loaded: the float model that it was made from.
+        adapters: name -> adapter.
+
+    Returns:
+        (checkpoint folder, name -> PEFT adapter folder).
+
+    Raises:
+        FormatError: the graph's modules are not those of the model.
+    """
+    layers = LayerSource(export.specs, export.shapes, export.read_layer)
+    floats = FloatPart.of_model(loaded.model, layers, dtype=loaded.source.dtype)
+    # Of the integers as they are: where they were changed, it is for the certificate to say so.
+    fingerprint = base_fingerprint(export.read_layers())
+    base = place / "base"
+    export_checkpoint(base, layers, floats, base_fingerprint=fingerprint)
+    settings = export.folder / "generation_config.json"
+    if settings.is_file():
+        shutil.copyfile(settings, base / settings.name)
+    folders = {}
+    for name, adapter in adapters.items():
+        folders[name] = place / ADAPTERS_NAME / name
+        os.makedirs(folders[name].parent, exist_ok=True)
+        write_adapter(folders[name], adapter.pairs, base_model="", base_fingerprint=fingerprint)
+    return base, folders

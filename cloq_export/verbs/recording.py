@@ -1,0 +1,178 @@
+"""Write down what a run or a training has made when it makes it; `verify` compares what is served with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.provenance import (
+    ADAPTER_KEY,
+    AdapterRecord,
+    BaseRecord,
+    ProbeRecord,
+    Quality,
+    TokenizerRecord,
+    TrainingRecord,
+    adapter_record,
+    probe_record,
+    record_pairs,
+    seal_of,
+)
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.session import Session, layers_of
+from cloq_export.engines.protocol import sequence_logprobs
+from cloq_export.errors import FormatError
+from cloq_export.files.fingerprint import combine_digests, layer_digest
+from cloq_export.types import LoraPair
+
+PROVENANCE_REPORT = "provenance"
+# Key of the codes alone among the probes.
+CODES_ALONE = ""
+
+
+def note_adapter(
+    name: str,
+    pairs: Mapping[str, LoraPair],
+    *,
+    base_fingerprint: str,
+    probe: ProbeRecord | None = None,
+    training: TrainingRecord | None = None,
+) -> dict[str, Any]:
+    """Return what the side file of an adapter records of its provenance.
+
+    Args:
+        name: of the adapter.
+        pairs: as they were made, in the dtype in which they are stored.
+        base_fingerprint: of the codes that they were made for.
+        probe: what the model said with them at the last step.
+        training: what the training says of itself.
+    """
+    record = AdapterRecord(name, base_fingerprint, record_pairs(pairs), probe, training)
+    return {ADAPTER_KEY: record.to_json()}
+
+
+def probe_model(model: nn.Module, tokenizer: Any) -> ProbeRecord:
+    """Return what a model in memory says of the fixed probes, in its own precision.
+
+    Args:
+        model: a transformers model; its adapter is on or off as it stands.
+        tokenizer: of the model.
+    """
+    token_ids = TokenizerRecord.of(tokenizer).probes()
+    was_training = model.training
+    model.eval()
+    try:
+        logprobs = [sequence_logprobs(model, [ids])[0] for ids in token_ids]
+    finally:
+        model.train(was_training)
+    return probe_record(next(model.parameters()).dtype, token_ids, logprobs)
+
+
+def record_base(
+    session: Session,
+    directory: RunDirectory,
+    tokenizer: Any,
+    *,
+    model_name: str,
+    probes: Mapping[str, ProbeRecord] | None = None,
+    quality: Quality | None = None,
+) -> None:
+    """Write what a run has made into its reports.
+
+    Args:
+        session: of the call.
+        directory: the run, all layers finished.
+        tokenizer: of the float model.
+        model_name: what the record may say of the model.
+        probes: name of an adapter, or `CODES_ALONE` -> what the written model says.
+        quality: what was measured.
+    """
+    layers = {name: layer_digest(layer) for name, layer in layers_of(directory)}
+    record = BaseRecord(
+        model=model_name,
+        source_fingerprint=directory.source_fingerprint,
+        base_fingerprint=combine_digests(layers),
+        layers=layers,
+        tokenizer=TokenizerRecord.of(tokenizer),
+        probes=dict(probes or {}),
+        quality=quality,
+    )
+    session.timed("write", lambda: directory.write_report(PROVENANCE_REPORT, record.to_json()))
+
+
+def run_record(directory: RunDirectory) -> BaseRecord | None:
+    """Return what a run recorded, None if it recorded nothing.
+
+    Raises:
+        FormatError: the record is of another version, was edited, or is damaged.
+    """
+    if PROVENANCE_REPORT not in directory.reports():
+        return None
+    source = str(directory.path / "reports" / f"{PROVENANCE_REPORT}.json")
+    return BaseRecord.from_json(directory.read_report(PROVENANCE_REPORT), source)
+
+
+def export_record(
+    session: Session, record: BaseRecord | None, layers: LayerSource, adapters: Mapping[str, AdapterRecord | None]
+) -> BaseRecord | None:
+    """Return the record that an export carries: the run's, with the adapters that the export is written with.
+
+    What the run recorded is carried as it stands, whatever the layers are by now: `verify` tells the two apart. A
+    difference is noted here already.
+
+    Args:
+        session: of the call; differences are noted in it.
+        record: of the run, or of the export that is converted.
+        layers: what the export is made of.
+        adapters: name -> record of each adapter that goes along.
+    """
+    if record is None:
+        session.notes.append(
+            "nothing recorded what these codes were made from, so `cloq verify` cannot prove their provenance"
+        )
+        return None
+    changed = [module for module in layers.specs if record.layers.get(module) != layer_digest(layers.read(module))]
+    if changed or set(record.layers) != set(layers.specs):
+        session.notes.append(
+            f"{len(changed)} layers are not those that the run recorded when it made them, {(changed or ['none'])[0]} "
+            "the first: `cloq verify` will miss its gate"
+        )
+    return dataclasses.replace(
+        record, adapters={name: None if known is None else seal_of(known) for name, known in adapters.items()}
+    )
+
+
+def read_adapter_record(session: Session, name: str, extra: Mapping[str, Any], folder: Path) -> AdapterRecord | None:
+    """Return the record in an adapter's side file; one that cannot be read is noted, and is none.
+
+    Args:
+        session: of the call.
+        name: of the adapter.
+        extra: what its writer noted.
+        folder: where it lies.
+    """
+    try:
+        return adapter_record(extra, str(folder))
+    except FormatError as error:
+        session.notes.append(f"the provenance of the adapter {name} is not carried: {error}")
+        return None
+
+
+def place_pairs(model: nn.Module, pairs: Mapping[str, LoraPair]) -> None:
+    """Put pairs, as they are stored, into a model that PEFT wrapped under the name "default".
+
+    Args:
+        model: with its adapter.
+        pairs: full module name -> pair.
+    """
+    with torch.no_grad():
+        for name, pair in pairs.items():
+            layer: Any = model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(pair.lora_A)
+            layer.lora_B["default"].weight.copy_(pair.lora_B)

@@ -1,0 +1,405 @@
+"""Weights that codes with float16 scales cannot hold: moved into a neighbour exactly, or left float and said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import cloq_export
+from cloq_export import verbs
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.cli import main
+from cloq_export.compress.plan import ModulePlan, make_plan
+from cloq_export.compress.rescaling import rescale_neighbours
+from cloq_export.compress.solve import solve_group
+from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
+from cloq_export.files.atomic import write_safetensors
+from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.blocks import find_blocks
+from cloq_export.models.source import open_model
+from cloq_export.recipe import Recipe
+from cloq_export.types import LayerStats, QuantSpec
+from cloq_export.verbs.exporting import ExportOptions
+from cloq_export.verbs.finetuned_run import run_and_finetune
+
+RecipeFor = Callable[..., Recipe]
+VALUE, OUT, UP, DOWN = "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"
+
+
+@pytest.fixture
+def changed(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[..., str]:
+    """Return a function that writes a model whose weights a function has changed, by name."""
+
+    def write(family: str, change: Callable[[str, torch.Tensor], torch.Tensor], name: str = "model") -> str:
+        folder = tmp_path / name
+        shutil.copytree(model_folder(family), folder)
+        tensors, metadata = read_safetensors(folder / "model.safetensors")
+        write_safetensors(
+            folder / "model.safetensors", {key: change(key, tensor) for key, tensor in tensors.items()}, metadata
+        )
+        return str(folder)
+
+    return write
+
+
+def times(exponents: dict[str, float]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return a change that multiplies the weights (and biases) of modules by powers of two."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for part, exponent in exponents.items():
+            if f".{part}." in name:
+                return tensor * 2.0**exponent
+        return tensor
+
+    return change
+
+
+def one_head(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    if f".{VALUE}.weight" in name:
+        tensor[16:] *= 2.0**-15
+    if f".{OUT}.weight" in name:  # the second head of values serves the third and fourth of queries
+        tensor[:, 32:] *= 2.0**15
+    return tensor
+
+
+def codes_of(path: Path) -> dict[str, torch.Tensor]:
+    run = RunDirectory.open(path)
+    return {name: run.read_layer(name).quantized.codes for name in sorted(run.completed_modules())}
+
+
+def log_probabilities(model: Any) -> torch.Tensor:
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return torch.log_softmax(model(input_ids=ids).logits.float(), dim=-1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (times({VALUE: -14, OUT: 14}), "v_proj"),
+        (times({VALUE: 20, OUT: -20}), "v_proj"),
+        (times({UP: -17, DOWN: 17}), "up_proj"),
+        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj"),
+        (one_head, "v_proj"),
+    ],
+    ids=["v tiny", "v huge", "up tiny", "both", "one head"],
+)
+def test_a_factor_between_neighbours_changes_no_code(
+    change: Any, first: str, bits: int, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    options = {"bits": bits, "group_size": 16, "samples": 2}
+    plain = recipe_for(**options)
+    verbs.run(plain, tmp_path / "plain", console=silent)
+    recipe = plain.changed({"model": changed("llama", change)})
+    summary = verbs.run(recipe, tmp_path / "run", console=silent)
+    expected, found = codes_of(tmp_path / "plain"), codes_of(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    for name, codes in expected.items():
+        assert torch.equal(found[name], codes), name
+    (note,) = (note for note in summary["notes"] if f"cannot hold {first} of 2 layers" in note)
+    assert "powers of two" in note
+    assert "model.layers.0." in note
+    served = (log_probabilities(cloq_export.load(tmp_path / name, adapter="cloq")) for name in ("plain", "run"))
+    torch.testing.assert_close(*served, rtol=0, atol=1e-4)
+
+
+def test_what_has_no_neighbour_stays_float_and_that_is_said(
+    changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    """Qwen 2 has a bias behind v, which stays float, and so does v; nothing takes k's factor over."""
+    model = changed("qwen2", times({VALUE: -15, OUT: 15, "self_attn.k_proj": 18}))
+    recipe = recipe_for(bits=4, samples=2, rank=0).changed({"model": model})
+    summary = verbs.quantize(recipe, tmp_path / "run", console=silent)
+    unfit = {f"model.layers.{n}.self_attn.{part}" for n in range(2) for part in ("k_proj", "v_proj")}
+    assert summary["layers"]["count"] == 10
+    said = [note for note in summary["notes"] if " stays float: " in note]
+    assert {note.split()[0] for note in said} == unfit
+    assert any("are too small for 4 bits" in note for note in said)
+    assert any("hold them safely up to 32752" in note for note in said)
+    run = RunDirectory.open(tmp_path / "run")
+    assert set(run.read_report("layers")["stays_float"]) == unfit
+    assert not unfit & run.completed_modules()
+    dynamic = json.loads((run.checkpoint_path / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert {name[3:-1].replace("\\", "") for name in dynamic if name.startswith("-:")} == unfit
+    served, source = cloq_export.load(run.path), open_model(model).model
+    for name in unfit:
+        assert torch.equal(served.get_submodule(name).weight, source.get_submodule(name).weight)
+    # Later steps find the same plan.
+    made = verbs.adapt(run.path, {"rank": 4}, console=silent)
+    assert made["layers"]["count"] == 10
+    exported = verbs.export(run.path, ExportOptions(format="compressed_tensors"), console=silent)
+    config = json.loads((Path(exported["files"]["export"]) / "config.json").read_text())
+    assert unfit <= set(config["quantization_config"]["ignore"])
+
+
+def test_a_model_of_which_nothing_can_be_held_is_refused(
+    changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    model = changed("llama", lambda name, tensor: tensor * 2.0**-20 if "_proj" in name else tensor)
+    with pytest.raises(
+        RecipeError, match=r"no linear layer can be quantized; of model\.layers\.0\.self_attn\.q_proj, "
+    ):
+        verbs.run(recipe_for().changed({"model": model}), tmp_path / "run", console=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dead_rows_are_ordinary(changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console) -> None:
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if f".{UP}.weight" in name:
+            tensor = tensor.clone()
+            tensor[5:8] *= 1e-9
+        return tensor
+
+    recipe = recipe_for().changed({"model": changed("llama", change)})
+    summary = verbs.run(recipe, tmp_path / "run", console=silent)
+    assert summary["notes"] == []
+    assert summary["layers"]["count"] == 14
+    assert sum("3 of 96 outputs have weights too small" in line for line in summary["layers"]["warnings"]) == 2
+
+
+class _Between(nn.Module):
+    """Something between two projections."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+        self.between = between
+        with torch.no_grad():
+            self.up_proj.weight.mul_(2.0**-20)
+            self.down_proj.weight.mul_(2.0**20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down_proj(self.between(self.up_proj(x)))
+
+
+class _Model(nn.Module):
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(20, 16)
+        self.layers = nn.ModuleList([_Between(between), _Between(between)])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        states = self.embed(input_ids)
+        for layer in self.layers:
+            states = layer(states)
+        return type("Output", (), {"logits": states})
+
+
+@pytest.mark.parametrize(
+    ("between", "passes"),
+    [
+        (lambda y: y * torch.linspace(0.5, 2, 32), True),
+        (torch.relu, True),  # a positive factor passes it
+        (lambda y: nn.functional.silu(y * 2.0**20), False),
+        (lambda y: y / (y.norm(dim=-1, keepdim=True) + 1e-30), False),
+        (lambda y: y.flip(-1), False),
+        (lambda y: y * torch.nan, False),
+    ],
+    ids=["linear", "relu", "silu", "norm", "mixed", "nan"],
+)
+def test_factors_are_moved_only_where_the_model_says_the_same(between: Any, passes: bool) -> None:
+    model = _Model(between)
+    with torch.no_grad():
+        # Rows of different sizes: what meets another column than its own would show.
+        model.layers[0].up_proj.weight[16:] *= 2.0**-8
+        model.layers[0].down_proj.weight[:, 16:] *= 2.0**8
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    blocks = find_blocks(model, "layers")
+    plan = make_plan(blocks, Recipe.from_mapping({"model": "none", "group_size": 16, "rank": 0}))
+    assert set(plan.unfit) >= {"layers.0.up_proj", "layers.1.up_proj"}
+    notes = rescale_neighbours(model, blocks, plan.asked)
+    assert len(notes) == passes
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (passes and name != "embed.weight"), name
+    assert bool(make_plan(blocks, Recipe.from_mapping({"model": "none", "group_size": 16, "rank": 0})).unfit) != passes
+
+
+def test_inputs_that_carry_much_through_tiny_weights_are_said(recipe_for: RecipeFor) -> None:
+    """By its norm the layer is fine; what it puts out comes from the column that is lost."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    weight[:, :16] *= 1e-5
+    gram = torch.diag(torch.cat([torch.full((16,), 1e9), torch.full((16,), 0.1)]))
+    recipe = recipe_for(bits=4, rank=2, damping=0.0)
+    plan = ModulePlan("some.layer", QuantSpec(4, 16), 2)
+    solved = solve_group([plan], {"some.layer": weight}, LayerStats(gram, 64), recipe)["some.layer"]
+    notes = [note for note in solved.certificate.notes if "comes from weights too small" in note]
+    assert len(notes) == 1
+    assert "--override 'some.layer:skip=true'" in notes[0]
+
+
+@pytest.mark.parametrize("method", ["rtn", "optq", "magr"])
+@pytest.mark.parametrize("init", ["cloq", "loftq"])
+def test_one_sided_weights_fit_version_1(
+    method: str, init: str, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
+    recipe = recipe_for(bits=3, format="gptq", method=method, init=init, samples=2).changed({"model": model})
+    verbs.run(recipe, tmp_path / "run", console=silent)
+    run = RunDirectory.open(tmp_path / "run")
+    assert all(int(run.read_layer(name).quantized.zeros.min()) >= 1 for name in run.completed_modules())
+    assert run.state == "done"
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Callable[[int], Path]:
+    """Return a function from a width to a Llama whose feed-forward layers have it."""
+
+    def make(width: int) -> Path:
+        folder = tmp_path_factory.mktemp("odd") / str(width)
+        shutil.copytree(model_folder("llama"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": width}))
+        tensors, metadata = read_safetensors(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if ".mlp." in name:
+                cut = tensor[:, :width] if "down_proj" in name else tensor[:width]
+                tensors[name] = torch.cat([cut, cut], int("down_proj" in name)).narrow(
+                    int("down_proj" in name), 0, width
+                )
+        write_safetensors(folder / "model.safetensors", tensors, metadata)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (80, {"bits": 3, "group_size": 16}),
+        (80, {"bits": 3, "group_size": 16, "format": "compressed_tensors_padded", "symmetric": True}),
+        (72, {"bits": 2, "group_size": 8}),
+        (90, {"bits": 4, "group_size": -1, "rank": 0}),
+        (75, {"bits": 8, "group_size": -1}),
+    ],
+    ids=str,
+)
+def test_any_width_is_loaded_and_measured(
+    width: int, options: dict[str, Any], odd_model: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+) -> None:
+    recipe = recipe_for(samples=2, **{"format": "compressed_tensors", **options})
+    recipe = recipe.changed({"model": str(odd_model(width))})
+    summary = verbs.run(recipe, tmp_path / "run", console=silent)
+    assert summary["perplexity"]["quantized"]["perplexity"] > 1
+    adapter = "cloq" if recipe.rank else None
+    served = cloq_export.load(tmp_path / "run", adapter=adapter)
+    dense = cloq_export.dequantized_model(tmp_path / "run", adapter, merged=False)
+    torch.testing.assert_close(log_probabilities(served), log_probabilities(dense), rtol=0, atol=1e-4)
+    # The same codes as another tool's, without anything that says that they are ours.
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tmp_path / "run" / "checkpoint", foreign)
+    (foreign / "cloq_certificate.json").unlink()
+    config = json.loads((foreign / "config.json").read_text())
+    for key in ("cloq", "meta"):
+        del config["quantization_config"][key]
+    config["quantization_config"]["version"] = "0.17.0" if "padded" in recipe.format else "0.18.0"
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert torch.equal(
+        log_probabilities(cloq_export.load(foreign)), log_probabilities(cloq_export.load(tmp_path / "run"))
+    )
+    again = recipe.changed({"rank": 2, "format": "gptq_v2"})
+    with pytest.raises(
+        ShapeError, match=r"whole 32-bit words.* choose a layout that holds them: --set format=compress"
+    ):
+        verbs.adapt_checkpoint(foreign, again, tmp_path / "adapted", console=silent)
+    assert not (tmp_path / "adapted").exists()
+    verbs.adapt_checkpoint(foreign, again.changed({"format": recipe.format}), tmp_path / "adapted", console=silent)
+    assert RunDirectory.open(tmp_path / "adapted").state == "done"
+
+
+def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
+    changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
+    recipe = recipe_for(bits=4, rank=0, samples=2).changed({"model": model})
+    verbs.run(recipe, tmp_path / "run", console=silent)
+    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(cloq_export.errors.CloqError, match=r"up_proj has a zero of 0, which the layout gptq"):
+        verbs.adapt_checkpoint(
+            tmp_path / "run" / "checkpoint",
+            recipe.changed({"rank": 2, "format": "gptq"}),
+            tmp_path / "x",
+            console=silent,
+        )
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_names_that_a_layout_cannot_write_are_refused_before_the_work(
+    layout: str, recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.session.linears_beside", lambda *_: ("model.odd name",))
+    with pytest.raises(cloq_export.errors.FormatError, match=r"the module name 'model\.odd name' "):
+        verbs.run(recipe_for(format=layout), tmp_path / "run", console=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_work(
+    recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(samples=2)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(RunDirectoryError, match=r"has room for 0\.10 MB, and this run writes at least .* MB there"):
+        verbs.run(recipe, tmp_path / "run", console=silent)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    verbs.run(recipe, tmp_path / "run", console=silent)
+    written = sum(
+        path.stat().st_size
+        for folder in ("layers", "checkpoint", "adapters")
+        for path in (tmp_path / "run" / folder).rglob("*.safetensors")
+    )
+    # What was counted is what was written, but for headers.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(0.8 * written)))
+    with pytest.raises(RunDirectoryError, match="has room for"):
+        verbs.run(recipe, tmp_path / "other", console=silent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written))
+    verbs.run(recipe, tmp_path / "other", console=silent)
+
+
+def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
+    recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2 w3"}\n{"texts": "w1"}\n')
+    whole = str(tmp_path / "whole.jsonl")
+    Path(whole).write_text('{"prompt": "w1", "completion": " w2"}\n{"prompt": "w3", "completion": " w4"}\n')
+
+    def refused(error: type[Exception], match: str, rank: int = 4, **tuning: Any) -> None:
+        recipe = recipe_for(rank=rank, samples=2, finetune={"data": str(data), "seqlen": 16, **tuning})
+        with pytest.raises(error, match=match):
+            run_and_finetune(recipe, tmp_path / "run", console=silent)
+        assert not (tmp_path / "run").exists()
+
+    refused(cloq_export.errors.DataError, "line 2")
+    refused(UsageError, "the rank is 0, so there is no adapter to start the training from", rank=0)
+    refused(UsageError, "is made together with the codes; give the trained one another name", name="cloq", data=whole)
+    refused(UsageError, "a sequence has 65 tokens, but this model reads at most 64", seqlen=65, data=whole)
+
+
+def test_the_command_says_which_layers_stay_float(
+    changed: Any, recipe_for: RecipeFor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(samples=2).changed({"model": changed("llama", times({"self_attn.q_proj": -18}))})
+    arguments = ["run", recipe.model, "--out", str(tmp_path / "run")]
+    for name in ("calibration", "eval_text", "group_size", "rank", "samples", "seqlen", "eval_window", "precision"):
+        arguments += ["--set", f"{name}={getattr(recipe, name)}"]
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "model.layers.1.self_attn.q_proj stays float: its weights" in printed
