@@ -1,0 +1,89 @@
+"""Read a quantized checkpoint and an adapter with decoders that share no code with the package.
+
+A layer's numbers are one little-endian stream of bits in both layouts: codes along a row of the weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Return every tensor of a folder's safetensors files."""
+    tensors: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def dequantized(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
+    """Return Q of every quantized module of a checkpoint, (out, in) float32 under the name of the weight."""
+    if quantization["quant_method"] == "gptq":
+        return {
+            name.replace(".qweight", ".weight"): _gptq(tensors, name.removesuffix(".qweight"), quantization["bits"])
+            for name in tensors
+            if name.endswith(".qweight")
+        }
+    bits = quantization["config_groups"]["group_0"]["weights"]["num_bits"]
+    return {
+        name.replace(".weight_packed", ".weight"): _packed(tensors, name.removesuffix("_packed"), bits)
+        for name in tensors
+        if name.endswith(".weight_packed")
+    }
+
+
+def without_codes(tensors: Tensors) -> Tensors:
+    """Return the tensors of a checkpoint that belong to no quantized module."""
+    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
+    parts += (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
+
+
+def merge_adapter(model: torch.nn.Module, folder: Path) -> int:
+    """Add (alpha / rank) B A of a PEFT adapter to the weights of a float model; return the number of pairs."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = read_tensors(folder)
+    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    for module in modules:
+        a, b = (tensors[f"{module}.{part}.weight"].to(torch.float32) for part in ("lora_A", "lora_B"))
+        name = module.removeprefix("base_model.model.")
+        alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
+        with torch.no_grad():
+            model.get_submodule(name).weight += alpha / a.shape[0] * (b @ a)
+    return len(modules)
+
+
+def _gptq(tensors: Tensors, module: str, bits: int) -> torch.Tensor:
+    codes = _numbers(tensors[f"{module}.qweight"].t(), bits)
+    zeros = _numbers(tensors[f"{module}.qzeros"], bits).t()
+    return _weight(codes, tensors[f"{module}.scales"].t(), zeros)
+
+
+def _packed(tensors: Tensors, weight: str, bits: int) -> torch.Tensor:
+    rows, columns = tensors[f"{weight}_shape"].tolist()
+    codes = _numbers(tensors[f"{weight}_packed"], bits)[:, :columns]
+    zeros = _numbers(tensors[f"{weight}_zero_point"].t(), bits).t()[:rows]
+    return _weight(codes, tensors[f"{weight}_scale"], zeros)
+
+
+def _weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    span = codes.shape[1] // scales.shape[1]
+    scales, zeros = (part.to(torch.float32).repeat_interleave(span, dim=1) for part in (scales, zeros))
+    return scales * (codes - zeros)
+
+
+def _numbers(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the numbers of a few bits that each row of 32-bit words holds, the lowest bits first."""
+    stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    grouped = stream[:, : stream.shape[1] // bits * bits].reshape(len(stream), -1, bits)
+    return torch.from_numpy((grouped * (1 << np.arange(bits))).sum(-1)).to(torch.float32)
