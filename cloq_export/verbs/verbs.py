@@ -39,7 +39,6 @@ from cloq_export.compress.session import (
     Session,
     compute_dtype,
     device_of,
-    layers_of,
     open_planned,
     refuse_other_source,
     refuse_unfinished,
@@ -53,7 +52,6 @@ from cloq_export.engines.protocol import float_model
 from cloq_export.engines.transformers import load
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import make_folder, write_bytes
-from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.files.versions import environment
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
@@ -541,7 +539,7 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
 
 
 def _codes_of(directory: RunDirectory) -> Callable[[str], QuantizedLayer]:
-    return lambda name: directory.read_layer(name).quantized
+    return directory.read_codes
 
 
 def _walk(
@@ -701,12 +699,12 @@ def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: 
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
     for module in sorted(source.completed_modules(), key=natural_order):
-        lora = source.read_layer(module).lora
+        lora = source.read_pair(module)
         if lora is not None:
             pairs[module] = lora
     if not pairs:
         return
-    fingerprint = base_fingerprint(layers_of(directory))
+    fingerprint = directory.base_fingerprint()
     session.timed(
         "write",
         lambda: write_adapter(
