@@ -375,7 +375,7 @@ def _start_of(directory: RunDirectory, base: _Base, recipe: FineTuneRecipe, work
     folder = work / _START
     if not folder.exists():
         recipe_of_run = Recipe.from_mapping(directory.recipe)
-        shapes = {name: directory.layer_header(name)[1] for name in base.checkpoint.specs}
+        shapes = {name: directory.layer_file(name).shape for name in base.checkpoint.specs}
         ranks = {name: recipe_of_run.override_for(name).get("rank", recipe_of_run.rank) or ZERO_RANK for name in shapes}
         write_adapter(
             folder,

@@ -28,7 +28,6 @@ from cloq_export.compress.budgeting import (
 from cloq_export.compress.job import budgeted_recipe, certificate_report, compress_model, finish_layers, started_run
 from cloq_export.compress.session import (
     Session,
-    layers_of,
     open_planned,
     refuse_other_source,
     refuse_unfinished,
@@ -39,7 +38,6 @@ from cloq_export.engines.protocol import float_model
 from cloq_export.engines.transformers import load
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import make_folder
-from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
@@ -465,7 +463,7 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
 
 
 def _codes_of(directory: RunDirectory) -> Callable[[str], QuantizedLayer]:
-    return lambda name: directory.read_layer(name).quantized
+    return directory.read_codes
 
 
 def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
@@ -473,12 +471,12 @@ def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: 
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
     for module in sorted(source.completed_modules(), key=natural_order):
-        lora = source.read_layer(module).lora
+        lora = source.read_pair(module)
         if lora is not None:
             pairs[module] = lora
     if not pairs:
         return
-    fingerprint = base_fingerprint(layers_of(directory))
+    fingerprint = directory.base_fingerprint()
     session.timed(
         "write",
         lambda: write_adapter(
