@@ -96,7 +96,7 @@ def compress_model(
     check_space(directory, plan, loaded, recipe)
     codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
     finish_layers(session, loaded, plan, directory, recipe, calibration, codes)
-    directory.write_report("layers", certificate_report(directory.certificates(), plan.unfit))
+    directory.write_report("layers", certificate_report(directory.certificates(), {**plan.spared, **plan.unfit}))
     return loaded
 
 

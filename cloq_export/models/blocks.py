@@ -21,10 +21,14 @@ class BlockList:
     Args:
         name: dotted path of the list inside the model, e.g. "model.layers".
         modules: the blocks themselves.
+        hidden_size: numbers of a token between blocks; 0 if the config does not say.
+        model_type: the model's family, as its config names it.
     """
 
     name: str
     modules: Sequence[nn.Module]
+    hidden_size: int = 0
+    model_type: str = ""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -53,10 +57,17 @@ def find_blocks(model: nn.Module, path: str = "") -> BlockList:
     Raises:
         UnsupportedModelError: the path leads nowhere, or the search finds no list, or several it cannot tell apart.
     """
-    if path:
-        return _blocks_at(model, path)
-    architecture = type(model).__name__
     config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    return dataclasses.replace(
+        _blocks_at(model, path) if path else _search_blocks(model, config),
+        hidden_size=getattr(text_config, "hidden_size", None) or 0,
+        model_type=getattr(config, "model_type", ""),
+    )
+
+
+def _search_blocks(model: nn.Module, config: object) -> BlockList:
+    architecture = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{architecture} is an encoder-decoder; only decoder-only (causal) language models can be quantized. "

@@ -14,6 +14,7 @@ from cloq_export.artifact.empty_model import tie_entries
 from cloq_export.artifact.provenance import TokenizerRecord
 from cloq_export.errors import CloqError
 from cloq_export.models.source import NO_CODE, LoadedModel, quiet_transformers, read_tokenizer
+from cloq_export.models.tied_head import config_of_json
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
@@ -77,7 +78,7 @@ def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Findin
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         with quiet_transformers():
-            mine = dict(_flat(type(model.config).from_dict(plain).to_dict()))
+            mine = dict(_flat(config_of_json(type(model.config), plain).to_dict()))
     except Exception as error:  # a config raises whatever its values lead to
         return Finding("config", CONTRADICTED, f"{source} cannot be read ({' '.join(str(error).split())[:200]})")
     # What a reader of the file goes by, whatever class reads it here.
