@@ -321,7 +321,7 @@ class Bench:
         """Measure transformers in float, and `cloq_export.load`."""
         import torch
 
-        from cloq_export.engines.transformers import load
+        from cloq_export.engines.transformers.loading import load
 
         if "transformers" in self.engines:
             todo = self.missing(files.label, "transformers", None, [0])

@@ -49,8 +49,8 @@ from cloq_export.compress.session import (
 from cloq_export.compress.solve import ALTERNATIONS
 from cloq_export.compress.space import check_space
 from cloq_export.compress.walk import BlockWalk, usual_windows_per_batch
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import make_folder, write_bytes
 from cloq_export.files.fingerprint import base_fingerprint

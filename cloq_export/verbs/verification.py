@@ -22,14 +22,9 @@ from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.decoding import end_tokens
-from cloq_export.engines.protocol import (
-    ReferenceModel,
-    ServedModel,
-    float_model,
-    longest_in_memory,
-    packed_model,
-    reference_model,
-)
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.reference import ReferenceModel, reference_model
+from cloq_export.engines.transformers.served import float_model, packed_model, tokens_per_batch
 from cloq_export.errors import CalibrationError, FormatError, GateMissedError, UsageError
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.versions import environment
@@ -648,7 +643,7 @@ class _Verification:
                     f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
                 )
             return options.longest
-        return min(served, max(options.window, min(_LONGEST, longest_in_memory(model))))
+        return min(served, max(options.window, min(_LONGEST, tokens_per_batch(model))))
 
     def _question_limit(self, task: str) -> float:
         return self.plan.limits.get(f"{gate_key(task)}_p_value", SIGNIFICANCE)

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from cloq_export import verbs
 from cloq_export.cli import main
-from cloq_export.engines.protocol import ServedModel, packed_model
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm import engine as vllm_engine
 from cloq_export.engines.vllm import server as vllm_server
 from cloq_export.errors import (
