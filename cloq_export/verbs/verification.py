@@ -71,6 +71,7 @@ from cloq_export.verbs.exporting import adapters_in
 from cloq_export.verbs.made_before import MadeBefore, compare_float_part
 
 if TYPE_CHECKING:
+    from cloq_export.engines.vllm.options import EngineSettings
     from cloq_export.formats.onnx.reading import OnnxExport
 
 RUNTIME_NAMES = ("hf", "vllm", "vllm-server", "onnx")
@@ -283,15 +284,23 @@ def _open_hf(export: Path, adapters: Mapping[str, Path], options: VerifyOptions)
 
 
 def _open_vllm(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-    from cloq_export.engines.vllm.engine import VllmModel
+    from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 
-    return VllmModel(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
+    return VllmModel(export, adapters, _engine_settings(options), EngineStart(python=options.python))
+
+
+def _engine_settings(options: VerifyOptions) -> EngineSettings:
+    from cloq_export.engines.vllm.options import EngineSettings
+
+    return EngineSettings(dtype=options.dtype, force=options.force)
 
 
 def _open_vllm_server(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    from cloq_export.engines.vllm.plan import ServerOptions
     from cloq_export.engines.vllm.server import VllmServer
 
-    return VllmServer.start(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
+    asked = ServerOptions(dtype=options.dtype, python=options.python, force=options.force)
+    return VllmServer.start(export, adapters, asked)
 
 
 def _open_onnx(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
@@ -314,10 +323,10 @@ def _check_engine(plan: _Plan) -> None:
     options = plan.options
     if not isinstance(plan.checkpoint, Checkpoint) or not options.runtime.startswith("vllm"):
         return
-    from cloq_export.engines.vllm.engine import engine_options
-    from cloq_export.engines.vllm.server import engine_facts
+    from cloq_export.engines.vllm.facts import engine_facts
+    from cloq_export.engines.vllm.options import engine_options
 
-    engine_options(plan.checkpoint, plan.folders, dtype=options.dtype, kv_cache_gib=1, force=options.force)
+    engine_options(plan.checkpoint, plan.folders, _engine_settings(options))
     engine_facts(options.python)
 
 
@@ -1031,11 +1040,9 @@ def _engine_length(plan: _Plan) -> int | None:
     """Return how long a text an engine takes for scoring, None where nothing but the model limits it."""
     if not isinstance(plan.checkpoint, Checkpoint) or not plan.options.runtime.startswith("vllm"):
         return None
-    from cloq_export.engines.vllm.engine import engine_options
+    from cloq_export.engines.vllm.options import engine_options
 
-    options = engine_options(
-        plan.checkpoint, plan.folders, dtype=plan.options.dtype, kv_cache_gib=1, force=plan.options.force
-    )
+    options = engine_options(plan.checkpoint, plan.folders, _engine_settings(plan.options))
     # Scoring a text asks for one token behind it.
     return int(options["max_model_len"]) - 1
 
