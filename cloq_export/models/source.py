@@ -28,7 +28,7 @@ from cloq_export.files.fingerprint import file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
+from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, refuse_marked_file
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import check_gguf, refuse_other_files
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
@@ -253,6 +253,7 @@ def read_tokenizer(
 
     Raises:
         SourceError: a file is missing or damaged.
+        FormatError: a JSON file begins with a byte order mark.
         UnsupportedModelError: it needs Python code of its own.
     """
     import transformers
@@ -276,7 +277,10 @@ def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
 
     Raises:
         SourceError: it holds no vocabulary.
+        FormatError: a JSON file in it begins with a byte order mark.
     """
+    for path in sorted(Path(folder).glob("*.json")):
+        refuse_marked_file(path)
     # Some classes would start with an empty vocabulary, and every word would be unknown.
     if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
         raise SourceError(
