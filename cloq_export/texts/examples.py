@@ -159,8 +159,8 @@ def read_examples(path: str | Path) -> ExampleSet:
 
     A .jsonl or .json file holds rows, as `read_rows` reads them; any other is one plain text. A row has 'messages' or
     'conversations', with 'role' and 'content' or 'from' and 'value'; or 'prompt' and 'completion', taken as they are;
-    or 'instruction', 'output' and perhaps 'input'; or 'question' and 'answer'; or 'text'. A row of two forms is refused,
-    unless its 'text' is what the other form comes to.
+    or 'instruction', 'output' and perhaps 'input'; or 'question' and 'answer'; or 'text'. A row of two forms is
+    refused, unless its 'text' is what the other form comes to.
 
     Args:
         path: the file.
