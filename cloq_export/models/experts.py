@@ -143,10 +143,8 @@ class SplitExperts(nn.ModuleList):
                     linears[part] = _linear(of_part, bias_of_part, trainable=weight.requires_grad)
         family._parameters.clear()
         in_order = (GATE, UP, DOWN)
-        super().__init__(
-            Expert({name: linears[name] for name in in_order if name in linears}, family, interleaved=storage.interleaved)
-            for linears in experts
-        )
+        ordered = ({name: linears[name] for name in in_order if name in linears} for linears in experts)
+        super().__init__(Expert(linears, family, interleaved=storage.interleaved) for linears in ordered)
         self._family = (family,)
         self.storage = storage
         self.calls: Calls = "routed"
@@ -303,7 +301,7 @@ def split_fault(module: nn.Module) -> str | None:
             return f"its class is not called with tokens, chosen experts and weights ({type(error).__name__})"
         split = SplitExperts(alone)(*arguments)
     if expected.shape != split.shape:
-        return f"its class puts out the shape {tuple(expected.shape)}, the experts as linear layers {tuple(split.shape)}"
+        return f"its class puts out {tuple(expected.shape)}, the experts as linear layers {tuple(split.shape)}"
     allowed = _ALLOWED if weight.element_size() >= 4 else _ALLOWED_NARROW
     difference = float((split - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not difference <= allowed:
