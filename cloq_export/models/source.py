@@ -29,6 +29,7 @@ from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, refuse_marked_file
+from cloq_export.models.experts import fused_experts, split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
@@ -184,6 +185,8 @@ def load_source(
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
+    Experts that transformers fuses are linear layers of their own afterwards, see `models.experts`.
+
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
@@ -238,6 +241,7 @@ def load_source(
             _refuse_untied(source, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
+    split_experts(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 
@@ -385,7 +389,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-    with quiet_transformers():
+    with quiet_transformers(), fused_experts(model):
         model.save_pretrained(folder)
     save_source_files(loaded, folder)
 
