@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -74,6 +75,8 @@ def _search_blocks(model: nn.Module, config: object) -> BlockList:
             "Choose a causal language model."
         )
     candidates = _candidates(model)
+    if len(candidates) > 1:
+        candidates = _of_decoder(candidates, model)
     if len(candidates) > 1:
         candidates = _of_configured_length(candidates, config)
     if len(candidates) == 1:
@@ -152,6 +155,15 @@ def _multiplies(module: nn.Module) -> bool:
 def _is_gpt2_conv1d(module: nn.Module) -> bool:
     # Told by name: importing transformers for one class would cost every caller a second.
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _of_decoder(candidates: list[BlockList], model: nn.Module) -> list[BlockList]:
+    """Return the list that is the decoder's own, where the model says which of its parts that is."""
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = None if find is None else find()
+    names = {name for name, module in model.named_modules() if module is decoder}
+    own = [candidate for candidate in candidates if candidate.name.rpartition(".")[0] in names]
+    return own if len(own) == 1 else candidates
 
 
 def _of_configured_length(candidates: list[BlockList], config: object) -> list[BlockList]:

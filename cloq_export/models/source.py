@@ -34,6 +34,7 @@ from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
+from cloq_export.models.model_class import model_class
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
     INDEX_FILE,
@@ -219,9 +220,8 @@ def load_source(
             options = {"config": config, "gguf_file": gguf.path.name, "quantization_config": dequantize}
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
-            refuse_part_of_wrapper(source.name, config)
             options = {"use_safetensors": True}
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = model_class(source.name, config).from_pretrained(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
             output_loading_info=True,
@@ -350,31 +350,6 @@ def _refuse_left_over(source: ModelSource, model: Any, unexpected: list[str]) ->
         return refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
     except FormatError as error:
         raise SourceError(f"the model {source.name} is damaged: {error}") from None
-
-
-def refuse_part_of_wrapper(name: str, config: Any) -> None:
-    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
-
-    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
-
-    Args:
-        name: of the model, for the message.
-        config: its configuration, as `AutoConfig` reads it.
-
-    Raises:
-        UnsupportedModelError: it is such a wrapper.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    opened = opened[0] if isinstance(opened, tuple) else opened
-    if opened is None or issubclass(type(config), opened.config_class):
-        return
-    raise UnsupportedModelError(
-        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
-        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
-        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
-    )
 
 
 def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
@@ -561,6 +536,10 @@ def _refusals(name: str, what: str, *, gguf: bool) -> Iterator[None]:
         yield
     except (MemoryError, KeyboardInterrupt, CloqError):
         raise
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} needs a package that is not installed: {_first_line(error)} Install it, and run the command again."
+        ) from None
     except Exception as error:
         reason = _first_line(error)
         if re.search(r"does not recognize this architecture|not supported yet|Unrecognized (model|config)", reason):

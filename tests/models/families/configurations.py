@@ -76,20 +76,6 @@ _TWO_ROPES = dict.fromkeys(("full_attention", "sliding_attention"), _ROPE_OF_3)
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _SHARED = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _ALL_HEADS = {"num_key_value_heads": 4}
-_OF_ASSISTANT = {
-    "model_type": "gemma4_text",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "num_kv_shared_layers": LAYERS,
-}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -129,15 +115,17 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _HEIGHT_AND_WIDTH_FIRST, "moe_intermediate_size": [64, 64]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": {"intermediate_size": 128},
-    "gemma4_assistant": {"text_config": _OF_ASSISTANT},
-    "gemma4_unified_assistant": {"text_config": {**_OF_ASSISTANT, "model_type": "gemma4_unified_text"}},
     "glm46v": {"text_config": {"rope_parameters": _GLM_ROPE}},
     "glm4v": {"text_config": {"rope_parameters": _GLM_ROPE}},
     "glm4v_moe": {"text_config": {"rope_parameters": _GLM_ROPE}},
     "glm_ocr": {"text_config": {"rope_parameters": _GLM_ROPE}},
     "glmga": {"text_config": {"rope_parameters": _GLM_ROPE}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {"text_config": {"model_type": "granite"}},
+    "granite4_vision": {
+        "text_config": {"model_type": "granite"},
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [],
+    },
     "granitemoehybrid": {"layer_types": _HYBRID},
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE_OF_3}},
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 32, "latent_channels": 32}},
@@ -178,6 +166,9 @@ LEFT_OUT: Mapping[str, str] = {
         ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "pi0"), "needs images"
     ),
     **dict.fromkeys(("musicgen", "musicgen_melody", "vision-encoder-decoder"), "has no configuration of its own"),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose states it needs"
+    ),
     "voxtral_realtime": "needs sounds",
     "diffusion_gemma": "no causal language model: it denoises blocks",
 }
