@@ -229,7 +229,7 @@ def load_source(
             **options,
         )
     tokenizer = read_tokenizer(
-        source.folder, name=source.name, gguf_file=gguf and gguf.path.name, show_progress=show_progress
+        source.folder, name=source.name, gguf_file=None if gguf is None else gguf.path.name, show_progress=show_progress
     )
     _refuse_gaps(source, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
