@@ -32,6 +32,7 @@ from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
+from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity import generation, liveness
 from cloq_export.parity.answers import Answers
@@ -48,7 +49,7 @@ from cloq_export.parity.gate import (
 )
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
-from cloq_export.parity.perplexity import check_windows, context_length
+from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, probe_differences
 from cloq_export.parity.quality import perplexity_entry
 from cloq_export.parity.questions import DEFAULT_QUESTIONS, blindness, question_facts
