@@ -37,13 +37,15 @@ from cloq_export.compress.session import Session, open_planned, refuse_other_sou
 from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.spelled_paths import command_line
-from cloq_export.formats import targets
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.formats.targets.preflight import Decision, preflight
+from cloq_export.formats.targets.snippets import load_snippets
+from cloq_export.formats.targets.table import Exported, parse_target, read_table
 from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
@@ -366,19 +368,17 @@ def _choose(
     checkpoint: Checkpoint,
     adapters: Sequence[_Prepared],
     options: ExportOptions,
-) -> tuple[str, targets.Decision | None]:
+) -> tuple[str, Decision | None]:
     """Return the format, and what the target's rules say about it."""
     if options.target is None:
         return options.format or checkpoint.grids.layout.name, None
-    decision = targets.preflight(
-        targets.parse_target(options.target),
-        specs=layers.specs,
-        shapes=layers.shapes,
+    ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
+    decision = preflight(
+        parse_target(options.target),
+        # Whoever exports has this package, and the notes say where else it is needed.
+        Exported(layers.specs, layers.shapes, ranks, plugin=True),
         layout=None if options.format in ALONE else options.format,
         device=options.device,
-        ranks=[pair.rank for adapter in adapters for pair in adapter.pairs.values()],
-        # Whoever exports has this package, and the notes say where else it is needed.
-        plugin=True,
     )
     session.notes.extend(decision.notes)
     return (options.format if options.format in ALONE else decision.layout), decision
@@ -440,10 +440,10 @@ def _kept_record(read: Adapter) -> dict[str, Any]:
     return {key: value for key, value in read.extra.items() if key in kept}
 
 
-def _fit_for(session: Session, adapter: _Prepared, decision: targets.Decision, options: ExportOptions) -> _Prepared:
+def _fit_for(session: Session, adapter: _Prepared, decision: Decision, options: ExportOptions) -> _Prepared:
     """Return an adapter in a form that the target serves as meant."""
     mixed = len({(pair.rank, pair.alpha) for pair in adapter.pairs.values()}) > 1
-    if not mixed or targets.read_table().engines[decision.target.name].adapters.patterns:
+    if not mixed or read_table().engines[decision.target.name].adapters.patterns:
         return adapter
     made = uniform(adapter.pairs)
     session.notes.append(
@@ -692,9 +692,8 @@ def _engines(format: str, layers: LayerSource, adapters: Sequence[_Prepared]) ->
                 "note": "checks that the adapter belongs to this base",
             }
         )
-    for entry in targets.load_snippets(
-        format, layers.specs, shapes=layers.shapes, ranks=ranks, plugin=True, folder=_PLACEHOLDER, adapter=inside
-    ):
+    exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
+    for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
         needs = f"; needs {entry['needs']}" if entry["needs"] else ""
         kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}
         found.append({**kept, "note": f"on {entry['device']}{needs}"})
