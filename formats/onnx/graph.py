@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from cloq_export.errors import FormatError, UsageError
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.formats.onnx.blocks import INT8, BlockGrid, Style, TwoBit, choose_blocks, pack_blocks
 from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphRecord, ModuleRecord
 from cloq_export.types import QuantizedLayer, QuantSpec
