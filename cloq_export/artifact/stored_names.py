@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import quiet_transformers
+from cloq_export.models.library_calls import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

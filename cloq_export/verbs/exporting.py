@@ -45,7 +45,8 @@ from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.companions import companion_files, copy_companions
-from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import LoadedModel, ModelSource
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.types import LoraPair
 from cloq_export.verbs.recording import export_record, read_adapter_record, run_record

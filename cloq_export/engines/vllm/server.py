@@ -39,7 +39,7 @@ from cloq_export.engines.vllm.plugin.adapters import (
 from cloq_export.errors import EngineError, MissingPackageError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.files.tensor_writer import header_bytes
-from cloq_export.models.source import require_tokenizer
+from cloq_export.models.tokenizer_files import require_tokenizer
 
 # Options of vLLM that would make what is printed, checked or promised here untrue.
 _RESERVED = {
