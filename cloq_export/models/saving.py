@@ -8,6 +8,7 @@ from typing import Any
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.models.companions import copy_companions
+from cloq_export.models.experts import fused_experts
 from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.source import LoadedModel
 from cloq_export.models.tied_head import corrected_entries
@@ -25,7 +26,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-    with quiet_transformers():
+    with quiet_transformers(), fused_experts(model):
         model.save_pretrained(folder)
     save_source_files(loaded, folder)
 

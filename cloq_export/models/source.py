@@ -23,6 +23,7 @@ from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
 from cloq_export.models.companions import companion_files, hub_patterns
+from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
@@ -177,6 +178,8 @@ def load_source(
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
+    Experts that transformers fuses are linear layers of their own afterwards, see `models.experts`.
+
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
@@ -232,6 +235,7 @@ def load_source(
             refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
+    split_experts(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 
