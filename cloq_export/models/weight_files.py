@@ -261,7 +261,7 @@ def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], wei
     zeros: list[str] = []
     homeless: list[str] = []
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    layers = {found.group(1) for found in map(_LAYER.match, places) if found}
+    layers = {match.group(1) for match in map(_LAYER.match, places) if match}
     for tensor in sorted(set(weights.headers) - set(places) - set(unexpected)):
         if _is_computed(tensor, weights) or not any(pattern.search(tensor) for pattern in patterns):
             continue
@@ -308,10 +308,10 @@ def _stored_name(tensor: str, weights: WeightFiles) -> str:
     tail = tensor
     while "." in tail:
         tail = tail.partition(".")[2]
-        found = [name for name in weights.headers if name == tail or name.endswith(f".{tail}")]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        alike = [name for name in weights.headers if name == tail or name.endswith(f".{tail}")]
+        if len(alike) == 1:
+            return alike[0]
+        if alike:
             break
     return tensor
 
