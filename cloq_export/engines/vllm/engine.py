@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import torch
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import tie_entries
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.vllm.plugin import adapters as adapter_rules
 from cloq_export.errors import EngineError, FormatError, UsageError
 
