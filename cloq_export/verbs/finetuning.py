@@ -24,16 +24,16 @@ from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.compress.solve import ADAPTER_DTYPES
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import write_bytes, write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
+from cloq_export.models.context import context_length
 from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
-from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.questions import TrainedOn
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
