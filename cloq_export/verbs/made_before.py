@@ -244,6 +244,9 @@ class MadeBefore:
         if loaded.source.fingerprint == made_from:
             return [Finding("reference", PROVEN), *findings]
         reason = f"{loaded.source.name} is not the revision of {self.base.model} that the run was made from"
+        added = loaded.source.added_files(made_from)
+        if added:
+            reason += f": {loaded.source.folder} holds {' and '.join(added)}, which was not there then"
         if other:
             # It was asked for; what differs is judged by its tensors and its tokenizer.
             return [Finding("reference", NOT_PROVEN, reason)]

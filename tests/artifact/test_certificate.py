@@ -14,10 +14,17 @@ import pytest
 import torch
 
 import cloq_export.artifact.certificate as certificate_module
-from cloq_export.artifact.certificate import CERTIFICATE_NAME, certify_checkpoint, same_bits, verify_certificate
+from cloq_export.artifact.certificate import (
+    CERTIFICATE_NAME,
+    certify_checkpoint,
+    same_bits,
+    verify_certificate,
+    verify_run,
+)
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
 from cloq_export.artifact.covered_files import FileEntry
 from cloq_export.artifact.hub import is_left_out
+from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.fingerprint import layer_digest
@@ -300,3 +307,17 @@ def test_a_file_that_would_travel_may_not_be_added(tmp_path, write_quantized, na
     (written.folder / name).write_text("added")
     with pytest.raises(FormatError, match="is a file in the export and not in its certificate"):
         verify_certificate(written.folder)
+
+
+def test_what_lies_beside_the_checkpoint_of_a_run_is_named(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    with RunDirectory.create_or_resume(tmp_path / "run", {"model": "m"}, "sha256:1", {}) as run:
+        for name, layer in written.layers.items():
+            run.write_layer(name, layer)
+        shutil.copytree(written.folder, run.checkpoint_path)
+    assert verify_run(run).digests == run.digests()
+    (run.checkpoint_path / "more.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"checkpoint/more\.json is a file in the export and not in its certificate"):
+        verify_run(run)
+    (run.checkpoint_path / CERTIFICATE_NAME).unlink()
+    assert verify_run(run).modules == len(written.layers)
