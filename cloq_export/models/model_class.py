@@ -37,7 +37,7 @@ def model_class(name: str, config: Any) -> type[PreTrainedModel]:
     asked = [one for one in whole if one.__name__ in (config.architectures or ())]
     if not whole:
         raise UnsupportedModelError(
-            f"{name} is a model of the type {config.model_type}, of which the installed transformers knows no causal "
-            "language model. Choose another model, or a newer transformers."
+            f"{name} is no causal language model that the installed transformers knows (its type is "
+            f"{config.model_type}). Choose another model, or a newer transformers."
         )
     return (asked or whole)[0]

@@ -32,5 +32,5 @@ def test_the_class_that_a_config_names_is_taken_among_several() -> None:
 
 
 def test_a_type_without_a_language_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"MODEL is a model of the type vit, .*no causal language model"):
+    with pytest.raises(UnsupportedModelError, match=r"MODEL is no causal language model .*its type is vit"):
         model_class("MODEL", transformers.ViTConfig())
