@@ -59,8 +59,28 @@ def merge_adapter(model: torch.nn.Module, folder: Path) -> int:
         name = module.removeprefix("base_model.model.")
         alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
         with torch.no_grad():
-            model.get_submodule(name).weight += alpha / a.shape[0] * (b @ a)
+            weight = _weight_of(model, name)
+            weight += alpha / a.shape[0] * (b @ a)
     return len(modules)
+
+
+def _weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return the weight of a linear, (out, in): of an expert, its part of the tensor that holds all experts."""
+    owner, _, rest = name.rpartition(".experts.")
+    number, _, part = rest.partition(".")
+    experts: Any = model.get_submodule(f"{owner}.experts") if owner else None
+    if experts is None or not number.isdigit() or not (hasattr(experts, "down_proj")):
+        weight: torch.Tensor = model.get_submodule(name).weight
+        return weight
+    gated = part in ("gate_proj", "up_proj") and hasattr(experts, "gate_up_proj")
+    held = (experts.gate_up_proj if gated else getattr(experts, part))[int(number)]
+    held = held.t() if experts.is_transposed else held
+    if not gated:
+        return held
+    second, half = part == "up_proj", len(held) // 2
+    if experts.is_concatenated:
+        return held[half:] if second else held[:half]
+    return held[second::2]
 
 
 def _gptq(tensors: Tensors, module: str, bits: int) -> torch.Tensor:
