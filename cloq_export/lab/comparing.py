@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import Session, plan_model
+from cloq_export.compress.opening import plan_model
+from cloq_export.compress.session import Session
 from cloq_export.engines.protocol import float_model
 from cloq_export.engines.transformers import load
 from cloq_export.errors import DivergedError, RecipeError, UsageError
@@ -422,7 +423,7 @@ class _Work:
             found |= {"perplexity": measured.perplexity, "standard_error": measured.standard_error}
         if "questions" in options:
             questions = read_questions({options["questions"]: None}, options["problems"], 0)
-            session = Session(Recipe(), self.console)
+            session = Session(self.console)
             subject = Subject(name, float_model(model), None, name)
             entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[options["questions"]]
             found |= {"accuracy": entry["models"][name]["accuracy"], "questions": entry["questions"]}
@@ -494,7 +495,7 @@ class _FloatTrainer(_Trainer):
         shapes = {name: tuple(loaded.model.get_submodule(name).weight.shape) for name in plan.modules}
         model = loaded.model.to(dtype) if self._kind == "float" else self._nf4(loaded, dtype)
         attach_pairs(model, zero_pairs(shapes, dict.fromkeys(shapes, ZERO_RANK), recipe.seed))
-        session = Session(Recipe(), self._work.console)
+        session = Session(self._work.console)
         data = read_training_data(recipe, loaded.tokenizer, bos=self._work.bos)
         folder = self._folder(recipe)
         training = run_training(session, model, data, recipe, folder, device, dtype)

@@ -413,7 +413,7 @@ class _Work:
         if self.frontier.problems:
             questions = read_questions({self.frontier.questions: None}, self.frontier.problems, 0)
             subject = Subject(case.name, float_model(model), None, case.name)  # type: ignore[arg-type]
-            session = Session(Recipe(), self.console)
+            session = Session(self.console)
             entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[self.frontier.questions]
             accuracy = entry["models"][case.name]["accuracy"]
             deviation = math.sqrt(accuracy * (1 - accuracy) / entry["questions"])
