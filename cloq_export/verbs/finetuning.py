@@ -23,7 +23,7 @@ from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord, pair_di
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.problem import ADAPTER_DTYPES
 from cloq_export.compress.session import Session
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import write_bytes, write_json
 from cloq_export.files.safe_json import read_json

@@ -26,7 +26,7 @@ from cloq_export.artifact.provenance import (
 )
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
-from cloq_export.engines.protocol import sequence_logprobs
+from cloq_export.engines.transformers.served import sequence_logprobs
 from cloq_export.errors import FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.types import LoraPair

@@ -33,8 +33,8 @@ from cloq_export.compress.opening import (
     started_run,
 )
 from cloq_export.compress.session import Session
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.spelled_paths import command_line
