@@ -35,7 +35,7 @@ from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.verbs import run
 
 # What a run measures by itself is not looked at.
-OWN_EVALUATION = {"eval_windows": 1, "eval_window": 64}
+OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
 
 
 def measure_frontier(

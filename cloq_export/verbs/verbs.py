@@ -115,7 +115,15 @@ def run(
         perplexity = session.timed(
             "measure",
             lambda: _measure(
-                session, out, judging, recipe.eval_window, recipe.eval_windows, recipe.bos, model, probes=probes
+                session,
+                out,
+                judging,
+                recipe.eval_window,
+                recipe.eval_windows,
+                recipe.bos,
+                model,
+                adapter=_adapter_of(recipe, out),
+                probes=probes,
             ),
         )
         directory.write_report("evaluation", perplexity)

@@ -57,7 +57,7 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
 
 @pytest.fixture(autouse=True)
 def _measured_on_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_windows": 1, "eval_window": 16})
+    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_text": "embedded", "eval_windows": 1, "eval_window": 16})
 
 
 @pytest.mark.slow
