@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.inspection import bytes_of
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import bytes_of
 from cloq_export.compress.problem import ADAPTER_DTYPES, SolvedLayer
 from cloq_export.compress.session import Session
 from cloq_export.compress.solve import SolveRequest

@@ -127,7 +127,7 @@ class ComparisonFolder:
             }
             with RunDirectory.open(folder) as directory:
                 directory.write_report("cost", figures)
-        if own.adapt is not None and start not in RunDirectory.open(folder).adapters():
+        if own.adapt is not None and start not in RunDirectory.open(folder).adapters.folders:
             adapt(folder, {**own.adapt, "adapter_name": start}, console=self.console)
         return folder
 

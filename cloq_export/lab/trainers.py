@@ -18,7 +18,10 @@ from cloq_export.compress.opening import plan_model
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.lab.comparison import STARTS, Comparison
-from cloq_export.models.source import NO_CODE, open_model, read_tokenizer, save_plain
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.verbs.finetuning import (
     ZERO_RANK,

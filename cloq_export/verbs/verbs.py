@@ -16,12 +16,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.artifact.inspection import describe, stored_sizes
+from cloq_export.artifact.inspection import describe
 from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.provenance import ProbeRecord, Quality
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
+from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.job import CompressJob, compress_model, layers_report, make_layers
@@ -39,7 +41,8 @@ from cloq_export.errors import CalibrationError, MissingPackageError, RunDirecto
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
-from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
+from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
@@ -57,7 +60,6 @@ from cloq_export.types import LayerCertificate, LoraPair
 from cloq_export.verbs.answering import Subject, answer_tasks, group_means, read_questions
 from cloq_export.verbs.exporting import (
     SOURCE_REPORT,
-    adapters_in,
     license_of,
     public_name,
     write_run_checkpoint,
@@ -122,7 +124,7 @@ def run(
                 recipe.eval_windows,
                 recipe.bos,
                 model,
-                adapter=_adapter_of(recipe, out),
+                adapter=_adapter_of(session, recipe, out),
                 probes=probes,
             ),
         )
@@ -314,7 +316,7 @@ def evaluate(
     session = Session(console)
     questions = read_questions(asked, problems, shots)
     judging = evaluation_text(text) if PERPLEXITY in tasks else None
-    chosen = adapter or _adapter_of(recipe, path)
+    chosen = adapter or _adapter_of(session, recipe, path)
     _check_measured(path, chosen, force)
     if questions and out is not None:
         make_folder(out)
@@ -355,7 +357,7 @@ def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, for
         FormatError: nothing known is there, or it is damaged.
         BindingError: the adapter belongs to another base.
     """
-    return describe(path, verify=verify, adapter=adapter, force=force)
+    return describe(path, verify=verify, adapter=adapter, force=force).to_json()
 
 
 def _refuse_codes_of_alternations(recipe: Recipe) -> None:
@@ -577,7 +579,7 @@ def _subjects(
     yield Subject("quantized", float_model(served), None, base)
     served.enable_adapters()
     # Its tensors too: an adapter that was trained on keeps its name.
-    digest = hashlib.sha256((find_adapter(path, adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    digest = hashlib.sha256((AdapterShelf.of(path).find(adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield Subject("adapter", float_model(served), None, f"{base}+{digest}")
 
 
@@ -589,27 +591,25 @@ def _check_measured(path: Path, adapter: str | None, force: bool) -> None:
         return
     checkpoint = Checkpoint.open(path)
     if adapter is not None:
-        read_bound_adapter(find_adapter(path, adapter), checkpoint, force=force)
+        read_bound_adapter(AdapterShelf.of(path).find(adapter), checkpoint, force=force)
 
 
 def _served(session: Session, path: Path, adapter: str | None, force: bool) -> Any:
     """Return the packed model with its adapter, noting an adapter that was taken by force."""
     if adapter is not None and force:
-        checkpoint, bound = Checkpoint.open(path), read_adapter(find_adapter(path, adapter)).base_fingerprint
-        if bound != checkpoint.fingerprint:
-            session.notes.append(
-                f"the adapter {adapter} is bound to {bound or 'no base'}, not to {checkpoint.fingerprint}; it was "
-                "taken by force"
-            )
+        read = read_adapter(AdapterShelf.of(path).find(adapter))
+        note = forced_note(adapter, read.base_fingerprint, Checkpoint.open(path))
+        session.notes += [note] if note else []
     return load(path, adapter, dtype=torch.float32, force=force)
 
 
-def _adapter_of(recipe: Recipe, path: Path) -> str | None:
+def _adapter_of(session: Session, recipe: Recipe, path: Path) -> str | None:
     """Return the adapter to measure: the recipe's own if it is there, else the only one."""
-    names = RunDirectory.open(path).adapters() if RunDirectory.is_run(path) else adapters_in(path)
-    if recipe.adapter_name in names:
+    shelf = AdapterShelf.of(path)
+    session.notes.extend(shelf.notes)
+    if recipe.adapter_name in shelf.folders:
         return recipe.adapter_name
-    return names[0] if len(names) == 1 else None
+    return shelf.names[0] if len(shelf.folders) == 1 else None
 
 
 def _checkpoint_tokenizer(path: Path) -> Any:
@@ -617,7 +617,7 @@ def _checkpoint_tokenizer(path: Path) -> Any:
 
 
 def _adapter_files(directory: RunDirectory) -> dict[str, str]:
-    return {f"adapter {name}": str(directory.adapter_path(name)) for name in directory.adapters()}
+    return {f"adapter {name}": str(folder) for name, folder in directory.adapters.folders.items()}
 
 
 def _counted(values: Iterable[int]) -> dict[str, int]:
@@ -638,16 +638,16 @@ def _summary(
     shown = warnings[:_SHOWN_WARNINGS]
     if len(warnings) > len(shown):
         shown.append(f"and {len(warnings) - len(shown)} more, in {directory.path / 'reports' / 'layers.json'}")
-    adapter = recipe.adapter_name if recipe.adapter_name in directory.adapters() else None
+    adapter = recipe.adapter_name if recipe.adapter_name in directory.adapters.folders else None
     stored: dict[str, Any] = {}
     if directory.checkpoint_path.exists():
         sizes = stored_sizes(directory.path, adapter)
         stored = {
-            "bits_per_weight_base": sizes["bits_per_weight"],
-            "bits_per_weight_with_adapter": sizes["bits_per_weight_with_adapter"],
-            "checkpoint_bytes": sizes["checkpoint_bytes"],
-            "adapter_bytes": sizes["adapter_bytes"],
-            "float_bytes": sizes["float_bytes"],
+            "bits_per_weight_base": sizes.bits_per_weight,
+            "bits_per_weight_with_adapter": sizes.bits_per_weight_with_adapter,
+            "checkpoint_bytes": sizes.checkpoint_bytes,
+            "adapter_bytes": sizes.adapter_bytes,
+            "float_bytes": sizes.float_bytes,
         }
     files = {"run": str(directory.path), "recipe": str(directory.path / "run.json")}
     if directory.checkpoint_path.exists():
