@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from cloq_export.compress.problem import BestPair, Dequantized, LayerProblem, Solution, SolvedLayer
+from cloq_export.compress.problem import Dequantized, LayerProblem, Solution, SolvedLayer
 from cloq_export.compress.solve import finish_layer
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.models.stream import BlockStream
@@ -112,11 +112,11 @@ class BlockRefiner:
         trainable = self._install(block)
         if not trainable:
             return dict(block.solved)
-        found = self._train(block, trainable, targets)
-        candidates = self._candidates(block.solved, found)
-        error = found.error_after
+        refinement = self._train(block, trainable, targets)
+        candidates = self._candidates(block.solved, refinement)
+        error = refinement.error_after
         paired = any(layer.lora is not None for layer in block.solved.values())
-        if found.layers and paired and not self._keeps_codes:
+        if refinement.layers and paired and not self._keeps_codes:
             # The pair that is solved for the new codes and scales may beat the one that was trained along with them.
             for name, candidate in candidates.items():
                 weight = candidate.codes.served(candidate.best.pair)
@@ -128,7 +128,7 @@ class BlockRefiner:
                     name: dataclasses.replace(candidate, pair=candidate.best.pair)
                     for name, candidate in candidates.items()
                 }
-        return self._finished(candidates, found, error)
+        return self._finished(candidates, refinement, error)
 
     def _install(self, block: SolvedBlock) -> dict[str, TrainableLayer]:
         """Put the start of each layer into the block; return those that can be trained."""
@@ -166,9 +166,9 @@ class BlockRefiner:
             weight=problem_of(layer).weight.to(self._device) if moves_codes else None,
         )
 
-    def _candidates(self, solved: Mapping[str, SolvedLayer], found: Refinement) -> dict[str, Solution]:
+    def _candidates(self, solved: Mapping[str, SolvedLayer], refinement: Refinement) -> dict[str, Solution]:
         """Return the layers as training left them, or as they were solved where it brought nothing."""
-        trained = found.layers or {}
+        trained = refinement.layers or {}
         return {
             name: self._solution(layer, *trained.get(name, (layer.quantized, layer.lora)))
             for name, layer in solved.items()
@@ -179,17 +179,19 @@ class BlockRefiner:
         # Where the device had no memory for it the problem stands on the CPU.
         device = problem.weight.device
         codes = Dequantized.of(quantized, device)
-        best: BestPair = self._initialisation.best_pair(problem, codes, self._recipe)
+        best = self._initialisation.best_pair(problem, codes, self._recipe)
         return Solution(problem, codes, pair and pair.to(device), best)
 
-    def _finished(self, candidates: Mapping[str, Solution], found: Refinement, error: float) -> dict[str, SolvedLayer]:
+    def _finished(
+        self, candidates: Mapping[str, Solution], refinement: Refinement, error: float
+    ) -> dict[str, SolvedLayer]:
         """Return the refined layers with certificates; where nothing was better, the start with a note."""
         fields = {
-            "refined_error_before": finite(found.error_before),
+            "refined_error_before": finite(refinement.error_before),
             "refined_error_after": finite(error),
-            "refined_step": found.best_step,
+            "refined_step": refinement.best_step,
         }
-        notes = () if found.layers else (kept_start(found),)
+        notes = () if refinement.layers else (kept_start(refinement),)
         return {
             name: finish_layer(candidate, self._recipe, self._initialisation, fields, notes)
             for name, candidate in candidates.items()
@@ -207,7 +209,7 @@ def finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def kept_start(found: Refinement) -> str:
+def kept_start(refinement: Refinement) -> str:
     """Return the note of a layer whose refinement brought nothing."""
-    how = "the error turned NaN or Inf" if found.diverged else "no step was better on the windows held out"
-    return f"the refinement was given up after {found.steps} steps and the layer kept at its start: {how}"
+    how = "the error turned NaN or Inf" if refinement.diverged else "no step was better on the windows held out"
+    return f"the refinement was given up after {refinement.steps} steps and the layer kept at its start: {how}"

@@ -146,11 +146,11 @@ class TrainingRecord:
         return self._folder / f"best-{standing.best_step}.safetensors"
 
 
-def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
+def refined_layers(refinement: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
     """Return all layers as they are stored: refined, or as they were solved if no step was better.
 
     Args:
-        found: what training brought.
+        refinement: what training brought.
         plan: which layers.
         solved: holds the start of every layer.
 
@@ -160,15 +160,15 @@ def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[
     layers: dict[str, StoredLayer] = {}
     for name in plan.modules:
         start = solved.read_layer(name)
-        quantized, lora = (found.layers or {}).get(name, (start.quantized, start.lora))
+        quantized, lora = (refinement.layers or {}).get(name, (start.quantized, start.lora))
         certificate = start.certificate
         if certificate is not None:
             certificate = dataclasses.replace(
                 certificate,
-                refined_error_before=finite(found.error_before),
-                refined_error_after=finite(found.error_after),
-                refined_step=found.best_step,
-                notes=certificate.notes if found.layers else (*certificate.notes, kept_start(found)),
+                refined_error_before=finite(refinement.error_before),
+                refined_error_after=finite(refinement.error_after),
+                refined_step=refinement.best_step,
+                notes=certificate.notes if refinement.layers else (*certificate.notes, kept_start(refinement)),
             )
         host = torch.device("cpu")
         layers[name] = StoredLayer(quantized.to(host), lora and lora.to(host), certificate)
@@ -212,8 +212,8 @@ class ModelObjective:
             for index in range(len(self._layers)):
                 with self._served(index):
                     states = {batch: self._forward(index, batch, given) for batch, given in states.items()}
-            found = [sum(float(loss) for loss in self._losses(batch, given)) for batch, given in states.items()]
-        return sum(found) / len(found)
+            errors = [sum(float(loss) for loss in self._losses(batch, given)) for batch, given in states.items()]
+        return sum(errors) / len(errors)
 
     def gradients(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each layer's name and the derivative of one batch's divergence by its weight, last block first."""
@@ -224,8 +224,8 @@ class ModelObjective:
                     states.append(self._forward(index, batch, states[-1]))
         by_state = self._by_last_state(batch, states.pop())
         for index in reversed(range(len(self._layers))):
-            found, by_state = self._by_block(index, batch, states.pop(), by_state)
-            yield from found.items()
+            by_weight, by_state = self._by_block(index, batch, states.pop(), by_state)
+            yield from by_weight.items()
 
     def _by_last_state(self, batch: int, states: torch.Tensor) -> torch.Tensor:
         """Return the derivative by the states behind the last block."""

@@ -130,7 +130,7 @@ class ModelRefined(BlockRefined):
                 job.model, job.plan.blocks, windows, device=job.device, compute=job.compute, batch=batch
             )
             with session.progress("refine the model") as progress:
-                found = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
+                refinement = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
@@ -138,7 +138,7 @@ class ModelRefined(BlockRefined):
                 "--seqlen or with --refine block."
             ) from None
         session.seconds["refine the model"] = time.perf_counter() - started
-        for name, stored in refined_layers(found, job.plan, solved).items():
+        for name, stored in refined_layers(refinement, job.plan, solved).items():
             job.directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
 
 

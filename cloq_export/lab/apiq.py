@@ -81,8 +81,8 @@ class BlockWiseRefiner(BlockRefiner):
 
     def refine_block(self, block: SolvedBlock, targets: Sequence[torch.Tensor]) -> dict[str, SolvedLayer]:
         """Train the layers of a block together, and keep the pairs that were trained."""
-        found = self._train(block, self._install(block), targets)
-        return self._finished(self._candidates(block.solved, found), found, found.error_after)
+        refinement = self._train(block, self._install(block), targets)
+        return self._finished(self._candidates(block.solved, refinement), refinement, refinement.error_after)
 
     @staticmethod
     def _measure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -125,8 +125,8 @@ class LayerWiseRefiner(BlockWiseRefiner):
                 return nn.functional.linear(seen[batch], own)
 
             objective = OutputObjective(trainable, forward, targets, self._measure)
-            found = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
-            finished |= self._finished(self._candidates({name: layer}, found), found, found.error_after)
+            refinement = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
+            finished |= self._finished(self._candidates({name: layer}, refinement), refinement, refinement.error_after)
         return finished
 
     def refine(self, block: SolvedBlock) -> dict[str, SolvedLayer]:

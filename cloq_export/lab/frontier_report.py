@@ -63,12 +63,12 @@ def frontier_table(result: Mapping[str, Any]) -> str:
         cells = [f"{row['method']}, {row['bits']} bits" if row is not plain else FLOAT, str(row["rank"])]
         cells.append(f"{row['stored_bits_per_weight']:.2f}")
         for text in texts:
-            found = row["perplexity"][text]
-            cell = f"{found['value']:.2f}"
-            if found["standard_error"] is not None:
-                cell += f" ± {found['standard_error']:.2f}"
+            measured = row["perplexity"][text]
+            cell = f"{measured['value']:.2f}"
+            if measured["standard_error"] is not None:
+                cell += f" ± {measured['standard_error']:.2f}"
             if plain is not None and row is not plain:
-                cell += f" ({found['value'] / plain['perplexity'][text]['value']:.2f}x)"
+                cell += f" ({measured['value'] / plain['perplexity'][text]['value']:.2f}x)"
             cells.append(cell)
         if asks:
             solved = _measured(row, None)
@@ -110,9 +110,9 @@ def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
         series: list[Points] = []
         for method in dict.fromkeys(row["method"] for row in means):
             points = [
-                (row[field], found["value"], found["standard_error"])
+                (row[field], measured["value"], measured["standard_error"])
                 for row in means
-                if row["method"] == method and row[field] is not None and (found := _measured(row, text)) is not None
+                if row["method"] == method and row[field] is not None and (measured := _measured(row, text)) is not None
             ]
             if not points:
                 continue
