@@ -29,13 +29,13 @@ from cloq_export.types import LoraPair, QuantizedLayer
 if TYPE_CHECKING:
     from cloq_export.compress.job import CompressJob
 
-# Share of the steps over which rates rise: Adam's first steps know one gradient and no more.
+# Share of the steps over which the rate rises: Adam's first steps follow a single gradient.
 WARMUP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class SolvedBlock:
-    """A block whose layers are solved, and what it meets.
+    """A block whose layers are solved, with its inputs and the outputs it should have.
 
     Args:
         index: number of the block.
@@ -155,7 +155,7 @@ class BlockRefiner:
         return self._recipe.refine_steps or REFINE_STEPS
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
-        # An adapter corrects what moved codes would, and with fewer numbers: beside it they only learn the windows.
+        # An adapter corrects the same errors with fewer numbers; codes trained beside it would overfit the windows.
         moves_codes = not self._keeps_codes and layer.lora is None
         return TrainedLayer(
             parameter,
@@ -176,7 +176,7 @@ class BlockRefiner:
 
     def _solution(self, layer: SolvedLayer, quantized: QuantizedLayer, pair: LoraPair | None) -> Solution:
         problem = problem_of(layer)
-        # Where the device had no memory for it the problem stands on the CPU.
+        # If the device ran out of memory, the problem is on the CPU.
         device = problem.weight.device
         codes = Dequantized.of(quantized, device)
         best = self._initialisation.best_pair(problem, codes, self._recipe)

@@ -31,7 +31,7 @@ RANKS = (0, 8, 16, 32, 64, 128)
 
 
 class CostMeter:
-    """Solves nothing but the cheapest grid, and notes what every other one would leave with every rank.
+    """Solves each layer on its cheapest grid, and records the error of every other grid at every rank.
 
     The loss of a layer is `sum_{k > r} s_k^2`, s the singular values of `(Q - W) R^T`, `R^T R = H`: what the closed
     form of rank r leaves (CLoQ Theorem 3.1).

@@ -1,4 +1,4 @@
-"""Refine all layers of a model together on what the model says, one block in fast memory at a time."""
+"""Refine all layers of a model together on its next-token distribution, with one block in fast memory at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cloq_export.refine import (
 if TYPE_CHECKING:
     from cloq_export.compress.job import CompressJob
 
-# Tokens whose logits stand in memory at once: a vocabulary is up to hundreds of times as wide as a model.
+# Tokens whose logits are in memory at once: a vocabulary can be hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
 _JUDGING_BATCHES = 8
 
@@ -53,7 +53,7 @@ def refine_model(
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
-    """Train scales, A and B of all layers on how far what the model says with them is from what the float model says.
+    """Train scales, A and B of all layers to lower the divergence of the model's next tokens from the float model's.
 
     Args:
         stream: the float model on windows that the layers were not solved on.
@@ -99,7 +99,7 @@ def refine_model(
 
 
 class TrainingRecord:
-    """What the layers of a training hold, in files: `now.safetensors`, and `best-STEP.safetensors` where that is other.
+    """The state of the trained layers on disk: `now.safetensors`, and `best-STEP.safetensors` where they differ.
 
     Args:
         folder: where the files are, made if need be.
@@ -122,7 +122,7 @@ class TrainingRecord:
         best = self._best(standing)
         if standing.best_step == standing.step:
             write_safetensors(best, tensors)
-        # The best comes first: a kill in between leaves the last file and the best of its time.
+        # The best is written first: a kill between the two leaves the previous state with its own best.
         write_safetensors(self._now, tensors, {"standing": json.dumps(dataclasses.asdict(standing))})
         for path in self._folder.glob("best-*.safetensors"):
             if path != best:

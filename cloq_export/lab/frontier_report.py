@@ -19,7 +19,7 @@ FORMAT, FORMAT_VERSION = "cloq-frontier", 1
 MEAN = "mean"
 # Perplexities up to so many times the float model's are plotted.
 _PLOTTED = 20
-# What the plots are over: field of a row, the end of the picture's name, what the axis says.
+# The x axes of the plots: field of a row, suffix of the picture's name, label of the axis.
 _OVER = (("stored_bits_per_weight", "bits", "stored bits a weight"), ("seconds", "seconds", "seconds"))
 
 
@@ -105,7 +105,7 @@ def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
         level = None if of_float is None else (FLOAT, of_float["value"])
         if field == "seconds" and len(result["environments"]) > 1:
             x_label = "seconds, on several machines: the table says which"
-        # What has lost the language would press all others together.
+        # A method whose perplexity has exploded would squeeze all others together.
         limit = math.inf if text is None or level is None else _PLOTTED * level[1]
         series: list[Points] = []
         for method in dict.fromkeys(row["method"] for row in means):
@@ -139,7 +139,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes"):
             mean[field] = _mean(row.get(field) for row in own)
-        # Rows of the time before questions were asked have none.
+        # Older rows, from before questions were asked, have none.
         solved = [row["accuracy"] for row in own if "accuracy" in row]
         if solved:
             mean["accuracy"] = _over_seeds(solved)
