@@ -73,7 +73,7 @@ from cloq_export.parity.tasks import (
 from cloq_export.recipe import CHOICES, Recipe
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
-from cloq_export.verbs.exporting import adapters_in
+from cloq_export.verbs.export_adapters import adapters_in
 from cloq_export.verbs.made_before import MadeBefore, compare_float_part
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""`cloq serve`: an export or a run as an OpenAI-compatible server, checked before it starts."""
+"""An export or a run as an OpenAI-compatible server, checked before it starts."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +20,52 @@ from cloq_export.formats.peft import is_adapter
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
 from cloq_export.recipe import Recipe
+from cloq_export.verbs.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
-    """What a server is asked to be.
+class ServedModel:
+    """What a server that answers serves.
 
     Args:
-        adapters: "NAME=FOLDER" of adapters that are served beside those of the export.
-        default: the adapter that plain requests get; None takes the only one, or the one that a run's recipe names.
-        name: the model's own name; None takes the folder's.
-        host: address to listen at.
-        port: 0 takes a free one.
-        dtype: of the activations; None takes float32 on the CPU and float16 on CUDA.
-        max_model_len: longest prompt with its answer; None takes the model's own, or what the memory holds.
-        max_lora_rank: rank that adapters may have; None takes what the served ones need.
-        max_loras: adapters in one batch; None takes all, at most 8.
-        kv_cache_gib: memory for keys and values on the CPU; None takes a share of what is free.
-        threads: threads on the CPU; None leaves it to vLLM.
-        python: interpreter of the engine's environment; None is this one.
-        force: take adapters of another base.
-        timeout: seconds after which a start is given up.
-        verbose: show the engine's lines from the start.
-        engine_options: more options of vLLM's server.
+        url: of the server.
+        name: the model's own name.
+        default: the adapter that answers to it; None if that is the quantized base itself.
+        base_name: the name of the base without an adapter.
+        models: every name that is answered to.
+        options: what vLLM was started with.
+        curl: a line to try it.
     """
 
-    adapters: tuple[str, ...] = ()
-    default: str | None = None
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str | None = None
-    max_model_len: int | None = None
-    max_lora_rank: int | None = None
-    max_loras: int | None = None
-    kv_cache_gib: int | None = None
-    threads: int | None = None
-    python: Path | None = None
-    force: bool = False
-    timeout: float = 1800
-    verbose: bool = False
-    engine_options: tuple[str, ...] = ()
+    url: str
+    name: str
+    default: str | None
+    base_name: str
+    models: Sequence[str]
+    options: Mapping[str, Any]
+    curl: str
+
+    @classmethod
+    def of(cls, plan: ServerPlan, models: Sequence[str]) -> ServedModel:
+        """Return what a plan has become."""
+        options = dict(plan.options)
+        return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan))
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what may surprise."""
+        return [] if self.default else [f"there is no adapter, so {self.name} is the quantized base itself"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq serve --json` prints."""
+        return {**dataclasses.asdict(self), "notes": self.notes}
 
 
 def serve(
     export: Path,
     options: ServeOptions,
     *,
-    announce: Callable[[Mapping[str, Any]], None],
+    announce: Callable[[ServedModel], None],
     console: Console | None = None,
 ) -> None:
     """Serve an export until the program is interrupted or told to end.
@@ -93,7 +91,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(_describe(plan, server.models()))
+            announce(ServedModel.of(plan, server.models()))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -148,19 +146,3 @@ def served_adapters(export: Path) -> dict[str, Path]:
     adapters = home / ADAPTERS_NAME
     names = sorted(entry.name for entry in adapters.iterdir() if is_adapter(entry)) if adapters.is_dir() else []
     return {name: adapters / name for name in names}
-
-
-def _describe(plan: ServerPlan, models: list[str]) -> dict[str, Any]:
-    notes = []
-    if plan.default is None:
-        notes.append(f"there is no adapter, so {plan.name} is the quantized base itself")
-    return {
-        "url": plan.url,
-        "name": plan.name,
-        "default": plan.default,
-        "base_name": plan.base_name,
-        "models": models,
-        "options": dict(plan.options),
-        "curl": curl_line(plan),
-        "notes": notes,
-    }
