@@ -96,7 +96,7 @@ def _recipe_field_option(
     field: dataclasses.Field[Any], choices: Iterable[str] | None, metavar: str | None, off: str | None = None
 ) -> Callable[[Decorated], Decorated]:
     flag = _flag_of(field.name)
-    shown = "" if field.default in ("", False) else f"  [default: {field.default}]"
+    shown = "" if field.default == "" or field.default is False else f"  [default: {field.default}]"
     text = field.metadata["help"] + shown
     if field.type == "bool":
         return click.option(f"{flag}/{off or _flag_of(f'no_{field.name}')}", field.name, default=None, help=text)
