@@ -243,7 +243,7 @@ def measure_setting(
     """Compress with one recipe and measure what the files hold."""
     from rich.console import Console
 
-    from cloq_export.engines.transformers import dequantized_model, load
+    from cloq_export.engines.transformers.loading import dequantized_model, load
     from cloq_export.verbs.run import run as make_run
 
     kinds = [("quantized", None), ("adapter", recipe.adapter_name)] if has_adapter(recipe) else [("quantized", None)]

@@ -28,9 +28,12 @@ from cloq_export.files.fingerprint import file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
+from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, refuse_marked_file
+from cloq_export.models.experts import fused_experts, split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
-from cloq_export.models.gguf_file import check_gguf, refuse_other_files
+from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
+from cloq_export.models.gguf_rope import read_rope_scaling
+from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
     INDEX_FILE,
@@ -182,6 +185,8 @@ def load_source(
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
+    Experts that transformers fuses are linear layers of their own afterwards, see `models.experts`.
+
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
@@ -201,19 +206,21 @@ def load_source(
     require_versions()
     import transformers
 
-    options: dict[str, Any] = {}
-    if source.kind == "gguf":
-        options["gguf_file"] = source.weights[0].name
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
+    gguf: GgufFile | None = None
+    options: dict[str, Any]
     silence = contextlib.nullcontext() if show_progress else quiet_transformers()
     with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
-            refuse_other_files(source.name, source.weights[0])
+            gguf = GgufFile.open(source.name, source.weights[0])
+            refuse_other_files(gguf)
+            config = transformers.AutoConfig.from_pretrained(source.folder, gguf_file=gguf.path.name, **NO_CODE)
+            read_rope_scaling(gguf, config)
+            dequantize = transformers.GgufConfig(dequantize=True)
+            options = {"config": config, "gguf_file": gguf.path.name, "quantization_config": dequantize}
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             refuse_part_of_wrapper(source.name, config)
+            options = {"use_safetensors": True}
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
@@ -222,18 +229,19 @@ def load_source(
             **options,
         )
     tokenizer = read_tokenizer(
-        source.folder, name=source.name, gguf_file=options.get("gguf_file"), show_progress=show_progress
+        source.folder, name=source.name, gguf_file=gguf and gguf.path.name, show_progress=show_progress
     )
     _refuse_gaps(source, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
-    if source.kind == "gguf":
-        notes = check_gguf(source.name, source.weights[0], model, tokenizer, unexpected)
+    if gguf is not None:
+        notes = [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
     else:
         notes = _refuse_left_over(source, model, unexpected)
         if not untie:
             _refuse_untied(source, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
+    split_experts(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 
@@ -253,6 +261,7 @@ def read_tokenizer(
 
     Raises:
         SourceError: a file is missing or damaged.
+        FormatError: a JSON file begins with a byte order mark.
         UnsupportedModelError: it needs Python code of its own.
     """
     import transformers
@@ -276,7 +285,10 @@ def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
 
     Raises:
         SourceError: it holds no vocabulary.
+        FormatError: a JSON file in it begins with a byte order mark.
     """
+    for path in sorted(Path(folder).glob("*.json")):
+        refuse_marked_file(path)
     # Some classes would start with an empty vocabulary, and every word would be unknown.
     if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
         raise SourceError(
@@ -377,7 +389,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-    with quiet_transformers():
+    with quiet_transformers(), fused_experts(model):
         model.save_pretrained(folder)
     save_source_files(loaded, folder)
 

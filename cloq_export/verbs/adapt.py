@@ -61,9 +61,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         texts = calibration_text_of(directory, recipe)
         session.notes.extend(texts.notes)
         bind_text(directory, texts.calibration)
-        finish_layers(
-            session, loaded, plan, parts, recipe, texts.calibration, lambda name: directory.read_layer(name).quantized
-        )
+        finish_layers(session, loaded, plan, parts, recipe, texts.calibration, directory.read_codes)
         write_run_adapter(session, directory, recipe, parts)
         certificates = parts.certificates()
         directory.write_report(f"adapter-{recipe.adapter_name}", certificate_report(certificates))

@@ -11,7 +11,6 @@ from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.errors import RunDirectoryError
-from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.export_card import facts_of_run
 from cloq_export.verbs.export_job import MERGED, ExportResult, ExportSource, noted_record, write_export
@@ -62,14 +61,13 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
 
 def _own_checkpoint(session: Session, directory: RunDirectory, recipe: Recipe) -> Checkpoint:
     """Return the run's own checkpoint, written anew from the float original if it is missing or not of these layers."""
-    layers = LayerSource.of_run(directory)
-    if not layers.specs:
+    if not directory.completed_modules():
         raise RunDirectoryError(
             f"{directory.path} has no finished layer; finish it with: cloq run {recipe.model} --out {directory.path}"
         )
     if directory.checkpoint_path.is_dir():
         checkpoint = Checkpoint.open(directory.checkpoint_path)
-        computed = base_fingerprint((name, layers.read(name)) for name in layers.specs)
+        computed = directory.base_fingerprint()
         if checkpoint.grids.base_fingerprint == computed:
             return checkpoint
         session.notes.append("the run's own checkpoint was of other layers, so it was written anew")

@@ -11,7 +11,7 @@ from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.compress.solve import ADAPTER_DTYPES
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter
 from cloq_export.models.context import context_length

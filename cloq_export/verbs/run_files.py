@@ -10,8 +10,7 @@ from cloq_export.artifact.certificate import certify_checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.artifact.run_directory import RunDirectory, natural_order
 from cloq_export.compress.job import started_run
-from cloq_export.compress.session import Session, layers_of, source_fingerprint
-from cloq_export.files.fingerprint import base_fingerprint
+from cloq_export.compress.session import Session, source_fingerprint
 from cloq_export.formats.peft import write_adapter
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.source import LoadedModel, find_source, save_source_files
@@ -52,12 +51,12 @@ def write_run_adapter(
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
     for module in sorted(source.completed_modules(), key=natural_order):
-        pair = source.read_layer(module).lora
+        pair = source.read_pair(module)
         if pair is not None:
             pairs[module] = pair
     if not pairs:
         return
-    fingerprint = base_fingerprint(layers_of(directory))
+    fingerprint = directory.base_fingerprint()
     session.timed(
         "write",
         lambda: write_adapter(

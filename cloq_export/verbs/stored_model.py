@@ -17,8 +17,8 @@ from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.provenance import ProbeRecord
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
 from cloq_export.models.source import LoadedModel, open_model, read_tokenizer

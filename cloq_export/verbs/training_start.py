@@ -188,7 +188,7 @@ def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: Fi
     folder = work / _ZERO_ADAPTER
     if not folder.exists():
         run_recipe = Recipe.from_mapping(directory.recipe)
-        shapes = {name: directory.layer_header(name)[1] for name in base.specs}
+        shapes = {name: directory.layer_file(name).shape for name in base.specs}
         ranks = {name: run_recipe.override_for(name).get("rank", run_recipe.rank) or ZERO_RANK for name in shapes}
         write_adapter(
             folder,
