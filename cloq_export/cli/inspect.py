@@ -30,5 +30,5 @@ def command(path: Path, verify: bool, adapter: str | None, force: bool, as_json:
     from cloq_export.verbs.inspect import inspect
 
     with progress_console(as_json=as_json):
-        result = inspect(path, verify=verify, adapter=adapter, force=force)
-    emit(result, render_inspection, as_json=as_json)
+        content = inspect(path, verify=verify, adapter=adapter, force=force).to_json()
+    emit(content, render_inspection, as_json=as_json)

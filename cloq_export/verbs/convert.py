@@ -6,13 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cloq_export.artifact.adapters import AdapterShelf
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.provenance import read_base_record
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.export_adapters import adapters_in
+from cloq_export.verbs.export_adapters import asked_adapters
 from cloq_export.verbs.export_card import public_name
 from cloq_export.verbs.export_job import ExportResult, ExportSource, noted_record, write_export
 from cloq_export.verbs.options import ExportOptions
@@ -50,7 +51,7 @@ def convert(
         path=path,
         checkpoint=checkpoint,
         layers=LayerSource.of_checkpoint(checkpoint),
-        adapters=options.adapters or tuple(adapters_in(checkpoint.folder)),
+        adapters=asked_adapters(session, AdapterShelf.of(path), options),
         facts={"base_model": _base_model(checkpoint), "method": "codes of another checkpoint, unchanged"},
         record=noted_record(session, lambda: read_base_record(checkpoint.folder)),
         max_shard_bytes=recipe.max_shard_bytes,

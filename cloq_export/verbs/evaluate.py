@@ -67,7 +67,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)
     text = evaluation_text(options.text) if PERPLEXITY in options.tasks else None
-    stored = StoredModel(path, options.adapter or choose_adapter(path, recipe.adapter_name), options.force)
+    stored = StoredModel(path, options.adapter or choose_adapter(session, path, recipe.adapter_name), options.force)
     stored.check()
     if questions and options.out is not None:
         make_folder(options.out)

@@ -12,6 +12,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.errors import RunDirectoryError
 from cloq_export.recipe import Recipe
+from cloq_export.verbs.export_adapters import asked_adapters
 from cloq_export.verbs.export_card import facts_of_run
 from cloq_export.verbs.export_job import MERGED, ExportResult, ExportSource, noted_record, write_export
 from cloq_export.verbs.options import ExportOptions
@@ -44,14 +45,14 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
     session = Session(recipe, console or Console(stderr=True))
     with directory:
         checkpoint = _own_checkpoint(session, directory, recipe)
-        names = list(options.adapters) or directory.adapters()
+        names = asked_adapters(session, directory.adapters, options)
         if options.format == MERGED and not options.adapters and recipe.adapter_name in names:
             names = [recipe.adapter_name]
         source = ExportSource(
             path=run_path,
             checkpoint=checkpoint,
             layers=LayerSource.of_run(directory),
-            adapters=tuple(names),
+            adapters=names,
             facts=facts_of_run(directory, recipe),
             record=noted_record(session, lambda: run_record(directory)),
             max_shard_bytes=recipe.max_shard_bytes,

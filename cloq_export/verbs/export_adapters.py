@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, Checkpoint
+from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.empty_model import tied_head
 from cloq_export.artifact.provenance import ADAPTER_KEY, LARGEST_PRODUCT_ERROR, AdapterRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError
-from cloq_export.formats import targets
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
+from cloq_export.formats.targets.preflight import Decision
+from cloq_export.formats.targets.table import read_table
 from cloq_export.types import LoraPair
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.recording import read_adapter_record
@@ -67,12 +68,10 @@ def prepare_adapter(session: Session, folder: Path, checkpoint: Checkpoint, opti
     """
     read = read_bound_adapter(folder, checkpoint, force=options.force)
     record: dict[str, Any] = {key: value for key, value in read.extra.items() if key in _KEPT}
-    if read.base_fingerprint != checkpoint.fingerprint:
+    forced = forced_note(folder.name, read.base_fingerprint, checkpoint)
+    if forced is not None:
         record |= {"forced": True, "bound_to": read.base_fingerprint}
-        session.notes.append(
-            f"the adapter {folder.name} is bound to {read.base_fingerprint or 'no base'}, not to "
-            f"{checkpoint.fingerprint}; it was taken by force"
-        )
+        session.notes.append(forced)
     pairs = dict(read.pairs)
     if options.split == "balanced":
         even = {module: balanced(pair) for module, pair in pairs.items()}
@@ -103,7 +102,8 @@ def prepare_adapters(
     Raises:
         BindingError: an adapter belongs to another base, and it is not forced.
     """
-    return tuple(prepare_adapter(session, find_adapter(source, name), checkpoint, options) for name in names)
+    shelf = AdapterShelf.of(source)
+    return tuple(prepare_adapter(session, shelf.find(name), checkpoint, options) for name in names)
 
 
 def refuse_strange_modules(adapters: Sequence[PreparedAdapter], layers: LayerSource, checkpoint: Checkpoint) -> None:
@@ -130,11 +130,11 @@ def refuse_strange_modules(adapters: Sequence[PreparedAdapter], layers: LayerSou
 
 
 def fit_target(
-    session: Session, adapter: PreparedAdapter, decision: targets.Decision, options: ExportOptions
+    session: Session, adapter: PreparedAdapter, decision: Decision, options: ExportOptions
 ) -> PreparedAdapter:
     """Return an adapter in a form that the target serves as meant: some engines read one rank and one alpha alone."""
     mixed = len({(pair.rank, pair.alpha) for pair in adapter.pairs.values()}) > 1
-    if not mixed or targets.read_table().engines[decision.target.name].adapters.patterns:
+    if not mixed or read_table().engines[decision.target.name].adapters.patterns:
         return adapter
     made = uniform(adapter.pairs)
     session.notes.append(
@@ -179,7 +179,9 @@ def place_onnx_adapter(folder: Path, adapter: PreparedAdapter, base_model: str, 
         raise FormatError(f"{folder} was read back with other numbers than were written; check the disk.")
 
 
-def adapters_in(folder: Path) -> list[str]:
-    """Return the names of the adapters that lie in an export."""
-    home = folder / ADAPTERS_NAME
-    return sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+def asked_adapters(session: Session, shelf: AdapterShelf, options: ExportOptions) -> Sequence[str]:
+    """Return the adapters that are asked for, or all that lie there, noting what was left out."""
+    if options.adapters:
+        return options.adapters
+    session.notes.extend(shelf.notes)
+    return shelf.names

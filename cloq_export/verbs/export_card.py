@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export import __version__
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, Checkpoint
+from cloq_export.artifact.adapters import ADAPTERS_NAME
+from cloq_export.artifact.certificate import CERTIFICATE_NAME, Certificate
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import base_license, write_model_card
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.formats import targets
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.formats.targets.snippets import load_snippets
+from cloq_export.formats.targets.table import Exported
 from cloq_export.models.source import ModelSource
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.export_adapters import PreparedAdapter
@@ -85,9 +88,8 @@ def loading_lines(
                 "note": "checks that the adapter belongs to this base",
             }
         )
-    for entry in targets.load_snippets(
-        format, layers.specs, shapes=layers.shapes, ranks=ranks, plugin=True, folder=_PLACEHOLDER, adapter=inside
-    ):
+    exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
+    for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
         needs = f"; needs {entry['needs']}" if entry["needs"] else ""
         kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}
         lines.append({**kept, "note": f"on {entry['device']}{needs}"})
@@ -112,9 +114,9 @@ def write_card(folder: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) -
     write_model_card(folder, {**of_checkpoint, **facts})
 
 
-def certificate_row(certificate: Mapping[str, Any]) -> dict[str, Any]:
+def certificate_row(certificate: Certificate) -> dict[str, Any]:
     """Return what the card says of the certificate."""
-    return {"file": "cloq_certificate.json", "modules": len(certificate["modules"]), "files": len(certificate["files"])}
+    return {"file": CERTIFICATE_NAME, "modules": len(certificate.modules), "files": len(certificate.files)}
 
 
 def license_of(source: ModelSource) -> dict[str, str]:

@@ -9,18 +9,17 @@ from typing import Any, cast
 
 import torch
 
-from cloq_export.artifact.certificate import certify_checkpoint, write_certificate
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.adapters import ADAPTERS_NAME
+from cloq_export.artifact.certificate import Certificate, certify_checkpoint, write_certificate
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import LayerSource, export_checkpoint
 from cloq_export.artifact.empty_model import float_part, tied_head
 from cloq_export.artifact.merged import MergedReport, export_merged
 from cloq_export.artifact.model_card import write_model_card
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
 from cloq_export.compress.session import Session
-from cloq_export.files.safe_paths import require_inside
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.verbs.export_adapters import PreparedAdapter, place_adapter, place_onnx_adapter
 from cloq_export.verbs.export_card import certificate_row, write_card
 from cloq_export.verbs.options import ExportOptions
@@ -74,14 +73,14 @@ class ExportJob:
             "forced": [adapter.name for adapter in self.adapters if adapter.record.get("forced")],
         }
 
-    def write_card(self, folder: Path, certificate: Mapping[str, Any], **more: Any) -> None:
+    def write_card(self, folder: Path, certificate: Certificate, **more: Any) -> None:
         """Write the model card, with what only became known in writing."""
         write_card(folder, {**self.card, **more, "certificate": certificate_row(certificate)}, self.checkpoint)
 
 
 def write_quantized(job: ExportJob) -> None:
     """Write a checkpoint in a layout, with its adapters."""
-    floats = _float_part(job.checkpoint)
+    floats = float_part(job.checkpoint)
 
     def finish(folder: Path, written: str) -> None:
         for adapter in job.adapters:
@@ -112,7 +111,7 @@ def write_quantized(job: ExportJob) -> None:
 def write_merged(job: ExportJob) -> None:
     """Write plain 16-bit weights with one adapter, if there is one, in them."""
     session = job.session
-    floats = _float_part(job.checkpoint)
+    floats = float_part(job.checkpoint)
     adapter = job.adapters[0] if job.adapters else None
     untied = []
     if adapter is not None and any(f"{module}.weight" not in floats.headers for module in adapter.pairs):
@@ -173,7 +172,7 @@ def write_onnx(job: ExportJob) -> None:
             export_onnx(
                 job.out,
                 job.layers,
-                _float_part(job.checkpoint),
+                float_part(job.checkpoint),
                 style=cast(Style, options.style or STYLES[0]),
                 two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
                 opset=options.opset,
@@ -214,13 +213,3 @@ def _require_fit(job: ExportJob) -> None:
 
     for adapter in job.adapters:
         require_fit(adapter.pairs, job.layers.shapes, f"the adapter {adapter.name}")
-
-
-def _float_part(checkpoint: Checkpoint) -> FloatPart:
-    companions = companion_files(checkpoint.folder)
-
-    def copy_files(folder: Path) -> None:
-        config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
-        copy_companions(checkpoint.folder, [config, *companions], folder)
-
-    return float_part(checkpoint, save_files=copy_files)

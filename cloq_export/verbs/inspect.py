@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cloq_export.artifact.inspection import describe
+from cloq_export.artifact.inspection_result import Inspection
 
 
-def inspect(path: Path, *, verify: bool = False, adapter: str | None = None, force: bool = False) -> dict[str, Any]:
+def inspect(path: Path, *, verify: bool = False, adapter: str | None = None, force: bool = False) -> Inspection:
     """Say what an artefact is: layout, bits, groups, fingerprint, sizes, bits per weight.
 
     Args:

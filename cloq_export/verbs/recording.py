@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
@@ -20,7 +21,6 @@ from cloq_export.artifact.provenance import (
     TrainingRecord,
     adapter_record,
     probe_record,
-    record_pairs,
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory

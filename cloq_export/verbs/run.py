@@ -70,7 +70,7 @@ def run(
         note_source(directory, model)
         write_run_adapter(session, directory, recipe)
         write_run_checkpoint(session, directory, model, recipe)
-        stored = StoredModel(out, choose_adapter(out, recipe.adapter_name))
+        stored = StoredModel(out, choose_adapter(session, out, recipe.adapter_name))
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))
         directory.write_report("evaluation", perplexity)

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.provenance import ProbeRecord
-from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
-from cloq_export.models.source import LoadedModel, open_model, read_tokenizer
+from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.answering import Subject
-from cloq_export.verbs.export_adapters import adapters_in
 from cloq_export.verbs.recording import CODES_ALONE, probe_model
 
 
@@ -47,7 +46,16 @@ class StoredModel:
     @property
     def is_merged(self) -> bool:
         """Return whether these are plain weights with the adapter in them."""
-        return is_merged(self.path)
+        return Artifact.open(self.path).kind == "merged export"
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Return the folder of the adapter.
+
+        Raises:
+            RunDirectoryError, FormatError: there is none of this name.
+        """
+        return None if self.adapter is None else AdapterShelf.of(self.path).find(self.adapter)
 
     def check(self) -> None:
         """Refuse what is not there or does not fit, which is cheap, before anything is measured.
@@ -62,8 +70,8 @@ class StoredModel:
                 raise UsageError(f"{self.path} is a merged export and takes no adapter; leave `adapter` out.")
             return
         checkpoint = Checkpoint.open(self.path)
-        if self.adapter is not None:
-            read_bound_adapter(find_adapter(self.path, self.adapter), checkpoint, force=self.force)
+        if self.adapter_folder is not None:
+            read_bound_adapter(self.adapter_folder, checkpoint, force=self.force)
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that lies beside the weights."""
@@ -71,13 +79,10 @@ class StoredModel:
 
     def packed_model(self, session: Session) -> Any:
         """Return the packed model with its adapter, noting an adapter that was taken by force."""
-        if self.adapter is not None and self.force:
-            base = Checkpoint.open(self.path).fingerprint
-            bound = read_adapter(find_adapter(self.path, self.adapter)).base_fingerprint
-            if bound != base:
-                session.notes.append(
-                    f"the adapter {self.adapter} is bound to {bound or 'no base'}, not to {base}; it was taken by force"
-                )
+        if self.adapter is not None and self.adapter_folder is not None and self.force:
+            bound_to = read_adapter(self.adapter_folder).base_fingerprint
+            note = forced_note(self.adapter, bound_to, Checkpoint.open(self.path))
+            session.notes += [note] if note else []
         return load(self.path, self.adapter, dtype=torch.float32, force=self.force)
 
     def merged_model(self) -> LoadedModel:
@@ -85,17 +90,19 @@ class StoredModel:
         return open_model(str(self.path), dtype=torch.float32, untie=True)
 
 
-def choose_adapter(path: Path, own: str) -> str | None:
+def choose_adapter(session: Session, path: Path, own: str) -> str | None:
     """Return the adapter to measure: the recipe's own if it is there, else the only one.
 
     Args:
+        session: folders that hold no adapter are noted in it.
         path: a run directory, an export or a checkpoint folder.
         own: the name that the recipe gives.
     """
-    names = RunDirectory.open(path).adapters() if RunDirectory.is_run(path) else adapters_in(path)
-    if own in names:
+    shelf = AdapterShelf.of(path)
+    session.notes.extend(shelf.notes)
+    if own in shelf.folders:
         return own
-    return names[0] if len(names) == 1 else None
+    return shelf.names[0] if len(shelf.folders) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +196,12 @@ def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | Non
         return
     base = Checkpoint.open(stored.path).fingerprint
     model = stored.packed_model(session)
-    if stored.adapter is None:
+    if stored.adapter_folder is None:
         yield Subject("quantized", float_model(model), None, base)
         return
     model.disable_adapters()
     yield Subject("quantized", float_model(model), None, base)
     model.enable_adapters()
     # Its tensors too: an adapter that was trained on keeps its name.
-    weights = find_adapter(stored.path, stored.adapter) / WEIGHTS_NAME
+    weights = stored.adapter_folder / WEIGHTS_NAME
     yield Subject("adapter", float_model(model), None, f"{base}+{hashlib.sha256(weights.read_bytes()).hexdigest()}")

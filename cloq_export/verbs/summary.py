@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cloq_export.artifact.inspection import stored_sizes
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.session import Session
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.process.host_memory import MemoryUse
@@ -18,14 +18,6 @@ from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate
 
 _SHOWN_WARNINGS = 5
-# Name in the summary -> name in `stored_sizes`.
-_SIZES = {
-    "bits_per_weight_base": "bits_per_weight",
-    "bits_per_weight_with_adapter": "bits_per_weight_with_adapter",
-    "checkpoint_bytes": "checkpoint_bytes",
-    "adapter_bytes": "adapter_bytes",
-    "float_bytes": "float_bytes",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +129,21 @@ def summarize_run(
         certificates: of an adapter that was made apart from the codes; None takes the run's own.
         next: commands that suggest themselves; None is to inspect, measure and load the run.
     """
-    adapters = directory.adapters()
+    adapters = directory.adapters.folders
     adapter = recipe.adapter_name if recipe.adapter_name in adapters else None
     stored: dict[str, float | None] = {}
     files = {"run": str(directory.path), "recipe": str(directory.path / "run.json")}
     if directory.checkpoint_path.exists():
         sizes = stored_sizes(directory.path, adapter)
-        stored = {name: sizes[key] for name, key in _SIZES.items()}
+        stored = {
+            "bits_per_weight_base": sizes.bits_per_weight,
+            "bits_per_weight_with_adapter": sizes.bits_per_weight_with_adapter,
+            "checkpoint_bytes": sizes.checkpoint_bytes,
+            "adapter_bytes": sizes.adapter_bytes,
+            "float_bytes": sizes.float_bytes,
+        }
         files["checkpoint"] = str(directory.checkpoint_path)
-    files |= {f"adapter {name}": str(directory.adapter_path(name)) for name in adapters}
+    files |= {f"adapter {name}": str(folder) for name, folder in adapters.items()}
     if next is None:
         quoted = json.dumps(str(directory.path), ensure_ascii=False)
         load = f"cloq_export.load({quoted}" + (f', adapter="{adapter}")' if adapter else ")")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
@@ -177,12 +177,12 @@ def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: Fi
     """Return the folder of the adapter to start from."""
     if recipe.start != ZERO_START:
         name = recipe.start or str(directory.recipe["adapter_name"])
-        if not recipe.start and name not in directory.adapters():
+        if not recipe.start and name not in directory.adapters.folders:
             raise RunDirectoryError(
                 f"{directory.path} has no adapter {name!r} to start from; make one with `cloq adapt {directory.path}`, "
                 f"or start from nothing with `start={ZERO_START}`."
             )
-        folder = find_adapter(directory.path, name)
+        folder = directory.adapters.find(name)
         read_bound_adapter(folder, base, force=False)
         return folder
     folder = work / _ZERO_ADAPTER

@@ -97,7 +97,7 @@ def test_every_layout_holds_the_same_integers(
     assert summary.base_fingerprint == Checkpoint.open(run).fingerprint == Checkpoint.open(out).fingerprint
     assert_same_integers(run, out)
     assert torch.equal(logits(cloq_export.load(out, "cloq")), logits(cloq_export.load(run, "cloq")))
-    repeated = inspect_folder(out, verify=True, adapter="cloq")
+    repeated = inspect_folder(out, verify=True, adapter="cloq").to_json()
     assert repeated["layout"] == layout
     assert repeated["certificate"]["layout"] == layout
     assert repeated["certificate"]["not_covered"] == []
@@ -167,7 +167,7 @@ def test_merged_weights_are_those_that_are_served(
         assert torch.equal(plain.get_submodule(name).weight, expected.get_submodule(name).weight.to(wanted)), name
     schema = Path(cloq_export.formats.merged.__file__).with_name("schema.json")
     jsonschema.validate(json.loads((out / "cloq_merged.json").read_text()), json.loads(schema.read_text()))
-    described = inspect_folder(out, verify=True)
+    described = inspect_folder(out, verify=True).to_json()
     assert described["kind"] == "merged export"
     assert described["verified"] is True
     assert described["certificate"]["layout"] == "merged"
@@ -192,7 +192,7 @@ def test_an_adapter_alone_balanced_and_padded(tmp_path: Path, made: Any, silent:
     for name, pair in read.pairs.items():
         assert pair.rank == 8
         torch.testing.assert_close(pair.product(), original.pairs[name].product(), rtol=5e-3, atol=5e-3)
-    assert inspect_folder(out, verify=True)["certificate"]["layout"] == "peft"
+    assert inspect_folder(out, verify=True).to_json()["certificate"]["layout"] == "peft"
     write_export(run, options, console=silent)  # over an earlier export
     torch.testing.assert_close(
         logits(cloq_export.load(run, out)), logits(cloq_export.load(run, "cloq")), rtol=2e-2, atol=2e-2
@@ -209,7 +209,7 @@ def test_several_adapters(tmp_path: Path, recipe_for: Any, silent: Console) -> N
     assert [adapter.name for adapter in summary.adapters] == ["cloq", "wide"]
     for name in ("cloq", "wide"):
         assert torch.equal(logits(cloq_export.load(out, name)), logits(cloq_export.load(run, name)))
-    assert [entry["name"] for entry in inspect_folder(out)["adapters"]] == ["cloq", "wide"]
+    assert [entry["name"] for entry in inspect_folder(out).to_json()["adapters"]] == ["cloq", "wide"]
     with pytest.raises(UsageError, match="a merged export holds one adapter, and there are 2: cloq, wide"):
         write_export(run, ExportOptions(format="merged", adapters=("cloq", "wide")), console=silent)
     write_export(run, ExportOptions(format="merged"), console=silent)  # the recipe's own
@@ -238,14 +238,14 @@ def test_an_adapter_of_another_base_is_refused_and_force_is_recorded(
         write_export(run, options, console=silent)
     assert not (tmp_path / "out").exists()
 
-    assert inspect_folder(run, adapter=str(foreign), force=True)["checked_adapter"]["forced"] is True
+    assert inspect_folder(run, adapter=str(foreign), force=True).to_json()["checked_adapter"]["forced"] is True
     measured = evaluate(
         run, EvaluateOptions(texts["eval_text"], 16, 1, adapter=str(foreign), force=True), console=silent
     )
     assert any("taken by force" in note for note in measured.notes)
     summary = write_export(run, dataclasses.replace(options, force=True), console=silent)
     assert any(f"bound to {theirs}" in note for note in summary.notes)
-    assert inspect_folder(tmp_path / "out", verify=True)["certificate"]["forced"] == ["cloq"]
+    assert inspect_folder(tmp_path / "out", verify=True).to_json()["certificate"]["forced"] == ["cloq"]
     assert read_adapter(tmp_path / "out" / "adapters" / "cloq").extra["bound_to"] == theirs
     assert "taken by force" in (tmp_path / "out" / "README.md").read_text()
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_goes_round_through_every_layout(
     write_export(run, ExportOptions(out=first), console=silent)
     convert(first, ExportOptions(format=layout, out=there), console=silent)
     assert_same_integers(first, there)
-    assert verify_certificate(there)["not_covered"] == []
+    assert verify_certificate(there).not_covered == ()
     assert torch.equal(logits(cloq_export.load(there, "cloq")), logits(cloq_export.load(run, "cloq")))
     convert(there, ExportOptions(format="gptq_v2", out=back), console=silent)
     one, other = contents(first), contents(back)
@@ -417,7 +417,7 @@ def test_a_foreign_checkpoint_gets_an_adapter(
     assert contents(tmp_path / "run") == before
     adapt(tmp_path / "run", {"rank": 2, "adapter_name": "thin"}, console=silent)
     write_export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
-    assert inspect_folder(tmp_path / "out", verify=True)["certificate"]["modules"] == 14
+    assert inspect_folder(tmp_path / "out", verify=True).to_json()["certificate"]["modules"] == 14
 
 
 def test_what_a_foreign_checkpoint_may_not_be(
@@ -476,7 +476,7 @@ def test_a_wrappers_export_has_its_files_and_its_names(
     assert not any((out / name).exists() for name in STAYS)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
-    assert set(TRAVELS) <= set(verify_certificate(out)["certificate"]["files"])
+    assert set(TRAVELS) <= set(verify_certificate(out).certificate.files)
     names = {name.rpartition(".")[0] for name in cloq_tensors(out)}
     assert names == {name.rpartition(".")[0] for name in cloq_tensors(wrapper)}
     if format == "merged":
