@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
                 ]
             table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
         console.print(table)
-    entries = [(task, entry) for task, found in report["quality"]["tasks"].items() for entry in found]
+    entries = [(task, entry) for task, rows in report["quality"]["tasks"].items() for entry in rows]
     render_tasks({f"{task}{_with(entry['adapter'])}": entry for task, entry in entries}, console)
     for row in report["greedy"]:
         _line(
@@ -83,27 +84,26 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
 
 
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
-    """Print what models answered, task by task: accuracies, and every two models beside each other."""
+    """Print what models answered, task by task: accuracies, and a comparison of every two models."""
     from cloq_export.parity.report import figure, share
 
-    for task, found in tasks.items():
-        table = _table(escape(task), ("model",), ("accuracy", found["other_rule"]))
-        for name, entry in found["models"].items():
+    for task, answered in tasks.items():
+        table = _table(escape(task), ("model",), ("accuracy", answered["other_rule"]))
+        for name, entry in answered["models"].items():
             table.add_row(escape(name), share(entry["accuracy"]), share(entry["other_accuracy"]))
         console.print(table)
-        for pair in found["comparisons"]:
+        for pair in answered["comparisons"]:
             _line(
                 console,
                 f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
                 f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
             )
-        _line(console, f"{found['questions']} questions of {found['origin']} ({found['definition']})")
-        if "power" in found:
-            _line(console, _power_of(found))
+        _line(console, f"{answered['questions']} questions of {answered['origin']} ({answered['definition']})")
+        if "power" in answered:
+            _line(console, _power_of(answered["power"]))
 
 
-def _power_of(found: Mapping[str, Any]) -> str:
-    power = found["power"]
+def _power_of(power: Mapping[str, Any]) -> str:
     if power["smallest_drop"] is None:
         return f"McNemar's test finds no loss among so few questions at the limit {power['limit']:g}"
     return (
@@ -126,10 +126,8 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _counted(words: Iterable[str]) -> str:
-    found: dict[str, int] = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return ", ".join(f"{count} {word}" for word, count in found.items()) or "not measured"
+    counts = collections.Counter(words)
+    return ", ".join(f"{count} {word}" for word, count in counts.items()) or "not measured"
 
 
 def _with(adapter: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes beside its layers: where it comes from, its adapter, its checkpoint."""
+"""What a run writes apart from its layers: where it comes from, its adapter, its checkpoint."""
 
 from __future__ import annotations
 

@@ -107,19 +107,19 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     Raises:
         CloqError: as `serve`.
     """
-    found = served_adapters(export)
+    adapters = served_adapters(export)
     default = options.default
     for text in options.adapters:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
             raise UsageError(f"the adapter {text!r:.80} is not of the form NAME=FOLDER.")
-        check_name(name, taken=found)
-        found[name] = Path(folder)
-    if default is None and len(found) > 1 and RunDirectory.is_run(export):
+        check_name(name, taken=adapters)
+        adapters[name] = Path(folder)
+    if default is None and len(adapters) > 1 and RunDirectory.is_run(export):
         own = Recipe.from_mapping(RunDirectory.open(export).recipe).adapter_name
-        default = own if own in found else None
+        default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
-    return plan_server(export, found, ServerOptions(**asked | {"default": default}))
+    return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
 
 
 def served_adapters(export: Path) -> dict[str, Path]:

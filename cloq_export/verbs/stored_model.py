@@ -1,4 +1,4 @@
-"""A model as it lies on disk, measured from its files: perplexity beside the float model, and answers to tasks."""
+"""A model on disk, measured from its files: perplexity next to that of the float model, and answers to tasks."""
 
 from __future__ import annotations
 
