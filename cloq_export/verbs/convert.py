@@ -38,7 +38,7 @@ def convert(
         FormatError: the checkpoint cannot be read, or the layout cannot hold it.
     """
     recipe = Recipe()
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     if options.out is None:
         raise UsageError("no folder was given; say where the checkpoint is written with `out=FOLDER`.")
     if options.out.resolve() == path.resolve():

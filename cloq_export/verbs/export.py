@@ -9,7 +9,8 @@ from rich.console import Console
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.opening import open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.session import Session
 from cloq_export.errors import RunDirectoryError
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.export_adapters import asked_adapters
@@ -42,7 +43,7 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
     """
     directory = RunDirectory.open(run_path)
     recipe = Recipe.from_mapping(directory.recipe)
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     with directory:
         checkpoint = _own_checkpoint(session, directory, recipe)
         names = asked_adapters(session, directory.adapters, options)
