@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Share of the weights of all linear layers above which layers that do not fit are a mistake in the recipe.
 MOST_UNFIT = 0.1
-ROUTER = "it is a router"
+# PEFT knows a layer by its first name alone, and would put the adapter on its first use.
+SHARED = "several blocks share its weight"
 # A layer with fewer inputs or outputs than this share of the model's width is a gate, or one half of a low rank: what
 # codes would save is nothing, and what they would cost is not.
 _GATE_SHARE = 1 / 16

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from cloq_export.compress.left_float import (
     MOST_UNFIT,
+    SHARED,
     adapter_fault,
     layout_fault,
     short_reason,
@@ -54,7 +54,8 @@ class Plan:
         asked: `modules` and those that are unfit.
         spared: full module name -> why it stays float in any run that does not name it, such as gates.
         unadapted: full module name -> why it has no adapter though the recipe's rank is not 0.
-        sizes: full module name -> number of weights, of all linear layers of the blocks.
+        sizes: full module name -> number of weights, of all linear layers of the blocks, each weight once.
+        copies: full module name -> the layer of an earlier block whose weight it shares; that one is planned for both.
     """
 
     blocks: BlockList
@@ -64,6 +65,7 @@ class Plan:
     spared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unadapted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of_block(self, index: int) -> dict[str, ModulePlan]:
         """Return the plans of one block's layers."""
@@ -85,11 +87,8 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         RecipeError: a pattern of `overrides` matches no layer, or every layer stays float.
         ShapeError: a group size, a width or a rank does not fit a layer; the first few are named.
     """
-    linears = {
-        name: linear
-        for index, block in enumerate(blocks)
-        for name, linear in find_linears(block, blocks.prefix(index)).items()
-    }
+    linears, copies = _distinct_linears(blocks)
+    shared = set(copies.values())
     sizes = {name: linear.weight.numel() for name, linear in linears.items()}
     modules: dict[str, ModulePlan] = {}
     skipped: list[str] = []
@@ -109,7 +108,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
             settings.get("bits", recipe.bits), settings.get("group_size", recipe.group_size), recipe.symmetric
         )
         plan = ModulePlan(name, spec, settings.get("rank", recipe.rank))
-        if plan.rank and (reason := adapter_fault(name, blocks)):
+        if plan.rank and (reason := SHARED if name in shared else adapter_fault(name, blocks)):
             plan, unadapted[name] = dataclasses.replace(plan, rank=0), reason
         if fault := layout_fault(name, linear, spec, recipe.format):
             faults[name] = fault
@@ -127,7 +126,6 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         unadapted.pop(name, None)
     for name in ranks:
         modules[name] = dataclasses.replace(modules[name], rank=min(linears[name].weight.shape))
-    _refuse_shared(blocks, modules)
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
     faults_of = {name: reach_fault(linears[name].weight.detach(), plan.spec) for name, plan in modules.items()}
@@ -140,6 +138,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         spared,
         unadapted,
         sizes,
+        copies,
     )
 
 
@@ -164,11 +163,8 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         RecipeError: the checkpoint quantizes what is no linear layer of the blocks, or an override would change codes.
         ShapeError: a rank does not fit a layer, or the layout of the recipe cannot hold the checkpoint's layers.
     """
-    linears = {
-        name: linear
-        for index, block in enumerate(blocks)
-        for name, linear in find_linears(block, blocks.prefix(index)).items()
-    }
+    linears, copies = _distinct_linears(blocks)
+    shared = set(copies.values())
     strange = sorted(set(specs) - set(linears))
     if strange:
         raise RecipeError(
@@ -186,7 +182,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
                 "can be overridden."
             )
         modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
-        if modules[name].rank and (reason := adapter_fault(name, blocks)):
+        if modules[name].rank and (reason := SHARED if name in shared else adapter_fault(name, blocks)):
             modules[name], unadapted[name] = dataclasses.replace(modules[name], rank=0), reason
         linear = linears[name]
         try:
@@ -200,23 +196,31 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         if fault := _rank_fault(linear, modules[name]):
             raise ShapeError(fault)
     _check_patterns(recipe, list(modules))
-    _refuse_shared(blocks, modules)
-    return Plan(blocks, modules, unadapted=unadapted)
+    return Plan(blocks, modules, unadapted=unadapted, copies=copies)
 
 
-def _refuse_shared(blocks: BlockList, planned: Container[str]) -> None:
-    """Refuse to quantize a weight that several layers share: each would be given codes of its own."""
-    names: dict[torch.Tensor, list[str]] = collections.defaultdict(list)
+def _distinct_linears(blocks: BlockList) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Return the linears of all blocks, each weight under its first name, and further names -> the first.
+
+    Raises:
+        UnsupportedModelError: two layers of one block share a weight.
+    """
+    linears: dict[str, nn.Linear] = {}
+    copies: dict[str, str] = {}
+    first_names: dict[torch.Tensor, str] = {}
     for index, block in enumerate(blocks):
         for name, linear in find_linears(block, blocks.prefix(index)).items():
-            names[linear.weight].append(name)
-    for sharing in names.values():
-        if len(sharing) > 1 and any(name in planned for name in sharing):
-            raise UnsupportedModelError(
-                f"{sharing[0]} and {sharing[1]} share one weight, which cannot be quantized for each of them; "
-                f"{' '.join(f'--override {chr(39)}{name}:skip=true{chr(39)}' for name in sharing[:4])}"
-                f"{' ...' if len(sharing) > 4 else ''} leaves it in float."
-            )
+            first = first_names.setdefault(linear.weight, name)
+            if first == name:
+                linears[name] = linear
+                continue
+            if first.startswith(f"{blocks.prefix(index)}."):
+                raise UnsupportedModelError(
+                    f"{first} and {name} share one weight within a block, where it cannot be quantized for both. Choose "
+                    "another architecture."
+                )
+            copies[name] = first
+    return linears, copies
 
 
 def _rank_fault(linear: nn.Linear, plan: ModulePlan) -> str:
