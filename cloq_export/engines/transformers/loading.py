@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -15,6 +16,7 @@ from torch import nn
 
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
@@ -209,6 +211,7 @@ def _build_model(
     model = empty_model(checkpoint, dtype)
     linears = targeted_linears(checkpoint, model)
     placed_names, _ = float_places(checkpoint, model)
+    copies = copies_of_codes(model, checkpoint.specs)
     for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
@@ -218,7 +221,8 @@ def _build_model(
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
         # Its numbers come with the float part.
         placed.bias = linear.bias
-        model.set_submodule(module, placed)
+        for place in (module, *(copy for copy, first in copies.items() if first == module)):
+            model.set_submodule(place, placed)
     for name in placed_names:
         _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
     _tie_what_is_missing(checkpoint, model)
@@ -230,8 +234,10 @@ def _build_model(
 def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
     held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    # What shares codes is one module under several names.
+    done = held_apart | {f"{copy}.weight" for copy in copies_of_codes(model, checkpoint.specs)}
     model.all_tied_weights_keys = {
-        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in done
     }
     missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
     with quiet_transformers():
@@ -312,6 +318,22 @@ def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None
             )
 
 
+@contextlib.contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """Keep PEFT from taking `gate_proj` and the like for names of fused experts in models that usually have them.
+
+    It would look for fused tensors, which are split here, and leave out dense layers and shared experts of these names.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    before = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = before
+
+
 def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
     """Let PEFT wrap the adapted linears, and fill in A and B as they are stored."""
     from peft import LoraConfig
@@ -329,7 +351,7 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _names_as_they_are():
         # Of a pair on a tied head; here it stays the head's own, merged or not.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         model.add_adapter(config, "default")
