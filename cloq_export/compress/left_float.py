@@ -41,7 +41,7 @@ def spared_reason(name: str, linear: nn.Linear, blocks: BlockList) -> str:
     """
     for side, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
         if size < _GATE_SHARE * blocks.hidden_size:
-            return f"it is a gate of {size} {side}"
+            return f"a gate of {size} {side}"
     if name.rpartition(".")[2] == _NOT_CALLED:
         return "its weight is multiplied without the layer being called"
     return ""
@@ -70,8 +70,7 @@ def layout_fault(name: str, linear: nn.Linear, spec: QuantSpec, format: str) -> 
 def short_reason(name: str, fault: str) -> str:
     """Return a fault of `layout_fault` without the layer's name and without what could be done."""
     without_name = fault.removeprefix(f"{name} ").removeprefix(f"{name}: ")
-    reason = without_name.partition(". ")[0].partition("; choose")[0]
-    return f"it {reason}" if reason.startswith("has ") else reason
+    return without_name.partition(". ")[0].partition("; choose")[0].removeprefix("has ")
 
 
 def adapter_fault(name: str, blocks: BlockList) -> str:

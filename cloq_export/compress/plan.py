@@ -216,8 +216,8 @@ def _distinct_linears(blocks: BlockList) -> tuple[dict[str, nn.Linear], dict[str
                 continue
             if first.startswith(f"{blocks.prefix(index)}."):
                 raise UnsupportedModelError(
-                    f"{first} and {name} share one weight within a block, where it cannot be quantized for both. Choose "
-                    "another architecture."
+                    f"{first} and {name} share one weight within a block, where it cannot be quantized for both. "
+                    "Choose another architecture."
                 )
             copies[name] = first
     return linears, copies

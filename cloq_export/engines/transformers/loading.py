@@ -221,8 +221,8 @@ def _build_model(
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
         # Its numbers come with the float part.
         placed.bias = linear.bias
-        for place in (module, *(copy for copy, first in copies.items() if first == module)):
-            model.set_submodule(place, placed)
+        for name in (module, *(copy for copy, first in copies.items() if first == module)):
+            model.set_submodule(name, placed)
     for name in placed_names:
         _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
     _tie_what_is_missing(checkpoint, model)

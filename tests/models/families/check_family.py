@@ -241,7 +241,7 @@ class _Steps:
         self._cloq(
             *("verify", export, "--reference", source, "--text", self.folder / "evaluation.txt"),
             *("--window", 16, "--windows", 2, "--prompts", 3, "--new-tokens", 6, "--longest", 24),
-            *("--liveness-tokens", 16, "--json"),
+            *("--liveness-tokens", 48, "--json"),
         )
 
 
