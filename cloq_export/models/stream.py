@@ -239,8 +239,16 @@ class BlockStream:
         Blocks may talk to each other through the hidden states only. Three other ways are looked for: arguments
         computed from hidden states, values returned beside them and handed on, and a shared dictionary.
         """
-        _, plain = self._capture(ids, probing=True)
-        _, shifted = self._capture(ids, shift=1.0)
+        try:
+            _, plain = self._capture(ids, probing=True)
+            _, shifted = self._capture(ids, shift=1.0)
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
+            # What a model does with its blocks beside calling them is its own; it fails on what stands in for them.
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does more with its blocks than call one after the other ("
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}); such models cannot be run block by "
+                "block. Choose another architecture."
+            ) from error
         for index, (one, other) in enumerate(zip(plain, shifted, strict=True)):
             if one.holds(HandedOn) or not one.equals(other):
                 raise self._refusal(index)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import tie_entries
 from cloq_export.artifact.provenance import TokenizerRecord
 from cloq_export.errors import CloqError
@@ -59,7 +60,7 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
         fault = _tensor_fault(checkpoint.read(name), wanted, loaded.source.dtype)
         if fault:
             faults.append(f"{name} {fault}")
-    faults += _gaps(state, held, checkpoint.specs)
+    faults += _gaps(state, held, {*checkpoint.specs, *copies_of_codes(loaded.model, checkpoint.specs)})
     if tie_entries(checkpoint):
         faults.append("config.json ties the head to the embeddings, and the files hold two matrices that differ")
     if not faults:
