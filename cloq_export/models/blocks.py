@@ -178,9 +178,12 @@ def _of_decoder(candidates: list[BlockList], model: nn.Module) -> list[BlockList
     """Return the list that is the decoder's own, where the model says which of its parts that is."""
     find: Any = getattr(model, "get_decoder", None)
     decoder = None if find is None else find()
-    names = {name for name, module in model.named_modules() if module is decoder}
-    own = [candidate for candidate in candidates if candidate.name.rpartition(".")[0] in names]
-    return own if len(own) == 1 else candidates
+    name = next((name for name, module in model.named_modules() if module is decoder), None)
+    if name is None:
+        return candidates
+    inside = [candidate for candidate in candidates if not name or candidate.name.startswith(f"{name}.")]
+    children = [candidate for candidate in inside if candidate.name.rpartition(".")[0] == name]
+    return next((chosen for chosen in (inside, children) if len(chosen) == 1), candidates)
 
 
 def _of_configured_length(candidates: list[BlockList], config: object) -> list[BlockList]:

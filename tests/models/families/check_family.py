@@ -91,6 +91,8 @@ class _Steps:
         self.floats: dict[str, str] = {}
         self.float_share = 0.0
         self.note = ""
+        self.transposed = self.interleaved = False
+        self.merged: checkpoints.Tensors = {}
         self.differences: dict[str, float] = {}
 
     def take(self) -> None:
@@ -110,6 +112,10 @@ class _Steps:
             expected = self._reference(floats, source, out, adapter, ids)
             self.step = f"load {layout}"
             self._compare(layout, out, adapter, ids, expected)
+        self.step = "export merged"
+        merged = self.folder / "merged"
+        self._cloq("export", run, "--format", "merged", "--out", merged, "--json")
+        self._compare_merged(merged)
         self.step = "generate"
         self._compare_texts(out, source)
         self.step = "done"
@@ -126,6 +132,8 @@ class _Steps:
             self.expects_text = model(input_ids=self._ids(), use_cache=False).logits
         if not bool(torch.isfinite(self.expects_text).all()) or float(self.expects_text.std()) < 0.02:
             raise AssertionError(f"the random model says nothing: {self.expects_text.std()}")
+        self.transposed = any(getattr(module, "is_transposed", False) for module in model.modules())
+        self.interleaved = not all(getattr(module, "is_concatenated", True) for module in model.modules())
         model.save_pretrained(folder)
         write_tokenizer(folder)
 
@@ -141,7 +149,7 @@ class _Steps:
             "samples": 4,
             "seqlen": 32,
             "calibration": str(self._text("calibration", 600)),
-            "eval_text": str(self._text("evaluation", 200)),
+            "eval_text": str(self._text("evaluation", 400)),
             "eval_window": 16,
             "eval_windows": 2,
             "device": "cpu",
@@ -180,6 +188,8 @@ class _Steps:
         tensors = checkpoints.read_tensors(export)
         weights = checkpoints.dequantized(tensors, config["quantization_config"])
         beside = checkpoints.without_codes(tensors)
+        if checkpoints.fuse_experts(weights, floats, transposed=self.transposed, interleaved=self.interleaved):
+            self.note = "experts are stored one by one, and the source's files hold them in one tensor"
         unknown = [name for name in (*weights, *beside) if name not in floats]
         lost = [name for name in floats if name not in weights and name not in beside]
         if unknown or lost:
@@ -197,9 +207,19 @@ class _Steps:
         save_file({**floats, **weights}, reference / "model.safetensors", metadata={"format": "pt"})
         model = open_float(reference, configurations.architecture_of(self.family))
         checkpoints.merge_adapter(model, adapter)
+        self.merged = model.state_dict()
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
         return torch.log_softmax(logits, dim=-1)
+
+    def _compare_merged(self, folder: Path) -> None:
+        """Compare every tensor of a merged export with the reference's, which it is rounded from."""
+        model = open_float(folder, configurations.architecture_of(self.family))
+        for name, tensor in model.state_dict().items():
+            expected = self.merged[name].to(torch.float32)
+            difference = (tensor.to(torch.float32) - expected).abs()
+            if not bool((difference <= 2.0**-8 * expected.abs() + 1e-6).all()):
+                raise WrongError(f"{name} is off by {float(difference.max()):.2g}, more than rounding to bfloat16")
 
     def _compare(self, layout: str, export: Path, adapter: Path, ids: torch.Tensor, expected: torch.Tensor) -> None:
         import cloq_export
@@ -241,7 +261,7 @@ class _Steps:
         self._cloq(
             *("verify", export, "--reference", source, "--text", self.folder / "evaluation.txt"),
             *("--window", 16, "--windows", 2, "--prompts", 3, "--new-tokens", 6, "--longest", 24),
-            *("--liveness-tokens", 48, "--json"),
+            *("--liveness-tokens", 160, "--json"),
         )
 
 

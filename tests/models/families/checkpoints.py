@@ -6,6 +6,7 @@ A layer's numbers are one little-endian stream of bits in both layouts: codes al
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,38 @@ def without_codes(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
 
 
+def fuse_experts(weights: Tensors, floats: Tensors, *, transposed: bool, interleaved: bool) -> bool:
+    """Put experts that a source holds in one tensor together again, and return whether there are such.
+
+    Args:
+        weights: Q under the name of each weight; single experts are taken out, and the fused tensors are put in.
+        floats: the source's tensors.
+        transposed: fused tensors are (experts, in, out).
+        interleaved: rows of gate and up alternate.
+    """
+    single = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+    matches = [match for name in weights if name not in floats and (match := single.fullmatch(name))]
+    for match in matches:
+        owner, number, part = match[1], int(match[2]), match[3]
+        gated = part != "down_proj" and f"{owner}.gate_up_proj" in floats
+        fused = f"{owner}.gate_up_proj" if gated else f"{owner}.{part}"
+        if fused not in floats:
+            continue
+        whole = weights.setdefault(fused, floats[fused].clone())
+        place = _part(whole[number].t() if transposed else whole[number], part if gated else "", interleaved)
+        place.copy_(weights.pop(match[0]))
+    return bool(matches)
+
+
+def _part(held: torch.Tensor, part: str, interleaved: bool) -> torch.Tensor:
+    """Return the rows of gate or up in a tensor of both, or all of another one."""
+    if not part:
+        return held
+    second = part == "up_proj"
+    half = len(held) // 2
+    return held[second::2] if interleaved else held[half:] if second else held[:half]
+
+
 def merge_adapter(model: torch.nn.Module, folder: Path) -> int:
     """Add (alpha / rank) B A of a PEFT adapter to the weights of a float model; return the number of pairs."""
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -75,12 +108,7 @@ def _weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
     gated = part in ("gate_proj", "up_proj") and hasattr(experts, "gate_up_proj")
     held = (experts.gate_up_proj if gated else getattr(experts, part))[int(number)]
     held = held.t() if experts.is_transposed else held
-    if not gated:
-        return held
-    second, half = part == "up_proj", len(held) // 2
-    if experts.is_concatenated:
-        return held[half:] if second else held[:half]
-    return held[second::2]
+    return _part(held, part if gated else "", not experts.is_concatenated)
 
 
 def _gptq(tensors: Tensors, module: str, bits: int) -> torch.Tensor:
