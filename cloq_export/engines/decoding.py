@@ -73,11 +73,12 @@ def continue_greedily(
     Raises:
         NonFiniteError: the model gives NaN or Inf.
     """
-    cache = _roomy_cache(model)
+    accepted = inspect.signature(model.forward).parameters
+    cache = _roomy_cache(model) if "past_key_values" in accepted else None
     if cache is None:
         return _generate(model, prompts, max_new_tokens, ended)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    ends, accepted = end_tokens(model), inspect.signature(model.forward).parameters
+    ends = end_tokens(model)
     ids, mask = _filled_up(prompts, device)
     results: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # prompt of each row of the cache

@@ -13,6 +13,7 @@ from cloq_export.errors import UnsupportedModelError
 from cloq_export.models.experts import holds_fused_experts, split_fault
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
+_REFUSED_TYPES = {"rwkv": "divides its own weights whenever it begins to compute"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 
 
@@ -70,6 +71,9 @@ def find_blocks(model: nn.Module, path: str = "") -> BlockList:
 
 def _search_blocks(model: nn.Module, config: object) -> BlockList:
     architecture = type(model).__name__
+    reason = _REFUSED_TYPES.get(getattr(config, "model_type", ""))
+    if reason:
+        raise UnsupportedModelError(f"{architecture} {reason}, so codes cannot stand for them. Choose another model.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{architecture} is an encoder-decoder; only decoder-only (causal) language models can be quantized. "

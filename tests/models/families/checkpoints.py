@@ -50,26 +50,26 @@ def without_codes(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
 
 
-def fuse_experts(weights: Tensors, floats: Tensors, *, transposed: bool, interleaved: bool) -> bool:
+def fuse_experts(weights: Tensors, floats: Tensors, *, interleaved: bool) -> bool:
     """Put experts that a source holds in one tensor together again, and return whether there are such.
 
     Args:
-        weights: Q under the name of each weight; single experts are taken out, and the fused tensors are put in.
+        weights: tensors by name; those of single experts are taken out, and the fused ones are put in.
         floats: the source's tensors.
-        transposed: fused tensors are (experts, in, out).
         interleaved: rows of gate and up alternate.
     """
-    single = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+    single = re.compile(r"(.*\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
     matches = [match for name in weights if name not in floats and (match := single.fullmatch(name))]
     for match in matches:
-        owner, number, part = match[1], int(match[2]), match[3]
-        gated = part != "down_proj" and f"{owner}.gate_up_proj" in floats
-        fused = f"{owner}.gate_up_proj" if gated else f"{owner}.{part}"
-        if fused not in floats:
-            continue
-        whole = weights.setdefault(fused, floats[fused].clone())
-        place = _part(whole[number].t() if transposed else whole[number], part if gated else "", interleaved)
-        place.copy_(weights.pop(match[0]))
+        part, bias = match[3], match[4] == "bias"
+        both, alone = (f"{match[1]}experts.{kind}{'_bias' if bias else ''}" for kind in ("gate_up_proj", part))
+        gate_first = {both: True, f"{match[1]}input_linear.weight": True, f"{match[1]}output_linear.weight": False}
+        gate_first |= {alone: False}
+        fused = next(name for name, gated in gate_first.items() if name in floats and gated == (part != "down_proj"))
+        tensor = weights.pop(match[0])
+        held = weights.setdefault(fused, floats[fused].clone())[int(match[2])]
+        held = held if bias or held.shape[-1] == tensor.shape[-1] else held.t()
+        _part(held, part if gate_first[fused] else "", interleaved).copy_(tensor)
     return bool(matches)
 
 
@@ -92,13 +92,13 @@ def merge_adapter(model: torch.nn.Module, folder: Path) -> int:
         name = module.removeprefix("base_model.model.")
         alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
         with torch.no_grad():
-            weight = _weight_of(model, name)
+            weight = _weight_of(model, name, (b.shape[0], a.shape[1]))
             weight += alpha / a.shape[0] * (b @ a)
     return len(modules)
 
 
-def _weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return the weight of a linear, (out, in): of an expert, its part of the tensor that holds all experts."""
+def _weight_of(model: torch.nn.Module, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Return the weight of a linear, of this shape: of an expert, its part of the tensor that holds all experts."""
     owner, _, rest = name.rpartition(".experts.")
     number, _, part = rest.partition(".")
     experts: Any = model.get_submodule(f"{owner}.experts") if owner else None
@@ -107,8 +107,8 @@ def _weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
         return weight
     gated = part in ("gate_proj", "up_proj") and hasattr(experts, "gate_up_proj")
     held = (experts.gate_up_proj if gated else getattr(experts, part))[int(number)]
-    held = held.t() if experts.is_transposed else held
-    return _part(held, part if gated else "", not experts.is_concatenated)
+    transposed = getattr(experts, "is_transposed", held.shape[-1] != shape[1])
+    return _part(held.t() if transposed else held, part if gated else "", not getattr(experts, "is_concatenated", True))
 
 
 def _gptq(tensors: Tensors, module: str, bits: int) -> torch.Tensor:
