@@ -218,6 +218,8 @@ def load_source(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
             output_loading_info=True,
+            # So that they come back with their names: `refuse_gaps` refuses them.
+            ignore_mismatched_sizes=True,
             **NO_CODE,
             **options,
         )

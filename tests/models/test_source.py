@@ -19,11 +19,19 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from cloq_export.errors import MissingPackageError, NonFiniteError, SourceError, UnsupportedModelError
+from cloq_export.errors import (
+    CloqError,
+    FormatError,
+    MissingPackageError,
+    NonFiniteError,
+    SourceError,
+    UnsupportedModelError,
+)
 from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.loaded_weights import check_finite
 from cloq_export.models.saving import save_source_files
 from cloq_export.models.source import DEMO_MODEL, find_source, load_source, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -155,9 +163,39 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.self_attn.k_proj.weight"] = torch.zeros(3, 5)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"the weights of .* cannot be read") as error:
+    with pytest.raises(
+        SourceError,
+        match=r"holds 1 weights of other shapes than LlamaForCausalLM has, model\.layers\.2\..*k_proj\.weight",
+    ) as error:
         open_model(str(folder))
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"vocab_size": 200}, "model.embed_tokens.weight"),
+        ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight"),
+    ],
+)
+def test_a_config_of_another_size_is_refused_by_a_tensor(folder: Path, changes: dict[str, Any], tensor: str) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(SourceError, match=rf"weights of other shapes than LlamaForCausalLM has, {tensor} among them"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_byte_order_mark_is_said_before_any_weight_is_loaded(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(
+        CloqError, match=rf"{name} begins with a byte order mark of UTF-8; .* Save the file as"
+    ) as error:
+        find_source(str(folder))
+    one_line(error)
+    if name != "config.json":
+        with pytest.raises(FormatError, match="begins with a byte order mark"):
+            read_tokenizer(folder)
 
 
 def test_a_missing_path_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
