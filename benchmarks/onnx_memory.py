@@ -82,7 +82,8 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
 
     from cloq_export.artifact.checkpoint_writer import LayerSource
     from cloq_export.artifact.run_directory import RunDirectory
-    from cloq_export.formats.onnx.graph import GraphLayers, quantize_graph
+    from cloq_export.formats.onnx.graph import quantize_graph
+    from cloq_export.formats.onnx.matching import GraphLayers
 
     made = json.loads((place / "graph.json").read_text())
     layers = LayerSource.of_run(RunDirectory.open(run))

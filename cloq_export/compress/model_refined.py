@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.compress.block_refined import WARMUP, finite, kept_start
 from cloq_export.compress.plan import Plan
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
