@@ -40,6 +40,7 @@ from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.onnx.packages import require_packages
+from cloq_export.formats.onnx.record import GraphOptions
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
@@ -618,12 +619,14 @@ def _write_onnx(
                 out,
                 layers,
                 _float_part(checkpoint),
-                style=cast(Style, options.style or STYLES[0]),
-                two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
-                opset=options.opset,
+                GraphOptions(
+                    style=cast(Style, options.style or STYLES[0]),
+                    two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
+                    opset=options.opset,
+                    progress=progress,
+                ),
                 base_fingerprint=fingerprint,
                 finish=finish,
-                progress=progress,
             )
 
     session.timed("write and compare", write)

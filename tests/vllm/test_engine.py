@@ -61,11 +61,10 @@ def furthest(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
 
 
 def allowed(export: Any, dtype: str) -> float:
-    """Return how far an engine may be from the float32 reference."""
+    """Return how far an engine may be from the float32 reference: twice as far as transformers is in that dtype."""
     if dtype == "float32":
-        return 1e-4
-    # As far as the transformers runtime is in that dtype, give or take the engine's own rounding.
-    return 4 * furthest(references(export, getattr(torch, dtype)), references(export))
+        return 1e-4  # of a log-probability, what the project promises
+    return 2 * furthest(references(export, getattr(torch, dtype)), references(export))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,8 +150,9 @@ def test_what_vllm_reads_is_left_to_vllm_and_its_fault_is_mended(
         mixed = model.prompt_logprobs([ids, ids, ids], [None, "one", "two"])[0]
         found[plugin] = (alone, float((alone - mixed).abs().max()))
     assert torch.equal(found[True][0], found[False][0])
-    assert found[True][1] < 1e-2
+    assert found[True][1] < allowed(export, "float16")
     version = engine_facts(engine_python).version
+    # An adapter moves a log-probability by several tenths, rounding by thousandths.
     assert (found[False][1] > 0.1) == version.startswith("0.32."), found[False][1]
 
 
@@ -162,12 +162,12 @@ def test_prompt_logprobs_with_an_adapted_head(
 ) -> None:
     """vLLM alone dies of a batch of them unless it is told which modules are adapted."""
     export = write_export(QuantSpec(bits=4, group_size=32, symmetric=True))
-    how: dict[str, Any] = {"dtype": "float16", "options": {"lora_target_modules": None}}
+    how: dict[str, Any] = {"dtype": "float16", "more": {"lora_target_modules": None}}
     model = load_engine(export.folder, export.adapters, plugin=False, **how)
     with pytest.raises(EngineError, match="ended without an answer"):
         model.prompt_logprobs([SEQUENCES[0], SEQUENCES[1]], ["one", "two"])
     model = load_engine(export.folder, export.adapters, **how)
-    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < 0.1
+    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, "float16")
 
 
 def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callable[..., VllmModel]) -> None:

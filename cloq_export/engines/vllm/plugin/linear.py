@@ -25,7 +25,7 @@ from cloq_export.engines.vllm.plugin.computations import (
     choose_computation,
 )
 from cloq_export.engines.vllm.plugin.cpu_kernel import CloqCpuKernel
-from cloq_export.engines.vllm.plugin.parts import Fused, Part, full_sizes, narrowed, replicas
+from cloq_export.engines.vllm.plugin.parts import Fused, Part, Share, full_sizes, narrowed, replicas
 from cloq_export.errors import FormatError
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.kernels.cpu import weight as cpu_weight
@@ -77,12 +77,14 @@ class CloqLinearMethod(LinearMethodBase):
                 Part(
                     self.names[0 if fused_on_disk else index],
                     self.specs[0 if fused_on_disk else index],
-                    out_features=out_features,
-                    in_features=input_size_per_partition,
-                    # Key and value heads that are fewer than ranks are given to several of them.
-                    first_output=rank // replicas(layer, index) * out_features if shares_outputs else 0,
-                    first_input=first_input,
-                    total_inputs=input_size,
+                    Share(
+                        out_features=out_features,
+                        in_features=input_size_per_partition,
+                        # Key and value heads that are fewer than ranks are given to several of them.
+                        first_output=rank // replicas(layer, index) * out_features if shares_outputs else 0,
+                        first_input=first_input,
+                        total_inputs=input_size,
+                    ),
                 )
             )
         # float32 holds the scales of any file.
