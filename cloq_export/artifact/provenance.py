@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes, write_json
+from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.types import LoraPair
 
 PROVENANCE_NAME = "cloq_provenance.json"

@@ -48,7 +48,8 @@ from cloq_export.formats.targets.preflight import Decision, preflight
 from cloq_export.formats.targets.snippets import load_snippets
 from cloq_export.formats.targets.table import Exported, parse_target, read_table
 from cloq_export.models.companions import companion_files, copy_companions
-from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import LoadedModel, ModelSource
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.types import LoraPair
 from cloq_export.verbs.recording import export_record, read_adapter_record, run_record

@@ -31,8 +31,8 @@ from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
 from cloq_export.models.context import context_length
-from cloq_export.models.source import read_tokenizer
-from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.models.precision import has_fast_bfloat16
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.questions import TrainedOn
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory

@@ -40,7 +40,8 @@ from cloq_export.errors import CalibrationError, MissingPackageError, RunDirecto
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
-from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
+from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.tasks import PERPLEXITY, expand_names

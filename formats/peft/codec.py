@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
-from cloq_export.files.atomic import write_folder, write_json, write_safetensors
+from cloq_export.files.atomic import write_folder, write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft.config import RanksAndAlphas, adapter_config, check_config
 from cloq_export.types import LoraPair
 

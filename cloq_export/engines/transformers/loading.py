@@ -24,7 +24,7 @@ from cloq_export.formats.peft.codec import Adapter
 from cloq_export.formats.peft.config import adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
 
