@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
+from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import QuantSpec
@@ -168,6 +172,36 @@ def test_prompt_logprobs_with_an_adapted_head(
         model.prompt_logprobs([SEQUENCES[0], SEQUENCES[1]], ["one", "two"])
     model = load_engine(export.folder, export.adapters, **how)
     assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, "float16")
+
+
+def relabelled(export: Any, folder: pathlib.Path, **changes: Any) -> pathlib.Path:
+    """Return a copy of an export whose `quantization_config` says something else."""
+    shutil.copytree(export.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_label_of_act_order_counts_for_nothing(
+    export: Any, load_engine: Callable[..., VllmModel], tmp_path: pathlib.Path
+) -> None:
+    folder = relabelled(export, tmp_path / "labelled", desc_act=True)
+    model = load_engine(folder, {})
+    scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
+    assert float((scores - export.logprobs(SEQUENCES[0], None)).abs().max()) < allowed(export, "float32")
+
+
+@pytest.mark.usefixtures("only_on_cpu")
+def test_an_order_of_groups_is_refused_by_name(export: Any, engine_python: str, tmp_path: pathlib.Path) -> None:
+    folder = relabelled(export, tmp_path / "ordered", desc_act=False)
+    file = next(folder.glob("*.safetensors"))
+    tensors, _ = read_safetensors(file)
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
+    write_safetensors(file, tensors, {"format": "pt"})
+    with pytest.raises(EngineError, match=rf"(?s)did not start .*{name}: g_idx is not sequential \(an act-order"):
+        VllmModel(folder, {}, EngineSettings(), dataclasses.replace(SMALL, python=engine_python))
 
 
 def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callable[..., VllmModel]) -> None:

@@ -79,7 +79,8 @@ class Part:
         self.name, self.spec = name, spec
         self.out_features, self.in_features = share.out_features, share.in_features
         self.first_output, self.first_input = share.first_output, share.first_input
-        first_input, in_features, total_inputs = share.first_input, share.in_features, share.total_inputs
+        self.total_inputs = total_inputs = share.total_inputs
+        first_input, in_features = share.first_input, share.in_features
         if first_input * spec.bits % WORD_BITS or in_features * spec.bits % WORD_BITS:
             raise ShapeError(
                 f"{name} has {total_inputs} inputs, of which one rank gets {in_features}; {spec.bits}-bit codes can be "
