@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_layers import DTYPES, SHAPES, assert_as_good_as_torch, make_layer, make_lora, random_input
 
 from cloq_export.kernels import cpu
 from cloq_export.kernels.cpu import linear as kernel
@@ -18,65 +19,6 @@ pytestmark = [
 ]
 
 BITS = (2, 3, 4, 8)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (out, in, group): whole blocks and units, blocks and groups that need padding, one group, groups of odd size.
-SHAPES = [
-    (48, 64, 32),
-    (17, 128, 64),
-    (100, 384, 128),
-    (33, 72, 24),
-    (160, 200, 200),
-    (1, 40, 8),
-    (300, 544, 32),
-    (16, 7, 7),
-]
-
-
-@pytest.fixture
-def _nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every new tensor with ones, which is NaN in floats, so that what is not written shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if tensor.numel():
-            tensor.view(torch.uint8).fill_(0xFF)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def make_layer(out: int, columns: int, group: int, bits: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Return codes, scales, zeros and Q in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(out, columns // group, generator=generator) * 0.1 + 0.01).to(torch.float16)
-    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.uint8, generator=generator)
-    return codes, scales, zeros, canonical.dequantize(codes, scales.to(torch.float64), zeros)
-
-
-def make_lora(adapters: int, rank: int, out: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(adapters)
-    a = torch.randn(adapters, rank, columns, generator=generator) / columns**0.5
-    b = torch.randn(adapters, out, rank, generator=generator)
-    return a.to(dtype), b.to(dtype), torch.linspace(0.5, 2.0, adapters)
-
-
-def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_as_good_as_torch(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, largest: float) -> None:
-    """The error is at most twice that of torch in the same dtype, both against float64.
-
-    The slack is for float32: sums in another order may differ by some units in the last place of what was summed.
-    """
-    assert result.dtype == plain.dtype
-    assert result.shape == plain.shape
-    if not result.numel():
-        return
-    error, allowed = ((value.to(torch.float64) - truth).square().mean().sqrt() for value in (result, plain))
-    assert error <= 2 * allowed + 1e-6 * largest, (float(error), float(allowed))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -348,112 +290,6 @@ def test_not_a_number_stays_with_its_token(isa):
             assert bool(result[1].isnan().all())
             kept = torch.arange(tokens) != 1
             assert torch.equal(result[kept], clean[kept])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_input_gradients(isa, shape, dtype):
-    codes, scales, zeros, q = make_layer(*shape, 3)
-    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
-    for leading in [(0,), (1,), (2, 3), (33,), *([(530,)] if shape[0] == 48 else [])]:
-        grad = random_input(*leading, shape[0], dtype=dtype)
-        result = kernel.cpu_linear_input_grad_op(grad, *weight.operands(), [])
-        truth, plain = grad.to(torch.float64) @ q, grad @ q.to(dtype)
-        largest = float((grad.to(torch.float64).abs() @ q.abs()).max()) if grad.numel() else 0.0
-        assert_as_good_as_torch(result, plain, truth, largest)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_gradient(isa, dtype):
-    codes, scales, zeros, _ = make_layer(330, 256, 64, 3)
-    w = cpu_weight.pack_weight(codes, scales, zeros, 3)
-    grad = random_input(70, 330, dtype=dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(kernel.cpu_linear_input_grad_op(grad, *w.operands(), []))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(isa, dtype):
-    codes, scales, zeros, q = make_layer(100, 96, 32, 3)
-    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
-    a, b, scaling = make_lora(2, 8, 100, 96, torch.float32)
-    lora = cpu_lora.pack_lora(a, b, scaling)
-    index = torch.tensor([[0, -1, 1], [1, 1, 0]], dtype=torch.int32)
-    x = random_input(2, 3, 96, dtype=dtype).requires_grad_()
-    bias = torch.zeros(100, dtype=dtype, requires_grad=True)
-    upstream = random_input(2, 3, 100, dtype=dtype, seed=5)
-    kernel.lora_linear(x, weight, bias, lora, index).backward(upstream)
-    dense = {}
-    for wide in (torch.float64, dtype):
-        dense_x, dense_bias = (tensor.detach().to(wide).requires_grad_() for tensor in (x, bias))
-        pairs = Adapters(a.to(wide), b.to(wide), scaling, index)
-        canonical.lora_linear(dense_x, q.to(wide), dense_bias, pairs).backward(upstream.to(wide))
-        dense[wide] = (dense_x.grad, dense_bias.grad)
-    for ours, plain, truth in zip((x.grad, bias.grad), dense[dtype], dense[torch.float64], strict=True):
-        assert_as_good_as_torch(ours, plain, truth, float(truth.abs().max()))
-    with pytest.raises(RuntimeError, match="8-bit activations have no gradient"):
-        kernel.linear(x, weight, precision="int8")
-
-
-@pytest.mark.slow
-def test_operators_satisfy_the_rules_of_torch(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    w = cpu_weight.pack_weight(codes, scales, zeros, 3)
-    lora = cpu_lora.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
-    index = torch.tensor([0, -1], dtype=torch.int32)
-    layer = w.operands()
-    x = torch.randn(2, 64, requires_grad=True)
-    bias = torch.randn(48, requires_grad=True)
-    adapters = [lora.a, lora.b, lora.scaling, lora.ranks, lora.ends, index]
-    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, bias, adapters, False))
-    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, None, [], False))
-    torch.library.opcheck(kernel.cpu_linear_input_grad_op, (torch.randn(2, 48), *layer, adapters))
-
-
-@pytest.mark.slow
-def test_compiled_layers_compute_and_train(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
-    lora = cpu_lora.pack_lora(*make_lora(1, 4, 48, 64, torch.float32))
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(kernel.lora_linear(x, weight, None, lora))
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        x = random_input(3, 64).requires_grad_()
-        y = function(x)
-        y.sum().backward()
-        results.append((y.detach(), x.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
-
-
-def test_export_holds_the_operator(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
-
-    class Layer(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return kernel.linear(x, weight)
-
-    x = torch.randn(3, 64)
-    program = torch.export.export(Layer(), (x,))
-    assert "cloq_export.cpu_linear" in str(program.graph)
-    assert torch.equal(program.module()(x), kernel.linear(x, weight))
 
 
 @pytest.mark.parametrize(
