@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_names import stored_names
 from cloq_export.errors import FormatError

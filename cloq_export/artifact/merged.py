@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, Progress, drop_private
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, NonFiniteError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest

@@ -14,7 +14,8 @@ from rich.console import Console
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, linears_beside
 from cloq_export.artifact.empty_model import refuse_lost_biases
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
 from cloq_export.compress.plan import Plan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.solvers import LocalSolvers, RaySolvers, Solvers

@@ -385,7 +385,7 @@ class _Work:
             }
             with RunDirectory.open(folder) as directory:
                 directory.write_report("cost", figures)
-        if own.adapt is not None and start not in RunDirectory.open(folder).adapters():
+        if own.adapt is not None and start not in RunDirectory.open(folder).adapters.folders:
             adapt(folder, {**own.adapt, "adapter_name": start}, console=self.console)
         return folder
 

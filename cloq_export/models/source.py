@@ -18,7 +18,7 @@ from cloq_export.errors import (
     MissingPackageError,
     SourceError,
 )
-from cloq_export.files.fingerprint import file_fingerprint
+from cloq_export.files.fingerprint import FileDigest, added_files, file_digests, file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
@@ -80,7 +80,15 @@ class ModelSource:
         Raises:
             SourceError: a file cannot be read.
         """
-        return file_fingerprint([*self.weights, *self.companions], home=self.folder)
+        return file_fingerprint(self._digests)
+
+    @functools.cached_property
+    def _digests(self) -> list[FileDigest]:
+        return file_digests([*self.weights, *self.companions], home=self.folder)
+
+    def added_files(self, fingerprint: str) -> tuple[str, ...]:
+        """Return the one or two files that a source of this fingerprint did not have, if that is all that differs."""
+        return added_files(self._digests, fingerprint)
 
     @functools.cached_property
     def gguf_license(self) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
@@ -21,7 +22,6 @@ from cloq_export.artifact.provenance import (
     TrainingRecord,
     adapter_record,
     probe_record,
-    record_pairs,
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory

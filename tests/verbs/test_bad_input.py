@@ -265,7 +265,7 @@ def test_a_model_that_overflows(tmp_path: Path, refused: Callable[..., str], bro
     run = RunDirectory.open(out)
     assert run.state == "running"
     assert len(run.completed_modules()) == 7
-    assert run.adapters() == []
+    assert run.adapters.names == []
     assert not run.checkpoint_path.exists()
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.certificate import refuse_difference
-from cloq_export.artifact.checkpoint import CONFIG_NAME
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
 from cloq_export.artifact.merged import export_merged
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
@@ -66,7 +66,7 @@ def load(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else find_adapter(path, adapter)
+    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     _report_labels(checkpoint)
     model = _build_model(checkpoint, dtype, _place_packed)
@@ -113,7 +113,7 @@ def dequantized_model(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else find_adapter(path, adapter)
+    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)
