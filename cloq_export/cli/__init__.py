@@ -69,6 +69,8 @@ class _VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        import cloq_export.lab  # noqa: F401  # registers choices of the recipe that the verbs' options offer
+
         module = importlib.import_module(f"cloq_export.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command

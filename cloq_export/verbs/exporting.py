@@ -33,7 +33,8 @@ from cloq_export.artifact.provenance import (
     write_base_record,
 )
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.opening import open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.layout import Layout
@@ -120,13 +121,14 @@ class _Prepared:
         return {**self.record, **({ADAPTER_KEY: self.provenance.to_json()} if self.provenance else {})}
 
 
-def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: LoadedModel) -> None:
+def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: LoadedModel, recipe: Recipe) -> None:
     """Write RUN/checkpoint in the layout of the recipe, read it back, and certify it.
 
     Args:
         session: of the call.
         directory: the run, all layers finished.
         loaded: its float model.
+        recipe: says which layout, and how large a file may be.
 
     Raises:
         CloqError: a layer does not fit the layout, the disk is full, or what was read back differs.
@@ -141,8 +143,8 @@ def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: Load
             directory.checkpoint_path,
             layers,
             floats,
-            layout=LAYOUTS[session.recipe.format],
-            max_shard_bytes=session.recipe.max_shard_bytes,
+            layout=LAYOUTS[recipe.format],
+            max_shard_bytes=recipe.max_shard_bytes,
             finish=lambda folder, fingerprint: certify_checkpoint(folder, layers, floats, base_fingerprint=fingerprint),
         )
 
@@ -170,16 +172,16 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
     """
     directory = RunDirectory.open(run_path)
     recipe = Recipe.from_mapping(directory.recipe)
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     with directory:
-        checkpoint = _own_checkpoint(session, directory)
+        checkpoint = _own_checkpoint(session, directory, recipe)
         layers = LayerSource.of_run(directory)
         names = _asked_adapters(session, directory.adapters, options)
         if options.format == MERGED and not options.adapters and recipe.adapter_name in names:
             names = [recipe.adapter_name]
         facts = _run_facts(directory, recipe)
         made = _noted(session, lambda: run_record(directory))
-        return _export(session, run_path, checkpoint, layers, names, options, facts, made)
+        return _export(session, run_path, checkpoint, layers, names, options, facts, made, recipe.max_shard_bytes)
 
 
 def convert(
@@ -200,7 +202,7 @@ def convert(
         UsageError: no folder to write to, or a target that cannot read this.
         FormatError: the checkpoint cannot be read, or the layout cannot hold it.
     """
-    session = Session(Recipe(), console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     if options.out is None:
         raise UsageError("no folder was given; say where the checkpoint is written with --out FOLDER.")
     if options.out.resolve() == source.resolve():
@@ -213,7 +215,7 @@ def convert(
     names = _asked_adapters(session, AdapterShelf.of(source), options)
     facts = {"base_model": _named_base(checkpoint), "method": "codes of another checkpoint, unchanged"}
     made = _noted(session, lambda: read_base_record(checkpoint.folder))
-    return _export(session, source, checkpoint, layers, names, options, facts, made)
+    return _export(session, source, checkpoint, layers, names, options, facts, made, Recipe().max_shard_bytes)
 
 
 def push(
@@ -250,13 +252,12 @@ def _noted(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecor
         return None
 
 
-def _own_checkpoint(session: Session, directory: RunDirectory) -> Checkpoint:
+def _own_checkpoint(session: Session, directory: RunDirectory, recipe: Recipe) -> Checkpoint:
     """Return the run's own checkpoint, written anew from the float original if it is missing or not of these layers."""
     layers = LayerSource.of_run(directory)
     if not layers.specs:
         raise RunDirectoryError(
-            f"{directory.path} has no finished layer; finish it with: cloq run {session.recipe.model} --out "
-            f"{directory.path}"
+            f"{directory.path} has no finished layer; finish it with: cloq run {recipe.model} --out {directory.path}"
         )
     if directory.checkpoint_path.is_dir():
         checkpoint = Checkpoint.open(directory.checkpoint_path)
@@ -264,10 +265,10 @@ def _own_checkpoint(session: Session, directory: RunDirectory) -> Checkpoint:
         if checkpoint.grids.base_fingerprint == computed:
             return checkpoint
         session.notes.append("the run's own checkpoint was of other layers, so it was written anew")
-    loaded, plan = open_planned(session, session.recipe)
+    loaded, plan = open_planned(session, recipe)
     refuse_other_source(loaded, directory)
     refuse_unfinished(directory, plan)
-    write_run_checkpoint(session, directory, loaded)
+    write_run_checkpoint(session, directory, loaded, recipe)
     return Checkpoint.open(directory.checkpoint_path)
 
 
@@ -280,6 +281,7 @@ def _export(
     options: ExportOptions,
     facts: Mapping[str, Any],
     made: BaseRecord | None,
+    shard_bytes: int,
 ) -> dict[str, Any]:
     """Write one export of any format; what `export` and `convert` share."""
     _check_options(options, adapter_names)
@@ -314,9 +316,11 @@ def _export(
         _require_fit(adapters, layers)
         _write_onnx(session, out, checkpoint, layers, adapters, options, card, fingerprint, carried)
     elif format == MERGED:
-        _write_merged(session, out, checkpoint, layers, adapters, options, card, fingerprint)
+        _write_merged(session, out, checkpoint, layers, adapters, options, card, fingerprint, shard_bytes)
     else:
-        _write_quantized(session, out, checkpoint, layers, LAYOUTS[format], adapters, card, fingerprint, carried)
+        _write_quantized(
+            session, out, checkpoint, layers, LAYOUTS[format], adapters, card, fingerprint, carried, shard_bytes
+        )
     return {
         "format": format,
         "target": options.target,
@@ -463,6 +467,7 @@ def _write_quantized(
     card: Mapping[str, Any],
     fingerprint: str,
     carried: BaseRecord | None,
+    shard_bytes: int,
 ) -> None:
     floats = float_part(checkpoint)
 
@@ -482,7 +487,7 @@ def _write_quantized(
                 layers,
                 floats,
                 layout=layout,
-                max_shard_bytes=session.recipe.max_shard_bytes,
+                max_shard_bytes=shard_bytes,
                 base_fingerprint=fingerprint,
                 finish=finish,
                 progress=progress,
@@ -500,6 +505,7 @@ def _write_merged(
     options: ExportOptions,
     card: Mapping[str, Any],
     fingerprint: str,
+    shard_bytes: int,
 ) -> None:
     floats = float_part(checkpoint)
     adapter = adapters[0] if adapters else None
@@ -528,7 +534,7 @@ def _write_merged(
                 floats,
                 {} if adapter is None else adapter.pairs,
                 dtype=MERGED_DTYPES[options.dtype],
-                max_shard_bytes=session.recipe.max_shard_bytes,
+                max_shard_bytes=shard_bytes,
                 base_fingerprint=fingerprint,
                 adapter=None if adapter is None else adapter.name,
                 finish=finish,

@@ -129,7 +129,7 @@ def _texts(directory: RunDirectory, recipe: Recipe, demo: bool, console: Console
     calibrated_on = str(directory.read_report(TEXT_REPORT).get("origin", ""))
     if not demo or recipe.calibration == EMBEDDED or not calibrated_on.startswith(EMBEDDED):
         return None, recipe.eval_text
-    learned, judging = embedded_texts(Session(recipe, console))
+    learned, judging = embedded_texts(Session(console))
     folder = directory.path / "work"
     folder.mkdir(exist_ok=True)
     write_bytes(folder / "evaluation.txt", judging.text.encode("utf-8"))

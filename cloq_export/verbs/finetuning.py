@@ -22,8 +22,8 @@ from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.artifact.pair_record import pair_digest, pairs_digest
 from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.problem import ADAPTER_DTYPES
 from cloq_export.compress.session import Session
-from cloq_export.compress.solve import ADAPTER_DTYPES
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import write_bytes, write_json
@@ -82,16 +82,16 @@ def finetune(
     """
     if not recipe.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with --data.")
-    session = Session(Recipe(), console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     directory = RunDirectory.open(run_path)
     if not directory.checkpoint_path.is_dir():
         raise RunDirectoryError(
             f"{run_path} has no checkpoint yet; finish it with: cloq run {directory.recipe['model']} --out {run_path}"
         )
-    session.recipe = Recipe.from_mapping(directory.recipe)
+    of_run = Recipe.from_mapping(directory.recipe)
     target = directory.adapter_path(recipe.name)
     work = directory.path / "work" / f"finetune-{recipe.name}"
-    if recipe.name == session.recipe.adapter_name and session.recipe.rank:
+    if recipe.name == of_run.adapter_name and of_run.rank:
         raise UsageError(
             f"the adapter {recipe.name!r} was made together with the codes; give the trained one another --name."
         )
@@ -99,7 +99,7 @@ def finetune(
         raise UsageError(f"{target} exists already; choose another --name, or delete that folder first.")
     with _held(directory) as is_first:
         base = session.timed("read model", lambda: _checked_base(run_path, directory))
-        data = session.timed("read data", lambda: _read_data(session, recipe, run_path, examples))
+        data = session.timed("read data", lambda: _read_data(session, recipe, run_path, of_run.bos, examples))
         with _first_process(is_first):
             start = _start_of(directory, base, recipe, work)
             record = _record(recipe, base.fingerprint, start, data)
@@ -110,20 +110,22 @@ def finetune(
         )
         check_length(model, recipe)
         alphas = {name: pair.alpha for name, pair in read_adapter(start).pairs.items()}
-        training = _train(session, model, data, recipe, work / _CHECKPOINTS, device, dtype, alphas, work, base)
-        pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[session.recipe.adapter_dtype])
+        training = _train(
+            session, of_run.model, model, data, recipe, work / _CHECKPOINTS, device, dtype, alphas, work, base
+        )
+        pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[of_run.adapter_dtype])
         if is_first:
             # As they are stored: what the record says is then what every reader of the files must find.
             place_pairs(model, pairs)
             probe = probe_model(model, read_tokenizer(checkpoint_folder(run_path)))
-            _write(session, directory, recipe, base, pairs, record, training, start, probe, data)
+            _write(session, of_run.model, directory, recipe, base, pairs, record, training, start, probe, data)
             finished = work.with_name(f".{work.name}.finished")
             shutil.rmtree(finished, ignore_errors=True)
             work.rename(finished)
             shutil.rmtree(finished, ignore_errors=True)
             with contextlib.suppress(OSError):  # another adapter may be in the making there
                 work.parent.rmdir()
-    return _summary(session, directory, recipe, training, data, dtype)
+    return _summary(session, of_run, directory, recipe, training, data, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,9 +317,11 @@ def _checked_base(run_path: Path, directory: RunDirectory) -> _Base:
     return _Base(checkpoint, computed)
 
 
-def _read_data(session: Session, recipe: FineTuneRecipe, run_path: Path, examples: ExampleSet | None) -> TrainingData:
+def _read_data(
+    session: Session, recipe: FineTuneRecipe, run_path: Path, bos: str, examples: ExampleSet | None
+) -> TrainingData:
     found = examples or load_examples(recipe.data)
-    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), found, bos=session.recipe.bos)
+    data = read_training_data(recipe, read_tokenizer(checkpoint_folder(run_path)), found, bos=bos)
     data = dataclasses.replace(data, questions=TrainedOn.of(_prompts(found)))
     for what, sequences in (("examples to learn", data.learned), ("examples to evaluate on", data.evaluated)):
         if sequences is not None:
@@ -447,6 +451,7 @@ def check_length(model: nn.Module, recipe: FineTuneRecipe) -> None:
 
 def _train(
     session: Session,
+    base_model: str,
     model: nn.Module,
     data: TrainingData,
     recipe: FineTuneRecipe,
@@ -472,7 +477,7 @@ def _train(
             load_parameters(model, newest)
             folder = work / _LAST_GOOD
             pairs = trained_pairs(model, alphas, torch.float32)
-            write_adapter(folder, pairs, base_model=session.recipe.model, base_fingerprint=base.fingerprint)
+            write_adapter(folder, pairs, base_model=base_model, base_fingerprint=base.fingerprint)
             kept = f"the adapter of step {step_of(newest)} is kept in {folder}"
         raise DivergedError(
             f"{error} (learning rate {recipe.learning_rate:g}): the training diverged; {kept}. Begin anew under "
@@ -527,6 +532,7 @@ def run_training(
 
 def _write(
     session: Session,
+    base_model: str,
     directory: RunDirectory,
     recipe: FineTuneRecipe,
     base: _Base,
@@ -552,7 +558,7 @@ def _write(
     write_adapter(
         directory.adapter_path(recipe.name),
         pairs,
-        base_model=session.recipe.model,
+        base_model=base_model,
         base_fingerprint=base.fingerprint,
         # No path: what an adapter says of itself may be published.
         extra={
@@ -589,6 +595,7 @@ def plot_path(directory: RunDirectory, adapter: str) -> Path:
 
 def _summary(
     session: Session,
+    of_run: Recipe,
     directory: RunDirectory,
     recipe: FineTuneRecipe,
     training: Training,
@@ -601,7 +608,7 @@ def _summary(
     return {
         "run": str(directory.path),
         "adapter": recipe.name,
-        "start": recipe.start or session.recipe.adapter_name,
+        "start": recipe.start or of_run.adapter_name,
         "data": data.origins["data"]["origin"],
         "precision": str(dtype).removeprefix("torch."),
         "sequences": len(data.learned.rows),

@@ -24,18 +24,17 @@ from cloq_export.artifact.provenance import ProbeRecord, Quality
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
 from cloq_export.artifact.stored_sizes import stored_sizes
-from cloq_export.compress.budgeting import (
-    with_choices_of,
-)
-from cloq_export.compress.job import budgeted_recipe, certificate_report, compress_model, finish_layers, started_run
-from cloq_export.compress.session import (
-    Session,
+from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
+from cloq_export.compress.initialisations import initialisation_of
+from cloq_export.compress.job import CompressJob, compress_model, layers_report, make_layers
+from cloq_export.compress.opening import (
     open_planned,
     refuse_other_source,
     refuse_unfinished,
     source_fingerprint,
+    started_run,
 )
-from cloq_export.compress.solve import ALTERNATIONS
+from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
@@ -57,7 +56,7 @@ from cloq_export.texts.corpora import (
     load_text,
 )
 from cloq_export.texts.tokens import TextTokens
-from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
+from cloq_export.types import LayerCertificate, LoraPair
 from cloq_export.verbs.answering import Subject, answer_tasks, group_means, read_questions
 from cloq_export.verbs.exporting import (
     SOURCE_REPORT,
@@ -98,9 +97,9 @@ def run(
     if recipe.codes_from:
         _refuse_codes_of_alternations(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
-    session = Session(recipe, console or Console(stderr=True))
-    calibration, judging = _texts(session, demo=demo)
-    with _open_run(session, out) as directory:
+    session = Session(console or Console(stderr=True))
+    calibration, judging = _texts(session, recipe, demo=demo)
+    with _open_run(session, recipe, out) as directory:
         _bind_text(directory, calibration)
 
         def refuse(loaded: LoadedModel) -> None:
@@ -109,11 +108,11 @@ def run(
             if check is not None:
                 check(loaded)
 
-        recipe = session.recipe = budgeted_recipe(session, directory, calibration, refuse)
+        recipe = budgeted_recipe(session, directory, recipe, calibration, refuse)
         model = compress_model(session, directory, recipe, calibration, refuse)
         _note_source(directory, model)
-        _write_adapter(session, directory, recipe.adapter_name)
-        write_run_checkpoint(session, directory, model)
+        _write_adapter(session, directory, recipe)
+        write_run_checkpoint(session, directory, model, recipe)
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed(
             "measure",
@@ -131,7 +130,7 @@ def run(
             quality=_quality(recipe, perplexity),
         )
         directory.set_state("done")
-        return _summary(session, directory, perplexity)
+        return _summary(session, directory, recipe, perplexity)
 
 
 def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -149,18 +148,18 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     Raises:
         CloqError: anything a user can mend.
     """
-    recipe_of_codes = recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)})
-    session = Session(with_choices_of(out, recipe_of_codes), console or Console(stderr=True))
-    calibration = _calibration_text(session, demo=demo)
-    with _open_run(session, out) as directory:
+    of_codes = with_choices_of(out, recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}))
+    session = Session(console or Console(stderr=True))
+    calibration = _calibration_text(session, of_codes, demo=demo)
+    with _open_run(session, of_codes, out) as directory:
         _bind_text(directory, calibration)
-        session.recipe = budgeted_recipe(session, directory, calibration)
-        model = compress_model(session, directory, session.recipe, calibration)
+        of_codes = budgeted_recipe(session, directory, of_codes, calibration)
+        model = compress_model(session, directory, of_codes, calibration)
         _note_source(directory, model)
-        write_run_checkpoint(session, directory, model)
+        write_run_checkpoint(session, directory, model, of_codes)
         record_base(session, directory, model.tokenizer, model_name=public_name(recipe.model))
         directory.set_state("quantized")
-        summary = _summary(session, directory, None)
+        summary = _summary(session, directory, of_codes, None)
         summary["next"] = [
             command_line("cloq", "adapt", out, "--rank", recipe.rank or 64),
             command_line("cloq", "export", out),
@@ -196,7 +195,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     if recipe.rank == 0:
         raise UsageError("the rank is 0, which makes no adapter; choose one with --rank.")
     _refuse_codes_of_alternations(recipe)
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
     target = directory.adapter_path(recipe.adapter_name)
     if target.exists() and recipe.adapter_name == base_recipe.adapter_name and base_recipe.rank:
@@ -224,12 +223,12 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         loaded, plan = open_planned(session, recipe)
         refuse_other_source(loaded, directory)
         refuse_unfinished(directory, plan)
-        calibration = calibration_text_of(session, directory)
+        calibration = calibration_text_of(session, recipe, directory)
         _bind_text(directory, calibration)
-        finish_layers(session, loaded, plan, parts, recipe, calibration, _codes_of(directory))
-        _write_adapter(session, directory, recipe.adapter_name, parts)
+        make_layers(session, CompressJob.of(loaded, plan, recipe, parts, calibration, directory.read_codes))
+        _write_adapter(session, directory, recipe, parts)
         certificates = parts.certificates()
-        directory.write_report(f"adapter-{recipe.adapter_name}", certificate_report(certificates))
+        directory.write_report(f"adapter-{recipe.adapter_name}", layers_report(certificates))
     # Renamed first: a kill halfway through the removal must not leave what looks like an interrupted call.
     finished = work.with_name(f".{work.name}.finished")
     shutil.rmtree(finished, ignore_errors=True)
@@ -237,7 +236,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     shutil.rmtree(finished, ignore_errors=True)
     with contextlib.suppress(OSError):  # another adapter may be in the making there
         work.parent.rmdir()
-    summary = _summary(session, directory, None, certificates, adapter=recipe.adapter_name)
+    summary = _summary(session, directory, recipe, None, certificates)
     summary["next"] = [command_line("cloq", "export", run_path), command_line("cloq", "eval", run_path)]
     return summary
 
@@ -306,10 +305,10 @@ def evaluate(
         raise UsageError(f"--tasks names nothing to measure; name {PERPLEXITY} or a task.")
     asked = expand_names([task for task in tasks if task != PERPLEXITY])
     recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
-    session = Session(recipe, console)
+    session = Session(console)
     questions = read_questions(asked, problems, shots)
     judging = evaluation_text(text) if PERPLEXITY in tasks else None
-    chosen = adapter or _adapter_of(session, path)
+    chosen = adapter or _adapter_of(session, recipe, path)
     _check_measured(path, chosen, force)
     if questions and out is not None:
         make_folder(out)
@@ -354,7 +353,7 @@ def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, for
 
 
 def _refuse_codes_of_alternations(recipe: Recipe) -> None:
-    if recipe.init in ALTERNATIONS:
+    if initialisation_of(recipe).makes_codes:
         raise UsageError(
             f"init {recipe.init} makes codes of its own, and these are kept; choose init cloq or svd, or make another "
             f"run with --set init={recipe.init}: cloq run {recipe.model} --out OTHER"
@@ -384,9 +383,8 @@ def _without_ranks(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {pattern: settings for pattern, settings in kept.items() if settings}
 
 
-def _texts(session: Session, *, demo: bool) -> tuple[CalibrationText, CalibrationText]:
+def _texts(session: Session, recipe: Recipe, *, demo: bool) -> tuple[CalibrationText, CalibrationText]:
     """Return the calibration text and the text to measure on; only the demo may fall back, and says so."""
-    recipe = session.recipe
     try:
         return load_text(recipe.calibration), evaluation_text(recipe.eval_text)
     except (CalibrationError, MissingPackageError):
@@ -395,22 +393,22 @@ def _texts(session: Session, *, demo: bool) -> tuple[CalibrationText, Calibratio
     return embedded_texts(session)
 
 
-def _calibration_text(session: Session, *, demo: bool) -> CalibrationText:
+def _calibration_text(session: Session, recipe: Recipe, *, demo: bool) -> CalibrationText:
     """Return the calibration text alone, for steps that measure nothing."""
     try:
-        return load_text(session.recipe.calibration)
+        return load_text(recipe.calibration)
     except (CalibrationError, MissingPackageError):
-        if not demo or session.recipe.calibration != WIKITEXT2:
+        if not demo or recipe.calibration != WIKITEXT2:
             raise
     return embedded_texts(session)[0]
 
 
-def calibration_text_of(session: Session, directory: RunDirectory) -> CalibrationText:
+def calibration_text_of(session: Session, recipe: Recipe, directory: RunDirectory) -> CalibrationText:
     """Return the text that a run was calibrated on, the one that its demo fell back to if it did."""
     noted = directory.read_report(TEXT_REPORT) if TEXT_REPORT in directory.reports() else {}
-    if session.recipe.calibration == WIKITEXT2 and str(noted.get("origin", "")).startswith(EMBEDDED):
+    if recipe.calibration == WIKITEXT2 and str(noted.get("origin", "")).startswith(EMBEDDED):
         return embedded_texts(session)[0]
-    return load_text(session.recipe.calibration)
+    return load_text(recipe.calibration)
 
 
 def embedded_texts(session: Session) -> tuple[CalibrationText, CalibrationText]:
@@ -445,10 +443,10 @@ def _bind_text(directory: RunDirectory, calibration: CalibrationText) -> None:
         )
 
 
-def _open_run(session: Session, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
-    source = session.timed("read model", lambda: find_source(session.recipe.model))
-    fingerprint = session.timed("read model", lambda: source_fingerprint(session.recipe, source.fingerprint))
-    return started_run(out, session.recipe, fingerprint)
+def _open_run(session: Session, recipe: Recipe, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
+    source = session.timed("read model", lambda: find_source(recipe.model))
+    fingerprint = session.timed("read model", lambda: source_fingerprint(recipe, source.fingerprint))
+    return started_run(out, recipe, fingerprint)
 
 
 def _note_source(directory: RunDirectory, loaded: LoadedModel) -> None:
@@ -464,11 +462,9 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
     return recipe.changed({"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric})
 
 
-def _codes_of(directory: RunDirectory) -> Callable[[str], QuantizedLayer]:
-    return directory.read_codes
-
-
-def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
+def _write_adapter(
+    session: Session, directory: RunDirectory, recipe: Recipe, parts: RunDirectory | None = None
+) -> None:
     """Write the adapter whose pairs stand in `parts` (the run itself if None), bound to the run's base."""
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
@@ -482,11 +478,11 @@ def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: 
     session.timed(
         "write",
         lambda: write_adapter(
-            directory.adapter_path(name),
+            directory.adapter_path(recipe.adapter_name),
             pairs,
-            base_model=session.recipe.model,
+            base_model=recipe.model,
             base_fingerprint=fingerprint,
-            extra=note_adapter(name, pairs, base_fingerprint=fingerprint),
+            extra=note_adapter(recipe.adapter_name, pairs, base_fingerprint=fingerprint),
         ),
     )
 
@@ -505,7 +501,6 @@ def _measure(
     probes: dict[str, ProbeRecord] | None = None,
 ) -> dict[str, Any]:
     """Measure from the files on disk, so that what is reported is what was written; `probes` is filled if given."""
-    adapter = adapter or _adapter_of(session, path)
     merged = is_merged(path)
     served = (
         open_model(str(path), dtype=torch.float32, untie=True).model
@@ -600,12 +595,12 @@ def _served(session: Session, path: Path, adapter: str | None, force: bool) -> A
     return load(path, adapter, dtype=torch.float32, force=force)
 
 
-def _adapter_of(session: Session, path: Path) -> str | None:
+def _adapter_of(session: Session, recipe: Recipe, path: Path) -> str | None:
     """Return the adapter to measure: the recipe's own if it is there, else the only one."""
     shelf = AdapterShelf.of(path)
     session.notes.extend(shelf.notes)
-    if session.recipe.adapter_name in shelf.folders:
-        return session.recipe.adapter_name
+    if recipe.adapter_name in shelf.folders:
+        return recipe.adapter_name
     return shelf.names[0] if len(shelf.folders) == 1 else None
 
 
@@ -625,18 +620,17 @@ def _counted(values: Iterable[int]) -> dict[str, int]:
 def _summary(
     session: Session,
     directory: RunDirectory,
+    recipe: Recipe,
     perplexity: dict[str, Any] | None,
     certificates: list[LayerCertificate] | None = None,
-    adapter: str | None = None,
 ) -> dict[str, Any]:
-    recipe = session.recipe
     certificates = directory.certificates() if certificates is None else certificates
     worst = max(certificates, key=lambda c: c.error_adapted if math.isfinite(c.error_adapted) else math.inf)
     warnings = [f"{c.module}: {note}" for c in certificates for note in c.notes]
     shown = warnings[:_SHOWN_WARNINGS]
     if len(warnings) > len(shown):
         shown.append(f"and {len(warnings) - len(shown)} more, in {directory.path / 'reports' / 'layers.json'}")
-    adapter = adapter or (recipe.adapter_name if recipe.adapter_name in directory.adapters.folders else None)
+    adapter = recipe.adapter_name if recipe.adapter_name in directory.adapters.folders else None
     stored: dict[str, Any] = {}
     if directory.checkpoint_path.exists():
         sizes = stored_sizes(directory.path, adapter)

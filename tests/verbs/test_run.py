@@ -49,7 +49,7 @@ RecipeFor = Callable[..., Recipe]
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut four windows of 32 tokens into two batches, as real calibration sets are."""
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_BATCH", 64)
 
 
 @pytest.fixture
