@@ -84,9 +84,10 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from cloq_export.compress import job as compressing
     from cloq_export.compress.walk import BlockWalk
     from cloq_export.recipe import Recipe
-    from cloq_export.verbs import verbs
+    from cloq_export.verbs.run import run
 
     result: dict[str, Any] = {}
 
@@ -114,12 +115,12 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
             )
             raise _LastLayerSolved
 
-    verbs.BlockWalk = TimedWalk  # type: ignore[misc]
+    compressing.BlockWalk = TimedWalk  # type: ignore[misc]
     # The text to measure on is never reached, but it is opened beforehand.
     recipe = Recipe.from_mapping({**job["recipe"], "eval_text": "embedded"}, preset=job["preset"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         try:
-            verbs.run(recipe, Path(folder) / "run")
+            run(recipe, Path(folder) / "run")
         except _LastLayerSolved:
             return result
     raise SystemExit("the pipeline ended without walking the blocks")

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from cloq_export import __version__
+from cloq_export.cli.flags import with_flags
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, refused_output, write_line
 from cloq_export.errors import CloqError
 from cloq_export.files.versions import require_versions
@@ -76,6 +77,11 @@ class _VerbGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except CloqError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None:
+                error.args = (with_flags(str(error), command),)
+            raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
             # click would make both its own end, with an empty line and code 1.
             raise _EndedFromOutsideError from error

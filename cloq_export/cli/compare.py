@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,13 @@ def command(
     from rich.console import Console
 
     from cloq_export.cli.output import emit, progress_console
+    from cloq_export.lab.comparing import Comparison, compare, comparison_table
 
-    comparing = importlib.import_module("cloq_export.lab.comparing")
-    comparison = comparing.Comparison.read(recipe, full=full)
+    comparison = Comparison.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
-        result = comparing.compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
+        result = compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
 
-    def render(found: Mapping[str, Any], target: Console) -> None:
-        target.print(comparing.comparison_table(found), highlight=False, markup=False, soft_wrap=True)
+    def render(content: Mapping[str, Any], target: Console) -> None:
+        target.print(comparison_table(content), highlight=False, markup=False, soft_wrap=True)
 
     emit(result, render, as_json=as_json)

@@ -49,18 +49,15 @@ from cloq_export.parity.tasks import task_names
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens
 from cloq_export.texts.named_sets import load_examples
+from cloq_export.train.data import read_training_data
+from cloq_export.train.launched import Placement
+from cloq_export.train.pairs import zero_pairs
+from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
-from cloq_export.verbs.finetuning import (
-    ZERO_RANK,
-    ZERO_START,
-    finetune,
-    read_training_data,
-    report_name,
-    run_training,
-    training_device,
-    zero_pairs,
-)
-from cloq_export.verbs.verbs import adapt, run
+from cloq_export.verbs.finetune import finetune, run_training
+from cloq_export.verbs.run import run
+from cloq_export.verbs.training_result import report_name
+from cloq_export.verbs.training_start import ZERO_RANK, ZERO_START
 
 FORMAT, FORMAT_VERSION = "cloq-compare", 1
 MEAN = "mean"
@@ -373,7 +370,7 @@ class _Work:
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
-            summary = run(recipe, folder, console=self.console)
+            summary = run(recipe, folder, console=self.console).to_json()
             figures = {
                 **making_cost(summary, in_one_go=in_one_go),
                 "environment": self.rows.environment(),
@@ -486,18 +483,18 @@ class _FloatTrainer(_Trainer):
         self._work, self._name, self._kind = work, start, kind
 
     def train(self, recipe: FineTuneRecipe, *, judge: bool = True) -> Trained:
-        device, dtype = training_device(recipe)
+        placement = Placement.of(recipe)
         loaded = open_model(self._work.comparison.model, dtype=torch.float32)
         options = {**self._work.comparison.quantize, "model": self._work.comparison.model}
         options.pop("preset", None)
         plan, _ = plan_model(loaded.model, Recipe.from_mapping(options))
         shapes = {name: tuple(loaded.model.get_submodule(name).weight.shape) for name in plan.modules}
-        model = loaded.model.to(dtype) if self._kind == "float" else self._nf4(loaded, dtype)
+        model = loaded.model.to(placement.dtype) if self._kind == "float" else self._nf4(loaded, placement.dtype)
         attach_pairs(model, zero_pairs(shapes, dict.fromkeys(shapes, ZERO_RANK), recipe.seed))
         session = Session(Recipe(), self._work.console)
         data = read_training_data(recipe, loaded.tokenizer, bos=self._work.bos)
         folder = self._folder(recipe)
-        training = run_training(session, model, data, recipe, folder, device, dtype)
+        training = run_training(session, model, data, recipe, folder, placement)
         if judge and self._kind == "float":
             model.to(torch.float32)
         return dataclasses.asdict(training.curve), model, loaded.tokenizer

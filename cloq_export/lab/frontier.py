@@ -41,7 +41,7 @@ from cloq_export.parity.tasks import task_names
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import calibration_windows, evaluation_text, evaluation_tokens, load_text
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
-from cloq_export.verbs.verbs import run
+from cloq_export.verbs.run import run
 
 FORMAT, FORMAT_VERSION = "cloq-frontier", 1
 MEAN = "mean"
@@ -364,7 +364,7 @@ class _Work:
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
         in_one_go = not place.exists()
-        summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
+        summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console).to_json()
         adapter = Recipe().adapter_name if case.rank else None
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)

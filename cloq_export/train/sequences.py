@@ -119,8 +119,8 @@ def make_sequences(
             prompt, completion, straddled = tokens.completion_ids(example.prompt or "", example.completion)
             pieces = [(prompt, False), (completion, True)]
         apart += straddled
-        ids = [token for found, _ in pieces for token in found]
-        labels = [token if learned else NOT_LEARNED for found, learned in pieces for token in found]
+        ids = [token for piece, _ in pieces for token in piece]
+        labels = [token if learned else NOT_LEARNED for piece, learned in pieces for token in piece]
         longer = len(ids) > seqlen
         ids, labels = ids[:seqlen], labels[:seqlen]
         # The first token is never predicted, so a label there is none.
@@ -138,7 +138,7 @@ def make_sequences(
     if not rows:
         raise DataError(
             f"{origin} gives no sequence of {seqlen} tokens: {total} examples, {dropped} left out as too long, "
-            f"{len(plain)} tokens of plain text. Choose another --seqlen, --too-long truncate, or more data."
+            f"{len(plain)} tokens of plain text. Choose another `seqlen`, `too_long=truncate`, or more data."
         )
     return Sequences(rows, counts)
 
@@ -211,7 +211,7 @@ def _chat_pieces(example: ChatExample, tokens: TextTokens, where: str) -> tuple[
             )
     pieces = list(_cut(whole, spans))
     ids, straddled = tokens.joined_ids([text for text, _ in pieces], begin=False)
-    return [(found, learned) for found, (_, learned) in zip(ids, pieces, strict=True)], left_out, bool(straddled)
+    return [(piece, learned) for piece, (_, learned) in zip(ids, pieces, strict=True)], left_out, bool(straddled)
 
 
 def _answer_span(
@@ -249,7 +249,7 @@ def _answer_span(
 
 
 def _asking_text(tokenizer: Any, messages: Sequence[dict[str, str]], turn: int) -> str:
-    """Return what the template writes to ask for an answer: later in the chat, or behind some user's turn."""
+    """Return what the template writes to ask for an answer, later in the chat or after a user's turn."""
     later = [messages[:place] for place in range(turn + 1, len(messages)) if messages[place]["role"] == "assistant"]
     for asked in (*later, [{"role": "user", "content": "a"}]):
         without = _rendered_or_none(tokenizer, asked)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
@@ -162,17 +161,3 @@ def read_adapter_record(session: Session, name: str, extra: Mapping[str, Any], f
     except FormatError as error:
         session.notes.append(f"the provenance of the adapter {name} is not carried: {error}")
         return None
-
-
-def place_pairs(model: nn.Module, pairs: Mapping[str, LoraPair]) -> None:
-    """Put pairs, as they are stored, into a model that PEFT wrapped under the name "default".
-
-    Args:
-        model: with its adapter.
-        pairs: full module name -> pair.
-    """
-    with torch.no_grad():
-        for name, pair in pairs.items():
-            layer: Any = model.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(pair.lora_A)
-            layer.lora_B["default"].weight.copy_(pair.lora_B)

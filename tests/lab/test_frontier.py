@@ -31,7 +31,7 @@ from cloq_export.lab.frontier import (
 from cloq_export.lab.peers import PEERS, PeerError, run_peer
 from cloq_export.process.hardware import describe_hardware
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.verbs import run
+from cloq_export.verbs.run import run
 
 
 @pytest.fixture
