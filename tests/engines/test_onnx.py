@@ -232,7 +232,7 @@ def test_a_qdq_export_tells_the_session_to_stay_exact(write_toy: Callable[..., P
 def test_adapters_of_another_base_or_model_are_refused(tmp_path: Path, write_toy: Callable[..., Path]) -> None:
     folder = write_toy()
     write_onnx_adapter(tmp_path / "a", toy_pairs(2, 1, HEAD), base_model="toy", base_fingerprint="sha256:other")
-    with pytest.raises(BindingError, match=r"a is bound to sha256:other, but .*cloq adapt"):
+    with pytest.raises(BindingError, match=r"a is bound to the base sha256:other, but .*cloq adapt"):
         OnnxModel(folder, {"a": tmp_path / "a"})
     assert OnnxModel(folder, {"a": tmp_path / "a"}, force=True).generate([IDS], ["a"], 1)
     pairs = {"model.layers.9.q_proj": toy_pairs(2, 1, HEAD)[HEAD]}
