@@ -22,10 +22,11 @@ from cloq_export.artifact.covered_files import (
 )
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes, write_json
+from cloq_export.files.atomic import write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.files.versions import environment
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.types import QuantizedLayer

@@ -16,7 +16,8 @@ from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.experts import split_experts
-from cloq_export.models.source import NO_CODE, refuse_part_of_wrapper
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.loaded_weights import refuse_part_of_wrapper
 from cloq_export.models.tied_head import correct_config, corrected_entries
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.types import LoraPair
 
 _SKETCHES = 8

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
-from cloq_export.files.atomic import is_partial, write_safetensors
+from cloq_export.files.atomic import is_partial
 from cloq_export.files.fingerprint import layer_digest
 from cloq_export.files.safe_json import parse_json
 from cloq_export.files.safe_tensors import TensorFile
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 
 LAYER_FORMAT = "cloq-layer"

@@ -22,8 +22,8 @@ from cloq_export.compress.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.process.progress import show_progress
 from cloq_export.recipe import Recipe

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cloq_export.errors import FormatError, SourceError
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.types import QuantizedLayer
 
 _BUFFER = 4 * 1024 * 1024

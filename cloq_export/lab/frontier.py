@@ -34,7 +34,9 @@ from cloq_export.lab.row_folder import (
     write_table,
 )
 from cloq_export.lab.table_recipe import is_mapping, is_text, is_width, listed, read_table_recipe, whole
-from cloq_export.models.source import open_model, read_tokenizer, save_plain
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import Points, scatter_plot, standalone
 from cloq_export.parity.tasks import task_names

@@ -11,7 +11,7 @@ import torch
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import UsageError
-from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.recipe import FineTuneRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,9 +16,10 @@ from cloq_export.artifact.empty_model import tied_head
 from cloq_export.artifact.provenance import ADAPTER_KEY, LARGEST_PRODUCT_ERROR, AdapterRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError
-from cloq_export.formats import targets
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
+from cloq_export.formats.targets.preflight import Decision
+from cloq_export.formats.targets.table import read_table
 from cloq_export.types import LoraPair
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.recording import read_adapter_record
@@ -129,11 +130,11 @@ def refuse_strange_modules(adapters: Sequence[PreparedAdapter], layers: LayerSou
 
 
 def fit_target(
-    session: Session, adapter: PreparedAdapter, decision: targets.Decision, options: ExportOptions
+    session: Session, adapter: PreparedAdapter, decision: Decision, options: ExportOptions
 ) -> PreparedAdapter:
     """Return an adapter in a form that the target serves as meant: some engines read one rank and one alpha alone."""
     mixed = len({(pair.rank, pair.alpha) for pair in adapter.pairs.values()}) > 1
-    if not mixed or targets.read_table().engines[decision.target.name].adapters.patterns:
+    if not mixed or read_table().engines[decision.target.name].adapters.patterns:
         return adapter
     made = uniform(adapter.pairs)
     session.notes.append(

@@ -13,8 +13,9 @@ from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import base_license, write_model_card
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.formats import targets
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.formats.targets.snippets import load_snippets
+from cloq_export.formats.targets.table import Exported
 from cloq_export.models.source import ModelSource
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.export_adapters import PreparedAdapter
@@ -87,9 +88,8 @@ def loading_lines(
                 "note": "checks that the adapter belongs to this base",
             }
         )
-    for entry in targets.load_snippets(
-        format, layers.specs, shapes=layers.shapes, ranks=ranks, plugin=True, folder=_PLACEHOLDER, adapter=inside
-    ):
+    exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
+    for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
         needs = f"; needs {entry['needs']}" if entry["needs"] else ""
         kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}
         lines.append({**kept, "note": f"on {entry['device']}{needs}"})

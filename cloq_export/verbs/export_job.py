@@ -13,8 +13,9 @@ from cloq_export.artifact.provenance import BaseRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError, UnsupportedModelError, UsageError
 from cloq_export.files.spelled_paths import command_line
-from cloq_export.formats import targets
 from cloq_export.formats.onnx.packages import require_packages
+from cloq_export.formats.targets.preflight import Decision, preflight
+from cloq_export.formats.targets.table import Exported, parse_target
 from cloq_export.recipe import EXPORT_FORMATS
 from cloq_export.verbs.export_adapters import PreparedAdapter, fit_target, prepare_adapters, refuse_strange_modules
 from cloq_export.verbs.export_card import loading_lines
@@ -213,20 +214,18 @@ def noted_record(session: Session, read: Callable[[], BaseRecord | None]) -> Bas
 
 def _choose_format(
     session: Session, source: ExportSource, adapters: Sequence[PreparedAdapter], options: ExportOptions
-) -> tuple[str, targets.Decision | None]:
+) -> tuple[str, Decision | None]:
     """Return the format, and what the target's rules say about it."""
     alone = options.format if options.format in ADAPTERS_ALONE else None
     if options.target is None:
         return options.format or source.checkpoint.grids.layout.name, None
-    decision = targets.preflight(
-        targets.parse_target(options.target),
-        specs=source.layers.specs,
-        shapes=source.layers.shapes,
+    ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
+    decision = preflight(
+        parse_target(options.target),
+        # Whoever exports has this package, and the notes say where else it is needed.
+        Exported(source.layers.specs, source.layers.shapes, ranks, plugin=True),
         layout=None if alone else options.format,
         device=options.device,
-        ranks=[pair.rank for adapter in adapters for pair in adapter.pairs.values()],
-        # Whoever exports has this package, and the notes say where else it is needed.
-        plugin=True,
     )
     session.notes.extend(decision.notes)
     return alone or decision.layout, decision

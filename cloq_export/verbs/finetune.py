@@ -15,7 +15,7 @@ from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter
 from cloq_export.models.context import context_length
-from cloq_export.models.source import read_tokenizer
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.examples import ExampleSet

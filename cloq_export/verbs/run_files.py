@@ -14,7 +14,8 @@ from cloq_export.compress.job import started_run
 from cloq_export.compress.session import Session, source_fingerprint
 from cloq_export.formats.peft import write_adapter
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import LoadedModel, find_source, save_source_files
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import LoadedModel, find_source
 from cloq_export.recipe import Recipe
 from cloq_export.types import LoraPair
 from cloq_export.verbs.export_card import SOURCE_REPORT, license_of

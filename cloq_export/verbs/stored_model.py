@@ -20,7 +20,8 @@ from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
-from cloq_export.models.source import LoadedModel, open_model, read_tokenizer
+from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.texts.tokens import TextTokens

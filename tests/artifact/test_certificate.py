@@ -26,9 +26,9 @@ from cloq_export.artifact.covered_files import FileEntry
 from cloq_export.artifact.hub import is_left_out
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.fingerprint import layer_digest
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import QuantSpec
 

@@ -11,8 +11,8 @@ from cloq_export.artifact.inspection import describe
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.types import QuantSpec
 
 

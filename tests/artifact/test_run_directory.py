@@ -15,9 +15,9 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
 from cloq_export.artifact.run_manifest import recipe_difference
 from cloq_export.errors import FormatError, RunDirectoryError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.fingerprint import base_fingerprint, layer_digest
 from cloq_export.files.safe_tensors import TensorFile, read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 

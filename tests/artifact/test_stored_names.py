@@ -23,7 +23,7 @@ from cloq_export.artifact.stored_names import names_in_memory, stored_names
 from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import refuse_part_of_wrapper
+from cloq_export.models.loaded_weights import refuse_part_of_wrapper
 from cloq_export.types import QuantSpec
 
 TEXT = {

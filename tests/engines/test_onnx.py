@@ -27,7 +27,7 @@ from cloq_export.errors import BindingError, FormatError, MissingPackageError, U
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx import packages
 from cloq_export.formats.onnx.adapter import write_onnx_adapter
-from cloq_export.formats.onnx.graph import UnmatchedLinearError
+from cloq_export.formats.onnx.matching import UnmatchedLinearError
 from cloq_export.formats.onnx.record import GRAPH_NAME, RECORD_NAME
 from cloq_export.formats.peft import write_adapter
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec

@@ -20,8 +20,8 @@ from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.transformers import loading
 from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import BindingError, FormatError, RunDirectoryError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.gptq import GPTQ_V1, GPTQ_V2
 from cloq_export.formats.peft.codec import read_adapter, write_adapter
 from cloq_export.kernels import cpu

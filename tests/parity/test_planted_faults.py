@@ -18,8 +18,8 @@ from rich.console import Console
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
 from cloq_export.recipe import Recipe
 from cloq_export.verbs import verification

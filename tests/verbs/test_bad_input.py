@@ -15,8 +15,8 @@ import transformers
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import Recipe
 
 FAILED, MISUSE = 1, 2

@@ -20,10 +20,11 @@ from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
-from cloq_export.formats.peft.codec import Adapter, adapter_config
+from cloq_export.formats.peft.codec import Adapter
+from cloq_export.formats.peft.config import adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
 
