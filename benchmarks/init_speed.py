@@ -84,7 +84,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from cloq_export.compress import job as compressing
+    from cloq_export.compress import strategies
     from cloq_export.compress.walk import BlockWalk
     from cloq_export.recipe import Recipe
     from cloq_export.verbs.run import run
@@ -92,12 +92,12 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
 
     class TimedWalk(BlockWalk):
-        def __init__(self, model: Any, plan: Any, recipe: Any, directory: Any, windows: Any, **options: Any) -> None:
-            if windows.tolist() != job["windows"]:
+        def __init__(self, compression: Any, *arguments: Any, **options: Any) -> None:
+            if compression.windows.drawn.tolist() != job["windows"]:
                 raise SystemExit("the pipeline drew other windows than the peer is given")
-            _touch(model)
+            _touch(compression.model)
             self._watch = Stopwatch()
-            super().__init__(model, plan, recipe, directory, windows, **options)
+            super().__init__(compression, *arguments, **options)
 
         def run(self) -> None:
             super().run()
@@ -115,7 +115,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
             )
             raise _LastLayerSolved
 
-    compressing.BlockWalk = TimedWalk  # type: ignore[misc]
+    strategies.BlockWalk = TimedWalk  # type: ignore[misc]
     # The text to measure on is never reached, but it is opened beforehand.
     recipe = Recipe.from_mapping({**job["recipe"], "eval_text": "embedded"}, preset=job["preset"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:

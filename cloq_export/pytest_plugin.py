@@ -142,7 +142,7 @@ class LimitItem(pytest.Item):
             raise LimitMissed("\n".join([explain_miss(verdict), verdict["meaning"], *reasons]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Return the reason alone: a traceback through this plugin tells nobody anything."""
+        """Return the reason alone: a traceback through this plugin says nothing about it."""
         from cloq_export.errors import CloqError
 
         if isinstance(excinfo.value, (LimitMissed, CloqError)):

@@ -36,13 +36,15 @@ def command(
     from rich.console import Console
 
     from cloq_export.cli.output import emit, progress_console
-    from cloq_export.lab.comparing import Comparison, compare, comparison_table
+    from cloq_export.lab.comparing import compare
+    from cloq_export.lab.comparison import Comparison
+    from cloq_export.lab.comparison_report import comparison_table
 
     comparison = Comparison.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
-        result = compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
+        measured = compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
 
-    def render(content: Mapping[str, Any], target: Console) -> None:
-        target.print(comparison_table(content), highlight=False, markup=False, soft_wrap=True)
+    def render(result: Mapping[str, Any], target: Console) -> None:
+        target.print(comparison_table(result), highlight=False, markup=False, soft_wrap=True)
 
-    emit(result, render, as_json=as_json)
+    emit(measured, render, as_json=as_json)

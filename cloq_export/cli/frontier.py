@@ -37,13 +37,15 @@ def command(
     from rich.console import Console
 
     from cloq_export.cli.output import emit, progress_console
-    from cloq_export.lab.frontier import Frontier, frontier_table, measure_frontier
+    from cloq_export.lab.frontier import measure_frontier
+    from cloq_export.lab.frontier_recipe import Frontier
+    from cloq_export.lab.frontier_report import frontier_table
 
     frontier = Frontier.read(recipe, model=model, full=full)
     with progress_console(as_json=as_json) as console:
-        result = measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
+        measured = measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
 
-    def render(content: Mapping[str, Any], target: Console) -> None:
-        target.print(frontier_table(content), highlight=False, markup=False, soft_wrap=True)
+    def render(result: Mapping[str, Any], target: Console) -> None:
+        target.print(frontier_table(result), highlight=False, markup=False, soft_wrap=True)
 
-    emit(result, render, as_json=as_json)
+    emit(measured, render, as_json=as_json)

@@ -38,7 +38,7 @@ def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console
             with refused_output():
                 render(result, Console(highlight=False))
     except BrokenPipeError:
-        # Whoever reads has enough; what the verb has done, and the code it ends with, stay as they are.
+        # The reader has what it wants; the result of the verb and its exit code stay as they are.
         if not drop_closed_streams():
             raise
 

@@ -23,9 +23,9 @@ def command(
 ) -> None:
     """Upload FOLDER, an export with a certificate, as the model OWNER/NAME."""
     from cloq_export.cli.output import emit, progress_console
-    from cloq_export.cli.render import render_inspection
+    from cloq_export.cli.render import render_facts
     from cloq_export.verbs.push import push
 
     with progress_console(as_json=as_json):
         result = push(folder, repository, private=private, token=token, revision=revision)
-    emit(result, render_inspection, as_json=as_json)
+    emit(result, render_facts, as_json=as_json)

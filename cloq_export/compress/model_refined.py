@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from cloq_export.refine import (
     zeros_for_none,
 )
 
+if TYPE_CHECKING:
+    from cloq_export.compress.job import CompressJob
+
 # Tokens whose logits stand in memory at once: a vocabulary is up to hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
 _JUDGING_BATCHES = 8
@@ -45,28 +48,25 @@ def refinement_batches(recipe: Recipe) -> int:
 
 def refine_model(
     stream: BlockStream,
-    plan: Plan,
-    recipe: Recipe,
+    job: CompressJob,
     solved: RunDirectory,
-    *,
     folder: Path,
-    keeps_codes: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
     """Train scales, A and B of all layers on how far what the model says with them is from what the float model says.
 
     Args:
         stream: the float model on windows that the layers were not solved on.
-        plan: which layers; their weights in the model are the float ones, and stay so.
-        recipe: every option of the run.
+        job: which layers; their weights in the model are the float ones, and stay so. Where it keeps codes, the
+            adapters alone are trained, and no scales.
         solved: holds the start of every layer.
         folder: where training keeps what it goes on from after a kill.
-        keeps_codes: train the adapters alone, and no scales.
         progress: is told how many steps are made, and of how many.
 
     Returns:
         Refinement: its errors are nats per token, on windows that were not trained on.
     """
+    recipe, plan = job.recipe, job.plan
     dtype = torch.bfloat16 if stream.rounds_inputs else next(plan.blocks.modules[0].parameters()).dtype
     layers: list[dict[str, TrainedLayer]] = []
     for index, block in enumerate(plan.blocks):
@@ -79,7 +79,7 @@ def refine_model(
                 start.quantized.to(stream.device),
                 start.lora and start.lora.to(stream.device),
                 dtype=dtype,
-                scales=not keeps_codes,
+                scales=job.kept_codes is None,
                 rates=MODEL_RATES,
             )
         layers.append(of_block)

@@ -1,7 +1,7 @@
 """Train the adapter of a model whose base is frozen, with transformers' trainer: the best one is kept.
 
-What is added to that trainer: only A and B are saved, a checkpoint that a kill left unfinished is never continued from,
-and a loss that is no number ends the training.
+Added to that trainer: only A and B are saved, a checkpoint that was not written to its end is never continued from, and
+a loss that is NaN or Inf ends the training.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def train_adapter(
 
 
 class AdapterTrainer(transformers.Trainer):
-    """Transformers' trainer, saving the trained parameters alone, and stopping at a loss that is no number."""
+    """Transformers' trainer, saving the trained parameters alone, and stopping at a loss that is NaN or Inf."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Do one forward and backward pass.
@@ -226,7 +226,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class _Milestones(transformers.TrainerCallback):
-    """Shows progress, and evaluates after the last step whatever the interval is."""
+    """Shows progress, and evaluates after the last step even where the interval does not."""
 
     def __init__(self, progress: Callable[[int, int], None] | None, *, evaluates: bool) -> None:
         self._progress = progress
@@ -343,7 +343,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep advice of the libraries below away from people who cannot follow it."""
+    """Hide warnings of the libraries that a user of this package can do nothing about."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", FutureWarning)

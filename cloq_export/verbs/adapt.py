@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.job import certificate_report, finish_layers, started_run
-from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
-from cloq_export.compress.solve import ALTERNATIONS
+from cloq_export.compress.initialisations import initialisation_of
+from cloq_export.compress.job import CompressJob, layers_report, make_layers
+from cloq_export.compress.opening import open_planned, refuse_other_source, refuse_unfinished, started_run
+from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.recipe import FIELDS, Recipe
@@ -51,7 +52,7 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
     """
     directory = RunDirectory.open(run_path)
     recipe = _recipe_of_adapter(directory, changes)
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     work = directory.path / "work" / f"adapt-{recipe.adapter_name}"
     _refuse_taken_name(directory, recipe, work)
     with directory, started_run(work, recipe, directory.source_fingerprint) as parts:
@@ -61,10 +62,10 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         texts = calibration_text_of(directory, recipe)
         session.notes.extend(texts.notes)
         bind_text(directory, texts.calibration)
-        finish_layers(session, loaded, plan, parts, recipe, texts.calibration, directory.read_codes)
+        make_layers(session, CompressJob.of(loaded, plan, recipe, parts, texts.calibration, directory.read_codes))
         write_run_adapter(session, directory, recipe, parts)
         certificates = parts.certificates()
-        directory.write_report(f"adapter-{recipe.adapter_name}", certificate_report(certificates))
+        directory.write_report(f"adapter-{recipe.adapter_name}", layers_report(certificates))
     remove_finished(work)
     commands = (command_line("cloq", "export", run_path), command_line("cloq", "eval", run_path))
     return summarize_run(session, directory, recipe, certificates=certificates, next=commands)
@@ -76,7 +77,7 @@ def refuse_codes_of_alternations(recipe: Recipe) -> None:
     Raises:
         UsageError: the recipe names one.
     """
-    if recipe.init in ALTERNATIONS:
+    if initialisation_of(recipe).makes_codes:
         raise UsageError(
             f"init {recipe.init} makes codes of its own, and these are kept; choose init cloq or svd, or make another "
             f"run with `init={recipe.init}`: cloq run {recipe.model} --out OTHER"

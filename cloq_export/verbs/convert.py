@@ -14,7 +14,7 @@ from cloq_export.artifact.provenance import read_base_record
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.export_adapters import chosen_adapters
+from cloq_export.verbs.export_adapters import asked_adapters
 from cloq_export.verbs.export_card import public_name
 from cloq_export.verbs.export_job import ExportResult, ExportSource, noted_record, write_export
 from cloq_export.verbs.options import ExportOptions
@@ -39,7 +39,7 @@ def convert(
         FormatError: the checkpoint cannot be read, or the layout cannot hold it.
     """
     recipe = Recipe()
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     if options.out is None:
         raise UsageError("no folder was given; say where the checkpoint is written with `out=FOLDER`.")
     if options.out.resolve() == path.resolve():
@@ -52,7 +52,7 @@ def convert(
         path=path,
         checkpoint=checkpoint,
         layers=LayerSource.of_checkpoint(checkpoint),
-        adapters=chosen_adapters(session, AdapterShelf.of(path), options),
+        adapters=asked_adapters(session, AdapterShelf.of(path), options),
         made_from=MadeFrom(_base_model(checkpoint), "codes of another checkpoint, unchanged"),
         record=noted_record(session, lambda: read_base_record(checkpoint.folder)),
         max_shard_bytes=recipe.max_shard_bytes,

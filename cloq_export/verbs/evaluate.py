@@ -63,7 +63,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
     recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)
     text = evaluation_text(options.text) if PERPLEXITY in options.tasks else None

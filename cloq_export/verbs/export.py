@@ -9,10 +9,11 @@ from rich.console import Console
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.opening import open_planned, refuse_other_source, refuse_unfinished
+from cloq_export.compress.session import Session
 from cloq_export.errors import RunDirectoryError
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.export_adapters import chosen_adapters
+from cloq_export.verbs.export_adapters import asked_adapters
 from cloq_export.verbs.export_card import facts_of_run
 from cloq_export.verbs.export_job import MERGED, ExportResult, ExportSource, noted_record, write_export
 from cloq_export.verbs.options import ExportOptions
@@ -42,17 +43,17 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
     """
     directory = RunDirectory.open(run_path)
     recipe = Recipe.from_mapping(directory.recipe)
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     with directory:
         checkpoint = _own_checkpoint(session, directory, recipe)
-        names = list(chosen_adapters(session, directory.adapters, options))
+        names = asked_adapters(session, directory.adapters, options)
         if options.format == MERGED and not options.adapters and recipe.adapter_name in names:
             names = [recipe.adapter_name]
         source = ExportSource(
             path=run_path,
             checkpoint=checkpoint,
             layers=LayerSource.of_run(directory),
-            adapters=tuple(names),
+            adapters=names,
             made_from=facts_of_run(directory, recipe),
             record=noted_record(session, lambda: run_record(directory)),
             max_shard_bytes=recipe.max_shard_bytes,

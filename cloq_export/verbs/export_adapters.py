@@ -179,9 +179,9 @@ def place_onnx_adapter(folder: Path, adapter: PreparedAdapter, base_model: str, 
         raise FormatError(f"{folder} was read back with other numbers than were written; check the disk.")
 
 
-def chosen_adapters(session: Session, shelf: AdapterShelf, options: ExportOptions) -> tuple[str, ...]:
+def asked_adapters(session: Session, shelf: AdapterShelf, options: ExportOptions) -> Sequence[str]:
     """Return the adapters that are asked for, or all that lie there, noting what was left out."""
     if options.adapters:
-        return tuple(options.adapters)
+        return options.adapters
     session.notes.extend(shelf.notes)
-    return tuple(shelf.names)
+    return shelf.names

@@ -10,7 +10,7 @@ from typing import Any
 from cloq_export import __version__
 from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.base_license import License, base_license
-from cloq_export.artifact.certificate import Certificate
+from cloq_export.artifact.certificate import CERTIFICATE_NAME, Certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import CardFacts, EngineLines, Figure, MadeFrom, write_model_card
@@ -107,7 +107,7 @@ def write_card(folder: Path, facts: CardFacts, checkpoint: Checkpoint) -> None:
 
 def certificate_row(certificate: Certificate) -> dict[str, Any]:
     """Return what the card says of the certificate."""
-    return {"file": "cloq_certificate.json", "modules": len(certificate.modules), "files": len(certificate.files)}
+    return {"file": CERTIFICATE_NAME, "modules": len(certificate.modules), "files": len(certificate.files)}
 
 
 def license_of(source: ModelSource) -> License | None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.problem import ADAPTER_DTYPES
 from cloq_export.compress.session import Session
-from cloq_export.compress.solve import ADAPTER_DTYPES
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter
@@ -63,7 +63,7 @@ def finetune(
     run_recipe = Recipe.from_mapping(directory.recipe)
     work = directory.path / "work" / f"finetune-{recipe.name}"
     _refuse_taken_name(directory, run_recipe, recipe, work)
-    session = Session(run_recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     with held_by_first(directory) as is_first:
         base = session.timed("read model", lambda: _checked_base(run_path, directory))
         source = session.timed("read data", lambda: examples or load_examples(recipe.data))

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.compress.budgeting import with_choices_of
-from cloq_export.compress.job import budgeted_recipe, compress_model
+from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
+from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.recipe import FIELDS, Recipe
@@ -36,12 +36,12 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     """
     asked_rank = recipe.rank or FIELDS["rank"].default
     recipe = with_choices_of(out, recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}))
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     texts = run_texts(recipe, demo=demo, measures=False)
     session.notes.extend(texts.notes)
     with open_run(session, out, recipe) as directory:
         bind_text(directory, texts.calibration)
-        recipe = session.recipe = budgeted_recipe(session, directory, texts.calibration)
+        recipe = budgeted_recipe(session, directory, recipe, texts.calibration)
         model = compress_model(session, directory, recipe, texts.calibration)
         note_source(directory, model)
         write_run_checkpoint(session, directory, model, recipe)

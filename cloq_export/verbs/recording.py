@@ -1,4 +1,4 @@
-"""Write down what a run or a training has made when it makes it; `verify` compares what is served with it."""
+"""Records of what a run or a training has made, written when it is made; `verify` compares what is served with them."""
 
 from __future__ import annotations
 
@@ -122,8 +122,7 @@ def export_record(
 ) -> BaseRecord | None:
     """Return the record that an export carries: the run's, with the adapters that the export is written with.
 
-    What the run recorded is carried as it stands, whatever the layers are by now: `verify` tells the two apart. A
-    difference is noted here already.
+    The record is carried unchanged even if the layers have changed since, which is noted here and found by `verify`.
 
     Args:
         session: of the call; differences are noted in it.

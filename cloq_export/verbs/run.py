@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.provenance import ProbeRecord, Quality
-from cloq_export.compress.budgeting import with_choices_of
-from cloq_export.compress.job import budgeted_recipe, compress_model
+from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
+from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.perplexity import check_windows
@@ -52,7 +52,7 @@ def run(
     if recipe.codes_from:
         refuse_codes_of_alternations(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
-    session = Session(recipe, console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     texts = run_texts(recipe, demo=demo)
     session.notes.extend(texts.notes)
     assert texts.evaluation is not None  # asked for
@@ -65,7 +65,7 @@ def run(
 
     with open_run(session, out, recipe) as directory:
         bind_text(directory, texts.calibration)
-        recipe = session.recipe = budgeted_recipe(session, directory, texts.calibration, check_all)
+        recipe = budgeted_recipe(session, directory, recipe, texts.calibration, check_all)
         model = compress_model(session, directory, recipe, texts.calibration, check_all)
         note_source(directory, model)
         write_run_adapter(session, directory, recipe)

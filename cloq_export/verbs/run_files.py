@@ -1,4 +1,4 @@
-"""What a run writes beside its layers: where it comes from, its adapter, its checkpoint."""
+"""What a run writes apart from its layers: where it comes from, its adapter, its checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cloq_export.artifact.certificate import certify_checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
-from cloq_export.compress.job import started_run
-from cloq_export.compress.session import Session, source_fingerprint
+from cloq_export.compress.opening import source_fingerprint, started_run
+from cloq_export.compress.session import Session
 from cloq_export.formats.peft import write_adapter
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.saving import save_source_files

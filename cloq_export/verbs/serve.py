@@ -50,11 +50,11 @@ class ServedModel:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, plan: ServerPlan, models: Sequence[str], adapter_notes: Sequence[str]) -> ServedModel:
-        """Return what a plan has become."""
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+        """Return what a plan has become; `notes` are those on its adapters."""
+        if plan.default is None:
+            notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
         options = dict(plan.options)
-        bare = [] if plan.default else [f"there is no adapter, so {plan.name} is the quantized base itself"]
-        notes = [*adapter_notes, *bare]
         return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan), notes)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,19 +107,19 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     Raises:
         CloqError: as `serve`.
     """
-    found = served_adapters(export)
+    adapters = served_adapters(export)
     default = options.default
     for text in options.adapters:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
             raise UsageError(f"the adapter {text!r:.80} is not of the form NAME=FOLDER.")
-        check_name(name, taken=found)
-        found[name] = Path(folder)
-    if default is None and len(found) > 1 and RunDirectory.is_run(export):
+        check_name(name, taken=adapters)
+        adapters[name] = Path(folder)
+    if default is None and len(adapters) > 1 and RunDirectory.is_run(export):
         own = Recipe.from_mapping(RunDirectory.open(export).recipe).adapter_name
-        default = own if own in found else None
+        default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
-    return plan_server(export, found, ServerOptions(**asked | {"default": default}))
+    return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
 
 
 def served_adapters(export: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""A model as it lies on disk, measured from its files: perplexity beside the float model, and answers to tasks."""
+"""A model on disk, measured from its files: perplexity next to that of the float model, and answers to tasks."""
 
 from __future__ import annotations
 
@@ -48,6 +48,15 @@ class StoredModel:
         """Return whether these are plain weights with the adapter in them."""
         return Artifact.open(self.path).kind == "merged export"
 
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Return the folder of the adapter.
+
+        Raises:
+            RunDirectoryError, FormatError: there is none of this name.
+        """
+        return None if self.adapter is None else AdapterShelf.of(self.path).find(self.adapter)
+
     def check(self) -> None:
         """Refuse what is not there or does not fit, which is cheap, before anything is measured.
 
@@ -61,8 +70,8 @@ class StoredModel:
                 raise UsageError(f"{self.path} is a merged export and takes no adapter; leave `adapter` out.")
             return
         checkpoint = Checkpoint.open(self.path)
-        if self.adapter is not None:
-            read_bound_adapter(AdapterShelf.of(self.path).find(self.adapter), checkpoint, force=self.force)
+        if self.adapter_folder is not None:
+            read_bound_adapter(self.adapter_folder, checkpoint, force=self.force)
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that lies beside the weights."""
@@ -70,10 +79,10 @@ class StoredModel:
 
     def packed_model(self, session: Session) -> Any:
         """Return the packed model with its adapter, noting an adapter that was taken by force."""
-        if self.adapter is not None and self.force:
-            bound = read_adapter(AdapterShelf.of(self.path).find(self.adapter)).base_fingerprint
-            forced = forced_note(self.adapter, bound, Checkpoint.open(self.path))
-            session.notes += [forced] if forced else []
+        if self.adapter is not None and self.adapter_folder is not None and self.force:
+            bound_to = read_adapter(self.adapter_folder).base_fingerprint
+            note = forced_note(self.adapter, bound_to, Checkpoint.open(self.path))
+            session.notes += [note] if note else []
         return load(self.path, self.adapter, dtype=torch.float32, force=self.force)
 
     def merged_model(self) -> LoadedModel:
@@ -187,12 +196,12 @@ def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | Non
         return
     base = Checkpoint.open(stored.path).fingerprint
     model = stored.packed_model(session)
-    if stored.adapter is None:
+    if stored.adapter_folder is None:
         yield Subject("quantized", float_model(model), None, base)
         return
     model.disable_adapters()
     yield Subject("quantized", float_model(model), None, base)
     model.enable_adapters()
     # Its tensors too: an adapter that was trained on keeps its name.
-    weights = AdapterShelf.of(stored.path).find(stored.adapter) / WEIGHTS_NAME
+    weights = stored.adapter_folder / WEIGHTS_NAME
     yield Subject("adapter", float_model(model), None, f"{base}+{hashlib.sha256(weights.read_bytes()).hexdigest()}")

@@ -18,14 +18,6 @@ from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate
 
 _SHOWN_WARNINGS = 5
-# Name in the summary -> name in `stored_sizes`.
-_SIZES = {
-    "bits_per_weight_base": "bits_per_weight",
-    "bits_per_weight_with_adapter": "bits_per_weight_with_adapter",
-    "checkpoint_bytes": "checkpoint_bytes",
-    "adapter_bytes": "adapter_bytes",
-    "float_bytes": "float_bytes",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +135,13 @@ def summarize_run(
     files = {"run": str(directory.path), "recipe": str(directory.path / "run.json")}
     if directory.checkpoint_path.exists():
         sizes = stored_sizes(directory.path, adapter)
-        stored = {name: getattr(sizes, key) for name, key in _SIZES.items()}
+        stored = {
+            "bits_per_weight_base": sizes.bits_per_weight,
+            "bits_per_weight_with_adapter": sizes.bits_per_weight_with_adapter,
+            "checkpoint_bytes": sizes.checkpoint_bytes,
+            "adapter_bytes": sizes.adapter_bytes,
+            "float_bytes": sizes.float_bytes,
+        }
         files["checkpoint"] = str(directory.checkpoint_path)
     files |= {f"adapter {name}": str(folder) for name, folder in adapters.items()}
     if next is None:

@@ -143,7 +143,7 @@ def differing_options(then: Any, now: Mapping[str, Any]) -> list[str]:
 def keep_last_good(
     model: nn.Module, checkpoints: Path, alphas: Mapping[str, float], recipe: FineTuneRecipe, start: TrainingStart
 ) -> Iterator[None]:
-    """Write the adapter of the newest checkpoint beside the training if it diverges, and say where it lies.
+    """If a training diverges, write the adapter of its newest checkpoint into its folder, and say where.
 
     Args:
         model: that trains.

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 import cloq_export
+from cloq_export.artifact.inspection_result import CheckpointInspection, GridCount
+from cloq_export.artifact.stored_sizes import StoredSizes
 from cloq_export.cli import VERBS, main
 from cloq_export.errors import SourceError
 from cloq_export.process.host_memory import MemoryUse
@@ -148,14 +150,19 @@ class RecordedVerbs:
             return Evaluation(self.perplexity, {}, {}, ())
         return Evaluation({}, {options.tasks[0]: ANSWERED}, {"arithmetic": {"float": 0.25}}, ())
 
-    def inspect(self, path: Path, verify: bool, adapter: str | None, force: bool) -> dict[str, Any]:
-        return {
-            "kind": "checkpoint",
-            "bits": 2,
-            "sizes": {"checkpoint_bytes": 1234567},
-            "layers": [{"module": "a", "bits": 2}, {"module": "b", "bits": 4}],
-            "bits_per_weight": 2.28125,
-        }
+    def inspect(self, path: Path, verify: bool, adapter: str | None, force: bool) -> CheckpointInspection:
+        grids = tuple(GridCount(bits=bits, group_size=64, symmetric=False, modules=1) for bits in (2, 4))
+        return CheckpointInspection(
+            path=str(path),
+            architecture="LlamaForCausalLM",
+            layout="gptq_v2",
+            main=grids[0],
+            grids=grids,
+            base_fingerprint="sha256:0",
+            files=("model.safetensors",),
+            companions=(),
+            sizes=StoredSizes(100, 1, 2, 3, 4, 5, 1234567, None, 7, 2.28125, None),
+        )
 
 
 @pytest.fixture
@@ -388,7 +395,7 @@ def test_adapt_export_and_inspect(verbs, capsys):
     assert main(["inspect", "x", "--verify"]) == 0
     shown = capsys.readouterr().out
     assert verbs.calls[-1] == ("inspect", Path("x"), True, None, False)
-    for expected in ("checkpoint", "2.28125", "1.23 MB", "layers", "bits per weight"):
+    for expected in ("checkpoint", "2.28125", "1.23 MB", "grids", "bits per weight"):
         assert expected in shown
     assert main(["inspect", "x", "--adapter", "y", "--force", "--json"]) == 0
     assert verbs.calls[-1] == ("inspect", Path("x"), False, "y", True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
-from cloq_export.compress import budgeting
+from cloq_export.compress import budgeting, costs
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
@@ -90,7 +90,7 @@ def test_it_continues_where_it_was_stopped(
 ) -> None:
     recipe, folder = budgeted
     measured: list[int] = []
-    original = budgeting._log_probabilities
+    original = costs._log_probabilities
 
     def stop_at_third(*args: Any) -> torch.Tensor:
         measured.append(1)
@@ -98,7 +98,7 @@ def test_it_continues_where_it_was_stopped(
             raise stop
         return original(*args)
 
-    monkeypatch.setattr(budgeting, "_log_probabilities", stop_at_third)
+    monkeypatch.setattr(costs, "_log_probabilities", stop_at_third)
     with pytest.raises((KeyboardInterrupt, CloqError)):
         run(recipe, tmp_path / "run", console=silent)
     solved: list[str] = []

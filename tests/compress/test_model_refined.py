@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"bits": 2, "samples": 16, "refine": "model", "refine_st
 
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_STEP", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_STEP", 64)
 
 
 def _rounded(parameter: nn.Parameter) -> TrainedLayer:

@@ -16,9 +16,10 @@ from torch import nn
 import cloq_export
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
+from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.plan import ModulePlan, make_plan
 from cloq_export.compress.rescaling import rescale_neighbours
-from cloq_export.compress.solve import solve_group
+from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
@@ -143,7 +144,7 @@ def test_what_has_no_neighbour_stays_float_and_that_is_said(
     made = adapt(run.path, {"rank": 4}, console=silent)
     assert made.layers.count == 10
     exported = write_export(run.path, ExportOptions(format="compressed_tensors"), console=silent)
-    config = json.loads((Path(exported["files"]["export"]) / "config.json").read_text())
+    config = json.loads((exported.folder / "config.json").read_text())
     assert unfit <= set(config["quantization_config"]["ignore"])
 
 
@@ -240,14 +241,16 @@ def test_inputs_that_carry_much_through_tiny_weights_are_said(recipe_for: Recipe
     gram = torch.diag(torch.cat([torch.full((16,), 1e9), torch.full((16,), 0.1)]))
     recipe = recipe_for(bits=4, rank=2, damping=0.0)
     plan = ModulePlan("some.layer", QuantSpec(4, 16), 2)
-    solved = solve_group([plan], {"some.layer": weight}, LayerStats(gram, 64), recipe)["some.layer"]
+    solved = solve_group(
+        SolveRequest((plan,), {"some.layer": weight}, LayerStats(gram, 64), recipe, initialisation_of(recipe))
+    )["some.layer"]
     notes = [note for note in solved.certificate.notes if "comes from weights too small" in note]
     assert len(notes) == 1
     assert "--override 'some.layer:skip=true'" in notes[0]
 
 
 @pytest.mark.parametrize("method", ["rtn", "optq", "magr"])
-@pytest.mark.parametrize("init", ["cloq", "loftq"])
+@pytest.mark.parametrize("init", ["cloq", "svd"])
 def test_one_sided_weights_fit_version_1(
     method: str, init: str, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
 ) -> None:
@@ -331,7 +334,7 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
     model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
     recipe = recipe_for(bits=4, rank=0, samples=2).changed({"model": model})
     make_run(recipe, tmp_path / "run", console=silent)
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(cloq_export.errors.CloqError, match=r"up_proj has a zero of 0, which the layout gptq"):
         adapt_checkpoint(
             tmp_path / "run" / "checkpoint",
@@ -345,8 +348,8 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
 def test_names_that_a_layout_cannot_write_are_refused_before_the_work(
     layout: str, recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
-    monkeypatch.setattr("cloq_export.compress.session.linears_beside", lambda *_: ("model.odd name",))
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.opening.linears_beside", lambda *_: ("model.odd name",))
     with pytest.raises(cloq_export.errors.FormatError, match=r"the module name 'model\.odd name' "):
         make_run(recipe_for(format=layout), tmp_path / "run", console=silent)
     assert not (tmp_path / "run").exists()
@@ -379,7 +382,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(
 def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
     recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3"}\n{"texts": "w1"}\n')
     whole = str(tmp_path / "whole.jsonl")

@@ -38,7 +38,7 @@ Contents = Callable[[Path], dict[str, str]]
 
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_BATCH", 64)
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,13 @@ def test_whatever_is_missing_is_made_again(
 # Runs in a process of its own: `main(arguments)`, killed by the system at the first matching operation, before it.
 _KILLED = """
 import os, signal, sys
-import cloq_export.compress.walk
+import cloq_export.compress.strategies
 from cloq_export.cli import main
 def watch(event, details):
     if event == kill_event and any(kill_text in str(detail) for detail in details[:2]):
         os.kill(os.getpid(), signal.SIGKILL)
 sys.stderr = open(os.devnull, "w")
-cloq_export.compress.walk.TOKENS_PER_BATCH = 64
+cloq_export.compress.strategies.TOKENS_PER_BATCH = 64
 sys.addaudithook(watch)
 sys.exit(main(arguments))
 """

@@ -1,4 +1,4 @@
-"""LoftQ and the plain SVD against slow oracles."""
+"""LoftQ and LQ-LoRA against slow oracles."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloq_export.adapt import init_loftq, init_lq_lora, init_svd
-from cloq_export.errors import ShapeError
+from cloq_export.lab.alternations import init_loftq, init_lq_lora
 from cloq_export.quantize import QuantizeOptions, quantize_group
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -89,18 +88,3 @@ def test_alternating_helps_the_weight_error() -> None:
         return float((weight - layer.dequantize() - pair.product()).norm())
 
     assert error(5) < error(1) < float((weight - rounded(weight).dequantize()).norm())
-
-
-def test_the_svd_is_the_best_pair_evenly_split() -> None:
-    weight = a_weight(20, 16)
-    quantized = rounded(weight).dequantize()
-    pair = init_svd(weight, quantized, 5, dtype=torch.float32)
-    values = torch.linalg.svdvals((weight - quantized).double())
-    error = (weight - quantized - pair.product()).double().norm()
-    torch.testing.assert_close(error, values[5:].square().sum().sqrt(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(pair.lora_A.norm(dim=1), pair.lora_B.norm(dim=0))
-
-
-def test_ranks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ShapeError, match="rank 17 does not fit W"):
-        init_svd(a_weight(20, 16), a_weight(20, 16), 17)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cloq_export.refine import ClippedLayer
+from cloq_export.lab.clipped_layer import ClippedLayer
 from cloq_export.types import QuantSpec
 
 
