@@ -1,4 +1,4 @@
-"""Train from several start points on the same data and steps, and put what came of it side by side."""
+"""Train from several start points on the same data with the same steps, and compare the results."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class ComparisonFolder:
             figures = {
                 **making_cost(summary, in_one_go=in_one_go),
                 "environment": self.rows.environment(),
-                # Where the text lay says nothing; its hash does.
+                # The path of the text is left out; its hash identifies it.
                 "perplexity": {key: value for key, value in summary["perplexity"].items() if key != "text"},
             }
             with RunDirectory.open(folder) as directory:
@@ -176,7 +176,7 @@ class ComparisonFolder:
 
 
 def _check_data(options: Mapping[str, Any]) -> None:
-    """Read what a task is learned and judged by, which is cheap, before a base is made for it.
+    """Read the data of a task, which is cheap, before a base is made for it.
 
     Raises:
         CloqError: something is not there, or cannot be read.

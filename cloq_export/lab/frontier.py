@@ -1,4 +1,4 @@
-"""Measure what every method makes of a model, beside what it stores and how long it takes."""
+"""Measure the quality of every method on a model beside its stored size and its time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cloq_export.texts.corpora import calibration_windows, evaluation_text, eval
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
-# What a run measures by itself is not looked at.
+# The evaluation that belongs to a run is not used, so it is kept small and needs no data set.
 OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
 
 

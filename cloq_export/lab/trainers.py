@@ -143,8 +143,8 @@ class FloatTrainer(Trainer):
         except Exception as error:  # the library raises what its backend raises
             raise UnavailableError(" ".join(str(error).split())[:200]) from None
         for module in model.modules():
-            # On a CPU the library repacks its codes at the first evaluation, for good and only for rows of whole
-            # blocks; the trained layers must go on with the codes that they have.
+            # On a CPU the library repacks its codes for good at the first evaluation, and only supports rows of whole
+            # blocks; training must go on with the original codes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model  # type: ignore[no-any-return]
