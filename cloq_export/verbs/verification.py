@@ -64,7 +64,7 @@ from cloq_export.parity.tasks import (
     load_questions,
     task_entry,
 )
-from cloq_export.recipe import CHOICES, Recipe
+from cloq_export.recipe import CHOICES
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.made_before import MadeBefore, compare_float_part
@@ -173,7 +173,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
     _check_engine(plan)
     if options.out is not None:
         make_folder(options.out)
-    session = Session(Recipe(), console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     report = _Verification(plan, session).run()
     if options.out is not None:
         report["files"] = write_report(options.out, report)
