@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.files.atomic import make_folder
@@ -62,7 +62,8 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     options = options or EvaluateOptions()
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
-    recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
+    own = Artifact.open(path).run
+    recipe = Recipe.from_mapping(own.recipe) if own is not None else Recipe()
     session = Session(console or Console(stderr=True))
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)

@@ -36,7 +36,8 @@ def open_run(session: Session, out: Path, recipe: Recipe) -> contextlib.Abstract
 
 def note_source(directory: RunDirectory, loaded: LoadedModel) -> None:
     """Note in the run what its exports must say of the float model."""
-    directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
+    stated = license_of(loaded.source)
+    directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": stated.to_json() if stated else {}})
 
 
 def write_run_adapter(

@@ -502,13 +502,13 @@ def test_evaluate_gives_what_run_measured(
     beside = evaluate(run.checkpoint_path, dataclasses.replace(options, reference=recipe.model), console=silent)
     assert beside.perplexity["float"] == measured.perplexity["float"]
     for name in ("float", "quantized", "adapter"):
-        assert math.isfinite(measured[name]["standard_error"])
+        assert math.isfinite(measured.perplexity[name]["standard_error"])
 
 
 def test_the_summary_says_where_things_are_and_what_they_take(recipe_for: RecipeFor, run_recipe: Any) -> None:
     recipe = recipe_for("llama", bits=3)
     run, summary = run_recipe(recipe)
-    assert json.loads(json.dumps(summary, allow_nan=False))["bits"] == 3
+    assert json.loads(json.dumps(summary.to_json(), allow_nan=False))["bits"] == 3
     assert summary.recipe.preset_name == recipe.preset_name
     for path in summary.files.values():
         assert Path(path).exists()

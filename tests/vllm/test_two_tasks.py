@@ -16,8 +16,7 @@ from cloq_export.parity.answers import INVALID, score_continuations
 from cloq_export.parity.tasks import WrittenTask, find_task, load_questions
 from cloq_export.texts.corpora import EMBEDDED, evaluation_text
 from cloq_export.texts.examples import question_prompt
-from cloq_export.verbs.verification import VerifyOptions
-from cloq_export.verbs.verify import verify
+from cloq_export.verbs.verification import VerifyOptions, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 

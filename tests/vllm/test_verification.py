@@ -14,8 +14,7 @@ from cloq_export.models.source import DEMO_MODEL
 from cloq_export.parity.gate import GATES
 from cloq_export.recipe import DEMO, Recipe
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import VerifyOptions
-from cloq_export.verbs.verify import verify
+from cloq_export.verbs.verification import VerifyOptions, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 
