@@ -19,6 +19,7 @@ from cloq_export.artifact.model_card import CardAdapter, CardFacts, write_model_
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
 from cloq_export.compress.session import Session
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
+from cloq_export.formats.onnx.record import GraphOptions
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.verbs.export_adapters import PreparedAdapter, place_adapter, place_onnx_adapter
 from cloq_export.verbs.export_card import certificate_row, write_card
@@ -167,12 +168,14 @@ def write_onnx(job: ExportJob) -> None:
                 job.out,
                 job.layers,
                 float_part(job.checkpoint),
-                style=cast(Style, options.style or STYLES[0]),
-                two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
-                opset=options.opset,
+                GraphOptions(
+                    style=cast(Style, options.style or STYLES[0]),
+                    two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
+                    opset=options.opset,
+                    progress=progress,
+                ),
                 base_fingerprint=job.fingerprint,
                 finish=finish,
-                progress=progress,
             )
 
     session.timed("write and compare", write)
