@@ -167,6 +167,7 @@ def test_merged_weights_are_those_that_are_served(
     assert described["certificate"]["layout"] == "merged"
     measured = verbs.evaluate(out, texts["eval_text"], 16, 4, reference=None, console=silent)
     served = verbs.evaluate(run, texts["eval_text"], 16, 4, console=silent)
+    # Every merged weight is rounded once more, to the dtype of the export.
     assert measured["merged"]["perplexity"] == pytest.approx(served["adapter"]["perplexity"], rel=2e-2)
     with pytest.raises(UsageError, match="is a merged export and takes no adapter"):
         verbs.evaluate(out, texts["eval_text"], 16, 4, adapter="cloq", console=silent)
@@ -186,6 +187,7 @@ def test_an_adapter_alone_balanced_and_padded(tmp_path: Path, made: Any, silent:
         torch.testing.assert_close(pair.product(), original.pairs[name].product(), rtol=5e-3, atol=5e-3)
     assert verbs.inspect(out, True)["certificate"]["layout"] == "peft"
     verbs.export(run, options, console=silent)  # over an earlier export
+    # A split made anew is rounded anew, to the dtype of the factors: see the products above.
     torch.testing.assert_close(
         logits(cloq_export.load(run, out)), logits(cloq_export.load(run, "cloq")), rtol=2e-2, atol=2e-2
     )
