@@ -87,7 +87,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     from cloq_export.compress import strategies
     from cloq_export.compress.walk import BlockWalk
     from cloq_export.recipe import Recipe
-    from cloq_export.verbs import verbs
+    from cloq_export.verbs.run import run
 
     result: dict[str, Any] = {}
 
@@ -120,7 +120,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.from_mapping({**job["recipe"], "eval_text": "embedded"}, preset=job["preset"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         try:
-            verbs.run(recipe, Path(folder) / "run")
+            run(recipe, Path(folder) / "run")
         except _LastLayerSolved:
             return result
     raise SystemExit("the pipeline ended without walking the blocks")

@@ -47,7 +47,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     from cloq_export.compress import strategies
     from cloq_export.lab.row_folder import making_seconds
     from cloq_export.recipe import Recipe
-    from cloq_export.verbs import run
+    from cloq_export.verbs.run import run
 
     if job["same_tokens"]:
         strategies.TOKENS_PER_STEP = WINDOWS_PER_ITERATION * job["recipe"]["seqlen"]  # type: ignore[misc]
@@ -60,7 +60,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
 
     refining.train_layers = watched
     with tempfile.TemporaryDirectory(dir=job["folder"]) as place:
-        summary = run(Recipe.from_mapping(job["recipe"]), Path(place) / "run")
+        summary = run(Recipe.from_mapping(job["recipe"]), Path(place) / "run").to_json()
     return {"seconds": making_seconds(summary), "stages": summary["seconds"], "blocks": blocks}
 
 

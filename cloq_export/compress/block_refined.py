@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from cloq_export.compress.problem import BestPair, Dequantized, LayerProblem, Solution, SolvedLayer
+from cloq_export.compress.problem import Dequantized, LayerProblem, Solution, SolvedLayer
 from cloq_export.compress.solve import finish_layer
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.models.stream import BlockStream
@@ -29,13 +29,13 @@ from cloq_export.types import LoraPair, QuantizedLayer
 if TYPE_CHECKING:
     from cloq_export.compress.job import CompressJob
 
-# Share of the steps over which rates rise: Adam's first steps know one gradient and no more.
+# Share of the steps over which the rate rises: Adam's first steps follow a single gradient.
 WARMUP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class SolvedBlock:
-    """A block whose layers are solved, and what it meets.
+    """A block whose layers are solved, with its inputs and the outputs it should have.
 
     Args:
         index: number of the block.
@@ -112,11 +112,11 @@ class BlockRefiner:
         trainable = self._install(block)
         if not trainable:
             return dict(block.solved)
-        found = self._train(block, trainable, targets)
-        candidates = self._candidates(block.solved, found)
-        error = found.error_after
+        refinement = self._train(block, trainable, targets)
+        candidates = self._candidates(block.solved, refinement)
+        error = refinement.error_after
         paired = any(layer.lora is not None for layer in block.solved.values())
-        if found.layers and paired and not self._keeps_codes:
+        if refinement.layers and paired and not self._keeps_codes:
             # The pair that is solved for the new codes and scales may beat the one that was trained along with them.
             for name, candidate in candidates.items():
                 weight = candidate.codes.served(candidate.best.pair)
@@ -128,7 +128,7 @@ class BlockRefiner:
                     name: dataclasses.replace(candidate, pair=candidate.best.pair)
                     for name, candidate in candidates.items()
                 }
-        return self._finished(candidates, found, error)
+        return self._finished(candidates, refinement, error)
 
     def _install(self, block: SolvedBlock) -> dict[str, TrainableLayer]:
         """Put the start of each layer into the block; return those that can be trained."""
@@ -155,7 +155,7 @@ class BlockRefiner:
         return self._recipe.refine_steps or REFINE_STEPS
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
-        # An adapter corrects what moved codes would, and with fewer numbers: beside it they only learn the windows.
+        # An adapter corrects the same errors with fewer numbers; codes trained beside it would overfit the windows.
         moves_codes = not self._keeps_codes and layer.lora is None
         return TrainedLayer(
             parameter,
@@ -166,9 +166,9 @@ class BlockRefiner:
             weight=problem_of(layer).weight.to(self._device) if moves_codes else None,
         )
 
-    def _candidates(self, solved: Mapping[str, SolvedLayer], found: Refinement) -> dict[str, Solution]:
+    def _candidates(self, solved: Mapping[str, SolvedLayer], refinement: Refinement) -> dict[str, Solution]:
         """Return the layers as training left them, or as they were solved where it brought nothing."""
-        trained = found.layers or {}
+        trained = refinement.layers or {}
         return {
             name: self._solution(layer, *trained.get(name, (layer.quantized, layer.lora)))
             for name, layer in solved.items()
@@ -176,20 +176,22 @@ class BlockRefiner:
 
     def _solution(self, layer: SolvedLayer, quantized: QuantizedLayer, pair: LoraPair | None) -> Solution:
         problem = problem_of(layer)
-        # Where the device had no memory for it the problem stands on the CPU.
+        # If the device ran out of memory, the problem is on the CPU.
         device = problem.weight.device
         codes = Dequantized.of(quantized, device)
-        best: BestPair = self._initialisation.best_pair(problem, codes, self._recipe)
+        best = self._initialisation.best_pair(problem, codes, self._recipe)
         return Solution(problem, codes, pair and pair.to(device), best)
 
-    def _finished(self, candidates: Mapping[str, Solution], found: Refinement, error: float) -> dict[str, SolvedLayer]:
+    def _finished(
+        self, candidates: Mapping[str, Solution], refinement: Refinement, error: float
+    ) -> dict[str, SolvedLayer]:
         """Return the refined layers with certificates; where nothing was better, the start with a note."""
         fields = {
-            "refined_error_before": finite(found.error_before),
+            "refined_error_before": finite(refinement.error_before),
             "refined_error_after": finite(error),
-            "refined_step": found.best_step,
+            "refined_step": refinement.best_step,
         }
-        notes = () if found.layers else (kept_start(found),)
+        notes = () if refinement.layers else (kept_start(refinement),)
         return {
             name: finish_layer(candidate, self._recipe, self._initialisation, fields, notes)
             for name, candidate in candidates.items()
@@ -207,7 +209,7 @@ def finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def kept_start(found: Refinement) -> str:
+def kept_start(refinement: Refinement) -> str:
     """Return the note of a layer whose refinement brought nothing."""
-    how = "the error turned NaN or Inf" if found.diverged else "no step was better on the windows held out"
-    return f"the refinement was given up after {found.steps} steps and the layer kept at its start: {how}"
+    how = "the error turned NaN or Inf" if refinement.diverged else "no step was better on the windows held out"
+    return f"the refinement was given up after {refinement.steps} steps and the layer kept at its start: {how}"

@@ -220,7 +220,7 @@ def _ranked(
     names = list(group["grids"][0]["left"])
     whole = group["left_by_cheapest"]
     factor = divergences[names[0]] / whole if whole else 0.0
-    found = {}
+    of_grid = {}
     for grid in group["grids"]:
         spec = QuantSpec(grid["bits"], grid["group_size"], recipe.symmetric)
         layers = []
@@ -229,8 +229,8 @@ def _ranked(
             adapters = [stored_bits(recipe, shapes[name], spec, rank) - none for rank in ranks]
             losses = [factor * left for left in grid["left"][name]]
             layers.append(RankedLayer(name, none, ranks, adapters, losses))
-        found[spec] = layers
-    return found
+        of_grid[spec] = layers
+    return of_grid
 
 
 def choose(

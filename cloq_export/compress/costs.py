@@ -31,7 +31,7 @@ RANKS = (0, 8, 16, 32, 64, 128)
 
 
 class CostMeter:
-    """Solves nothing but the cheapest grid, and notes what every other one would leave with every rank.
+    """Solves each layer on its cheapest grid, and records the error of every other grid at every rank.
 
     The loss of a layer is `sum_{k > r} s_k^2`, s the singular values of `(Q - W) R^T`, `R^T R = H`: what the closed
     form of rank r leaves (CLoQ Theorem 3.1).
@@ -95,7 +95,7 @@ def candidate_grids(recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> list[Q
         ShapeError: there is none.
     """
     sizes = dict.fromkeys((*GROUP_SIZES, recipe.group_size))
-    found = []
+    grids = []
     for bits in BITS:
         for size in sizes:
             spec = QuantSpec(bits, size, recipe.symmetric)
@@ -103,13 +103,13 @@ def candidate_grids(recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> list[Q
                 for out_features, in_features in shapes:
                     spec.group_count(in_features)
                     LAYOUTS[recipe.format].check_packable(out_features, in_features, spec)
-                found.append(spec)
-    if not found:
+                grids.append(spec)
+    if not grids:
         raise ShapeError(
             f"no grid of {', '.join(map(str, BITS))} bits with groups of {', '.join(map(str, sizes))} fits layers of "
             f"{' and '.join(f'{out} x {into}' for out, into in shapes)}; leave them in float with --override."
         )
-    return found
+    return grids
 
 
 def candidate_ranks(recipe: Recipe, shape: tuple[int, ...]) -> list[int]:
@@ -147,11 +147,11 @@ def divergences_of(
         groups: what `CostMeter` wrote of each group of layers.
         work: holds the codes, and keeps the divergences.
     """
-    found: dict[str, float] = dict(work.read_report(_DIVERGENCES)) if _DIVERGENCES in work.reports() else {}
+    measured: dict[str, float] = dict(work.read_report(_DIVERGENCES)) if _DIVERGENCES in work.reports() else {}
     of_group = [list(group["grids"][0]["left"]) for group in groups]
-    missing = [names for names in of_group if names[0] not in found]
+    missing = [names for names in of_group if names[0] not in measured]
     if not missing:
-        return found
+        return measured
     hidden = stream.hidden[0]
     with torch.no_grad(), session.progress("measure each layer's weight in the whole") as progress:
         expected = _log_probabilities(stream, _through(stream, 0, hidden))
@@ -163,11 +163,11 @@ def divergences_of(
                 reached = _log_probabilities(stream, _through(stream, index + 1, after))
                 divergence = nn.functional.kl_div(reached, expected, reduction="sum", log_target=True)
                 # Rounding can leave a sum of almost nothing below zero.
-                found[names[0]] = max(0.0, float(divergence) / tokens)
-                work.write_report(_DIVERGENCES, found)
-                progress(len(found), len(of_group))
+                measured[names[0]] = max(0.0, float(divergence) / tokens)
+                work.write_report(_DIVERGENCES, measured)
+                progress(len(measured), len(of_group))
             hidden = stream.forward_batch(index, 0, hidden)
-    return found
+    return measured
 
 
 def _through(stream: BlockStream, start: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from cloq_export.types import LoraPair, QuantizedLayer
 class Initialisation(abc.ABC):
     """Makes the first codes and pair of a layer, and the pair for codes that are fixed."""
 
-    # It makes codes of its own together with a pair, for the float weight whatever the error before the layer.
+    # True if codes and pair are made together, for the float weight: there is no error-aware target then.
     makes_codes = False
 
     @abc.abstractmethod

@@ -109,7 +109,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
         plan = plan_for_codes(find_blocks(loaded.model, recipe.blocks), checkpoint.specs, recipe)
         _check_values(checkpoint, recipe)
     specs = {name: planned.spec for name, planned in plan.modules.items()}
-    # It is written when all is done; a name that it cannot write is found now.
+    # The configuration is written at the end of the run; a name that the layout cannot hold is refused now.
     LAYOUTS[recipe.format].quantization_config(
         specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
     )
@@ -137,7 +137,7 @@ def refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:
 
 def refuse_other_source(loaded: LoadedModel, directory: RunDirectory) -> None:
     """Refuse a model that is not the one that a run was made from."""
-    # A run that keeps foreign codes names them behind the model; it has its own copy of them.
+    # For a run that keeps foreign codes, their fingerprint follows the model's; the run has its own copy of them.
     model = directory.source_fingerprint.partition("+")[0]
     if loaded.source.fingerprint != model:
         raise RunDirectoryError(

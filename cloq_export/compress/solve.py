@@ -149,7 +149,7 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
 
 
 def _root(stats: LayerStats, damped: DampedGram) -> GramRoot:
-    # Damping that only the quantizer needed must not blur the closed form: a singular H has its pseudo-inverse.
+    # Damping that was raised for the quantizer would blur the closed form; a singular H has a pseudo-inverse instead.
     return eigen_root(stats.gram.to(torch.float64)) if damped.increases else cholesky_root(damped.lower)
 
 

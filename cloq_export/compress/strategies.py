@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 # Tokens of one forward pass: enough to amortise casting the weights, few enough that temporaries stay small.
 TOKENS_PER_BATCH = 4096
-# With a refinement a batch is also what one step trains on, and many small steps go further than few large ones.
+# With a refinement one step trains on one batch, and many small steps reach further than a few large ones.
 TOKENS_PER_STEP = 1024
 
 
 class Strategy:
     """Makes the layers of a run; this one solves each of them and leaves it so."""
 
-    # Whether layers are trained after they were solved. Then every block meets what the compressed ones before it give.
+    # True if layers are trained after the solve; the inputs of a block then come from the compressed blocks before it.
     refines = False
 
     def check(self, recipe: Recipe, *, keeps_codes: bool) -> None:
@@ -101,7 +101,7 @@ class ModelRefined(BlockRefined):
     def make_layers(self, job: CompressJob, session: Session) -> None:
         """Make the layers that are not yet in the directory."""
         work = job.directory.path / "work"
-        # What lies there is what a block refinement makes, and its record says so.
+        # The folder holds the result of a block refinement, and its recipe says so.
         of_blocks = job.recipe.changed({"refine": "block"})
         with started_run(work / "solved", of_blocks, job.directory.source_fingerprint) as solved:
             self._solve(job, solved, session)
@@ -122,7 +122,7 @@ class ModelRefined(BlockRefined):
 
     def _refine(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
         recipe, batch = job.recipe, self.windows_per_batch(job.recipe)
-        # Windows that the layers were solved on would flatter the start: its errors on those are mended already.
+        # Other windows than those of the solve, whose errors are already corrected: they would favour the start.
         windows = job.windows.draw_others(batch * refinement_batches(recipe))
         started = time.perf_counter()
         try:
@@ -130,7 +130,7 @@ class ModelRefined(BlockRefined):
                 job.model, job.plan.blocks, windows, device=job.device, compute=job.compute, batch=batch
             )
             with session.progress("refine the model") as progress:
-                found = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
+                refinement = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
@@ -138,7 +138,7 @@ class ModelRefined(BlockRefined):
                 "--seqlen or with --refine block."
             ) from None
         session.seconds["refine the model"] = time.perf_counter() - started
-        for name, stored in refined_layers(found, job.plan, solved).items():
+        for name, stored in refined_layers(refinement, job.plan, solved).items():
             job.directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
 
 

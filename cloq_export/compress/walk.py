@@ -79,7 +79,7 @@ class BlockWalk:
         self._job = job
         self._console = console
         self._initialisation = strategy.initialisation(recipe)
-        # A refinement of blocks takes its inputs from behind the compressed prefix, whatever the layers' targets are.
+        # A refinement needs inputs that come from the compressed blocks, whether or not targets are error-aware.
         self._error_aware = recipe.error_aware > 0.0 or strategy.refines
         self._here = LocalWorkers([job.device])
         self._workers = workers or self._here
@@ -300,7 +300,7 @@ class BlockWalk:
     def _solve(self, requests: Iterable[SolveRequest], workers: Workers) -> Iterator[dict[str, SolvedLayer]]:
         """Solve groups and yield their layers, stored unless their block is still to be refined."""
         if self._job.device.type == "cuda":
-            # What was asked of the device before must not count as solving.
+            # Work that is still queued on the device must not be counted as solving.
             torch.cuda.synchronize(self._job.device)
         started = time.perf_counter()
         for solved in workers.solve(requests):
@@ -319,7 +319,7 @@ class BlockWalk:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """One block on its way.
+    """One block while its layers are solved.
 
     Args:
         index: its number.

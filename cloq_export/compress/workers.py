@@ -53,7 +53,7 @@ def solve_on(request: SolveRequest, device: torch.device) -> dict[str, SolvedLay
     except torch.OutOfMemoryError:
         if len(plans) == 1 and device.type == "cpu":
             raise
-    # Outside of `except`, where the traceback no longer holds the tensors of the attempt.
+    # Outside of `except`: inside, the traceback would keep the tensors of the attempt alive.
     _free(device)
     if len(plans) > 1:
         try:
@@ -104,7 +104,7 @@ class LocalWorkers:
             for request in requests:
                 yield solve_on(request, self._devices[0])
             return
-        # One thread a device: a device that is given two requests at once would hold the memory of both.
+        # One thread for each device: two requests at once would need the memory of both.
         pools = [concurrent.futures.ThreadPoolExecutor(1) for _ in self._devices]
         try:
             waiting = [

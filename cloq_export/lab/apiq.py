@@ -15,7 +15,7 @@ from cloq_export.compress.problem import ADAPTER_DTYPES, Dequantized, LayerProbl
 from cloq_export.compress.strategies import BlockRefined
 from cloq_export.errors import NonFiniteError, RecipeError
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.lab.clipped_layer import ClippedLayer
+from cloq_export.lab.clipped_layer import ClippedLayer, StoredForm
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.recipe import Recipe
 from cloq_export.refine import OutputObjective, TrainableLayer, held_out_batches, squared_error, train_layers
@@ -60,16 +60,10 @@ def clipped(parameter: nn.Parameter, problem: LayerProblem, recipe: Recipe, dtyp
         recipe: every option of the run.
         dtype: in which the forward pass multiplies weights.
     """
-    return ClippedLayer(
-        parameter,
-        problem.weight.to(parameter.device),
-        problem.plan.spec,
-        problem.plan.rank,
-        adapter_dtype=ADAPTER_DTYPES[recipe.adapter_dtype],
-        dtype=dtype,
-        seed=recipe.seed ^ zlib.crc32(problem.plan.name.encode()),
-        least_zero=LAYOUTS[recipe.format].least_zero,
-    )
+    plan, least_zero = problem.plan, LAYOUTS[recipe.format].least_zero
+    form = StoredForm(plan.spec, plan.rank, ADAPTER_DTYPES[recipe.adapter_dtype], least_zero)
+    seed = recipe.seed ^ zlib.crc32(plan.name.encode())
+    return ClippedLayer(parameter, problem.weight.to(parameter.device), form, dtype=dtype, seed=seed)
 
 
 class BlockWiseRefiner(BlockRefiner):
@@ -81,8 +75,8 @@ class BlockWiseRefiner(BlockRefiner):
 
     def refine_block(self, block: SolvedBlock, targets: Sequence[torch.Tensor]) -> dict[str, SolvedLayer]:
         """Train the layers of a block together, and keep the pairs that were trained."""
-        found = self._train(block, self._install(block), targets)
-        return self._finished(self._candidates(block.solved, found), found, found.error_after)
+        refinement = self._train(block, self._install(block), targets)
+        return self._finished(self._candidates(block.solved, refinement), refinement, refinement.error_after)
 
     @staticmethod
     def _measure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -125,8 +119,8 @@ class LayerWiseRefiner(BlockWiseRefiner):
                 return nn.functional.linear(seen[batch], own)
 
             objective = OutputObjective(trainable, forward, targets, self._measure)
-            found = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
-            finished |= self._finished(self._candidates({name: layer}, found), found, found.error_after)
+            refinement = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
+            finished |= self._finished(self._candidates({name: layer}, refinement), refinement, refinement.error_after)
         return finished
 
     def refine(self, block: SolvedBlock) -> dict[str, SolvedLayer]:

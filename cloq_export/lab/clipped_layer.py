@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -13,6 +14,23 @@ from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 _START = 4.0
 _RANGE_RATE, _ADAPTER_RATE, _DECAY = 5e-3, 5e-4, 0.1
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredForm:
+    """How a layer is stored.
+
+    Args:
+        spec: the grid.
+        rank: of the adapter; 0 trains the ranges alone.
+        adapter_dtype: in which A and B are stored.
+        least_zero: smallest zero that the layout can hold, 0 or 1.
+    """
+
+    spec: QuantSpec
+    rank: int
+    adapter_dtype: torch.dtype
+    least_zero: int = 0
 
 
 class ClippedLayer:
@@ -30,31 +48,20 @@ class ClippedLayer:
     Args:
         parameter: where `install` puts the weight.
         weight: W, (out, in) float32.
-        spec: the grid.
-        rank: of the adapter; 0 trains the ranges alone.
-        adapter_dtype: in which A and B are stored.
+        form: in which it is stored.
         dtype: of the installed weight.
         seed: draws A.
-        least_zero: smallest zero that the layout can hold, 0 or 1.
     """
 
     def __init__(
-        self,
-        parameter: nn.Parameter,
-        weight: torch.Tensor,
-        spec: QuantSpec,
-        rank: int,
-        *,
-        adapter_dtype: torch.dtype,
-        dtype: torch.dtype,
-        seed: int,
-        least_zero: int = 0,
+        self, parameter: nn.Parameter, weight: torch.Tensor, form: StoredForm, *, dtype: torch.dtype, seed: int
     ) -> None:
         self.parameter = parameter
+        spec, rank = form.spec, form.rank
         self._spec = spec
-        self._least_zero = least_zero
+        self._least_zero = form.least_zero
         self._dtype = dtype
-        self._adapter_dtype = adapter_dtype
+        self._adapter_dtype = form.adapter_dtype
         out_features, in_features = weight.shape
         self._weight = weight.view(out_features, spec.group_count(in_features), -1)
         self._low = self._weight.amin(-1, keepdim=True).clamp_max(0.0)

@@ -1,4 +1,4 @@
-"""Train from several start points on the same data and steps, and put what came of it side by side."""
+"""Train from several start points on the same data with the same steps, and compare the results."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.lab.comparison import STARTS, Comparison, base_name, base_recipe, row_name
 from cloq_export.lab.comparison_report import write_comparison
-from cloq_export.lab.row_folder import (
-    RowFolder,
-    making_cost,
-    row_path,
-)
+from cloq_export.lab.row_folder import RowFolder, making_cost, row_path
 from cloq_export.lab.trainers import FloatTrainer, RunTrainer, Trainer, UnavailableError
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens
 from cloq_export.texts.named_sets import load_examples
+from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
-from cloq_export.verbs.verbs import adapt, run
+from cloq_export.verbs.run import run
 
 
 def compare(
@@ -122,11 +119,11 @@ class ComparisonFolder:
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
-            summary = run(recipe, folder, console=self.console)
+            summary = run(recipe, folder, console=self.console).to_json()
             figures = {
                 **making_cost(summary, in_one_go=in_one_go),
                 "environment": self.rows.environment(),
-                # Where the text lay says nothing; its hash does.
+                # The path of the text is left out; its hash identifies it.
                 "perplexity": {key: value for key, value in summary["perplexity"].items() if key != "text"},
             }
             with RunDirectory.open(folder) as directory:
@@ -179,7 +176,7 @@ class ComparisonFolder:
 
 
 def _check_data(options: Mapping[str, Any]) -> None:
-    """Read what a task is learned and judged by, which is cheap, before a base is made for it.
+    """Read the data of a task, which is cheap, before a base is made for it.
 
     Raises:
         CloqError: something is not there, or cannot be read.

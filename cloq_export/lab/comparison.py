@@ -20,7 +20,7 @@ from cloq_export.parity.tasks import task_names
 from cloq_export.recipe import FineTuneRecipe, Recipe
 
 FLOAT_BITS, NF4_BITS = 16, 4
-# The start that all others are put beside.
+# The start that all others are compared with.
 LORA = "lora"
 
 
@@ -142,7 +142,7 @@ _JUDGED_BY = {
 
 
 def _are_seeds(value: Any) -> bool:
-    # YAML's keys are read as texts.
+    # Keys of a YAML mapping are read as texts.
     return is_mapping(value) and all(str(width).isdecimal() and listed(whole(0))(own) for width, own in value.items())
 
 

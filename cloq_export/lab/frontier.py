@@ -1,4 +1,4 @@
-"""Measure what every method makes of a model, beside what it stores and how long it takes."""
+"""Measure the quality of every method on a model beside its stored size and its time."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from cloq_export.parity.perplexity import perplexity
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import calibration_windows, evaluation_text, evaluation_tokens, load_text
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
-from cloq_export.verbs.verbs import run
+from cloq_export.verbs.run import run
 
-# What a run measures by itself is not looked at.
-OWN_EVALUATION = {"eval_windows": 1, "eval_window": 64}
+# The evaluation that belongs to a run is not used, so it is kept small and needs no data set.
+OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
 
 
 def measure_frontier(
@@ -118,7 +118,7 @@ class FrontierFolder:
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
         in_one_go = not place.exists()
-        summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console)
+        summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console).to_json()
         adapter = Recipe().adapter_name if case.rank else None
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)

@@ -19,7 +19,7 @@ FORMAT, FORMAT_VERSION = "cloq-frontier", 1
 MEAN = "mean"
 # Perplexities up to so many times the float model's are plotted.
 _PLOTTED = 20
-# What the plots are over: field of a row, the end of the picture's name, what the axis says.
+# The x axes of the plots: field of a row, suffix of the picture's name, label of the axis.
 _OVER = (("stored_bits_per_weight", "bits", "stored bits a weight"), ("seconds", "seconds", "seconds"))
 
 
@@ -63,12 +63,12 @@ def frontier_table(result: Mapping[str, Any]) -> str:
         cells = [f"{row['method']}, {row['bits']} bits" if row is not plain else FLOAT, str(row["rank"])]
         cells.append(f"{row['stored_bits_per_weight']:.2f}")
         for text in texts:
-            found = row["perplexity"][text]
-            cell = f"{found['value']:.2f}"
-            if found["standard_error"] is not None:
-                cell += f" ± {found['standard_error']:.2f}"
+            measured = row["perplexity"][text]
+            cell = f"{measured['value']:.2f}"
+            if measured["standard_error"] is not None:
+                cell += f" ± {measured['standard_error']:.2f}"
             if plain is not None and row is not plain:
-                cell += f" ({found['value'] / plain['perplexity'][text]['value']:.2f}x)"
+                cell += f" ({measured['value'] / plain['perplexity'][text]['value']:.2f}x)"
             cells.append(cell)
         if asks:
             solved = _measured(row, None)
@@ -105,14 +105,14 @@ def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
         level = None if of_float is None else (FLOAT, of_float["value"])
         if field == "seconds" and len(result["environments"]) > 1:
             x_label = "seconds, on several machines: the table says which"
-        # What has lost the language would press all others together.
+        # A method whose perplexity has exploded would squeeze all others together.
         limit = math.inf if text is None or level is None else _PLOTTED * level[1]
         series: list[Points] = []
         for method in dict.fromkeys(row["method"] for row in means):
             points = [
-                (row[field], found["value"], found["standard_error"])
+                (row[field], measured["value"], measured["standard_error"])
                 for row in means
-                if row["method"] == method and row[field] is not None and (found := _measured(row, text)) is not None
+                if row["method"] == method and row[field] is not None and (measured := _measured(row, text)) is not None
             ]
             if not points:
                 continue
@@ -139,7 +139,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for field in ("stored_bits_per_weight", "seconds", "memory_beyond_model_bytes"):
             mean[field] = _mean(row.get(field) for row in own)
-        # Rows of the time before questions were asked have none.
+        # Older rows, from before questions were asked, have none.
         solved = [row["accuracy"] for row in own if "accuracy" in row]
         if solved:
             mean["accuracy"] = _over_seeds(solved)

@@ -23,16 +23,12 @@ from cloq_export.models.saving import save_plain
 from cloq_export.models.source import open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.recipe import FineTuneRecipe, Recipe
-from cloq_export.verbs.finetuning import (
-    ZERO_RANK,
-    ZERO_START,
-    finetune,
-    read_training_data,
-    report_name,
-    run_training,
-    training_device,
-    zero_pairs,
-)
+from cloq_export.train.data import read_training_data
+from cloq_export.train.launched import Placement
+from cloq_export.train.pairs import zero_pairs
+from cloq_export.verbs.finetune import finetune, run_training
+from cloq_export.verbs.training_result import report_name
+from cloq_export.verbs.training_start import ZERO_RANK, ZERO_START
 
 
 class UnavailableError(Exception):
@@ -106,18 +102,18 @@ class FloatTrainer(Trainer):
         self._kind = STARTS[start].kind
 
     def train(self, recipe: FineTuneRecipe, *, judge: bool = True) -> Trained:
-        device, dtype = training_device(recipe)
+        placement = Placement.of(recipe)
         loaded = open_model(self._comparison.model, dtype=torch.float32)
         options = {**self._comparison.quantize, "model": self._comparison.model}
         options.pop("preset", None)
         plan, _ = plan_model(loaded.model, Recipe.from_mapping(options))
         shapes = {name: tuple(loaded.model.get_submodule(name).weight.shape) for name in plan.modules}
-        model = loaded.model.to(dtype) if self._kind == "float" else self._nf4(loaded, dtype)
+        model = loaded.model.to(placement.dtype) if self._kind == "float" else self._nf4(loaded, placement.dtype)
         attach_pairs(model, zero_pairs(shapes, dict.fromkeys(shapes, ZERO_RANK), recipe.seed))
         session = Session(self._console)
         data = read_training_data(recipe, loaded.tokenizer, bos=self._comparison.bos)
         folder = self._folder(recipe)
-        training = run_training(session, model, data, recipe, folder, device, dtype)
+        training = run_training(session, model, data, recipe, folder, placement)
         if judge and self._kind == "float":
             model.to(torch.float32)
         return dataclasses.asdict(training.curve), model, loaded.tokenizer
@@ -147,8 +143,8 @@ class FloatTrainer(Trainer):
         except Exception as error:  # the library raises what its backend raises
             raise UnavailableError(" ".join(str(error).split())[:200]) from None
         for module in model.modules():
-            # On a CPU the library repacks its codes at the first evaluation, for good and only for rows of whole
-            # blocks; the trained layers must go on with the codes that they have.
+            # On a CPU the library repacks its codes for good at the first evaluation, and only supports rows of whole
+            # blocks; training must go on with the original codes.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ from cloq_export.recipe.finetune import finetune_faults
 from cloq_export.recipe.presets import PRESETS
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-# Where a recipe says 0: after so many steps a refinement is near its end.
+# Steps of a refinement where a recipe says 0: more bring little.
 REFINE_STEPS = 200
 OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
@@ -180,7 +180,7 @@ class Recipe:
         faults = [fault for name in FIELDS for fault in _faults_of(name, getattr(self, name))]
         if faults:
             raise recipe_error(faults)
-        # Own copies, so that a caller's later edit cannot change a frozen recipe.
+        # Copies, so that a later edit by the caller cannot change a frozen recipe.
         copies = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
         object.__setattr__(self, "overrides", copies)
         object.__setattr__(self, "finetune", dict(self.finetune))

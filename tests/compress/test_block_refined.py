@@ -12,12 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.block_refined import BlockRefiner, SolvedBlock
 from cloq_export.recipe import Recipe
 from cloq_export.refine import train_layers
-from cloq_export.verbs import ExportOptions
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.inspect import inspect as inspect_folder
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
 
 RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
@@ -35,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeFor, silent
     folder = tmp_path_factory.mktemp("block") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cloq_export.compress.strategies.TOKENS_PER_STEP", 64)
-        verbs.run(recipe_for("llama", refine="block", **SMALL), folder, console=silent)
+        make_run(recipe_for("llama", refine="block", **SMALL), folder, console=silent)
     return folder
 
 
@@ -74,7 +77,7 @@ def test_steps_without_a_number_are_those_of_the_package(
 
     monkeypatch.setattr("cloq_export.compress.block_refined.train_layers", watched)
     recipe = recipe_for("llama", refine="block", **{**SMALL, "refine_steps": asked})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     assert set(made) == {steps}
 
 
@@ -94,7 +97,7 @@ def test_codes_are_trained_where_there_is_no_adapter(
 
     monkeypatch.setattr(BlockRefiner, "refine_block", watched)
     recipe = recipe_for("llama", **{**SMALL, "rank": rank, "refine": "block", "refine_steps": 60, "samples": 96})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     assert len(changed) == 14
     if rank:
         assert max(changed) == 0.0
@@ -126,14 +129,14 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "write_layer", stop)
         with pytest.raises(KeyboardInterrupt):
-            verbs.run(recipe, run, console=silent)
+            make_run(recipe, run, console=silent)
     assert len(list((run / "layers").iterdir())) == 9
-    verbs.run(recipe, run, console=silent)
+    make_run(recipe, run, console=silent)
     assert contents(run) == expected
     for path in random.Random(0).sample(sorted((run / "layers").iterdir()), 3):
         path.unlink()
     shutil.rmtree(run / "checkpoint")
-    verbs.run(recipe, run, console=silent)
+    make_run(recipe, run, console=silent)
     assert contents(run) == expected
 
 
@@ -143,14 +146,14 @@ def test_a_diverging_block_is_kept_at_its_start_and_reported(
     monkeypatch.setattr(
         "cloq_export.compress.block_refined.relative_error", lambda output, target: (output - target).sum() * torch.nan
     )
-    summary = verbs.run(recipe_for("llama", refine="block", **SMALL), tmp_path / "run", console=silent)
+    summary = make_run(recipe_for("llama", refine="block", **SMALL), tmp_path / "run", console=silent)
     layers = RunDirectory.open(tmp_path / "run").read_report("layers")["layers"]
     for layer in layers:
         assert layer["refined_step"] == 0
         assert layer["notes"] == [
             "the refinement was given up after 0 steps and the layer kept at its start: the error turned NaN or Inf"
         ]
-    assert any("the error turned NaN or Inf" in warning for warning in summary["layers"]["warnings"])
+    assert any("the error turned NaN or Inf" in warning for warning in summary.layers.warnings)
     # What is kept is what was solved: its pair is the closed form.
     assert all(layer["error_adapted"] == pytest.approx(layer["error_bound"], rel=1e-3) for layer in layers)
 
@@ -159,15 +162,15 @@ def test_a_diverging_block_is_kept_at_its_start_and_reported(
 def test_refined_layers_export_like_any_other(layout: str, tmp_path: Path, made: Path, silent: Console) -> None:
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
-    verbs.export(folder, ExportOptions(format=layout, out=tmp_path / "export"), console=silent)
-    assert verbs.inspect(tmp_path / "export", verify=True)
+    write_export(folder, ExportOptions(format=layout, out=tmp_path / "export"), console=silent)
+    assert inspect_folder(tmp_path / "export", verify=True)
 
 
 def test_adapters_alone_are_refined_for_codes_that_stand(tmp_path: Path, made: Path, silent: Console) -> None:
     run = tmp_path / "run"
     shutil.copytree(made, run)
     before = {path.name: path.read_bytes() for path in (run / "layers").iterdir()}
-    verbs.adapt(run, {"rank": 2, "adapter_name": "small"}, console=silent)
+    adapt(run, {"rank": 2, "adapter_name": "small"}, console=silent)
     assert {path.name: path.read_bytes() for path in (run / "layers").iterdir()} == before
     report = RunDirectory.open(run).read_report("adapter-small")["layers"]
     assert {layer["rank"] for layer in report} == {2}
@@ -178,7 +181,7 @@ def test_experts_that_no_token_reaches_are_refined_around(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
     recipe = recipe_for("plain-experts", refine="block", **{**SMALL, "refine_steps": 4, "samples": 4})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     certificates = RunDirectory.open(tmp_path / "run").certificates()
     unreached = [c for c in certificates if c.tokens == 0]
     assert unreached

@@ -19,7 +19,8 @@ from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import Recipe, load_recipe
-from cloq_export.verbs import quantize, run
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run
 
 BUDGET = 7.0
 
@@ -74,7 +75,7 @@ def test_the_choice_is_a_recipe_that_makes_the_same_bytes(
 def test_the_same_command_goes_on_with_the_same_choice(budgeted: tuple[Recipe, pathlib.Path], silent: Console) -> None:
     recipe, folder = budgeted
     before = (folder / "run.json").read_bytes()
-    assert run(recipe, folder, console=silent)["perplexity"]
+    assert run(recipe, folder, console=silent).perplexity
     assert (folder / "run.json").read_bytes() == before
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloq_export import verbs
 from cloq_export.compress import workers
 from cloq_export.compress.initialisations import ClosedForm
 from cloq_export.compress.plan import ModulePlan
@@ -21,6 +20,7 @@ from cloq_export.errors import UsageError
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerStats, QuantSpec
+from cloq_export.verbs.quantize import quantize
 
 CPU = torch.device("cpu")
 PROBE = Path(__file__).parent / "probes" / "ray_workers.py"
@@ -109,13 +109,11 @@ def test_a_walk_that_runs_out_of_memory_goes_on_with_fewer_windows(fitting, reci
     monkeypatch.setattr(BlockStream, "forward_batch", limited)
     if not fitting:
         with pytest.raises(UsageError, match=r"ran out with one calibration window .* a smaller --seqlen than 32"):
-            verbs.quantize(recipe_for(), tmp_path / "run", console=silent)
+            quantize(recipe_for(), tmp_path / "run", console=silent)
         return
-    summary = verbs.quantize(recipe_for(), tmp_path / "run", console=silent)
+    summary = quantize(recipe_for(), tmp_path / "run", console=silent)
     assert [tried[0], max(tried[2:])] == [4, 1]
-    notes = [
-        note for note in summary["notes"] if note.startswith("memory ran out: from there on 1 calibration windows")
-    ]
+    notes = [note for note in summary.notes if note.startswith("memory ran out: from there on 1 calibration windows")]
     assert len(notes) == 1
 
 

@@ -10,11 +10,13 @@ import pytest
 from rich.console import Console
 
 import cloq_export.lab  # noqa: F401  # registers the start points
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import RecipeError
 from cloq_export.recipe import Recipe
 from cloq_export.refine import train_layers
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run as make_run
 
 RecipeFor = Callable[..., Recipe]
 SMALL: dict[str, Any] = {"bits": 2, "samples": 16, "refine_steps": 20, "error_aware": 0.5}
@@ -27,7 +29,7 @@ def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scheme", ["apiq-lw", "apiq-bw"])
 def test_the_held_out_error_falls(scheme: str, tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
-    verbs.run(recipe_for("llama", refine=scheme, **SMALL), tmp_path / "run", console=silent)
+    make_run(recipe_for("llama", refine=scheme, **SMALL), tmp_path / "run", console=silent)
     certificates = RunDirectory.open(tmp_path / "run").certificates()
     assert len(certificates) == 14
     for certificate in certificates:
@@ -69,7 +71,7 @@ def test_steps_without_a_number_are_passes_over_the_windows(
 
     monkeypatch.setattr(f"cloq_export.{place}.train_layers", watched)
     recipe = recipe_for("llama", refine=scheme, **{**SMALL, "refine_steps": asked})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     assert set(made) == {steps}
 
 
@@ -77,7 +79,7 @@ def test_experts_that_no_token_reaches_stay_at_their_start(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
     recipe = recipe_for("plain-experts", refine="apiq-lw", **{**SMALL, "refine_steps": 4, "samples": 4})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     unreached = [c for c in RunDirectory.open(tmp_path / "run").certificates() if c.tokens == 0]
     assert unreached
     assert all(c.method == "apiq-lw" and c.refined_step is None for c in unreached)
@@ -85,19 +87,19 @@ def test_experts_that_no_token_reaches_stay_at_their_start(
 
 def test_apiq_cannot_keep_codes(tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
     run = tmp_path / "run"
-    verbs.quantize(recipe_for("llama", **{**SMALL, "samples": 4}), run, console=silent)
+    quantize(recipe_for("llama", **{**SMALL, "samples": 4}), run, console=silent)
     with pytest.raises(RecipeError, match="refine is 'apiq-bw', which makes codes of its own, and the codes are to be"):
-        verbs.adapt(run, {"rank": 2, "adapter_name": "other", "refine": "apiq-bw"}, console=silent)
+        adapt(run, {"rank": 2, "adapter_name": "other", "refine": "apiq-bw"}, console=silent)
 
 
 def test_apiq_takes_no_other_start(tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
     with pytest.raises(RecipeError, match="refine is 'apiq-bw', which makes A and B of its own, and init is 'loftq'"):
-        verbs.run(recipe_for("llama", refine="apiq-bw", init="loftq", **SMALL), tmp_path / "run", console=silent)
+        make_run(recipe_for("llama", refine="apiq-bw", init="loftq", **SMALL), tmp_path / "run", console=silent)
 
 
 def test_loftq_is_a_start_like_any_other(tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
     recipe = recipe_for("llama", refine="block", init="loftq", **{**SMALL, "error_aware": 0.0})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     certificates = RunDirectory.open(tmp_path / "run").certificates()
     assert {c.method for c in certificates} == {"loftq"}
     assert all(c.refined_error_after < c.refined_error_before for c in certificates)  # type: ignore[operator]

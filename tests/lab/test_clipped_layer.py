@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cloq_export.lab.clipped_layer import ClippedLayer
+from cloq_export.lab.clipped_layer import ClippedLayer, StoredForm
 from cloq_export.types import QuantSpec
 
 
 def clipped(weight: torch.Tensor, spec: QuantSpec, rank: int = 2) -> ClippedLayer:
     parameter = nn.Parameter(torch.full(weight.shape, torch.nan))
-    return ClippedLayer(parameter, weight, spec, rank, adapter_dtype=torch.float16, dtype=torch.float32, seed=4)
+    return ClippedLayer(parameter, weight, StoredForm(spec, rank, torch.float16), dtype=torch.float32, seed=4)
 
 
 def draw(shape=(6, 40), seed: int = 0) -> torch.Tensor:

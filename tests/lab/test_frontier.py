@@ -26,7 +26,7 @@ from cloq_export.lab.frontier_report import MEAN, frontier_plots, frontier_table
 from cloq_export.lab.peers import PEERS, PeerError, run_peer
 from cloq_export.process.hardware import describe_hardware
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.verbs import run
+from cloq_export.verbs.run import run
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
 
 @pytest.fixture(autouse=True)
 def _measured_on_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_windows": 1, "eval_window": 16})
+    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_text": "embedded", "eval_windows": 1, "eval_window": 16})
 
 
 @pytest.mark.slow

@@ -1,19 +1,19 @@
-"""`cloq serve`: an export or a run as an OpenAI-compatible server, checked before it starts."""
+"""An export or a run as an OpenAI-compatible server, checked before it starts."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import checkpoint_folder
-from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer
@@ -22,54 +22,51 @@ from cloq_export.files.spelled_paths import expand_user
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
 from cloq_export.recipe import Recipe
+from cloq_export.verbs.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
-    """What a server is asked to be.
+class ServedModel:
+    """What a server that answers serves.
 
     Args:
-        adapters: "NAME=FOLDER" of adapters that are served beside those of the export.
-        default: the adapter that plain requests get; None takes the only one, or the one that a run's recipe names.
-        name: the model's own name; None takes the folder's.
-        host: address to listen at.
-        port: 0 takes a free one.
-        dtype: of the activations; None takes float32 on the CPU and float16 on CUDA.
-        max_model_len: longest prompt with its answer; None takes the model's own, or what the memory holds.
-        max_lora_rank: rank that adapters may have; None takes what the served ones need.
-        max_loras: adapters in one batch; None takes all, at most 8.
-        kv_cache_gib: memory for keys and values on the CPU; None takes a share of what is free.
-        threads: threads on the CPU; None leaves it to vLLM.
-        python: interpreter of the engine's environment; None is this one.
-        force: take adapters of another base.
-        timeout: seconds after which a start is given up.
-        verbose: show the engine's lines from the start.
-        engine_options: more options of vLLM's server.
+        url: of the server.
+        name: the model's own name.
+        default: the adapter that answers to it; None if that is the quantized base itself.
+        base_name: the name of the base without an adapter.
+        models: every name that is answered to.
+        options: what vLLM was started with.
+        curl: a line to try it.
+        notes: what may surprise.
     """
 
-    adapters: tuple[str, ...] = ()
-    default: str | None = None
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str | None = None
-    max_model_len: int | None = None
-    max_lora_rank: int | None = None
-    max_loras: int | None = None
-    kv_cache_gib: int | None = None
-    threads: int | None = None
-    python: Path | None = None
-    force: bool = False
-    timeout: float = 1800
-    verbose: bool = False
-    engine_options: tuple[str, ...] = ()
+    url: str
+    name: str
+    default: str | None
+    base_name: str
+    models: Sequence[str]
+    options: Mapping[str, Any]
+    curl: str
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+        """Return what a plan has become; `notes` are those on its adapters."""
+        if plan.default is None:
+            notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
+        options = dict(plan.options)
+        return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan), notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq serve --json` prints."""
+        return dataclasses.asdict(self)
 
 
 def serve(
     export: Path,
     options: ServeOptions,
     *,
-    announce: Callable[[Mapping[str, Any]], None],
+    announce: Callable[[ServedModel], None],
     console: Console | None = None,
 ) -> None:
     """Serve an export until the program is interrupted or told to end.
@@ -96,7 +93,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(_describe(plan, server.models(), notes))
+            announce(ServedModel.of(plan, server.models(), notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -110,19 +107,20 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     Raises:
         CloqError: as `serve`.
     """
-    found = served_adapters(export)
+    adapters = served_adapters(export)
     default = options.default
     for text in options.adapters:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
             raise UsageError(f"the adapter {text!r:.80} is not of the form NAME=FOLDER.")
-        check_name(name, taken=found)
-        found[name] = Path(folder)
-    if default is None and len(found) > 1 and RunDirectory.is_run(export):
-        own = Recipe.from_mapping(RunDirectory.open(export).recipe).adapter_name
-        default = own if own in found else None
+        check_name(name, taken=adapters)
+        adapters[name] = Path(folder)
+    run = Artifact.open(export).run
+    if default is None and len(adapters) > 1 and run is not None:
+        own = Recipe.from_mapping(run.recipe).adapter_name
+        default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
-    return plan_server(export, found, ServerOptions(**asked | {"default": default}))
+    return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
 
 
 def served_adapters(export: Path) -> dict[str, Path]:
@@ -140,19 +138,3 @@ def adapter_notes(export: Path, options: ServeOptions) -> list[str]:
     outside = dict(text.split("=", 1) for text in options.adapters)
     carried = [carried_note(name, expand_user(folder)) for name, folder in outside.items()]
     return [*AdapterShelf.of(export).notes, *filter(None, carried)]
-
-
-def _describe(plan: ServerPlan, models: list[str], adapter_notes: list[str]) -> dict[str, Any]:
-    notes = list(adapter_notes)
-    if plan.default is None:
-        notes.append(f"there is no adapter, so {plan.name} is the quantized base itself")
-    return {
-        "url": plan.url,
-        "name": plan.name,
-        "default": plan.default,
-        "base_name": plan.base_name,
-        "models": models,
-        "options": dict(plan.options),
-        "curl": curl_line(plan),
-        "notes": notes,
-    }
