@@ -55,6 +55,10 @@ NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": Tr
 _HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES)
 
 
+# What a config counts, and what some classes use only when they compute or write.
+_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """Where a model's files are and what they are; nothing of it is loaded.
@@ -234,6 +238,7 @@ def load_source(
             _refuse_untied(source, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
+    require_forward(model.eval(), source.name)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 
@@ -441,6 +446,45 @@ def check_finite(model: nn.Module) -> None:
                 f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
                 "save it again."
             )
+
+
+def _slides(config: Any) -> bool:
+    # Without layers that slide, any number says that there is no window.
+    return not isinstance(getattr(config, "sliding_window", None), int) or "sliding_attention" in (
+        getattr(config, "layer_types", None) or ["sliding_attention"]
+    )
+
+
+def require_forward(model: Any, source: str) -> None:
+    """Run a few tokens through a model: what a config names wrongly, some classes look up only when they compute.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        source: what it was read from, for the message.
+
+    Raises:
+        UnsupportedModelError: the model cannot compute.
+    """
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=next(model.parameters()).device)
+    config = model.config.get_text_config()
+    counts = [name for name in _COUNTS if name != "sliding_window" or _slides(config)]
+    try:
+        for name in counts:
+            value = getattr(config, name, None)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r:.60}")
+        with torch.no_grad(), quiet_transformers():
+            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+            options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+            model(input_ids=ids[:, :1], **options).logits  # noqa: B018
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises whatever a value that it does not know leads to
+        raise UnsupportedModelError(
+            f"{source}: {type(model).__name__} cannot compute with its config.json ({_first_line(error)}); values such "
+            "as layer_types and sliding_window must be those that transformers knows. Compare the file with the "
+            "original, or update transformers."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class Finding:
         return dataclasses.asdict(self)
 
 
+def join_some(entries: Sequence[str], between: str = ", ") -> str:
+    """Return the first few of many entries, and how many more there are."""
+    more = len(entries) - _SHOWN
+    comma = "," if between == "; " else ""
+    return between.join(entries[:_SHOWN]) + (f"{comma} and {more} more" if more > 0 else "")
+
+
 def judge_codes(record: BaseRecord, fingerprint: str, digests: Mapping[str, str]) -> Finding:
     """Compare codes, scales and zeros with those that the run made.
 
@@ -70,7 +77,7 @@ def judge_codes(record: BaseRecord, fingerprint: str, digests: Mapping[str, str]
     return Finding(
         "codes",
         CONTRADICTED,
-        f"{_some(differing)} hold other codes, scales or zeros than the run made (base {record.base_fingerprint})"
+        f"{join_some(differing)} hold other codes, scales or zeros than the run made (base {record.base_fingerprint})"
         if differing
         else f"the record speaks of the base {record.base_fingerprint}",
     )
@@ -92,7 +99,7 @@ def judge_tokenizer(record: TokenizerRecord, found: TokenizerRecord, *, what: st
         differing = sorted(
             name for name in {*record.special, *found.special} if record.special.get(name) != found.special.get(name)
         )
-        return Finding(what, CONTRADICTED, f"{_some(differing)} is another token than {against}")
+        return Finding(what, CONTRADICTED, f"{join_some(differing)} is another token than {against}")
     if record.chat != found.chat:
         return Finding(what, CONTRADICTED, f"the chat template makes another prompt than {against}")
     return Finding(what, PROVEN)
@@ -142,7 +149,7 @@ def judge_adapter(
     missing, added = sorted(set(record.pairs) - set(found)), sorted(set(found) - set(record.pairs))
     if missing or added:
         verb = "lacks" if missing else "adds"
-        return Finding(what, CONTRADICTED, f"it {verb} the pairs of {_some(missing or added)}")
+        return Finding(what, CONTRADICTED, f"it {verb} the pairs of {join_some(missing or added)}")
     served = pairs_digest({module: pair.sha256 for module, pair in found.items()})
     if record.training is not None and served == record.training.start:
         return Finding(what, CONTRADICTED, "its pairs are those that the training started from, not what it ended with")
@@ -206,8 +213,3 @@ def probe_differences(recorded: Any, measured: list[torch.Tensor]) -> dict[str, 
 
 def _digests(record: AdapterRecord) -> dict[str, str]:
     return {module: pair.sha256 for module, pair in record.pairs.items()}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -49,13 +49,14 @@ def collect_metrics(report: Mapping[str, Any]) -> dict[str, float | None]:
     Args:
         report: the report as it is measured so far.
     """
-    subjects = [each["name"] for each in report["adapters"]] or [None]
+    adapters = [each["name"] for each in report["adapters"]]
+    subjects, scored = adapters or [None], [*adapters, None]
     numerics = report["numerics"]
-    served = _of(numerics, subjects, measured="served", against="reference")
+    served = _of(numerics, scored, measured="served", against="reference")
     packed = _of(numerics, subjects, measured="packed", against="reference") or (
         served if report["runtime"] == "hf" and report["dtype"] == "float32" else []
     )
-    longest = _of(numerics, subjects, measured="served at length", against="reference")
+    longest = _of(numerics, scored, measured="served at length", against="reference")
     own, own_longest = (
         next((row["mean"] for row in numerics if row["measured"] == f"float in served precision{at}"), None)
         for at in ("", ", at length")

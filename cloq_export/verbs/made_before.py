@@ -29,6 +29,7 @@ from cloq_export.formats.peft import Adapter, read_adapter
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
 from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
+from cloq_export.parity.genai_settings import compare_genai_settings
 from cloq_export.parity.provenance import (
     CONTRADICTED,
     NOT_PROVEN,
@@ -325,6 +326,8 @@ def compare_float_part(checkpoint: Checkpoint | OnnxExport, loaded: LoadedModel)
     findings = [compare_config(checkpoint.config, loaded.model, str(checkpoint.folder / "config.json"))]
     if isinstance(checkpoint, Checkpoint):
         findings.append(compare_tensors(checkpoint, loaded))
+    else:
+        findings.append(compare_genai_settings(checkpoint.folder, loaded))
     return [
         *findings,
         *compare_tokenizer(checkpoint.folder, loaded),

@@ -58,7 +58,7 @@ from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, probe_d
 from cloq_export.parity.quality import perplexity_entry
 from cloq_export.parity.questions import DEFAULT_QUESTIONS, blindness, question_facts
 from cloq_export.parity.report import FORMAT_VERSION, REPORT_FORMAT, collect_metrics, write_report
-from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
+from cloq_export.parity.scales import SCALE_LIMIT, ScaleErrors, ServedWindow, measure_scales, share_windows
 from cloq_export.parity.tasks import (
     PERPLEXITY,
     Questions,
@@ -90,9 +90,11 @@ _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed, and the prompts that are continued in mixed batches.
 _LONGEST = 2048
 _MIXED_PROMPTS = 4
-# Tokens on which the scales of modules are measured, all that are served in half precision, and tokens of each window
-# on which modules are compared at first.
+# Tokens on which the base is scored without its adapters, in whole windows.
+_BASE_TOKENS = 2048
+# Tokens on which the scales of modules are measured, and tokens of each window on which modules are compared at first.
 _SCALE_TOKENS = {"float32": 1024}
+_SCALE_TOKENS_HALF = 4096
 _SCREENED_TOKENS = 128
 
 
@@ -241,6 +243,11 @@ class _Plan:
         """Return what is measured on text: every adapter, or the base if there is none."""
         return list(self.adapters) or [None]
 
+    @property
+    def scored(self) -> list[str | None]:
+        """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise."""
+        return [*self.adapters, None]
+
 
 def _read_checkpoint(
     export: Path, options: VerifyOptions
@@ -337,7 +344,7 @@ class _Verification:
         self.greedy: list[dict[str, Any]] = []
         self.liveness: list[dict[str, Any]] = []
         self.decoding: list[dict[str, Any]] = []
-        self.scales: dict[str, Any] | None = None
+        self.scales: ScaleErrors | None = None
         self.isolation: dict[str, Any] | None = None
         # Adapter -> hashes of the questions and prompts that it was trained on, as far as they are known.
         self.training_hashes: Mapping[str, Container[str]] = plan.made.trained_on()
@@ -490,6 +497,11 @@ class _Verification:
             mine = self._prompts_of(number)
             self.expected[adapter] = reference.generate(mine, [adapter] * len(mine), self.options.new_tokens)
             self._answer("reference", reference, adapter)
+        if plan.adapters:
+            self.reference_logprobs[None] = measure_logprobs(
+                reference, base := self._windows_of(None), [None] * len(base)
+            )
+            self.longest_logprobs[None] = measure_logprobs(reference, [self.longest], [None])
         for adapter, read in self.shown_live.items():
             self.session.say(f"leave out each of {len(read.pairs)} modules of {adapter} in turn")
             with self._phase("liveness"):
@@ -517,13 +529,16 @@ class _Verification:
         with self._served(plan.folders) as served:
             for number, adapter in enumerate(plan.subjects):
                 self._serve_text(served, adapter)
-                self._serve_longest(served, reference, adapter)
+                self._serve_longest(served, adapter)
+                self._serve_behind_long_prompts(served, reference, adapter)
                 self._serve_greedy(served, reference, adapter, number)
                 with self._attempt(f"tasks, {adapter or 'base'}"):
                     self._answer("served", served, adapter)
                 with self._attempt(f"probe of the last step, {adapter or 'base'}"):
                     self._serve_probe(served, adapter)
             if plan.adapters:
+                self._serve_text(served, None)
+                self._serve_longest(served, None)
                 with self._attempt("isolation"), self._phase("isolation"):
                     self.isolation = measure_isolation(served, self.isolated, list(plan.adapters))
                 self._serve_mixed(served, reference)
@@ -535,18 +550,28 @@ class _Verification:
 
     def _serve_text(self, served: ServedModel, adapter: str | None) -> None:
         with self._attempt(f"served logits, {adapter or 'base'}"):
-            logprobs = measure_logprobs(served, self.windows, [adapter] * len(self.windows))
+            windows = self._windows_of(adapter)
+            logprobs = measure_logprobs(served, windows, [adapter] * len(windows))
             self._add_numerics("served", "reference", adapter, logprobs, self.reference_logprobs[adapter])
-            self._add_perplexity("served", adapter, logprobs)
+            if adapter in self.plan.subjects:
+                self._add_perplexity("served", adapter, logprobs)
             self.served_logprobs[adapter] = logprobs
 
-    def _serve_longest(self, served: ServedModel, reference: ReferenceModel, adapter: str | None) -> None:
-        """Measure the longest text that is served, and texts that are written behind long prompts."""
-        new = min(self.options.new_tokens, max(1, len(self.longest) - 1))
-        of = adapter or "base"
-        with self._attempt(f"the longest text, {of}"), self._phase("longest"):
+    def _windows_of(self, adapter: str | None) -> list[list[int]]:
+        """Return the windows that are scored: fewer of the base alone, where it is not what is meant to be served."""
+        return (
+            self.windows if adapter in self.plan.subjects else self.windows[: -(-_BASE_TOKENS // self.options.window)]
+        )
+
+    def _serve_longest(self, served: ServedModel, adapter: str | None) -> None:
+        """Measure the longest text that is served."""
+        with self._attempt(f"the longest text, {adapter or 'base'}"), self._phase("longest"):
             logprobs = measure_logprobs(served, [self.longest], [adapter])
             self._add_numerics("served at length", "reference", adapter, logprobs, self.longest_logprobs[adapter])
+
+    def _serve_behind_long_prompts(self, served: ServedModel, reference: ReferenceModel, adapter: str | None) -> None:
+        """Judge texts that are written behind long prompts."""
+        new = min(self.options.new_tokens, max(1, len(self.longest) - 1))
         prompts = generation.long_prompts(self.longest, new, self.places) if self.options.prompts else []
         with self._judging("longest", adapter) as judge_written, self._phase("longest"):
             judge_written(reference, prompts, served.generate(prompts, [adapter] * len(prompts), new), new)
@@ -617,21 +642,26 @@ class _Verification:
         self.decoding.append(rows[0] if rows else generation.missing_row(adapter, kind))
 
     def _measure_scales(self, reference: ReferenceModel) -> None:
-        """Measure the scale of every quantized module, which all adapters share, as the first of them is served."""
+        """Measure the scale of every quantized module on windows that the adapters and the base share."""
         plan, options = self.plan, self.options
-        adapter = plan.subjects[0]
-        if _rounds_activations(plan.checkpoint) or adapter not in self.served_logprobs:
+        if _rounds_activations(plan.checkpoint) or set(self.served_logprobs) != set(plan.scored):
             return
-        wanted = _SCALE_TOKENS.get(options.dtype, len(self.windows) * options.window)
-        count = min(len(self.windows), -(-wanted // options.window))
+        tokens = _SCALE_TOKENS.get(options.dtype, _SCALE_TOKENS_HALF)
+        length, shared = share_windows(len(self.windows), tokens, options.window, len(plan.scored))
+        windows: list[ServedWindow] = []
+        for number, subject in shared:
+            adapter = plan.scored[subject]
+            # The base alone is scored on the first windows.
+            number = number if adapter in plan.subjects else number // len(plan.scored)
+            if number < len(self.served_logprobs[adapter]):
+                served, expected = self.served_logprobs[adapter][number], self.reference_logprobs[adapter][number]
+                ids = self.windows[number][:length]
+                windows.append(ServedWindow(ids, adapter, served[: length - 1], expected[: length - 1]))
         with self._attempt("scales of modules"), self._phase("scales"):
             self.scales = measure_scales(
                 reference,
-                self.windows[:count],
-                adapter,
+                windows,
                 list(plan.checkpoint.specs),
-                self.served_logprobs[adapter][:count],
-                self.reference_logprobs[adapter][:count],
                 screened=min(options.window, _SCREENED_TOKENS),
                 limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
                 seed=options.seed,
@@ -898,7 +928,7 @@ class _Verification:
             "quality": {"perplexity": self.perplexity, "tasks": self._task_entries()},
             "greedy": self.greedy,
             "decoding": self.decoding,
-            "scales": self.scales,
+            "scales": None if self.scales is None else self.scales.to_json(),
             "liveness": self.liveness,
             "isolation": self.isolation,
             "layers": _layer_certificates(plan.export),
@@ -941,7 +971,7 @@ def _where_it_fails(report: Mapping[str, Any]) -> list[str]:
         worst = report["scales"]["candidates"][0]
         found.append(
             f"the scale of {worst['module']} is off by {worst['error']:+.2%} ± {worst['standard_error']:.2%} "
-            f"with {report['scales']['adapter'] or 'the base'}"
+            f"with {', '.join(name or 'the base' for name in worst['adapters'])}"
         )
     for prefix, kinds in (("decode_gap", ("greedy", "longest")), ("mixed_decode_gap", ("mixed",))):
         rows = [row for row in report["decoding"] if row["kind"] in kinds and row["worst"]]

@@ -19,7 +19,7 @@ from cloq_export import verbs
 from cloq_export.engines.protocol import ServedModel, packed_model, reference_model
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
-from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
+from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows
 from cloq_export.recipe import Recipe
 from cloq_export.verbs import ExportOptions, VerifyOptions, verification, verify
 
@@ -335,6 +335,25 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
         writing(lambda engine, ids, names, new: engine.generate(ids, [None] * len(ids), new)),
         "decode_gap_max",
     ),
+    # the base without its adapters
+    "the base's own scores are off": (
+        scoring(
+            lambda engine, ids, names: [
+                values if name else values - 0.05
+                for values, name in zip(engine.prompt_logprobs(ids, names), names, strict=True)
+            ]
+        ),
+        "logprob_difference_max",
+    ),
+    "the base's own scores are off beyond a position": (
+        scoring(
+            lambda engine, ids, names: [
+                values if name else beyond(40, lambda v: v - 0.3)(values)
+                for values, name in zip(engine.prompt_logprobs(ids, names), names, strict=True)
+            ]
+        ),
+        "longest_difference_max",
+    ),
     # inside the model
     "activations in int8": (broken_model(rounded_inputs), "logprob_difference_max"),
     "other rotary angles": (broken_model(other_angles), "logprob_difference_max"),
@@ -435,35 +454,71 @@ def test_a_zero_that_is_off_by_one_in_one_group_is_found(
     assert "logprob_difference_max" in missed(verify(exported, options, console=SILENT))
 
 
+def served_windows(
+    windows: Sequence[Sequence[int]], names: Sequence[str | None], served: Any, expected: Any
+) -> list[ServedWindow]:
+    return [ServedWindow(*each) for each in zip(windows, names, served, expected, strict=True)]
+
+
 def test_scales_of_healthy_runtimes_show_no_error(exported: Path, text: Path) -> None:
     ids = [WORDS.index(word) for word in text.read_text().split()]
     windows = [ids[start : start + 48] for start in range(0, 1152, 48)]
     adapters = {"cloq": exported / "adapters" / "cloq"}
     reference = reference_model(exported, adapters)
-    names = ["cloq"] * len(windows)
+    names = ["cloq", None] * (len(windows) // 2)
     expected = reference.prompt_logprobs(windows, names)
     modules = sorted(path for path in reference.model("cloq").state_dict() if path.endswith("base_layer.weight"))
     modules = [path.removesuffix(".base_layer.weight") for path in modules]
     assert len(modules) == 7
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         served = packed_model(exported, adapters, dtype=dtype).prompt_logprobs(windows, names)
-        found = measure_scales(
-            reference, windows, "cloq", modules, served, expected, screened=32, limit=SCALE_LIMIT, seed=1
-        )
-        assert found["largest"] < SCALE_LIMIT
-        assert found["unseen"] == []
-        assert set(found["found"]) == set(modules)
+        measured = served_windows(windows, names, served, expected)
+        found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT, seed=1)
+        assert found.largest < SCALE_LIMIT
+        assert found.unseen == ()
+        assert set(found.found) == set(modules)
     name = "model.layers.0.mlp.up_proj"
-    with reference.scaled("cloq", name, 1.02):
+    with reference.scaled("cloq", name, 1.02), reference.scaled(None, name, 1.02):
         wrong = reference.prompt_logprobs(windows, names)
-    found = measure_scales(reference, windows, "cloq", modules, wrong, expected, screened=32, limit=SCALE_LIMIT)
-    assert found["candidates"][0]["module"] == name
-    assert found["largest"] == pytest.approx(0.02, abs=0.002)
+    measured = served_windows(windows, names, wrong, expected)
+    found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT)
+    assert found.candidates[0].module == name
+    assert found.largest == pytest.approx(0.02, abs=0.002)
+
+
+@pytest.mark.parametrize("path", ["cloq", None])
+def test_a_scale_that_is_wrong_with_one_adapter_alone_is_found(exported: Path, text: Path, path: str | None) -> None:
+    ids = [WORDS.index(word) for word in text.read_text().split()]
+    windows = [ids[start : start + 48] for start in range(0, 1152, 48)]
+    reference = reference_model(exported, {name: exported / "adapters" / name for name in ("cloq", "second")})
+    names = ["cloq", "second", None] * (len(windows) // 3)
+    expected = reference.prompt_logprobs(windows, names)
+    modules = [f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate", "down")]
+    with reference.scaled(path, modules[2], 1.01):
+        wrong = reference.prompt_logprobs(windows, names)
+    measured = served_windows(windows, names, wrong, expected)
+    found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT)
+    assert (found.candidates[0].module, found.candidates[0].adapters) == (modules[2], (path,))
+    assert found.largest == pytest.approx(0.01, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("windows", "window", "subjects", "length", "pieces"),
+    [
+        (16, 512, 1, 512, [(0, 0), (1, 0)]),
+        (16, 512, 2, 512, [(0, 0), (1, 1)]),
+        (16, 512, 4, 256, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (1, 512, 3, 341, [(0, 0), (0, 1), (0, 2)]),
+        (2, 24, 1, 24, [(0, 0), (1, 0)]),
+    ],
+)
+def test_the_budget_of_tokens_is_shared_out(
+    windows: int, window: int, subjects: int, length: int, pieces: list[tuple[int, int]]
+) -> None:
+    assert share_windows(windows, 1024, window, subjects) == (length, pieces)
 
 
 def test_too_few_tokens_say_nothing_of_scales(exported: Path) -> None:
-    reference = reference_model(exported, {})
-    found = measure_scales(
-        reference, [[3, 4]], None, ["model.layers.0.mlp.up_proj"], [torch.ones(1)], [torch.ones(1)], screened=2, limit=1
-    )
-    assert found["largest"] is None
+    window = ServedWindow([3, 4], None, torch.ones(1), torch.ones(1))
+    found = measure_scales(reference_model(exported, {}), [window], ["model.layers.0.mlp.up_proj"], screened=2, limit=1)
+    assert found.largest is None
