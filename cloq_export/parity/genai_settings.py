@@ -102,7 +102,9 @@ def _decoder_faults(decoder: Mapping[str, Any], loaded: LoadedModel) -> Iterator
     window = decoder.get("sliding_window")
     if window is not None:
         size = window.get("window_size") if isinstance(window, Mapping) else window
-        yield from _fault("sliding_window", size, [getattr(config, "sliding_window", None)])
+        wanted = getattr(config, "sliding_window", None)
+        if size != wanted:
+            yield f"sliding_window is {size!r:.60}, the float model's {wanted!r:.60}"
     for side, known in _NAMES.items():
         names = decoder.get(side)
         for key, name in dict(names if isinstance(names, Mapping) else {}).items():
