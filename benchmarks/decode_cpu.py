@@ -321,7 +321,7 @@ class Bench:
         """Measure transformers in float, and `cloq_export.load`."""
         import torch
 
-        from cloq_export.engines.transformers import load
+        from cloq_export.engines.transformers.loading import load
 
         if "transformers" in self.engines:
             todo = self.missing(files.label, "transformers", None, [0])
@@ -376,7 +376,7 @@ def call_vllm(python: str, job: Mapping[str, Any], threads: int, variables: Mapp
     Raises:
         SystemExit: it failed; the end of its output is shown.
     """
-    from cloq_export.engines.vllm.engine import engine_environment
+    from cloq_export.engines.vllm.process import engine_environment
 
     result = place / "result.json"
     result.unlink(missing_ok=True)
@@ -470,7 +470,7 @@ def main() -> None:
         return
     import torch
 
-    from cloq_export.engines.vllm.server import engine_facts
+    from cloq_export.engines.vllm.facts import engine_facts
     from cloq_export.files.atomic import write_json
     from cloq_export.files.versions import environment
     from cloq_export.kernels import cpu

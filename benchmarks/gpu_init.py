@@ -194,7 +194,7 @@ def measure(
             embedded = time.perf_counter() - began
             with contextlib.suppress(_OutOfTime):
                 walk.run()
-            certificates = [directory.read_layer(module).certificate for module in directory.completed_modules()]
+            certificates = directory.certificates()
     blocks_done, layers = len(done), shape.layers
     total = done[-1] - walk.seconds.write
     first = done[0]

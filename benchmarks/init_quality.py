@@ -244,7 +244,7 @@ def measure_setting(
     from rich.console import Console
 
     from cloq_export import verbs
-    from cloq_export.engines.transformers import dequantized_model, load
+    from cloq_export.engines.transformers.loading import dequantized_model, load
 
     kinds = [("quantized", None), ("adapter", recipe.adapter_name)] if has_adapter(recipe) else [("quantized", None)]
     # Q alone is what a setting without an adapter has; elsewhere it is not what is optimised, and can be left out.

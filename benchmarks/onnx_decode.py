@@ -32,8 +32,8 @@ from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
 from cloq_export.engines.onnx.engine import OnnxModel
 from cloq_export.engines.onnx.export import export_onnx
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, build_graph
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.files.atomic import write_json
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx.record import ADAPTER_NAME

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.engines.vllm.server import engine_facts
+from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.versions import environment

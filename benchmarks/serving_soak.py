@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from environment import describe_hardware, hardware_line, perturbed_adapters
 
-from cloq_export.engines.vllm.server import ServerClient, engine_facts
+from cloq_export.engines.vllm.client import ServerClient
+from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.versions import environment

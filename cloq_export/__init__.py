@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cloq_export.engines.transformers import dequantized_model, load
+    from cloq_export.engines.transformers.loading import dequantized_model, load
     from cloq_export.errors import CloqError
     from cloq_export.recipe import PRESETS, Recipe, load_recipe
     from cloq_export.types import LayerCertificate, LayerStats, LoraPair, Perplexity, QuantizedLayer, QuantSpec
@@ -26,8 +26,8 @@ _HOMES = {
     "QuantSpec": "cloq_export.types",
     "QuantizedLayer": "cloq_export.types",
     "Recipe": "cloq_export.recipe",
-    "dequantized_model": "cloq_export.engines.transformers",
-    "load": "cloq_export.engines.transformers",
+    "dequantized_model": "cloq_export.engines.transformers.loading",
+    "load": "cloq_export.engines.transformers.loading",
     "load_recipe": "cloq_export.recipe",
 }
 

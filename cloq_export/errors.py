@@ -69,6 +69,10 @@ class RunDirectoryError(CloqError):
     """A run directory belongs to another recipe or source, or cannot be written."""
 
 
+class OutputError(CloqError):
+    """Standard output cannot be written, for another reason than a reader that has gone."""
+
+
 class EngineError(CloqError):
     """An engine did not start, died, or refused a request; the message ends with its last lines."""
 

@@ -119,6 +119,17 @@ class LayerStats:
         """Return the number of input channels."""
         return self.gram.shape[0]
 
+    def to(self, device: torch.device) -> LayerStats:
+        """Return the statistics with their matrices on a device, themselves if they are there."""
+        if self.gram.device == device:
+            return self
+        gram = self.gram.to(device)
+        if self.drift is None or self.drift_gram is None:
+            return LayerStats(gram, self.tokens)
+        # Where both are one matrix they stay one: its factorisation is then shared.
+        drift_gram = gram if self.drift_gram is self.gram else self.drift_gram.to(device)
+        return LayerStats(gram, self.tokens, self.drift.to(device), drift_gram)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedLayer:
@@ -179,6 +190,12 @@ class QuantizedLayer:
         weight = centred * self.scales.to(torch.float32).unsqueeze(-1)
         return weight.view(self.out_features, self.in_features).to(dtype)
 
+    def to(self, device: torch.device) -> QuantizedLayer:
+        """Return the layer with its tensors on a device, itself if they are there."""
+        if self.codes.device == device:
+            return self
+        return QuantizedLayer(self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.spec)
+
     @property
     def stored_bits(self) -> int:
         """Return the bits that codes, float16 scales and zeros take when packed without padding."""
@@ -227,6 +244,12 @@ class LoraPair:
     def scaling(self) -> float:
         """Return `alpha / rank`, the factor in front of `B @ A`."""
         return self.alpha / self.rank
+
+    def to(self, device: torch.device) -> LoraPair:
+        """Return the pair with its tensors on a device, itself if they are there."""
+        if self.lora_A.device == device:
+            return self
+        return LoraPair(self.lora_A.to(device), self.lora_B.to(device), self.alpha)
 
     def product(self) -> torch.Tensor:
         """Return `(alpha / rank) * B @ A`, (out, in) float32."""

@@ -202,7 +202,7 @@ def verify_run(run: RunDirectory) -> dict[str, Any]:
         FormatError: a layer of the checkpoint is not the one that the run keeps, or its config names another base.
     """
     checkpoint = Checkpoint.open(run.path)
-    kept = {name: layer_digest(run.read_layer(name).quantized) for name in sorted(run.completed_modules())}
+    kept = {name: layer_digest(file.read_codes()) for name, file in run.layer_files().items()}
     packed = {module: layer_digest(layer) for module, layer in checkpoint.read_layers()}
     for module in sorted(set(kept) | set(packed)):
         if kept.get(module) != packed.get(module):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint import CONFIG_NAME, Checkpoint
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_names import stored_names
 from cloq_export.errors import FormatError
 from cloq_export.files.atomic import tensor_header, translate_os_errors, write_folder, write_json
@@ -48,10 +48,10 @@ class LayerSource:
     @classmethod
     def of_run(cls, run: RunDirectory) -> LayerSource:
         """Return the finished layers of a run."""
-        found = {name: run.layer_header(name) for name in sorted(run.completed_modules(), key=natural_order)}
-        specs = {name: spec for name, (spec, _) in found.items()}
-        shapes = {name: shape for name, (_, shape) in found.items()}
-        return cls(specs, shapes, lambda name: run.read_layer(name).quantized)
+        files = run.layer_files()
+        specs = {name: file.spec for name, file in files.items()}
+        shapes = {name: file.shape for name, file in files.items()}
+        return cls(specs, shapes, run.read_codes)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> LayerSource:

@@ -13,6 +13,7 @@ from torch import nn
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
+from cloq_export.models.experts import split_experts
 from cloq_export.models.source import NO_CODE, refuse_part_of_wrapper
 from cloq_export.models.tied_head import correct_config, corrected_entries
 
@@ -42,6 +43,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+        split_experts(model)
     except UnsupportedModelError:
         raise
     except Exception as error:  # transformers raises whatever a malformed configuration leads to

@@ -17,7 +17,7 @@ from cloq_export.artifact.detective import examine
 from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
-from cloq_export.files.fingerprint import base_fingerprint
+from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import read_safetensors_header
 from cloq_export.formats.merged import MERGED_NAME
@@ -158,7 +158,7 @@ def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
         "adapters": [],
         "checkpoint": None,
         "recipe": recipe,
-        "versions": run.manifest()["versions"],
+        "versions": dict(run.manifest.versions),
     }
     checkpoint = None
     if run.checkpoint_path.is_dir():
@@ -277,8 +277,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 def _refuse_other_layers(run: RunDirectory, packed: str) -> None:
     """Check that the layers of a run are those that its checkpoint packs."""
-    names = sorted(run.completed_modules())
-    kept = base_fingerprint((name, run.read_layer(name).quantized) for name in names)
+    kept = combine_digests({name: layer_digest(file.read_codes()) for name, file in run.layer_files().items()})
     if kept != packed:
         raise FormatError(
             f"the layers of {run.path} are {kept}, but its checkpoint packs {packed}; write the checkpoint again with: "

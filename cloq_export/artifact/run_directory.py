@@ -12,48 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from cloq_export.errors import CloqError, FormatError, NonFiniteError, RunDirectoryError, ShapeError
-from cloq_export.files.atomic import is_partial, remove_partials, translate_os_errors, write_json, write_safetensors
-from cloq_export.files.safe_json import parse_json, read_json
-from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header, require_tensor
-from cloq_export.files.spelled_paths import is_same_place
-from cloq_export.recipe import NOT_IN_THE_BYTES
-from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
-
-if sys.platform != "win32":
-    import fcntl
-
-MANIFEST_NAME = "run.json"
-LOCK_NAME = ".lock"
-RUN_FORMAT = "cloq-run"
-LAYER_FORMAT = "cloq-layer"
-FORMAT_VERSION = 1
+from cloq_export.artifact.run_layers import LayerFile, StoredLayer, remedy_named, write_layer_file
+from cloq_export.artifact.run_lock import LOCK_NAME, RunLock
+from cloq_export.artifact.run_manifest import MANIFEST_NAME, RunManifest, as_json
+from cloq_export.errors import FormatError, RunDirectoryError
+from cloq_export.files.atomic import is_partial, remove_partials, translate_os_errors, write_json
+from cloq_export.files.fingerprint import combine_digests
+from cloq_export.files.safe_json import read_json
+from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredLayer:
-    """One finished layer as it stands on disk.
-
-    Args:
-        quantized: codes, scales and zeros.
-        lora: the adapter pair, or None.
-        certificate: how good the layer is, or None.
-    """
-
-    quantized: QuantizedLayer
-    lora: LoraPair | None
-    certificate: LayerCertificate | None
 
 
 class RunDirectory:
@@ -67,10 +41,10 @@ class RunDirectory:
         manifest: the content of its run.json.
     """
 
-    def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self._manifest = dict(manifest)
-        self._lock_file: IO[str] | None = None
+    def __init__(self, path: Path, manifest: RunManifest) -> None:
+        self.path = path
+        self._manifest = manifest
+        self._held = RunLock(path)
 
     @classmethod
     def create_or_resume(
@@ -96,8 +70,7 @@ class RunDirectory:
                 written; or another process works in it.
             FormatError: run.json is damaged.
         """
-        run = cls(path, {})
-        folder = run.path
+        folder, asked = Path(path), as_json(recipe)
         with translate_os_errors(folder):
             if folder.exists() and not folder.is_dir():
                 raise RunDirectoryError(f"{folder} is a file; choose a folder with --out.")
@@ -109,24 +82,15 @@ class RunDirectory:
                         "or new folder with --out."
                     )
             folder.mkdir(parents=True, exist_ok=True)
-        run._lock()
+        run = cls(folder, RunManifest(asked, source_fingerprint, "running", dict(versions)))
+        run._take_lock()
         try:
-            asked = _plain(recipe)
             if (folder / MANIFEST_NAME).exists():
-                run._manifest = _read_manifest(folder)
-                run._refuse_difference(asked, source_fingerprint)
-                run._renew_manifest(asked, versions)
+                run._manifest = RunManifest.read(folder)
+                run._manifest.refuse_difference(folder, asked, source_fingerprint)
+                run._write_manifest(run._manifest.renewed(asked, versions))
             else:
-                run._write_manifest(
-                    {
-                        "format": RUN_FORMAT,
-                        "format_version": FORMAT_VERSION,
-                        "recipe": asked,
-                        "source_fingerprint": source_fingerprint,
-                        "state": "running",
-                        "versions": dict(versions),
-                    }
-                )
+                run._manifest.write(folder)
         except BaseException:
             run.close()
             raise
@@ -152,7 +116,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{folder} {what}, so it is not a run; make one with: cloq run MODEL --out {folder}"
             )
-        return cls(folder, _read_manifest(folder))
+        return cls(folder, RunManifest.read(folder))
 
     @staticmethod
     def is_run(path: str | os.PathLike[str]) -> bool:
@@ -161,12 +125,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back; the object can still read."""
-        if self._lock_file is not None:
-            # An empty lock file leaves the folder byte for byte the same, whoever worked in it.
-            with contextlib.suppress(OSError):
-                self._lock_file.truncate(0)
-            self._lock_file.close()
-            self._lock_file = None
+        self._held.give_back()
 
     def lock(self) -> None:
         """Take the lock now, before the first write.
@@ -174,7 +133,16 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process works in the run, or it cannot be written.
         """
-        self._lock()
+        if self._take_lock():
+            # Another process may have gone on with the run since it was opened for reading.
+            self._manifest = RunManifest.read(self.path)
+
+    def _take_lock(self) -> bool:
+        if not self._held.take():
+            return False
+        for folder in (self.path, self.path / "layers", self.path / "reports", self.path / "adapters"):
+            remove_partials(folder)
+        return True
 
     def discard_if_empty(self) -> None:
         """Remove the run, folder included if nothing else is in it, unless a layer or work on one was ever written.
@@ -185,7 +153,7 @@ class RunDirectory:
             (self.path / "work").rmdir()
         if _entries(self.path / "layers") or _entries(self.path / "work"):
             return
-        self._lock()
+        self.lock()
         with contextlib.suppress(OSError):
             # The manifest goes first: without it the rest is no run.
             (self.path / MANIFEST_NAME).unlink(missing_ok=True)
@@ -207,49 +175,43 @@ class RunDirectory:
         self.close()
 
     @property
+    def manifest(self) -> RunManifest:
+        """Return the content of run.json."""
+        return self._manifest
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """Return every option of the run."""
-        return dict(self._manifest["recipe"])
+        return dict(self._manifest.recipe)
 
     @property
     def state(self) -> str:
         """Return how far the run is: "running" at first, then what `set_state` was given."""
-        return str(self._manifest["state"])
+        return self._manifest.state
 
     @property
     def source_fingerprint(self) -> str:
         """Return the fingerprint of the model that the run was made from."""
-        return str(self._manifest["source_fingerprint"])
-
-    def manifest(self) -> dict[str, Any]:
-        """Return a copy of the content of run.json."""
-        copy: dict[str, Any] = json.loads(json.dumps(self._manifest))
-        return copy
+        return self._manifest.source_fingerprint
 
     def set_state(self, state: str) -> None:
-        """Record how far the run is.
-
-        Args:
-            state: a word such as "running", "quantized" or "done".
+        """Record how far the run is, in a word such as "running", "quantized" or "done".
 
         Raises:
             RunDirectoryError: the run cannot be written.
         """
-        self._lock()
-        if state != self.state:
-            self._write_manifest(self._manifest | {"state": state})
+        self.lock()
+        self._write_manifest(dataclasses.replace(self._manifest, state=state))
 
     def set_overrides(self, overrides: list[dict[str, Any]]) -> None:
-        """Record the overrides that a run has chosen for itself, before its first layer.
-
-        Args:
-            overrides: as `Recipe.to_mapping` lists them.
+        """Record the overrides, as `Recipe.to_mapping` lists them, that a run chose before its first layer.
 
         Raises:
             RunDirectoryError: the run cannot be written.
         """
-        self._lock()
-        self._write_manifest(self._manifest | {"recipe": self._manifest["recipe"] | {"overrides": overrides}})
+        self.lock()
+        recipe = {**self._manifest.recipe, "overrides": overrides}
+        self._write_manifest(dataclasses.replace(self._manifest, recipe=recipe))
 
     @property
     def checkpoint_path(self) -> Path:
@@ -296,30 +258,12 @@ class RunDirectory:
             RunDirectoryError: the run cannot be written, or the module name cannot be a file name.
         """
         path = self.layer_path(module)
-        self._lock()
-        tensors = {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.zeros}
-        metadata = {
-            "format": LAYER_FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "module": module,
-            "spec": json.dumps(dataclasses.asdict(quantized.spec), sort_keys=True),
-        }
-        if lora is not None:
-            tensors |= {"lora_A": lora.lora_A, "lora_B": lora.lora_B}
-            metadata["alpha"] = repr(float(lora.alpha))
-        if certificate is not None:
-            metadata["certificate"] = json.dumps(dataclasses.asdict(certificate), sort_keys=True)
+        self.lock()
         self._make_folder(path.parent)
-        write_safetensors(path, tensors, metadata)
+        write_layer_file(path, module, StoredLayer(quantized, lora, certificate))
 
-    def read_layer(self, module: str) -> StoredLayer:
-        """Read one finished layer.
-
-        Args:
-            module: full module name.
-
-        Returns:
-            The layer, its adapter pair and its certificate, tensors on the CPU.
+    def layer_file(self, module: str) -> LayerFile:
+        """Return one finished layer with its header read: grid, shape, digest and certificate.
 
         Raises:
             FormatError: the layer is missing or damaged.
@@ -327,50 +271,41 @@ class RunDirectory:
         path = self.layer_path(module)
         if not path.exists():
             raise FormatError(f"{self.path} has no finished layer {module}; run the command again to make it.")
-        with _remedy(path):
-            tensors = read_safetensors(path)[0]
-            spec, alpha, certificate = _read_layer_header(path, module)
-            source = str(path)
-            quantized = QuantizedLayer(
-                codes=require_tensor(tensors, "codes", source=source),
-                scales=require_tensor(tensors, "scales", source=source),
-                zeros=require_tensor(tensors, "zeros", source=source),
-                spec=spec,
-            )
-            lora = None
-            if alpha is not None:
-                lora = LoraPair(
-                    lora_A=require_tensor(tensors, "lora_A", source=source),
-                    lora_B=require_tensor(tensors, "lora_B", source=source),
-                    alpha=alpha,
-                )
-                if lora.lora_A.shape[1] != quantized.in_features or lora.lora_B.shape[0] != quantized.out_features:
-                    raise FormatError(
-                        f"{path}: A {tuple(lora.lora_A.shape)} and B {tuple(lora.lora_B.shape)} do not fit codes "
-                        f"{tuple(quantized.codes.shape)}."
-                    )
-        return StoredLayer(quantized, lora, certificate)
+        with remedy_named(path):
+            return LayerFile(path, module)
 
-    def layer_header(self, module: str) -> tuple[QuantSpec, tuple[int, int]]:
-        """Return the grid and the shape (out, in) of one finished layer, without reading its numbers.
-
-        Args:
-            module: full module name.
+    def read_codes(self, module: str) -> QuantizedLayer:
+        """Return codes, scales and zeros of one finished layer, on the CPU.
 
         Raises:
             FormatError: the layer is missing or damaged.
         """
-        path = self.layer_path(module)
-        with _remedy(path):
-            spec = _read_layer_header(path, module)[0]
-            shape = read_safetensors_header(path)[0]["codes"][1]
-            if len(shape) != 2:
-                raise FormatError(f"{path}: codes have shape {shape}; expected (out, in).")
-        return spec, (shape[0], shape[1])
+        return self.layer_file(module).read_codes()
+
+    def read_pair(self, module: str) -> LoraPair | None:
+        """Return the adapter pair of one finished layer, on the CPU, or None if it has none.
+
+        Raises:
+            FormatError: the layer is missing or damaged.
+        """
+        return self.layer_file(module).read_pair()
+
+    def read_layer(self, module: str) -> StoredLayer:
+        """Return codes, pair and certificate of one finished layer, on the CPU.
+
+        Raises:
+            FormatError: the layer is missing or damaged.
+        """
+        file = self.layer_file(module)
+        return StoredLayer(file.read_codes(), file.read_pair(), file.certificate)
+
+    def layer_files(self) -> dict[str, LayerFile]:
+        """Return the finished and whole layers, headers read, in the order of the model's blocks."""
+        return self._check_layers()[0]
 
     def completed_modules(self) -> set[str]:
         """Return the modules whose layer is finished and whole; `damaged_layers` tells of the others."""
-        return self._check_layers()[0]
+        return set(self.layer_files())
 
     def damaged_layers(self) -> dict[str, str]:
         """Return the modules whose layer file is damaged, with the reason; they count as not done.
@@ -380,43 +315,40 @@ class RunDirectory:
         return self._check_layers()[1]
 
     def certificates(self) -> list[LayerCertificate]:
-        """Return the certificates of all finished layers, in the order of the model's blocks.
+        """Return the certificates of all finished layers, in the order of the model's blocks."""
+        return [file.certificate for file in self.layer_files().values() if file.certificate is not None]
+
+    def digests(self) -> dict[str, str]:
+        """Return module -> `layer_digest` of all finished layers, in the order of the model's blocks.
+
+        They stand in the headers; only of layers that an older version wrote are codes read.
 
         Raises:
-            FormatError: a layer is damaged.
+            FormatError: codes have to be read, and are damaged.
         """
-        found = []
-        for module in sorted(self.completed_modules(), key=natural_order):
-            path = self.layer_path(module)
-            with _remedy(path):
-                certificate = _read_layer_header(path, module)[2]
-            if certificate is not None:
-                found.append(certificate)
-        return found
+        return {module: file.digest for module, file in self.layer_files().items()}
 
-    def write_report(self, name: str, obj: Any) -> None:
+    def base_fingerprint(self) -> str:
+        """Return the fingerprint of the finished layers, from their `digests`."""
+        return combine_digests(self.digests())
+
+    def write_report(self, name: str, content: Any) -> None:
         """Write a report as JSON.
 
         Args:
             name: the report, e.g. "evaluation".
-            obj: mappings, sequences, dataclasses, numbers, text; NaN and Inf become null.
+            content: mappings, sequences, dataclasses, numbers, text; NaN and Inf become null.
 
         Raises:
             RunDirectoryError: the run cannot be written, or the name cannot be a file name.
         """
         path = self._report_path(name)
-        self._lock()
+        self.lock()
         self._make_folder(path.parent)
-        write_json(path, obj)
+        write_json(path, content)
 
     def read_report(self, name: str) -> dict[str, Any]:
-        """Read a report.
-
-        Args:
-            name: as given to `write_report`; the report must be a mapping.
-
-        Returns:
-            The report.
+        """Return a report, which must be a mapping.
 
         Raises:
             RunDirectoryError: the run has no such report.
@@ -435,166 +367,31 @@ class RunDirectory:
     def _report_path(self, name: str) -> Path:
         return self.path / "reports" / f"{_checked_name(name, 'report name')}.json"
 
-    def _check_layers(self) -> tuple[set[str], dict[str, str]]:
-        whole: set[str] = set()
+    def _check_layers(self) -> tuple[dict[str, LayerFile], dict[str, str]]:
+        whole: dict[str, LayerFile] = {}
         damaged: dict[str, str] = {}
-        for entry in _entries(self.path / "layers"):
+        for entry in sorted(_entries(self.path / "layers"), key=lambda path: natural_order(path.stem)):
             if entry.suffix != ".safetensors" or is_partial(entry.name):
                 continue
             try:
-                _read_layer_header(entry, entry.stem)
+                whole[entry.stem] = LayerFile(entry, entry.stem)
             except FormatError as error:
                 damaged[entry.stem] = str(error)
-            else:
-                whole.add(entry.stem)
         return whole, damaged
 
     def _make_folder(self, folder: Path) -> None:
         with translate_os_errors(folder):
             folder.mkdir(exist_ok=True)
 
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        # The recipe keeps its own order of options: it is read by people, and patterns in it may depend on order.
-        write_json(self.path / MANIFEST_NAME, manifest, sort_keys=False)
-        self._manifest = manifest
-
-    def _lock(self) -> None:
-        if self._lock_file is not None:
-            return
-        with translate_os_errors(self.path):
-            # Opened for appending, so that a loser does not wipe the winner's process number.
-            file = open(self.path / LOCK_NAME, "a+", encoding="ascii")  # noqa: SIM115
-            try:
-                if sys.platform != "win32":
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read(32).strip() or "unknown"
-                file.close()
-                raise RunDirectoryError(
-                    f"{self.path} is in use by process {owner}; wait until it ends, or choose another folder with "
-                    "--out."
-                ) from None
-            except BaseException:
-                file.close()
-                raise
-            self._lock_file = file
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-        for folder in (self.path, self.path / "layers", self.path / "reports", self.path / "adapters"):
-            remove_partials(folder)
-        if self._manifest:
-            # Another process may have gone on with the run since it was opened for reading.
-            self._manifest = _read_manifest(self.path)
-
-    def _refuse_difference(self, asked: Mapping[str, Any], source_fingerprint: str) -> None:
-        faults = recipe_difference(self._manifest["recipe"], asked)
-        held = self._manifest["source_fingerprint"]
-        if held != source_fingerprint:
-            faults.append(f"source model: {_short(held)} in the run, {_short(source_fingerprint)} asked")
-        if faults:
-            raise RunDirectoryError(
-                f"{self.path} holds another run: {'; '.join(faults)}. Use the run's own options to continue it, or "
-                "choose another folder with --out."
-            )
-
-    def _renew_manifest(self, asked: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        manifest = self.manifest()
-        manifest["recipe"] |= {name: value for name, value in asked.items() if name in NOT_IN_THE_BYTES}
-        if dict(versions) != manifest["versions"]:
-            later = manifest.setdefault("later_versions", [])
-            if dict(versions) not in later:
-                later.append(dict(versions))
+    def _write_manifest(self, manifest: RunManifest) -> None:
         if manifest != self._manifest:
-            self._write_manifest(manifest)
-
-
-def recipe_difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Return what keeps two recipes from being the same run, as lines "bits: 2 in the run, 3 asked".
-
-    Args:
-        held: the recipe of the run.
-        asked: the recipe that is asked for.
-
-    Returns:
-        One line per option, sorted; options that do not change the layers are passed over.
-    """
-    held, asked = _plain(held), _plain(asked)
-    lines = []
-    for key in sorted({*held, *asked} - set(NOT_IN_THE_BYTES)):
-        if is_same_place(held.get(key), asked.get(key)):
-            continue
-        if (key in held) != (key in asked) or held.get(key) != asked.get(key):
-            before, now = (_shown(side[key]) if key in side else "not set" for side in (held, asked))
-            lines.append(f"{key}: {before} in the run, {now} asked")
-    return lines
+            manifest.write(self.path)
+            self._manifest = manifest
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
-    manifest = read_json(path)
-    if manifest.get("format") != RUN_FORMAT:
-        raise RunDirectoryError(f"{path} was not written by cloq, so {folder} is not a run; choose another folder.")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}. Use the cloq_export that "
-            "made the run."
-        )
-    for key, kind in (("recipe", dict), ("source_fingerprint", str), ("state", str), ("versions", dict)):
-        if not isinstance(manifest.get(key), kind):
-            raise FormatError(f"{path} lacks a valid {key!r}; the file is damaged: start the run in another folder.")
-    return manifest
-
-
-def _read_layer_header(path: Path, module: str) -> tuple[QuantSpec, float | None, LayerCertificate | None]:
-    tensors, metadata = read_safetensors_header(path)
-    if metadata.get("format") != LAYER_FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
-        raise FormatError(
-            f"{path} is not a layer of format version {FORMAT_VERSION} "
-            f"(it says {metadata.get('format')!r}, {metadata.get('format_version')!r})."
-        )
-    if metadata.get("module") != module:
-        raise FormatError(f"{path} holds the module {metadata.get('module')!r}; expected {module!r}.")
-    names = {"codes", "scales", "zeros"} | ({"lora_A", "lora_B"} if "alpha" in metadata else set())
-    if set(tensors) != names:
-        raise FormatError(f"{path} holds the tensors {sorted(tensors)}; expected {sorted(names)}.")
-    try:
-        spec = QuantSpec(**parse_json(metadata.get("spec", ""), f"{path}: spec"))
-        alpha = float(metadata["alpha"]) if "alpha" in metadata else None
-        certificate = None
-        if "certificate" in metadata:
-            values = parse_json(metadata["certificate"], f"{path}: certificate")
-            # JSON has no tuples, and a certificate is equal only to one that holds what it held.
-            tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-            certificate = LayerCertificate(**(values | tuples))
-    except FormatError:
-        raise
-    except (TypeError, ValueError, CloqError) as error:  # CloqError: a grid that QuantSpec refuses
-        raise FormatError(f"{path} has a damaged header ({error}).") from None
-    if alpha is not None and not math.isfinite(alpha):
-        raise FormatError(f"{path} has a damaged header (alpha {alpha}).")
-    if type(spec.bits) is not int or type(spec.group_size) is not int or type(spec.symmetric) is not bool:
-        raise FormatError(f"{path} has a damaged header (spec {metadata['spec']}).")
-    return spec, alpha, certificate
-
-
-@contextlib.contextmanager
-def _remedy(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FormatError, ShapeError, NonFiniteError) as error:
-        text = str(error)
-        named = text if str(path) in text else f"{path}: {text}"
-        raise FormatError(
-            f"{named} Delete this file and run the same command again: only this layer is made anew."
-        ) from None
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -615,22 +412,6 @@ def _checked_name(name: str, what: str) -> str:
             "not starting with '.'."
         )
     return name
-
-
-def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    # What a round trip through run.json makes of it: tuples become lists, keys become text.
-    plain: dict[str, Any] = json.loads(json.dumps(dict(recipe)))
-    return plain
-
-
-def _shown(value: Any) -> str:
-    if value == "":
-        return "empty"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:19] + "…" if len(fingerprint) > 20 else fingerprint
 
 
 def _some(names: list[str]) -> str:

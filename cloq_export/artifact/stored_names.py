@@ -15,7 +15,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloq_export.artifact.expert_names import fused_places, name_in_memory, names_in_files
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.experts import split_experts
 from cloq_export.models.source import quiet_transformers
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapp
             warnings.simplefilter("ignore")
             built = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+        split_experts(model)
     except Exception:  # whoever needs the model builds it too, and says what is wrong
         return {}
     return renamed_in(model, stored)
@@ -82,7 +85,8 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
-    places: Mapping[str, Any] = model.state_dict()
+    mixtures = fused_places(model)
+    places: Mapping[str, Any] = {**model.state_dict(), **mixtures}
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
@@ -95,7 +99,10 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
         renamed, converter = rename_source_key(asked, renamings, converters, model.base_model_prefix, places)
         if renamed not in places and asked in places:
             renamed, converter = rename_source_key(asked, [], [], model.base_model_prefix, places)
-        if converter is not None or renamed not in places or renamed == asked:
+        if converter is not None:
+            patterns = next(entry.source_patterns for entry in converters if converter in entry.source_patterns)
+            renamed = name_in_memory(asked, renamed, mixtures.get(renamed), patterns, converter) or asked
+        if renamed not in places or renamed == asked:
             continue
         if asked != name:
             if not renamed.endswith(".weight"):
@@ -131,9 +138,13 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
         conversions = [entry for entry in mapped if not isinstance(entry, PrefixChange)]
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
     asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
+    single_experts = names_in_files(model, conversions)
     found: dict[str, str] = {}
     for name, tensor in asked.items():
+        module, _, part = tensor.rpartition(".")
         renamed = rename_source_key(tensor, backwards, [], reverse=True)[0]
+        if module in single_experts:
+            renamed = f"{single_experts[module]}.{part}"
         if renamed != tensor and (tensor == name or renamed.endswith(".weight")):
             found[name] = renamed
     # Both ways, and each name once: what does not come back stays as it is.

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 misuse, 3 a gate was missed, 130 interrupted, 14
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from cloq_export import __version__
-from cloq_export.cli.streams import drop_closed_streams, prepared_streams, write_line
+from cloq_export.cli.streams import drop_closed_streams, prepared_streams, refused_output, write_line
 from cloq_export.errors import CloqError
 from cloq_export.files.versions import require_versions
 from cloq_export.process.termination import Termination, interrupted_by_termination
@@ -123,9 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        if not _ASK_FOR_HELP.intersection(arguments):
+        asks_for_help = bool(_ASK_FOR_HELP.intersection(arguments))
+        if not asks_for_help:
             require_versions()
-        outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
+        # All that a call for help writes is standard output.
+        with refused_output() if asks_for_help else contextlib.nullcontext():
+            outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
     except CloqError as error:
         write_line(f"error: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code

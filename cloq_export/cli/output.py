@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.cli.streams import drop_closed_streams, write_line
+from cloq_export.cli.streams import drop_closed_streams, refused_output, write_line
 
 
 @contextlib.contextmanager
@@ -36,7 +36,8 @@ def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console
         if as_json:
             write_line(json.dumps(_jsonable(result), indent=2, allow_nan=False, default=str))
         else:
-            render(result, Console(highlight=False))
+            with refused_output():
+                render(result, Console(highlight=False))
     except BrokenPipeError:
         # Whoever reads has enough; what the verb has done, and the code it ends with, stay as they are.
         if not drop_closed_streams():

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from cloq_export.errors import OutputError
+
 _ERRORS = "cloq_export_replace"
 # Signs of our own tables and messages, as far as plain ones say the same.
 _PLAIN = {
@@ -34,9 +36,27 @@ def write_line(text: str, stream: TextIO | None = None) -> None:
 
     click's own echo writes UTF-8 where ASCII is asked for.
     """
-    stream = stream or sys.stdout
-    stream.write(text + "\n")
-    stream.flush()
+    if stream is not None:
+        stream.write(text + "\n")
+        stream.flush()
+        return
+    with refused_output():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def refused_output() -> Iterator[None]:
+    """Say in one line that what the block writes to standard output is not taken; a closed pipe is left to others."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"standard output cannot be written: {error.strerror or error}. What the command wrote to files is kept; "
+            "send its output to a place that takes it."
+        ) from None
 
 
 @contextlib.contextmanager

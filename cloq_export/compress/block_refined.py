@@ -19,7 +19,6 @@ from cloq_export.compress.solve import (
     SolvedLayer,
     best_pair,
     finish_layer,
-    on_device,
     served_weight,
 )
 from cloq_export.errors import RecipeError
@@ -136,7 +135,7 @@ class BlockRefiner:
         if recipe.refine == "block" and found.layers and paired and not self._keeps_codes:
             # The pair that is solved for the new codes and scales may beat the one that was trained along with them.
             for name, (quantized, _) in refined.items():
-                weight = served_weight(on_device(quantized, self._device), best[name].pair)
+                weight = served_weight(quantized.to(self._device), best[name].pair)
                 linears[name].weight.data = weight.to(self._dtype)
             of_solved = held_out_error(forward, targets)
             if of_solved < error:
@@ -197,8 +196,8 @@ class BlockRefiner:
         moves_codes = not self._keeps_codes and layer.lora is None
         return TrainedLayer(
             parameter,
-            on_device(layer.quantized, self._device),
-            pair_on(layer.lora, self._device),
+            layer.quantized.to(self._device),
+            layer.lora and layer.lora.to(self._device),
             dtype=self._dtype,
             scales=not self._keeps_codes,
             weight=_problem(layer).weight.to(self._device) if moves_codes else None,
@@ -253,7 +252,7 @@ def _problem(layer: SolvedLayer) -> LayerProblem:
 
 def _best_pair(layer: SolvedLayer, quantized: QuantizedLayer, recipe: Recipe) -> BestPair:
     problem = _problem(layer)
-    return best_pair(problem, on_device(quantized, problem.weight.device), recipe)
+    return best_pair(problem, quantized.to(problem.weight.device), recipe)
 
 
 def _finish(
@@ -268,17 +267,12 @@ def _finish(
     problem = _problem(layer)
     # Where the device had no memory for it the problem stands on the CPU.
     device = problem.weight.device
-    return finish_layer(problem, on_device(quantized, device), pair_on(lora, device), best, recipe, fields, notes)
+    return finish_layer(problem, quantized.to(device), lora and lora.to(device), best, recipe, fields, notes)
 
 
 def finite(error: float) -> float | None:
     """Return an error as certificates hold it."""
     return error if math.isfinite(error) else None
-
-
-def pair_on(lora: LoraPair | None, device: torch.device) -> LoraPair | None:
-    """Return the pair with its tensors on a device."""
-    return lora and LoraPair(lora.lora_A.to(device), lora.lora_B.to(device), lora.alpha)
 
 
 def kept_start(found: Refinement) -> str:

@@ -301,7 +301,7 @@ def _replaced(linears: Mapping[str, nn.Linear], names: Sequence[str], work: RunD
     kept = {name: linears[name].weight.data for name in names}
     try:
         for name, weight in kept.items():
-            linears[name].weight.data = work.read_layer(name).quantized.dequantize().to(weight)
+            linears[name].weight.data = work.read_codes(name).dequantize().to(weight)
         yield
     finally:
         for name, weight in kept.items():

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
-from cloq_export.compress.block_refined import WARMUP, finite, kept_start, pair_on
+from cloq_export.compress.block_refined import WARMUP, finite, kept_start
 from cloq_export.compress.plan import Plan
-from cloq_export.compress.solve import on_device
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.models.blocks import find_linears
@@ -76,8 +75,8 @@ def refine_model(
             start = solved.read_layer(name)
             of_block[name] = TrainedLayer(
                 cast(nn.Parameter, linears[name].weight),
-                on_device(start.quantized, stream.device),
-                pair_on(start.lora, stream.device),
+                start.quantized.to(stream.device),
+                start.lora and start.lora.to(stream.device),
                 dtype=dtype,
                 scales=not keeps_codes,
                 rates=MODEL_RATES,
@@ -171,7 +170,7 @@ def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[
                 notes=certificate.notes if found.layers else (*certificate.notes, kept_start(found)),
             )
         host = torch.device("cpu")
-        layers[name] = StoredLayer(on_device(quantized, host), pair_on(lora, host), certificate)
+        layers[name] = StoredLayer(quantized.to(host), lora and lora.to(host), certificate)
     return layers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.process.progress import show_progress
 from cloq_export.recipe import Recipe
-from cloq_export.types import QuantizedLayer
 
 # Notes about layers that stay float; the rest is counted.
 _SHOWN_UNFIT = 5
@@ -180,9 +179,3 @@ def refuse_other_source(loaded: LoadedModel, directory: RunDirectory) -> None:
             f"{loaded.source.name} has changed since {directory.path} was made (now {loaded.source.fingerprint}, then "
             f"{model}); restore the model's files, or start a new run."
         )
-
-
-def layers_of(directory: RunDirectory) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Yield (module, layer) of every finished layer of a run."""
-    for name in sorted(directory.completed_modules(), key=natural_order):
-        yield name, directory.read_layer(name).quantized

@@ -82,10 +82,7 @@ class LayerProblem:
 def served_weight(quantized: QuantizedLayer, lora: LoraPair | None) -> torch.Tensor:
     """Return `W' = Q + (alpha / rank) B A`, (out, in) float32, on the device of the codes."""
     weight = quantized.dequantize()
-    if lora is None:
-        return weight
-    device = weight.device
-    return weight + LoraPair(lora.lora_A.to(device), lora.lora_B.to(device), lora.alpha).product()
+    return weight if lora is None else weight + lora.to(weight.device).product()
 
 
 def solve_group(
@@ -142,7 +139,7 @@ def solve_group(
         quantized, quantize_notes = _quantize(plans, targets, damped, recipe)
     else:
         device = stats.gram.device
-        quantized = {plan.name: on_device(kept_codes(plan.name), device) for plan in plans}
+        quantized = {plan.name: kept_codes(plan.name).to(device) for plan in plans}
     shared = _SharedNumbers.of(stats, damped)
     root = _root(stats, damped) if damped is not None else None
     solved: dict[str, SolvedLayer] = {}
@@ -258,11 +255,6 @@ def _root(stats: LayerStats, damped: DampedGram) -> GramRoot:
     return eigen_root(stats.gram.to(torch.float64)) if damped.increases else cholesky_root(damped.lower)
 
 
-def on_device(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
-    """Return the layer with its tensors on a device."""
-    return QuantizedLayer(layer.codes.to(device), layer.scales.to(device), layer.zeros.to(device), layer.spec)
-
-
 @dataclasses.dataclass(frozen=True)
 class BestPair:
     """What the recipe's `init` gives for codes that stand.
@@ -368,5 +360,4 @@ def finish_layer(
         **fields,
     )
     cpu = torch.device("cpu")
-    stored = LoraPair(lora.lora_A.to(cpu), lora.lora_B.to(cpu), lora.alpha) if lora is not None else None
-    return SolvedLayer(on_device(quantized, cpu), stored, certificate, served, problem)
+    return SolvedLayer(quantized.to(cpu), lora and lora.to(cpu), certificate, served, problem)

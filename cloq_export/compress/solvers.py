@@ -93,21 +93,7 @@ def _solve_on(job: SolveJob, plans: Sequence[ModulePlan], device: torch.device) 
     weights = {plan.name: job.weights[plan.name].to(device, torch.float32) for plan in plans}
     kept = job.kept
     return solve_group(
-        plans, weights, _on_device(job.stats, device), job.recipe, None if kept is None else lambda name: kept[name]
-    )
-
-
-def _on_device(stats: LayerStats, device: torch.device) -> LayerStats:
-    if stats.gram.device == device:
-        return stats
-    gram = stats.gram.to(device)
-    # Where both are one matrix they stay one: its factorisation is then shared.
-    drift_gram = gram if stats.drift_gram is stats.gram else stats.drift_gram
-    return LayerStats(
-        gram=gram,
-        tokens=stats.tokens,
-        drift=None if stats.drift is None else stats.drift.to(device),
-        drift_gram=None if drift_gram is None else drift_gram.to(device),
+        plans, weights, job.stats.to(device), job.recipe, None if kept is None else lambda name: kept[name]
     )
 
 
@@ -207,7 +193,7 @@ class RaySolvers:
 def _on_cpu(job: SolveJob) -> SolveJob:
     cpu = torch.device("cpu")
     weights = {plan.name: job.weights[plan.name].to(cpu) for plan in job.plans}
-    return dataclasses.replace(job, weights=weights, stats=_on_device(job.stats, cpu))
+    return dataclasses.replace(job, weights=weights, stats=job.stats.to(cpu))
 
 
 def _run_remotely(job: SolveJob, kind: str, threads: int) -> dict[str, SolvedLayer]:

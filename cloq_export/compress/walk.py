@@ -15,7 +15,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.block_refined import APIQ, BlockRefiner
 from cloq_export.compress.plan import ModulePlan, Plan
-from cloq_export.compress.solve import SolvedLayer, on_device, served_weight
+from cloq_export.compress.solve import SolvedLayer, served_weight
 from cloq_export.compress.solvers import LocalSolvers, SolveJob, Solvers
 from cloq_export.errors import NonFiniteError
 from cloq_export.models.blocks import find_linears
@@ -231,7 +231,7 @@ class BlockWalk:
         compressed = dict(floating)
         for name in self._done.intersection(plans):
             layer = self._directory.read_layer(name)
-            weight = served_weight(on_device(layer.quantized, self._device), layer.lora)
+            weight = served_weight(layer.quantized.to(self._device), layer.lora)
             compressed[name] = self._multiplied(weight.to(original[name].dtype))
 
         def install(stream: int) -> None:

@@ -19,8 +19,8 @@ from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session, plan_model
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import DivergedError, RecipeError, UsageError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 
 from cloq_export.errors import UnsupportedModelError
+from cloq_export.models.experts import holds_fused_experts, split_fault
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
@@ -182,15 +182,14 @@ def _refuse_other_weights(block: nn.Module, prefix: str) -> None:
             )
         if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)):
             continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if _is_fused_expert(name, parameter):
-                raise UnsupportedModelError(
-                    f"{full}.{parameter_name} holds all experts in one tensor of shape {tuple(parameter.shape)}; "
-                    "only experts that are separate torch.nn.Linear layers can be quantized. Choose a dense model, "
-                    "or one whose experts are plain linears."
-                )
+        if holds_fused_experts(module) or _stacks_experts(name, module):
+            fault = split_fault(module) or "split_experts was not called"
+            raise UnsupportedModelError(
+                f"{full} ({type(module).__name__}) holds all experts in one tensor, and they cannot be cut into linear "
+                f"layers: {fault}. Choose a model of another architecture."
+            )
 
 
-def _is_fused_expert(owner: str, parameter: torch.Tensor) -> bool:
-    # Most models stack experts as (experts, out, in); DBRX stacks them along the rows of a matrix.
-    return parameter.ndim == 3 or (parameter.ndim == 2 and "experts" in owner.split("."))
+def _stacks_experts(name: str, module: nn.Module) -> bool:
+    # DBRX stacks its experts along the rows of a matrix.
+    return "experts" in name.split(".") and any(weight.ndim > 1 for weight in module.parameters(recurse=False))

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from cloq_export.errors import SourceError
+from cloq_export.files.safe_json import refuse_byte_order_mark
 from cloq_export.files.safe_paths import require_inside
 
 MAX_BYTES = 512 * 2**20
@@ -62,7 +63,8 @@ def companion_files(folder: Path) -> list[Path]:
 
     Raises:
         SourceError: such a file is larger than any of its kind.
-        FormatError: such a file is a link that leads out of the folder.
+        FormatError: such a file is a link that leads out of the folder, or begins with a byte order mark, which the
+            libraries that read it do not expect.
     """
     # A folder of links to the files of one model is that model's.
     config = folder / "config.json"
@@ -81,7 +83,22 @@ def companion_files(folder: Path) -> list[Path]:
                 f"{path} has {size >> 20} MiB; a tokenizer, a processor or a licence has at most {MAX_BYTES >> 20}. "
                 "Take the file out of the model's folder."
             )
+        refuse_marked_file(path)
     return found
+
+
+def refuse_marked_file(path: Path) -> None:
+    """Refuse a JSON file or a template that begins with a byte order mark.
+
+    Args:
+        path: the file; one of another kind is not looked at.
+
+    Raises:
+        FormatError: the mark is there.
+    """
+    if path.suffix in (".json", ".jinja"):
+        with open(path, "rb") as file:
+            refuse_byte_order_mark(file.read(4), str(path))
 
 
 def is_companion(name: str) -> bool:

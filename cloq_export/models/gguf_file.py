@@ -1,14 +1,13 @@
-"""What a GGUF file says about its model, held against the model that transformers makes of it.
+"""GGUF files: what of them can be read, and whether transformers made of a file all that it says.
 
-transformers reads some keys of each architecture's header and passes over the rest in silence (rope scaling, soft caps,
-attention scales), and so it does with tensors that it has no name for. Each key that llama.cpp computes by is compared
-here with what the loaded model does; one that differs, or that is not known here, is refused by name.
+Keys and tensors that change what the model computes and have no place in what transformers makes are refused by name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +15,76 @@ import numpy as np
 from torch import nn
 
 from cloq_export.errors import SourceError, UnsupportedModelError
+from cloq_export.models.gguf_header import header_differences
 
-# Keys that the shapes of the tensors hold to, or that only describe.
-_HELD_BY_SHAPES = frozenset(
-    {
-        "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
-        "tensor_data_layout", "rope.scaling.finetuned",
-    }
-)  # fmt: skip
-# What a scaling type needs beside it; without one llama.cpp does not look at them.
-_SCALING_DETAILS = (
-    "original_context_length", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_log_multiplier",
-    "yarn_attn_factor",
-)  # fmt: skip
-# Scales of which zero means that there is none.
-_NEUTRAL: Mapping[str, float] = {
-    "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "rope.scaling.alpha": 1.0, "rope.scaling.attn_factor": 1.0,
-    "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_weights_scale": 1.0,
-    "expert_group_count": 1, "expert_group_used_count": 1,
-}  # fmt: skip
-_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_rms_eps")
-_GATING = {"softmax": 1, "sigmoid": 2}
-_REMEDY = "Give the model as a Hugging Face folder, which says all of it"
-# tokenizer.ggml.pre of byte-level vocabularies that split text as GPT-2 does; transformers knows others by name.
-_GPT2_SPLITS = frozenset(
-    {
-        "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code", "gigachat",
-        "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "exaone4", "mpt", "olmo", "jais", "trillion",
-        "granite-docling",
-    }
-)  # fmt: skip
-# These split off single digits first. Their merges hold no digits: only blanks before a digit come out otherwise.
-_DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+REMEDY = "Give the model as a Hugging Face folder, which says all of it"
+ROPE_FACTORS = "rope_freqs.weight"
+
 _SHOWN = 3
 _LONGEST_ARRAY = 4096
 
 
-def check_gguf(name: str, path: Path, model: Any, tokenizer: Any, unexpected: Sequence[str] = ()) -> list[str]:
-    """Refuse a GGUF file that says more about its model than transformers made of it.
-
-    The tokenizer is told to put begin and end tokens as the header says.
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file: its keys are read, its tensors are not.
 
     Args:
         name: of the model, for messages.
         path: the file.
-        model: as transformers loaded it.
-        tokenizer: as transformers made it; it may be changed.
+        reader: the reader of the package gguf.
+        header: its keys, without the vocabulary and its merges.
+    """
+
+    name: str
+    path: Path
+    reader: Any
+    header: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, name: str, path: Path) -> GgufFile:
+        """Read the keys of a file.
+
+        Args:
+            name: of the model, for messages.
+            path: the file.
+        """
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        # Arrays of one number a layer are shorter than any vocabulary.
+        short = {key: field for key, field in reader.fields.items() if len(field.data) <= _LONGEST_ARRAY}
+        return cls(name, path, reader, {key: field.contents() for key, field in short.items()})
+
+    @property
+    def architecture(self) -> str:
+        """Return what llama.cpp calls the model's architecture."""
+        return str(self.header.get("general.architecture"))
+
+    @functools.cached_property
+    def own(self) -> Mapping[str, Any]:
+        """Return the keys of the architecture, without its name."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix): value for key, value in self.header.items() if key.startswith(prefix)}
+
+    def numbers(self, tensor_name: str) -> np.ndarray | None:
+        """Return the numbers of a tensor; None if the file has none of this name."""
+        import gguf
+
+        tensor = next((tensor for tensor in self.reader.tensors if tensor.name == tensor_name), None)
+        return None if tensor is None else gguf.dequantize(tensor.data, tensor.tensor_type)
+
+    def rope_factors(self) -> np.ndarray | None:
+        """Return what llama.cpp divides each rotation's frequency by; None where all of it is one."""
+        factors = self.numbers(ROPE_FACTORS)
+        return None if factors is None or np.all(factors == 1) else factors
+
+
+def check_gguf(file: GgufFile, model: Any, unexpected: Sequence[str] = ()) -> list[str]:
+    """Refuse a GGUF file that says more about its model than transformers made of it.
+
+    Args:
+        file: the file.
+        model: as transformers loaded it, with the rope scaling of `gguf_rope`.
         unexpected: names of tensors that transformers found no place for, as far as it says so.
 
     Returns:
@@ -71,55 +94,41 @@ def check_gguf(name: str, path: Path, model: Any, tokenizer: Any, unexpected: Se
         UnsupportedModelError: a key or tensor changes what the model computes, and the loaded model lacks it.
         SourceError: a tensor has another shape than the header says.
     """
-    reader, header = _opened(path)
-    architecture = str(header.get("general.architecture"))
-    own = {key.removeprefix(f"{architecture}."): value for key, value in header.items()}
-    own = {key: value for key, value in own.items() if f"{architecture}.{key}" in header}
-    for key, value, seen in _differences(own, model):
+    rope_from_tensor = file.rope_factors() is not None
+    for key, value, seen in header_differences(file.own, model.config, rope_from_tensor=rope_from_tensor):
         loaded = "transformers does not read it" if seen is None else f"the model that transformers makes has {seen}"
         raise UnsupportedModelError(
-            f"the header of {name} says {architecture}.{key} = {value!s:.80}, and {loaded}: it would compute "
-            f"something else. {_REMEDY}."
+            f"the header of {file.name} says {file.architecture}.{key} = {value!s:.80}, and {loaded}: it would compute "
+            f"something else. {REMEDY}."
         )
-    notes = _check_tensors(name, reader, architecture, model, unexpected)
-    return [*notes, *_check_tokenizer(name, header, tokenizer)]
+    return _check_tensors(file, model, unexpected)
 
 
-def refuse_other_files(name: str, path: Path) -> None:
+def refuse_other_files(file: GgufFile) -> None:
     """Refuse a GGUF file that is no whole model of float weights, before any of it is loaded.
 
     Args:
-        name: of the model, for messages.
-        path: the file.
+        file: the file.
 
     Raises:
         SourceError: the file is a part of a model, or something else than a model.
         UnsupportedModelError: it holds scales beside its weights.
     """
-    reader, header = _opened(path)
-    kind = header.get("general.type", "model")
-    if kind != "model" or any(key.startswith("adapter.") for key in header):
-        raise SourceError(f"{name} is a GGUF file of the type {kind}, not a model; give the model it belongs to.")
-    parts = header.get("split.count", 0)
+    kind = file.header.get("general.type", "model")
+    if kind != "model" or any(key.startswith("adapter.") for key in file.header):
+        raise SourceError(f"{file.name} is a GGUF file of the type {kind}, not a model; give the model it belongs to.")
+    parts = file.header.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise SourceError(
-            f"{name} is one of {parts} parts of a model; put them together first with llama.cpp's gguf-split --merge."
+            f"{file.name} is one of {parts} parts of a model; put them together first with llama.cpp's gguf-split "
+            "--merge."
         )
-    scales = [tensor.name for tensor in reader.tensors if tensor.name.endswith((".scale", ".input_scale"))]
+    scales = [tensor.name for tensor in file.reader.tensors if tensor.name.endswith((".scale", ".input_scale"))]
     if scales:
         raise UnsupportedModelError(
-            f"{name} holds {len(scales)} scales beside its weights ({_listed(scales)}), which transformers does not "
-            f"read: it would compute something else. {_REMEDY}."
+            f"{file.name} holds {len(scales)} scales beside its weights ({_listed(scales)}), which transformers does "
+            f"not read: it would compute something else. {REMEDY}."
         )
-
-
-def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    # Not the vocabulary and its merges; arrays of one number a layer are shorter.
-    short = {key: field for key, field in reader.fields.items() if len(field.data) <= _LONGEST_ARRAY}
-    return reader, {key: field.contents() for key, field in short.items()}
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -127,201 +136,26 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _differences(own: Mapping[str, Any], model: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, value, what the model has instead); None for a key that nothing here knows."""
-    facts = _Facts(model, own)
-    scaled = facts.header_scales
-    for key, value in own.items():
-        if key in _HELD_BY_SHAPES:
-            continue
-        detail = key.removeprefix("rope.scaling.")
-        if detail != key and detail in _SCALING_DETAILS and not scaled:
-            continue
-        asked = _EXPECTED.get(key)
-        expected = None if asked is None else asked(facts)
-        if not _same(_normal(key, value, facts), expected):
-            yield key, value, expected
-    # llama.cpp has a default of its own for Gemma 2 alone, and it is the same.
-    if "attention.sliding_window" not in own and facts.architecture != "gemma2" and facts.window < math.inf:
-        yield "attention.sliding_window", "nothing", facts.window
-
-
-def _normal(key: str, value: Any, facts: _Facts) -> Any:
-    """Return a value of the header with the several ways to say one thing made one."""
-    if key in _NEUTRAL:
-        return value or _NEUTRAL[key]
-    if key == "rope.scaling.type":
-        return {"none": "default"}.get(value, value)
-    if key == "rope.dimension_sections" and isinstance(value, list):
-        return [section for section in value if section]
-    if key == "attention.head_count_kv" and isinstance(value, list):
-        # Layers without attention have none.
-        return [heads for heads in value if heads]
-    if key == "attention.sliding_window":
-        return facts.effective(value)
-    if key == "attention.sliding_window_pattern" and not isinstance(value, list):
-        # Every n-th layer sees everything.
-        return [bool(value) and (layer + 1) % value != 0 for layer in range(len(facts.slides))]
-    return value
-
-
-def _same(value: Any, expected: Any) -> bool:
-    if isinstance(value, list) and not isinstance(expected, list):
-        return all(_same(entry, expected) for entry in value)
-    if isinstance(value, list) or isinstance(expected, list):
-        return value == expected
-    if isinstance(value, str) or isinstance(expected, str):
-        return bool(value == expected)
-    if expected is None:
-        return False
-    return math.isclose(float(value), float(expected), rel_tol=1e-4) if value != expected else True
-
-
-class _Facts:
-    """What a loaded model does, under the words of a GGUF header."""
-
-    def __init__(self, model: Any, own: Mapping[str, Any]) -> None:
-        self.config = model.config.get_text_config()
-        self.architecture = str(self.config.model_type).removesuffix("_text")
-        heads = self.first("num_attention_heads", default=1)
-        self.head_dim = self.first("head_dim") or self.first("hidden_size", default=0) // heads
-        rope = self.first("rope_parameters") or {}
-        nested = any(isinstance(value, Mapping) for value in rope.values())
-        self.rope: Mapping[str, Any] = (rope.get("full_attention") or {}) if nested else rope
-        self.local_rope: Mapping[str, Any] = (rope.get("sliding_attention") or {}) if nested else rope
-        self.context = own.get("context_length") or self.first("max_position_embeddings") or math.inf
-        kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
-        self.further = own.get("nextn_predict_layers", 0)
-        self.header_scales = kind != "none" or factor not in (0.0, 1.0)
-
-    def effective(self, window: float | None) -> float:
-        """Return a window, or infinity for one that shuts nothing out of the longest text."""
-        return window if window and window < self.context else math.inf
-
-    def first(self, *names: str, default: Any = None) -> Any:
-        """Return the first of several attributes that the config has."""
-        return next((value for name in names if (value := getattr(self.config, name, None)) is not None), default)
-
-    @property
-    def rotary(self) -> int:
-        """Return how many dimensions of a head are rotated."""
-        whole = self.first("rotary_dim")
-        if whole is not None:
-            return int(whole)
-        head = self.first("global_head_dim") or self.head_dim
-        share = self.rope.get("partial_rotary_factor", self.first("partial_rotary_factor", default=1.0))
-        return int(head * share)
-
-    @property
-    def window(self) -> float:
-        """Return how far attention looks back in the layers where it slides; infinity for none."""
-        return self.effective(self.first("sliding_window")) if any(self.slides) else math.inf
-
-    @property
-    def attention_scale(self) -> float:
-        """Return what products of queries and keys are multiplied with."""
-        return float(self.first("query_pre_attn_scalar", default=self.head_dim)) ** -0.5
-
-    @property
-    def slides(self) -> list[bool]:
-        """Return for each layer whether its attention slides."""
-        kinds = self.first("layer_types")
-        if kinds is None:
-            return [self.first("sliding_window") is not None] * self.first("num_hidden_layers", default=1)
-        return [kind == "sliding_attention" for kind in kinds]
-
-
-# Key without the architecture -> what the loaded model has.
-_EXPECTED: Mapping[str, Callable[[_Facts], Any]] = {
-    "attention.head_count": lambda f: f.first("num_attention_heads", default=0),
-    "attention.head_count_kv": lambda f: f.first(
-        "num_key_value_heads", "num_kv_heads", "num_attention_heads", default=0
-    ),
-    "attention.key_length": lambda f: f.first("global_head_dim", default=f.head_dim),
-    "attention.value_length": lambda f: f.first("global_head_dim", default=f.head_dim),
-    "attention.key_length_swa": lambda f: f.head_dim,
-    "attention.value_length_swa": lambda f: f.head_dim,
-    "attention.layer_norm_rms_epsilon": lambda f: f.first(*_EPSILONS),
-    "attention.layer_norm_epsilon": lambda f: f.first(*_EPSILONS),
-    "attention.scale": lambda f: f.attention_scale,
-    "attention.sliding_window": lambda f: f.window,
-    "attention.sliding_window_pattern": lambda f: f.slides,
-    "attention.causal": lambda f: True,
-    "attention.clamp_kqv": lambda f: f.first("clip_qkv", default=0.0),
-    "attention.max_alibi_bias": lambda f: 8.0 if f.architecture == "bloom" or f.first("alibi") else 0.0,
-    "attention.shared_kv_layers": lambda f: f.first("num_kv_shared_layers", default=0),
-    "embedding_length_per_layer_input": lambda f: f.first("hidden_size_per_layer_input", default=0),
-    "rope.freq_base": lambda f: f.rope.get("rope_theta"),
-    "rope.freq_base_swa": lambda f: f.local_rope.get("rope_theta"),
-    "rope.dimension_count": lambda f: f.rotary,
-    "rope.dimension_sections": lambda f: list(f.rope.get("mrope_section") or ()),
-    "rope.scaling.type": lambda f: f.rope.get("rope_type", "default"),
-    "rope.scaling.factor": lambda f: f.rope.get("factor", 1.0),
-    "rope.scale_linear": lambda f: f.rope.get("factor", 1.0) if f.rope.get("rope_type") == "linear" else 1.0,
-    "rope.scaling.alpha": lambda f: f.rope.get("alpha", 1.0),
-    "rope.scaling.attn_factor": lambda f: f.rope.get("attention_factor") or 1.0,
-    "rope.scaling.original_context_length": lambda f: f.rope.get("original_max_position_embeddings"),
-    "rope.scaling.yarn_beta_fast": lambda f: f.rope.get("beta_fast"),
-    "rope.scaling.yarn_beta_slow": lambda f: f.rope.get("beta_slow"),
-    "attn_logit_softcapping": lambda f: f.first("attn_logit_softcapping", default=0.0),
-    "final_logit_softcapping": lambda f: f.first("final_logit_softcapping", default=0.0),
-    "router_logit_softcapping": lambda f: 0.0,
-    "logit_scale": lambda f: f.first("logit_scale", default=1.0),
-    "embedding_scale": lambda f: f.first("embedding_multiplier", default=1.0),
-    "residual_scale": lambda f: f.first("residual_multiplier", default=1.0),
-    "use_parallel_residual": lambda f: f.first("use_parallel_residual", "parallel_attn", default=False),
-    "pooling_type": lambda f: 0,
-    "expert_count": lambda f: f.first("num_experts", "num_local_experts", default=0),
-    "expert_used_count": lambda f: f.first("num_experts_per_tok", default=0),
-    "expert_feed_forward_length": lambda f: f.first("moe_intermediate_size", "intermediate_size"),
-    "expert_shared_feed_forward_length": lambda f: f.first("shared_expert_intermediate_size", default=0),
-    "expert_shared_count": lambda f: f.first(
-        "n_shared_experts", default=1 if f.first("shared_expert_intermediate_size") else 0
-    ),
-    "expert_group_count": lambda f: f.first("n_group", default=1),
-    "expert_group_used_count": lambda f: f.first("topk_group", default=1),
-    "expert_weights_scale": lambda f: f.first("routed_scaling_factor", default=1.0),
-    "expert_weights_norm": lambda f: f.first("norm_topk_prob", default=True),
-    "expert_gating_func": lambda f: _GATING.get(f.first("scoring_func", default="softmax")),
-    # Blocks that guess further tokens; transformers leaves out those of the families whose layers it counts without.
-    "nextn_predict_layers": lambda f: f.further if f.architecture.startswith("qwen3_5") else 0,
-    "leading_dense_block_count": lambda f: f.first("first_k_dense_replace", default=0),
-    "full_attention_interval": lambda f: f.first("full_attention_interval"),
-    "shortconv.l_cache": lambda f: f.first("conv_L_cache"),
-    "ssm.conv_kernel": lambda f: f.first("linear_conv_kernel_dim", "conv_kernel"),
-    "ssm.state_size": lambda f: f.first("linear_key_head_dim", "state_size"),
-    "ssm.group_count": lambda f: f.first("linear_num_key_heads"),
-    "ssm.time_step_rank": lambda f: f.first("linear_num_value_heads", "time_step_rank"),
-    "ssm.inner_size": lambda f: (
-        f.first("linear_num_value_heads") * f.first("linear_value_head_dim")
-        if f.first("linear_num_value_heads")
-        else f.first("intermediate_size")
-    ),
-    "ssm.dt_b_c_rms": lambda f: False,
-}
-
-
-def _check_tensors(name: str, reader: Any, architecture: str, model: Any, unexpected: Sequence[str]) -> list[str]:
+def _check_tensors(file: GgufFile, model: Any, unexpected: Sequence[str]) -> list[str]:
     """Refuse tensors that have no place in the model, except those that change nothing."""
-    import gguf
-
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
             raise SourceError(
-                f"{name} holds {module_name} with shape {tuple(module.weight.shape)}, and its header gives it "
+                f"{file.name} holds {module_name} with shape {tuple(module.weight.shape)}, and its header gives it "
                 f"{(module.out_features, module.in_features)} (numbers and widths of heads); the header is wrong, or "
-                f"transformers reads it otherwise. {_REMEDY}."
+                f"transformers reads it otherwise. {REMEDY}."
             )
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    used = _names_in_use(architecture, model)
+    stored = [tensor.name for tensor in file.reader.tensors]
+    used = _names_in_use(file.architecture, model)
     idle = (
         sorted(unexpected) if used is None else sorted(stored_name for stored_name in stored if not used(stored_name))
     )
     refused: list[str] = []
     zeros: list[str] = []
     for tensor_name in idle:
-        tensor = stored.get(tensor_name)
-        numbers = None if tensor is None else gguf.dequantize(tensor.data, tensor.tensor_type)
+        if tensor_name == ROPE_FACTORS:
+            continue  # all one, or made into the config's rope scaling
+        numbers = file.numbers(tensor_name)
         if numbers is not None and tensor_name.startswith("rope_") and np.all(numbers == 1):
             continue
         if numbers is not None and tensor_name.endswith(".bias") and not np.any(numbers):
@@ -330,11 +164,13 @@ def _check_tensors(name: str, reader: Any, architecture: str, model: Any, unexpe
             refused.append(tensor_name)
     if refused:
         raise UnsupportedModelError(
-            f"{name} holds {len(refused)} tensors that transformers has no place for in {type(model).__name__} "
-            f"({_listed(refused)}): without them it would compute something else. {_REMEDY}."
+            f"{file.name} holds {len(refused)} tensors that transformers has no place for in {type(model).__name__} "
+            f"({_listed(refused)}): without them it would compute something else. {REMEDY}."
         )
     if zeros:
-        return [f"{len(zeros)} biases of {name} that are zero and have no place were left out, {zeros[0]} among them"]
+        return [
+            f"{len(zeros)} biases of {file.name} that are zero and have no place were left out, {zeros[0]} among them"
+        ]
     return []
 
 
@@ -358,65 +194,3 @@ def _names_in_use(architecture: str, model: Any) -> Callable[[str], bool] | None
         or tensor.removesuffix(".weight") in places
         or (architecture, tensor) == ("gpt2", "output.weight")
     )
-
-
-def _check_tokenizer(name: str, header: Mapping[str, Any], tokenizer: Any) -> list[str]:
-    """Refuse a tokenizer that would cut text otherwise than the header says; set what can be set."""
-    said = {key.removeprefix("tokenizer.ggml."): value for key, value in header.items()}
-    kind, split = str(said.get("model")), said.get("pre")
-    notes = []
-    if kind == "gpt2" and split not in (None, "default"):
-        if split in _DIGITS_FIRST:
-            notes.append(
-                f"the header of {name} says tokenizer.ggml.pre = {split}, which transformers does not know: text is "
-                "cut as GPT-2 does, which differs where several blanks or line ends stand before a digit"
-            )
-        elif split not in (_GPT2_SPLITS | _known_splits()):
-            raise UnsupportedModelError(
-                f"the header of {name} says tokenizer.ggml.pre = {split!s:.40}, a way to cut text that transformers "
-                f"does not know: it would make other tokens. {_REMEDY}."
-            )
-    for side, ask in (("bos", _begins), ("eos", _ends)):
-        wanted = said.get(f"add_{side}_token")
-        if wanted is None or ask(tokenizer) == bool(wanted):
-            continue
-        setattr(tokenizer, f"add_{side}_token", bool(wanted))
-        if ask(tokenizer) != bool(wanted):
-            raise UnsupportedModelError(
-                f"the header of {name} says tokenizer.ggml.add_{side}_token = {wanted}, and the tokenizer that "
-                f"transformers makes of it does not do so. {_REMEDY}."
-            )
-    if kind == "llama" and "add_space_prefix" in said:
-        spaced = tokenizer.tokenize("a")[:1] != ["a"]
-        if spaced != bool(said["add_space_prefix"]):
-            raise UnsupportedModelError(
-                f"the header of {name} says tokenizer.ggml.add_space_prefix = {said['add_space_prefix']}, and the "
-                f"tokenizer that transformers makes of it does otherwise. {_REMEDY}."
-            )
-    if kind == "llama" and said.get("remove_extra_whitespaces"):
-        raise UnsupportedModelError(
-            f"the header of {name} says tokenizer.ggml.remove_extra_whitespaces, which transformers does not read. "
-            f"{_REMEDY}."
-        )
-    named = sorted(key for key in header if key.startswith("tokenizer.chat_template."))
-    if named:
-        notes.append(f"chat templates of {name} beside the default one are not read: {', '.join(named)}")
-    return notes
-
-
-def _known_splits() -> frozenset[str]:
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        return frozenset()
-    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
-
-
-def _begins(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
-def _ends(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id

@@ -28,9 +28,13 @@ from cloq_export.files.fingerprint import file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.companions import companion_files, copy_companions, hub_patterns
+from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, refuse_marked_file
+from cloq_export.models.experts import fused_experts, split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
-from cloq_export.models.gguf_file import check_gguf, refuse_other_files
+from cloq_export.models.first_forward import require_forward
+from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
+from cloq_export.models.gguf_rope import read_rope_scaling
+from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 from cloq_export.models.weight_files import (
     INDEX_FILE,
@@ -53,10 +57,6 @@ _VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "*
 NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # The model's card is read for the licence, and not passed on: it describes another model than ours.
 _HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES)
-
-
-# What a config counts, and what some classes use only when they compute or write.
-_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,8 @@ def load_source(
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
+    Experts that transformers fuses are linear layers of their own afterwards, see `models.experts`.
+
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
@@ -205,19 +207,21 @@ def load_source(
     require_versions()
     import transformers
 
-    options: dict[str, Any] = {}
-    if source.kind == "gguf":
-        options["gguf_file"] = source.weights[0].name
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
+    gguf: GgufFile | None = None
+    options: dict[str, Any]
     silence = contextlib.nullcontext() if show_progress else quiet_transformers()
     with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
-            refuse_other_files(source.name, source.weights[0])
+            gguf = GgufFile.open(source.name, source.weights[0])
+            refuse_other_files(gguf)
+            config = transformers.AutoConfig.from_pretrained(source.folder, gguf_file=gguf.path.name, **NO_CODE)
+            read_rope_scaling(gguf, config)
+            dequantize = transformers.GgufConfig(dequantize=True)
+            options = {"config": config, "gguf_file": gguf.path.name, "quantization_config": dequantize}
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             refuse_part_of_wrapper(source.name, config)
+            options = {"use_safetensors": True}
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
@@ -226,18 +230,19 @@ def load_source(
             **options,
         )
     tokenizer = read_tokenizer(
-        source.folder, name=source.name, gguf_file=options.get("gguf_file"), show_progress=show_progress
+        source.folder, name=source.name, gguf_file=gguf and gguf.path.name, show_progress=show_progress
     )
     _refuse_gaps(source, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
-    if source.kind == "gguf":
-        notes = check_gguf(source.name, source.weights[0], model, tokenizer, unexpected)
+    if gguf is not None:
+        notes = [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
     else:
         notes = _refuse_left_over(source, model, unexpected)
         if not untie:
             _refuse_untied(source, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
+    split_experts(model)
     require_forward(model.eval(), source.name)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
@@ -258,6 +263,7 @@ def read_tokenizer(
 
     Raises:
         SourceError: a file is missing or damaged.
+        FormatError: a JSON file begins with a byte order mark.
         UnsupportedModelError: it needs Python code of its own.
     """
     import transformers
@@ -281,7 +287,10 @@ def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
 
     Raises:
         SourceError: it holds no vocabulary.
+        FormatError: a JSON file in it begins with a byte order mark.
     """
+    for path in sorted(Path(folder).glob("*.json")):
+        refuse_marked_file(path)
     # Some classes would start with an empty vocabulary, and every word would be unknown.
     if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
         raise SourceError(
@@ -382,7 +391,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-    with quiet_transformers():
+    with quiet_transformers(), fused_experts(model):
         model.save_pretrained(folder)
     save_source_files(loaded, folder)
 
@@ -446,45 +455,6 @@ def check_finite(model: nn.Module) -> None:
                 f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
                 "save it again."
             )
-
-
-def _slides(config: Any) -> bool:
-    # Without layers that slide, any number says that there is no window.
-    return not isinstance(getattr(config, "sliding_window", None), int) or "sliding_attention" in (
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    )
-
-
-def require_forward(model: Any, source: str) -> None:
-    """Run a few tokens through a model: what a config names wrongly, some classes look up only when they compute.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        source: what it was read from, for the message.
-
-    Raises:
-        UnsupportedModelError: the model cannot compute.
-    """
-    ids = torch.zeros(1, 8, dtype=torch.int64, device=next(model.parameters()).device)
-    config = model.config.get_text_config()
-    counts = [name for name in _COUNTS if name != "sliding_window" or _slides(config)]
-    try:
-        for name in counts:
-            value = getattr(config, name, None)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r:.60}")
-        with torch.no_grad(), quiet_transformers():
-            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-            options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-            model(input_ids=ids[:, :1], **options).logits  # noqa: B018
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers raises whatever a value that it does not know leads to
-        raise UnsupportedModelError(
-            f"{source}: {type(model).__name__} cannot compute with its config.json ({_first_line(error)}); values such "
-            "as layer_types and sliding_window must be those that transformers knows. Compare the file with the "
-            "original, or update transformers."
-        ) from error
 
 
 @contextlib.contextmanager

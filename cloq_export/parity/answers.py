@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.engines.decoding import Ended
-from cloq_export.engines.protocol import ServedModel, TransformersModel
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.served import TransformersModel
 from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cloq_export.engines.protocol import ReferenceModel, ServedModel
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.reference import ReferenceModel
 from cloq_export.errors import ShapeError
 
 # Where engines change what they do: the blocks of a paged cache hold 16 or 128 tokens.

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from cloq_export.engines.protocol import ReferenceModel, ServedModel
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.reference import ReferenceModel
 from cloq_export.parity.numerics import measure_logprobs
 from cloq_export.types import LoraPair
 

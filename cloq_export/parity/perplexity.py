@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
+from cloq_export.models.context import context_length
 from cloq_export.process.progress import show_progress
 from cloq_export.types import Perplexity
 
@@ -145,14 +146,6 @@ def check_windows(model: nn.Module, token_ids: torch.Tensor, *, window: int, win
             f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose --window {limit} "
             "or less (eval_window in a recipe)."
         )
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens a model reads at most, None if its configuration does not say."""
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
-    limit = getattr(text_config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def summarize_losses(losses: torch.Tensor, window: int) -> Perplexity:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.engines.protocol import ReferenceModel
+from cloq_export.engines.transformers.reference import ReferenceModel
 
 # A third of the fault that is to be found, 1% of one module's scale, so that its standard error has room.
 SCALE_LIMIT = 0.003

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 # Instruction sets that decide the speed of matrix products, as /proc/cpuinfo names them (x86, then Arm).
 _ISA_FLAGS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
@@ -19,7 +21,7 @@ def describe_hardware() -> dict[str, Any]:
     """Return CPU model, cores that this process may use, memory, the instruction sets that matter, and GPUs.
 
     Returns:
-        dict: "cpu", "cores", "memory_bytes" (None where it cannot be told) and "isa"; "gpus" where torch sees any.
+        dict: "cpu", "cores", "memory_bytes" and "isa"; "gpus" where torch sees any.
     """
     import torch
 
@@ -31,15 +33,11 @@ def describe_hardware() -> dict[str, Any]:
                 fields.setdefault(key.strip(), value.strip())
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        memory: int | None = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        memory = None
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": cores,
-        "memory_bytes": memory,
+        "memory_bytes": psutil.virtual_memory().total,
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
     }
     return found | {"gpus": gpus} if gpus else found

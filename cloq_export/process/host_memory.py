@@ -10,6 +10,8 @@ import platform
 import sys
 from pathlib import Path
 
+import psutil
+
 if sys.platform != "win32":
     import resource
 
@@ -58,7 +60,7 @@ class MemoryWatch:
         gc.collect()
         _release_freed_memory()
         self._peak_before = _peak_bytes()
-        self._start = _status_bytes("VmRSS")
+        self._start: int | None = psutil.Process().memory_info().rss
         try:
             # Linux forgets the peak so far, so that what came before does not count.
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -77,20 +79,14 @@ def _release_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_bytes(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
-
-
 def _peak_bytes() -> int:
-    peak = _status_bytes("VmHWM")
-    if peak is not None:
-        return peak
+    # psutil knows the peak on Windows alone, and getrusage has one on Linux that cannot be reset.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     if sys.platform == "win32":
-        return 0
+        return int(psutil.Process().memory_info().peak_wset)
     # ru_maxrss counts bytes on macOS and kibibytes elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

@@ -13,6 +13,7 @@ import torch
 from cloq_export.errors import CalibrationError, DataError, UsageError
 from cloq_export.files.spelled_paths import expand_user, split_list
 from cloq_export.texts.data_sets import hub_rows, local_file
+from cloq_export.texts.examples import forms_of, numbered_rows, text_of
 from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
 from cloq_export.texts.tokens import TextTokens
 
@@ -226,6 +227,15 @@ def _check_room(begin: tuple[int, ...], window: int) -> None:
 
 
 def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
+    try:
+        return _load(name, wikitext_split, gsm8k_split)
+    except CalibrationError:
+        raise
+    except DataError as error:
+        raise CalibrationError(str(error)) from None
+
+
+def _load(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
     if name == WIKITEXT2:
         return _wikitext(wikitext_split)
     if name == GSM8K:
@@ -243,7 +253,7 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
     identifier, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     rows = _hub_rows(identifier, config or None, split or "train")
-    return CalibrationText.of(_join_rows(_numbered(rows, name)), f"hub:{name}")
+    return CalibrationText.of(_join_rows(numbered_rows(rows, name)), f"hub:{name}")
 
 
 def _embedded() -> CalibrationText:
@@ -273,29 +283,22 @@ def _gsm8k(split: str) -> CalibrationText:
     if path is not None:
         return CalibrationText.of(_read_file(path), str(path))
     name = ":".join((*_GSM8K_HUB, split))
-    return CalibrationText.of(_join_rows(_numbered(_hub_rows(*_GSM8K_HUB, split), name)), f"hub:{name}")
+    return CalibrationText.of(_join_rows(numbered_rows(_hub_rows(*_GSM8K_HUB, split), name)), f"hub:{name}")
 
 
 def _read_file(path: Path) -> str:
-    try:
-        return _join_rows(read_rows(path)) if holds_rows(path) else read_text(path)
-    except CalibrationError:
-        raise
-    except DataError as error:
-        raise CalibrationError(str(error)) from None
+    return _join_rows(read_rows(path)) if holds_rows(path) else read_text(path)
 
 
 def _join_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     texts = []
     for where, row in rows:
-        if isinstance(row.get("text"), str):
-            texts.append(row["text"])
-        elif isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-            texts.append(f"{row['question']}\n{row['answer']}")
+        forms = forms_of(row, where)
+        if ("text",) in forms:
+            texts.append(text_of(row, "text", where))
+        elif ("question", "answer") in forms:
+            texts.append("\n".join(text_of(row, field, where) for field in ("question", "answer")))
         else:
-            wrong = [name for name in ("text", "question", "answer") if name in row and not isinstance(row[name], str)]
-            if wrong:
-                raise CalibrationError(f"{where}: {wrong[0]!r} is no text; mend the line, or delete it.")
             raise CalibrationError(
                 f"{where} has the fields {', '.join(str(name)[:40] for name in list(row)[:12]) or 'none'}; needed is "
                 "'text', or 'question' and 'answer'. Rename the fields, or give plain text."
@@ -303,18 +306,11 @@ def _join_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     return "\n\n".join(texts)
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    return ((f"row {number} of {name}", row) for number, row in enumerate(rows, start=1))
-
-
 def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    try:
-        return hub_rows(
-            identifier,
-            config,
-            split,
-            remedy="Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that "
-            "the environment variable CLOQ_DATA names.",
-        )
-    except DataError as error:
-        raise CalibrationError(str(error)) from None
+    return hub_rows(
+        identifier,
+        config,
+        split,
+        remedy="Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that "
+        "the environment variable CLOQ_DATA names.",
+    )

@@ -15,19 +15,16 @@ from cloq_export.files.versions import require_versions
 _HUB_TIMEOUT_S = 10.0
 
 
-def data_folder() -> Path:
-    """Return the folder of local data sets: CLOQ_DATA, or `shared/data` beside a source checkout; it may not exist."""
-    chosen = os.environ.get("CLOQ_DATA")
-    return expand_user(chosen) if chosen else Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
-
 def local_file(*names: str) -> Path | None:
-    """Return the first of several files that the data folder has, None if it has none of them.
+    """Return the first of several files that the folder named by CLOQ_DATA has; None without such a folder or file.
 
     Args:
-        names: paths inside the data folder, the preferred one first.
+        names: paths inside the folder, the preferred one first.
     """
-    folder = data_folder()
+    chosen = os.environ.get("CLOQ_DATA")
+    if not chosen:
+        return None
+    folder = expand_user(chosen)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,7 +38,15 @@ _MESSAGE_EXTRAS = (
     "train",
 )
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "null", [], {})
-_ROW_FORMS = (
+# The forms that a row can have, each with all of its fields; where a row without a value is read, the first counts.
+_FORMS = (
+    *((field,) for field in _CHAT_FIELDS),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("text",),
+)
+_NAMED_FORMS = (
     "'messages' or 'conversations'; 'prompt' and 'completion'; 'instruction' and 'output'; 'question' and 'answer'; or "
     "'text'"
 )
@@ -111,15 +119,15 @@ class ExampleSet:
         Raises:
             DataError: there is none.
         """
-        found = tuple(examples)
-        if not found:
+        kept = tuple(examples)
+        if not kept:
             raise DataError(f"{origin} holds no example; {ALLOWED}.")
         digest = hashlib.sha256()
-        for example in found:
+        for example in kept:
             content = dataclasses.asdict(example)
             content.pop("where", None)
             digest.update(json.dumps(content, sort_keys=True).encode("utf-8") + b"\n")
-        return cls(found, origin, digest.hexdigest())
+        return cls(kept, origin, digest.hexdigest())
 
 
 def question_prompt(question: str) -> str:
@@ -151,8 +159,8 @@ def read_examples(path: str | Path) -> ExampleSet:
 
     A .jsonl or .json file holds rows, as `read_rows` reads them; any other is one plain text. A row has 'messages' or
     'conversations', with 'role' and 'content' or 'from' and 'value'; or 'prompt' and 'completion', taken as they are;
-    or 'instruction', 'output' and perhaps 'input'; or 'question' and 'answer'; or 'text'. The first form that fits
-    counts.
+    or 'instruction', 'output' and perhaps 'input'; or 'question' and 'answer'; or 'text'. A row of two forms is
+    refused, unless its 'text' is what the other form comes to.
 
     Args:
         path: the file.
@@ -175,8 +183,8 @@ def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
         where: which row it is, for messages.
 
     Raises:
-        DataError: it has the fields of no known form, or one of them is no text or empty; or it has one that would
-            stand in the prompt and is not read.
+        DataError: it has the fields of no known form or of two, or one of them is no text or empty; or it has one that
+            would stand in the prompt and is not read.
     """
     for extra in _ROW_EXTRAS:
         if row.get(extra) not in _NOTHING:
@@ -185,26 +193,94 @@ def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
                 f"{where} has {extra!r}, which cannot be learned with: it would stand before the answer. {remedy}, "
                 "or take it out."
             )
-    for field in _CHAT_FIELDS:
-        if field in row:
-            return _chat_of(row, field, where)
-    if "prompt" in row and "completion" in row:
-        return Example(_text_of(row, "prompt", where), _text_of(row, "completion", where))
-    if "instruction" in row and "output" in row:
+    form = next(iter(forms_of(row, where)), ())
+    if form in ((field,) for field in _CHAT_FIELDS):
+        return _chat_of(row, form[0], where)
+    if form == ("text",):
+        return Example(None, text_of(row, "text", where))
+    if form:
+        return _answered(row, form, where)
+    raise DataError(
+        f"{where} has the fields {', '.join(str(name)[:40] for name in list(row)[:12]) or 'none'}; a row holds "
+        f"{_NAMED_FORMS}. Rename its fields."
+    )
+
+
+def forms_of(row: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
+    """Return the fields of the form that a row has: of two forms if the second is the 'text' of the first, of none.
+
+    Args:
+        row: its fields.
+        where: which row it is, for messages.
+
+    Raises:
+        DataError: it has two forms that say different things.
+    """
+    filled = [form for form in _FORMS if all(row.get(field) not in _NOTHING for field in form)]
+    if len(filled) > 1 and not _is_text_of(row, filled, where):
+        first, second = (" and ".join(map(repr, form)) for form in filled[:2])
+        raise DataError(
+            f"{where} can be read in two ways, by {first} or by {second}, and they say different things; a row has one "
+            "form. Take the fields of the other one out."
+        )
+    return filled or [form for form in _FORMS if all(field in row for field in form)][:1]
+
+
+def text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """Return a field of a row that has to be text.
+
+    Args:
+        row: its fields.
+        field: which of them.
+        where: which row it is, for messages.
+
+    Raises:
+        DataError: it is no text, or empty.
+    """
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        fault = "empty" if isinstance(text, str) else "no text"
+        hint = " A chat goes into 'messages'." if isinstance(text, list) else ""
+        raise DataError(f"{where}: {field!r} is {fault}; mend the line, or delete it.{hint}")
+    return text
+
+
+def numbered_rows(rows: Iterable[Mapping[str, Any]], origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (which row it is, for messages; the row) of a data set on the hub, without the empty texts among them.
+
+    In a file an empty text is a mistake that its owner can mend. Sets on the hub, such as WikiText, hold them on
+    purpose.
+
+    Args:
+        rows: the rows.
+        origin: the name of the set.
+    """
+    for number, row in enumerate(rows, start=1):
+        text = row.get("text")
+        empty = isinstance(text, str) and not text.strip()
+        if not empty or forms_of(row, origin) != [("text",)]:
+            yield f"row {number} of {origin}", row
+
+
+def _is_text_of(row: Mapping[str, Any], forms: Sequence[tuple[str, ...]], where: str) -> bool:
+    """Return whether the second of two forms is the text that the first comes to, as in Alpaca's own files."""
+    if len(forms) != 2 or len(forms[0]) != 2 or forms[1] != ("text",):
+        return False
+    example = _answered(row, forms[0], where)
+    return f"{example.prompt}{example.completion}".strip() == text_of(row, "text", where).strip()
+
+
+def _answered(row: Mapping[str, Any], form: tuple[str, ...], where: str) -> Example:
+    """Return the example that a row of a prompt and its completion is."""
+    first, second = (text_of(row, field, where) for field in form)
+    if form == ("instruction", "output"):
         given = row.get("input") or ""
         if not isinstance(given, str):
             raise DataError(f"{where}: 'input' is no text; mend the line.")
-        prompt = instruction_prompt(_text_of(row, "instruction", where), given)
-        return Example(prompt, _text_of(row, "output", where))
-    if "question" in row and "answer" in row:
-        question, answer = _text_of(row, "question", where), _text_of(row, "answer", where)
-        return Example(question_prompt(question), f" {answer}")
-    if "text" in row:
-        return Example(None, _text_of(row, "text", where))
-    raise DataError(
-        f"{where} has the fields {', '.join(str(name)[:40] for name in list(row)[:12]) or 'none'}; a row holds "
-        f"{_ROW_FORMS}. Rename its fields."
-    )
+        return Example(instruction_prompt(first, given), second)
+    if form == ("question", "answer"):
+        return Example(question_prompt(first), f" {second}")
+    return Example(first, second)
 
 
 def _text_examples(text: str) -> Sequence[Example]:
@@ -212,13 +288,13 @@ def _text_examples(text: str) -> Sequence[Example]:
 
 
 def _chat_of(row: Mapping[str, Any], field: str, where: str) -> ChatExample:
-    found = row[field]
-    if not isinstance(found, list) or not found:
+    turns = row[field]
+    if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{where}: {field!r} is no list of messages; each has 'role' and 'content', or 'from' and 'value'. Mend "
             "the line."
         )
-    messages = [_message_of(entry, f"{where}, message {number}") for number, entry in enumerate(found, start=1)]
+    messages = [_message_of(entry, f"{where}, message {number}") for number, entry in enumerate(turns, start=1)]
     for number, message in enumerate(messages, start=1):
         if message.role == "system" and number > 1:
             raise DataError(f"{where}, message {number} is a system message behind others; it can only be the first.")
@@ -247,13 +323,4 @@ def _message_of(entry: Any, which: str) -> Message:
         raise DataError(
             f"{which}: {content!r} is a list of parts; only plain text is read. Write what they say as one text."
         )
-    return Message(role, _text_of(entry, content, which))
-
-
-def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
-    text = row.get(field)
-    if not isinstance(text, str) or not text.strip():
-        found = "empty" if isinstance(text, str) else "no text"
-        hint = " A chat goes into 'messages'." if isinstance(text, list) else ""
-        raise DataError(f"{where}: {field!r} is {found}; mend the line, or delete it.{hint}")
-    return text
+    return Message(role, text_of(entry, content, which))

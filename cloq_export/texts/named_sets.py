@@ -11,7 +11,7 @@ from typing import Any
 from cloq_export.errors import DataError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.texts.data_sets import hub_rows, local_file
-from cloq_export.texts.examples import Example, ExampleSet, example_of, question_prompt, read_examples
+from cloq_export.texts.examples import Example, ExampleSet, example_of, numbered_rows, question_prompt, read_examples
 from cloq_export.texts.word_problems import MOST_STEPS, generate
 
 WORD_PROBLEMS = "word-problems"
@@ -157,14 +157,14 @@ def _word_problems(name: str, split: str, count: int | None) -> ExampleSet:
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], origin: str, count: int | None) -> ExampleSet:
-    numbered = enumerate(islice(rows, count), start=1)
-    return ExampleSet.of((example_of(row, f"row {number} of {origin}") for number, row in numbered), origin)
+    chosen = islice(numbered_rows(rows, origin), count)
+    return ExampleSet.of((example_of(row, where) for where, row in chosen), origin)
 
 
-def _first(found: ExampleSet, count: int | None) -> ExampleSet:
-    if count is None or count >= len(found.examples):
-        return found
-    return ExampleSet.of(found.examples[:count], found.origin)
+def _first(whole: ExampleSet, count: int | None) -> ExampleSet:
+    if count is None or count >= len(whole.examples):
+        return whole
+    return ExampleSet.of(whole.examples[:count], whole.origin)
 
 
 def _hub_origin(identifier: str, config: str | None, split: str) -> str:

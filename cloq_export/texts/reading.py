@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cloq_export.errors import DataError
-from cloq_export.files.safe_json import distinct_keys
+from cloq_export.files.safe_json import describe_json_error, distinct_keys
 
 # Longer than any book; a line or a file beyond is a mistake or an attack on memory.
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -222,11 +222,9 @@ def _no_json(path: Path, error: Exception) -> DataError:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}"
-    return str(error).splitlines()[0][:120]
+    return describe_json_error(error)
 
 
 def _without_mark(data: bytes) -> bytes:

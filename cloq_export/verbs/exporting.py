@@ -35,7 +35,6 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
-from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats import targets
@@ -259,7 +258,7 @@ def _own_checkpoint(session: Session, directory: RunDirectory) -> Checkpoint:
         )
     if directory.checkpoint_path.is_dir():
         checkpoint = Checkpoint.open(directory.checkpoint_path)
-        computed = base_fingerprint((name, layers.read(name)) for name in layers.specs)
+        computed = directory.base_fingerprint()
         if checkpoint.grids.base_fingerprint == computed:
             return checkpoint
         session.notes.append("the run's own checkpoint was of other layers, so it was written anew")

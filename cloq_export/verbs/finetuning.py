@@ -23,16 +23,16 @@ from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord, pair_di
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.compress.solve import ADAPTER_DTYPES
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import write_bytes, write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
+from cloq_export.models.context import context_length
 from cloq_export.models.source import read_tokenizer
 from cloq_export.models.stream import has_fast_bfloat16
-from cloq_export.parity.perplexity import context_length
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.questions import TrainedOn
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
@@ -375,7 +375,7 @@ def _start_of(directory: RunDirectory, base: _Base, recipe: FineTuneRecipe, work
     folder = work / _START
     if not folder.exists():
         recipe_of_run = Recipe.from_mapping(directory.recipe)
-        shapes = {name: directory.layer_header(name)[1] for name in base.checkpoint.specs}
+        shapes = {name: directory.layer_file(name).shape for name in base.checkpoint.specs}
         ranks = {name: recipe_of_run.override_for(name).get("rank", recipe_of_run.rank) or ZERO_RANK for name in shapes}
         write_adapter(
             folder,

@@ -22,7 +22,6 @@ from cloq_export.artifact.provenance import (
     record_pairs,
 )
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import layers_of
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.peft import Adapter, read_adapter
@@ -282,10 +281,9 @@ class MadeBefore:
         """Compare with the artefacts of the run themselves."""
         run = self.run
         assert run is not None
-        layers = {module: layer_digest(layer) for module, layer in layers_of(run)}
         findings = [
             Finding("codes beside the run", PROVEN)
-            if layers == dict(digests)
+            if run.digests() == dict(digests)
             else Finding(
                 "codes beside the run",
                 CONTRADICTED,

@@ -25,8 +25,8 @@ from cloq_export.artifact.provenance import (
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.session import Session, layers_of
-from cloq_export.engines.protocol import sequence_logprobs
+from cloq_export.compress.session import Session
+from cloq_export.engines.transformers.served import sequence_logprobs
 from cloq_export.errors import FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.types import LoraPair
@@ -93,7 +93,7 @@ def record_base(
         probes: name of an adapter, or `CODES_ALONE` -> what the written model says.
         quality: what was measured.
     """
-    layers = {name: layer_digest(layer) for name, layer in layers_of(directory)}
+    layers = directory.digests()
     record = BaseRecord(
         model=model_name,
         source_fingerprint=directory.source_fingerprint,

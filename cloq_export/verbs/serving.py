@@ -13,8 +13,9 @@ from rich.console import Console
 
 from cloq_export.artifact.checkpoint import ADAPTERS_NAME, checkpoint_folder
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
-from cloq_export.engines.vllm.server import ServerPlan, VllmServer, curl_line, plan_server
+from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError, UsageError
 from cloq_export.formats.peft import is_adapter
 from cloq_export.process.progress import show_waiting
@@ -118,23 +119,8 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     if default is None and len(found) > 1 and RunDirectory.is_run(export):
         own = Recipe.from_mapping(RunDirectory.open(export).recipe).adapter_name
         default = own if own in found else None
-    return plan_server(
-        export,
-        found,
-        default=default,
-        name=options.name,
-        host=options.host,
-        port=options.port,
-        dtype=options.dtype,
-        python=options.python,
-        max_model_len=options.max_model_len,
-        max_lora_rank=options.max_lora_rank,
-        max_loras=options.max_loras,
-        kv_cache_gib=options.kv_cache_gib,
-        threads=options.threads,
-        force=options.force,
-        extra=options.engine_options,
-    )
+    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
+    return plan_server(export, found, ServerOptions(**asked | {"default": default}))
 
 
 def served_adapters(export: Path) -> dict[str, Path]:

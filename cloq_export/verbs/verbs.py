@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,50 +23,32 @@ from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.provenance import ProbeRecord, Quality
 from cloq_export.artifact.run_directory import RunDirectory, natural_order
 from cloq_export.compress.budgeting import (
-    BUDGET_REPORT,
-    RECIPE_NAME,
-    check_budget,
-    has_chosen,
-    measuring_recipe,
-    spend,
     with_choices_of,
 )
-from cloq_export.compress.model_refined import refine_model, refined_layers, refinement_batches
-from cloq_export.compress.plan import Plan
+from cloq_export.compress.job import budgeted_recipe, certificate_report, compress_model, finish_layers, started_run
 from cloq_export.compress.session import (
     Session,
-    compute_dtype,
-    device_of,
-    layers_of,
     open_planned,
     refuse_other_source,
     refuse_unfinished,
-    solvers_of,
     source_fingerprint,
 )
 from cloq_export.compress.solve import ALTERNATIONS
-from cloq_export.compress.space import check_space
-from cloq_export.compress.walk import BlockWalk, usual_windows_per_batch
-from cloq_export.engines.protocol import float_model
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CalibrationError, MissingPackageError, RunDirectoryError, UsageError
-from cloq_export.files.atomic import make_folder, write_bytes
-from cloq_export.files.fingerprint import base_fingerprint
+from cloq_export.files.atomic import make_folder
 from cloq_export.files.spelled_paths import command_line
-from cloq_export.files.versions import environment
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
 from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
-from cloq_export.models.stream import BlockStream
-from cloq_export.parity.perplexity import check_windows, context_length
+from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
-from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import (
     EMBEDDED,
     WIKITEXT2,
     CalibrationText,
-    calibration_windows,
     evaluation_text,
     evaluation_tokens,
     load_text,
@@ -120,8 +100,16 @@ def run(
     calibration, judging = _texts(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        recipe = session.recipe = _budgeted(session, directory, calibration, judging, check)
-        model = _compress(session, directory, recipe, calibration, judging, check)
+
+        def refuse(loaded: LoadedModel) -> None:
+            tokens = evaluation_tokens(loaded.tokenizer, judging.text, recipe.eval_window, recipe.bos)
+            check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
+            if check is not None:
+                check(loaded)
+
+        recipe = session.recipe = budgeted_recipe(session, directory, calibration, refuse)
+        model = compress_model(session, directory, recipe, calibration, refuse)
+        _note_source(directory, model)
         _write_adapter(session, directory, recipe.adapter_name)
         write_run_checkpoint(session, directory, model)
         probes: dict[str, ProbeRecord] = {}
@@ -164,8 +152,9 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     calibration = _calibration_text(session, demo=demo)
     with _open_run(session, out) as directory:
         _bind_text(directory, calibration)
-        session.recipe = _budgeted(session, directory, calibration)
-        model = _compress(session, directory, session.recipe, calibration)
+        session.recipe = budgeted_recipe(session, directory, calibration)
+        model = compress_model(session, directory, session.recipe, calibration)
+        _note_source(directory, model)
         write_run_checkpoint(session, directory, model)
         record_base(session, directory, model.tokenizer, model_name=public_name(recipe.model))
         directory.set_state("quantized")
@@ -228,17 +217,17 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
             )
     with (
         directory,
-        _started(work, recipe, directory.source_fingerprint) as parts,
+        started_run(work, recipe, directory.source_fingerprint) as parts,
     ):
         loaded, plan = open_planned(session, recipe)
         refuse_other_source(loaded, directory)
         refuse_unfinished(directory, plan)
         calibration = calibration_text_of(session, directory)
         _bind_text(directory, calibration)
-        _walk(session, loaded, plan, parts, recipe, calibration, _codes_of(directory))
+        finish_layers(session, loaded, plan, parts, recipe, calibration, _codes_of(directory))
         _write_adapter(session, directory, recipe.adapter_name, parts)
         certificates = parts.certificates()
-        directory.write_report(f"adapter-{recipe.adapter_name}", _certificate_report(certificates))
+        directory.write_report(f"adapter-{recipe.adapter_name}", certificate_report(certificates))
     # Renamed first: a kill halfway through the removal must not leave what looks like an interrupted call.
     finished = work.with_name(f".{work.name}.finished")
     shutil.rmtree(finished, ignore_errors=True)
@@ -457,78 +446,11 @@ def _bind_text(directory: RunDirectory, calibration: CalibrationText) -> None:
 def _open_run(session: Session, out: Path) -> contextlib.AbstractContextManager[RunDirectory]:
     source = session.timed("read model", lambda: find_source(session.recipe.model))
     fingerprint = session.timed("read model", lambda: source_fingerprint(session.recipe, source.fingerprint))
-    return _started(out, session.recipe, fingerprint)
+    return started_run(out, session.recipe, fingerprint)
 
 
-@contextlib.contextmanager
-def _started(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirectory]:
-    """Hold a run open; if it fails before its first layer, nothing stays that would refuse the corrected command."""
-    with RunDirectory.create_or_resume(path, recipe.to_mapping(), fingerprint, environment()) as directory:
-        try:
-            yield directory
-        except Exception:
-            directory.discard_if_empty()
-            raise
-
-
-def _budgeted(
-    session: Session,
-    directory: RunDirectory,
-    calibration: CalibrationText,
-    judging: CalibrationText | None = None,
-    check: Callable[[LoadedModel], None] | None = None,
-) -> Recipe:
-    """Return the recipe with what its budget is spent on, measured in the run's work folder if it is not yet."""
-    recipe = session.recipe
-    if not recipe.budget or has_chosen(directory, recipe):
-        return recipe
-    check_budget(recipe)
-    loaded, _ = open_planned(session, recipe)
-    _check_judging(loaded, recipe, judging)
-    if check is not None:
-        check(loaded)
-    windows = _windows(loaded, recipe, calibration)
-    path = directory.path / "work" / "budget"
-    with _started(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
-        spent = session.timed("budget", lambda: spend(session, loaded, work, windows, recipe))
-    directory.write_report(BUDGET_REPORT, spent.report())
-    # The budget is spent: a copy that was edited by hand must not choose again.
-    write_bytes(directory.path / RECIPE_NAME, spent.recipe.changed({"budget": 0.0}).to_yaml().encode("utf-8"))
-    directory.set_overrides(spent.recipe.to_mapping()["overrides"])
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
-    session.say(
-        f"{spent.stored_bits_per_weight:.3f} stored bits per weight; what they are spent on stands in "
-        f"{directory.path / RECIPE_NAME}, and can be edited for another run with --recipe"
-    )
-    return spent.recipe
-
-
-def _compress(
-    session: Session,
-    directory: RunDirectory,
-    recipe: Recipe,
-    calibration: CalibrationText,
-    judging: CalibrationText | None = None,
-    check: Callable[[LoadedModel], None] | None = None,
-) -> LoadedModel:
-    loaded, plan = open_planned(session, recipe)
-    _check_judging(loaded, recipe, judging)
-    if check is not None:
-        check(loaded)
-    check_space(directory, plan, loaded, recipe)
-    codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
-    _walk(session, loaded, plan, directory, recipe, calibration, codes)
+def _note_source(directory: RunDirectory, loaded: LoadedModel) -> None:
     directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
-    directory.write_report("layers", _certificate_report(directory.certificates(), plan.unfit))
-    return loaded
-
-
-def _check_judging(loaded: LoadedModel, recipe: Recipe, judging: CalibrationText | None) -> None:
-    if judging is not None:
-        tokens = evaluation_tokens(loaded.tokenizer, judging.text, recipe.eval_window, recipe.bos)
-        check_windows(loaded.model, tokens, window=recipe.eval_window, windows=recipe.eval_windows)
 
 
 def _with_grid_of_codes(recipe: Recipe) -> Recipe:
@@ -541,159 +463,7 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
 
 
 def _codes_of(directory: RunDirectory) -> Callable[[str], QuantizedLayer]:
-    return lambda name: directory.read_layer(name).quantized
-
-
-def _walk(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    calibration: CalibrationText,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    for name in plan.modules:
-        directory.layer_path(name)  # refuses a name that cannot be one of a file
-    done = directory.completed_modules()
-    if done.issuperset(plan.modules):
-        session.say("all layers are finished already")
-        return
-    if done:
-        session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
-    windows = _windows(loaded, recipe, calibration)
-    begin = TextTokens(loaded.tokenizer).window_begin(recipe.bos)
-    begun = f", each window begun with {' '.join(loaded.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
-    session.say(
-        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}{begun}"
-    )
-    widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
-    if windows.numel() < widest:
-        session.notes.append(
-            f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
-            "decides what they leave open; raise --samples or --seqlen"
-        )
-    keep_freed_memory()
-    watch = MemoryWatch()
-    if recipe.refine == "model":
-        _refine_model(session, loaded, plan, directory, recipe, calibration, windows, kept_codes)
-    else:
-        _walk_blocks(session, loaded, plan, directory, recipe, windows, kept_codes)
-    session.memory = watch.stop()
-
-
-def _walk_blocks(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve what is not yet in the directory, with fewer windows in a forward pass where memory runs out."""
-    device = device_of(recipe)
-    solvers = solvers_of(recipe, device)
-    windows_at_once = min(len(windows), usual_windows_per_batch(recipe))
-    while True:
-        walk = None
-        try:
-            walk = BlockWalk(
-                loaded.model,
-                plan,
-                recipe,
-                directory,
-                windows,
-                device=device,
-                compute=compute_dtype(recipe, device),
-                kept_codes=kept_codes,
-                console=session.console,
-                solvers=solvers,
-                windows_per_batch=windows_at_once,
-            )
-            walk.run()
-            break
-        except torch.OutOfMemoryError:
-            if windows_at_once == 1:
-                raise UsageError(
-                    "memory ran out with one calibration window in a forward pass; what is finished is kept. Choose "
-                    f"a smaller --seqlen than {recipe.seqlen}, --device cpu, or a larger device."
-                ) from None
-        # Finished layers are kept, so the walk only catches up.
-        windows_at_once //= 2
-        session.notes.append(
-            f"memory ran out: from there on {windows_at_once} calibration windows went into a forward pass, so sums "
-            "came in another order than with more memory"
-        )
-        session.say(session.notes[-1])
-    for stage, seconds in dataclasses.asdict(walk.seconds).items():
-        if stage == "refine" and recipe.refine == "none":
-            continue
-        session.seconds[stage.replace("_", " ")] = seconds
-
-
-def _windows(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) -> torch.Tensor:
-    """Return the token ids to calibrate on, (samples, seqlen)."""
-    limit = context_length(loaded.model)
-    if limit is not None and recipe.seqlen > limit:
-        raise UsageError(
-            f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
-            f"{limit} or less."
-        )
-    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
-
-
-def _refine_model(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    calibration: CalibrationText,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve all layers and refine their blocks beside the run, then all together, and only then store them in it."""
-    work = directory.path / "work" / "solved"
-    with _started(work, recipe.changed({"refine": "block"}), directory.source_fingerprint) as solved:
-        already = solved.completed_modules()
-        if already:
-            session.notes.append(f"continued a refinement that had {len(already)} of {len(plan.modules)} layers solved")
-        if not already.issuperset(plan.modules):
-            _walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
-        device = device_of(recipe)
-        batch = usual_windows_per_batch(recipe)
-        # Windows that the layers were solved on would flatter the start: its errors on those are mended already.
-        other = recipe.changed({"samples": batch * refinement_batches(recipe), "seed": recipe.seed + 1})
-        fresh = _windows(loaded, other, calibration)
-        started = time.perf_counter()
-        try:
-            stream = BlockStream(
-                loaded.model, plan.blocks, fresh, device=device, compute=compute_dtype(recipe, device), batch=batch
-            )
-            with session.progress("refine the model") as progress:
-                found = refine_model(
-                    stream,
-                    plan,
-                    recipe,
-                    solved,
-                    folder=work.parent / "refinement",
-                    keeps_codes=kept_codes is not None,
-                    progress=progress,
-                )
-        except torch.OutOfMemoryError:
-            raise UsageError(
-                f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
-                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
-                "--seqlen or with --refine block."
-            ) from None
-        session.seconds["refine the model"] = time.perf_counter() - started
-        for name, stored in refined_layers(found, plan, solved).items():
-            directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
-    for done in (work, work.parent / "refinement"):
-        shutil.rmtree(done, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another adapter may be in the making there
-        work.parent.rmdir()
+    return directory.read_codes
 
 
 def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: RunDirectory | None = None) -> None:
@@ -701,12 +471,12 @@ def _write_adapter(session: Session, directory: RunDirectory, name: str, parts: 
     source = parts or directory
     pairs: dict[str, LoraPair] = {}
     for module in sorted(source.completed_modules(), key=natural_order):
-        lora = source.read_layer(module).lora
+        lora = source.read_pair(module)
         if lora is not None:
             pairs[module] = lora
     if not pairs:
         return
-    fingerprint = base_fingerprint(layers_of(directory))
+    fingerprint = directory.base_fingerprint()
     session.timed(
         "write",
         lambda: write_adapter(
@@ -841,11 +611,6 @@ def _adapter_of(session: Session, path: Path) -> str | None:
 
 def _checkpoint_tokenizer(path: Path) -> Any:
     return read_tokenizer(checkpoint_folder(path))
-
-
-def _certificate_report(certificates: list[LayerCertificate], unfit: Mapping[str, str] | None = None) -> dict[str, Any]:
-    report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
-    return {**report, "stays_float": dict(unfit)} if unfit else report
 
 
 def _adapter_files(directory: RunDirectory) -> dict[str, str]:

@@ -22,14 +22,9 @@ from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.decoding import end_tokens
-from cloq_export.engines.protocol import (
-    ReferenceModel,
-    ServedModel,
-    float_model,
-    longest_in_memory,
-    packed_model,
-    reference_model,
-)
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.reference import ReferenceModel, reference_model
+from cloq_export.engines.transformers.served import float_model, packed_model, tokens_per_batch
 from cloq_export.errors import CalibrationError, FormatError, GateMissedError, UsageError
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.versions import environment
@@ -37,6 +32,7 @@ from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
+from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity import generation, liveness
 from cloq_export.parity.answers import Answers
@@ -53,7 +49,7 @@ from cloq_export.parity.gate import (
 )
 from cloq_export.parity.isolation import measure_isolation
 from cloq_export.parity.numerics import compare_greedy, compare_logprobs, measure_logprobs
-from cloq_export.parity.perplexity import check_windows, context_length
+from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, probe_differences
 from cloq_export.parity.quality import perplexity_entry
 from cloq_export.parity.questions import DEFAULT_QUESTIONS, blindness, question_facts
@@ -76,6 +72,7 @@ from cloq_export.verbs.exporting import adapters_in
 from cloq_export.verbs.made_before import MadeBefore, compare_float_part
 
 if TYPE_CHECKING:
+    from cloq_export.engines.vllm.options import EngineSettings
     from cloq_export.formats.onnx.reading import OnnxExport
 
 RUNTIME_NAMES = ("hf", "vllm", "vllm-server", "onnx")
@@ -295,15 +292,23 @@ def _open_hf(export: Path, adapters: Mapping[str, Path], options: VerifyOptions)
 
 
 def _open_vllm(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-    from cloq_export.engines.vllm.engine import VllmModel
+    from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 
-    return VllmModel(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
+    return VllmModel(export, adapters, _engine_settings(options), EngineStart(python=options.python))
+
+
+def _engine_settings(options: VerifyOptions) -> EngineSettings:
+    from cloq_export.engines.vllm.options import EngineSettings
+
+    return EngineSettings(dtype=options.dtype, force=options.force)
 
 
 def _open_vllm_server(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
+    from cloq_export.engines.vllm.plan import ServerOptions
     from cloq_export.engines.vllm.server import VllmServer
 
-    return VllmServer.start(export, adapters, dtype=options.dtype, python=options.python, force=options.force)
+    asked = ServerOptions(dtype=options.dtype, python=options.python, force=options.force)
+    return VllmServer.start(export, adapters, asked)
 
 
 def _open_onnx(export: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
@@ -326,10 +331,10 @@ def _check_engine(plan: _Plan) -> None:
     options = plan.options
     if not isinstance(plan.checkpoint, Checkpoint) or not options.runtime.startswith("vllm"):
         return
-    from cloq_export.engines.vllm.engine import engine_options
-    from cloq_export.engines.vllm.server import engine_facts
+    from cloq_export.engines.vllm.facts import engine_facts
+    from cloq_export.engines.vllm.options import engine_options
 
-    engine_options(plan.checkpoint, plan.folders, dtype=options.dtype, kv_cache_gib=1, force=options.force)
+    engine_options(plan.checkpoint, plan.folders, _engine_settings(options))
     engine_facts(options.python)
 
 
@@ -678,7 +683,7 @@ class _Verification:
                     f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
                 )
             return options.longest
-        return min(served, max(options.window, min(_LONGEST, longest_in_memory(model))))
+        return min(served, max(options.window, min(_LONGEST, tokens_per_batch(model))))
 
     def _question_limit(self, task: str) -> float:
         return self.plan.limits.get(f"{gate_key(task)}_p_value", SIGNIFICANCE)
@@ -1066,11 +1071,9 @@ def _engine_length(plan: _Plan) -> int | None:
     """Return how long a text an engine takes for scoring, None where nothing but the model limits it."""
     if not isinstance(plan.checkpoint, Checkpoint) or not plan.options.runtime.startswith("vllm"):
         return None
-    from cloq_export.engines.vllm.engine import engine_options
+    from cloq_export.engines.vllm.options import engine_options
 
-    options = engine_options(
-        plan.checkpoint, plan.folders, dtype=plan.options.dtype, kv_cache_gib=1, force=plan.options.force
-    )
+    options = engine_options(plan.checkpoint, plan.folders, _engine_settings(plan.options))
     # Scoring a text asks for one token behind it.
     return int(options["max_model_len"]) - 1
 

@@ -12,7 +12,7 @@ import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import FormatError, RunDirectoryError, ShapeError
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.files.safe_tensors import read_safetensors

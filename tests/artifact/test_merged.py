@@ -13,7 +13,7 @@ import torch
 from cloq_export.artifact import merged
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
 from cloq_export.artifact.merged import export_merged, is_merged
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import FormatError, NonFiniteError, RunDirectoryError
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.files.safe_tensors import read_safetensors

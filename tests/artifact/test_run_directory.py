@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloq_export.artifact.run_directory import RunDirectory, natural_order, recipe_difference
+from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_manifest import recipe_difference
 from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.atomic import write_safetensors
+from cloq_export.files.fingerprint import base_fingerprint, layer_digest
+from cloq_export.files.safe_tensors import TensorFile, read_safetensors
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 
@@ -83,6 +86,33 @@ def test_layer_comes_back_as_it_was(tmp_path: Path) -> None:
     assert bare.certificate is None
 
 
+def test_codes_pair_and_certificate_are_read_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    stock = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, name: read.append(name) or stock(self, name))
+    with start(tmp_path) as run:
+        run.write_layer("a", make_layer(), make_pair(), make_certificate("a"))
+        assert run.digests() == {"a": layer_digest(make_layer())}
+        assert run.base_fingerprint() == base_fingerprint([("a", make_layer())])
+        assert run.certificates() == [make_certificate("a")]
+        assert (run.layer_file("a").shape, run.layer_file("a").spec) == ((16, 32), make_layer().spec)
+        assert read == []
+        pair = run.read_pair("a")
+        assert pair is not None
+        assert torch.equal(pair.lora_A, make_pair().lora_A)
+        assert read == ["lora_A", "lora_B"]
+        assert torch.equal(run.read_codes("a").codes, make_layer().codes)
+        assert read[2:] == ["codes", "scales", "zeros"]
+
+
+def test_a_layer_of_before_has_its_digest_computed(tmp_path: Path) -> None:
+    with start(tmp_path) as run:
+        run.write_layer("a", make_layer(), make_pair())
+        rewrite(run.layer_path("a"), lambda tensors, metadata: metadata.pop("sha256"))
+        assert run.digests() == {"a": layer_digest(make_layer())}
+        assert torch.equal(run.read_layer("a").quantized.codes, make_layer().codes)
+
+
 def test_manifest_and_state(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
         assert run.state == "running"
@@ -97,7 +127,7 @@ def test_manifest_and_state(tmp_path: Path) -> None:
         "versions": VERSIONS,
     }
     again = RunDirectory.open(tmp_path / "run")
-    assert again.manifest() == manifest
+    assert again.manifest.to_json() == manifest
     assert again.state == "quantized"
     assert again.recipe == RECIPE
     assert again.source_fingerprint == SOURCE
@@ -168,7 +198,7 @@ def test_other_versions_are_noted_once(tmp_path: Path) -> None:
     start(tmp_path).close()
     for _ in range(2):
         RunDirectory.create_or_resume(tmp_path, RECIPE, SOURCE, {"torch": "2.14.0"}).close()
-    manifest = RunDirectory.open(tmp_path).manifest()
+    manifest = RunDirectory.open(tmp_path).manifest.to_json()
     assert manifest["versions"] == VERSIONS
     assert manifest["later_versions"] == [{"torch": "2.14.0"}]
 
@@ -295,8 +325,6 @@ def test_damaged_layer_counts_as_not_done(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    from cloq_export.files.safe_tensors import read_safetensors
-
     tensors, metadata = read_safetensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors, metadata)
@@ -314,6 +342,8 @@ def rewrite(path: Path, change) -> None:
         (lambda t, m: t.update(scales=t["scales"][:, :1]), "scales must be"),
         (lambda t, m: t.update(lora_A=t["lora_A"] * float("inf")), "LoRA A holds NaN or Inf"),
         (lambda t, m: t.update(lora_A=t["lora_A"][:, :8]), "do not fit codes"),
+        (lambda t, m: t.update(codes=3 - t["codes"]), "codes, scales or zeros are not those that were written. Delete"),
+        (lambda t, m: m.update(sha256="x"), "has a damaged header"),
         (lambda t, m: m.update(alpha="x"), "has a damaged header"),
         (lambda t, m: m.update(alpha="nan"), "has a damaged header"),
         (lambda t, m: m.update(spec="{"), "spec is not valid JSON"),

@@ -20,7 +20,7 @@ from cloq_export.artifact.detective import examine
 from cloq_export.artifact.empty_model import float_part
 from cloq_export.artifact.merged import export_merged
 from cloq_export.artifact.stored_names import names_in_memory, stored_names
-from cloq_export.engines.transformers import dequantized_model, load
+from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.source import refuse_part_of_wrapper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from cloq_export.cli import VERBS, main
 from cloq_export.cli.output import emit
 from cloq_export.cli.render import render_summary
 from cloq_export.cli.streams import prepared_streams, write_line
+from cloq_export.errors import OutputError
 
 ENCODINGS = ["ascii", "latin-1", "cp1252", "cp437", "koi8-r", "utf-8"]
 SUMMARY = {
@@ -110,6 +112,35 @@ def test_the_reader_may_have_left() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("arguments", [["data", "word-problems", "--count", "3"], ["--help"], ["inspect", "--help"]])
+def test_a_full_device_behind_standard_output_is_said(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cloq_export", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "error: standard output cannot be written: No space left on device. What the command wrote to files is kept; "
+        "send its output to a place that takes it."
+    ]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_device_is_said_for_every_result(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OutputError, match="standard output cannot be written: No space left on device"):
+        emit(SUMMARY, render_summary, as_json=as_json)
 
 
 def test_a_gate_is_judged_although_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:

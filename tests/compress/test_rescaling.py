@@ -327,7 +327,7 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
     model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
     recipe = recipe_for(bits=4, rank=0, samples=2).changed({"model": model})
     verbs.run(recipe, tmp_path / "run", console=silent)
-    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(cloq_export.errors.CloqError, match=r"up_proj has a zero of 0, which the layout gptq"):
         verbs.adapt_checkpoint(
             tmp_path / "run" / "checkpoint",
@@ -341,7 +341,7 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
 def test_names_that_a_layout_cannot_write_are_refused_before_the_work(
     layout: str, recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
     monkeypatch.setattr("cloq_export.compress.session.linears_beside", lambda *_: ("model.odd name",))
     with pytest.raises(cloq_export.errors.FormatError, match=r"the module name 'model\.odd name' "):
         verbs.run(recipe_for(format=layout), tmp_path / "run", console=silent)
@@ -375,7 +375,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(
 def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
     recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.verbs.verbs._walk", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3"}\n{"texts": "w1"}\n')
     whole = str(tmp_path / "whole.jsonl")

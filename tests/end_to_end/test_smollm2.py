@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import cloq_export
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.texts.corpora import load_text, tokenize_text
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from peft.tuners import lora
 
 from cloq_export.engines.packed_lora import PackedLoraLinear
-from cloq_export.engines.transformers import load
+from cloq_export.engines.transformers.loading import load
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, expor
 from cloq_export.artifact.empty_model import float_part, refuse_lost_biases, tie_entries
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.engines.packed_linear import PackedLinear
-from cloq_export.engines.transformers import adapters_disabled, dequantized_model, load
+from cloq_export.engines.transformers import loading
+from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import BindingError, FormatError, RunDirectoryError
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
@@ -65,8 +66,9 @@ def test_logits_equal_the_dense_reference(
     apart = dequantized_model(written.folder, written.adapter, merged=False)
     # The same numbers summed in another order, by the native library and by torch.
     torch.testing.assert_close(log_probabilities(model), log_probabilities(apart), rtol=0, atol=3e-5)
-    with adapters_disabled(model):
-        assert_same_model(model, written.reference(adapted=False))
+    model.disable_adapters()
+    assert_same_model(model, written.reference(adapted=False))
+    model.enable_adapters()
     assert_same_model(model, written.reference(adapted=True))
     assert_same_model(load(written.folder), written.reference(adapted=False))
 
@@ -482,16 +484,14 @@ def test_a_merged_pair_of_a_tied_head_survives_saving(tmp_path, written, log_pro
 
 
 def test_a_pair_under_a_second_name_of_a_layer_is_refused(tmp_path, written, monkeypatch):
-    from cloq_export.engines import transformers as hf
-
-    build = hf._build_model
+    build = loading._build_model
 
     def with_a_shared_block(*arguments):
         model = build(*arguments)
         model.model.layers.append(model.model.layers[0])
         return model
 
-    monkeypatch.setattr(hf, "_build_model", with_a_shared_block)
+    monkeypatch.setattr(loading, "_build_model", with_a_shared_block)
     name = "model.layers.0.self_attn.q_proj"
     second = name.replace("0", "2")
     write_adapter(

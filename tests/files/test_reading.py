@@ -110,6 +110,11 @@ def test_require_tensor() -> None:
         (b"[" * 100_000, "is not valid JSON"),
         (b"[1]", "holds a JSON list; expected an object"),
         (b"3", "holds a JSON int; expected an object"),
+        (b'{"a": ' + b"9" * 5000 + b"}", r"is not valid JSON \(a number in it has more than \d+ digits\)"),
+        (b'\xef\xbb\xbf{"a": 1}', "begins with a byte order mark of UTF-8; .* Save the file as UTF-8 without"),
+        ('{"a": 1}'.encode("utf-16"), "begins with a byte order mark of UTF-16"),
+        ('{"a": 1}'.encode("utf-32"), "begins with a byte order mark of UTF-32"),
+        ('{"a": 1}'.encode("utf-16-le"), "is not valid JSON"),
     ],
 )
 def test_bad_json(tmp_path: Path, content: bytes, message: str) -> None:

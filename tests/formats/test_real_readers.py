@@ -1,20 +1,12 @@
-"""The integer layouts and the programs that they are made for: each reads the other's files to the same integers.
-
-Every reader is installed once, at the version named here and without what it requires, into a folder below build/; it
-borrows torch and transformers from the interpreter that runs the tests.
-"""
+"""The integer layouts and the programs that they are made for: each reads the other's files to the same integers."""
 
 import dataclasses
-import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from other_readers import installed, run_reader
 from safetensors.torch import load_file, save_file
 
 import cloq_export.formats.compressed_tensors as compressed_tensors
@@ -26,7 +18,6 @@ from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 pytestmark = pytest.mark.slow
 
-READERS = Path(__file__).parents[2] / "build" / "readers"
 SCRIPT = Path(__file__).parent / "real_readers" / "run_compressed_tensors.py"
 GOLDEN = Path(compressed_tensors.__file__).parent / "golden"
 # The release that vLLM 0.32 and 0.33 pin, which is the last but one with padded 3-bit codes; and the newest.
@@ -50,29 +41,6 @@ THEIR_GRIDS = {
     "model.layers.1.self_attn.o_proj": QuantSpec(2, 64),
     "re:.*self_attn.v_proj": QuantSpec(4, -1, symmetric=True),
 }
-
-
-@functools.cache
-def installed(*requirements: str) -> Path:
-    """Return a folder that holds packages at the versions given, installed there if they are not yet."""
-    folder = READERS / "_".join(requirements).replace("==", "-")
-    if not folder.is_dir():
-        READERS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=READERS) as filling:
-            target = Path(filling) / "packages"
-            pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
-            subprocess.run([*pip, "--target", str(target), *requirements], check=True)
-            target.rename(folder)
-    return folder
-
-
-def run_reader(script: Path, packages: Path, *arguments: str) -> None:
-    """Run a script with packages in front of those of this interpreter."""
-    environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def make_layer(spec: QuantSpec, out: int, columns: int, seed: int) -> QuantizedLayer:

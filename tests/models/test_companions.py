@@ -127,3 +127,10 @@ def test_a_fingerprint_tells_where_in_the_folder_a_file_lies(folder: Path) -> No
     assert file_fingerprint([one]) == file_fingerprint([other])
     assert file_fingerprint([one], home=folder) == file_fingerprint([one])
     assert file_fingerprint([other], home=folder) != file_fingerprint([one], home=folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_a_byte_order_mark_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"\xef\xbb\xbf{}")
+    with pytest.raises(FormatError, match=rf"{name} begins with a byte order mark of UTF-8; .* Save the file as UTF-8"):
+        companion_files(folder)

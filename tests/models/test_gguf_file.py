@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from cloq_export.errors import SourceError, UnsupportedModelError
-from cloq_export.models.source import open_model
+from cloq_export.models.source import open_model, save_plain
 
 WIDTH, INNER, LAYERS, WORDS = 32, 64, 2, 96
 KEYS: Mapping[str, Any] = {
@@ -75,7 +78,9 @@ def write(tmp_path: Path) -> Callable[..., str]:
         for layer in range(LAYERS):
             shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in LINEARS.items()}
         for name, shape in shapes.items():
-            writer.add_tensor(name, generator.normal(scale=0.1, size=shape).astype(np.float32))
+            # Norms near one, so that attention is not the same everywhere.
+            mean, spread = (1.0, 0.1) if name.endswith("norm.weight") else (0.0, 0.3)
+            writer.add_tensor(name, generator.normal(mean, spread, shape).astype(np.float32))
         for name, tensor in (tensors or {}).items():
             writer.add_tensor(name, np.asarray(tensor, dtype=np.float32))
         writer.write_header_to_file()
@@ -90,9 +95,8 @@ def write(tmp_path: Path) -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope.scaling.type", "linear"),
+        ("rope.scaling.type", "longrope"),
         ("rope.scaling.type", "yarn"),
-        ("rope.scaling.factor", 4.0),
         ("rope.scaling.attn_factor", 1.5),
         ("attention.sliding_window", 16),
         ("attention.scale", 0.5),
@@ -143,7 +147,7 @@ def test_a_key_that_says_what_the_model_does_is_no_matter(write: Callable[..., s
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
-        ("rope_freqs.weight", np.array([1, 1, 4, 8])),
+        ("rope_freqs.weight", np.array([1, 1, 4])),
         ("rope_factors_long.weight", np.array([1, 1, 4, 8])),
         ("rope_factors_short.weight", np.array([1, 1, 1, 2])),
         ("blk.0.attn_q_norm.weight", np.ones(8)),
@@ -207,3 +211,105 @@ def test_a_way_to_cut_text_is_known_said_or_refused(write: Callable[..., str]) -
 def test_named_chat_templates_are_said(write: Callable[..., str]) -> None:
     (note,) = open_model(write(tokenizer__chat_template__tool_use="x")).notes
     assert note.endswith("beside the default one are not read: tokenizer.chat_template.tool_use")
+
+
+# Rope scaling: two heads of 16 dimensions, so that several wavelengths lie between the limits of a rule.
+HEADS: Mapping[str, Any] = {"attention.head_count": 2, "attention.head_count_kv": 1, "rope.dimension_count": 16}
+
+
+def scaled(plain: Any, rope: Mapping[str, Any]) -> Any:
+    """Return the model of a file without scaling with the scaling that is meant."""
+    config = copy.deepcopy(plain.config)
+    config.rope_parameters = {**config.rope_parameters, **rope}
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(plain.model.state_dict())
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.randint(3, WORDS, (2, 64), generator=torch.Generator().manual_seed(3))
+    # Far apart, so that slow rotations show; without a mask, transformers would take each for a text of its own.
+    positions = 50 * torch.arange(64)[None]
+    with torch.no_grad():
+        return model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def llama3(factor: float, low: float, high: float, original: int) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+@pytest.mark.parametrize(
+    ("meant", "theta"),
+    [
+        (llama3(8.0, 1.0, 4.0, 8192), 5e5),  # Llama 3.1
+        (llama3(32.0, 1.0, 4.0, 8192), 5e5),  # Llama 3.2
+        (llama3(16.0, 1.0, 4.0, 8192), 1e4),  # no wavelength shows the whole factor
+        (llama3(8.0, 1.0, 16.0, 512), 1e4),
+        (llama3(3.0, 2.0, 40.0, 600), 1e4),
+        (llama3(2.5, 1.0, 4.0, 64), 1e2),
+    ],
+)
+def test_factors_of_a_llama_3_become_its_rope(
+    write: Callable[..., str], tmp_path: Path, meant: dict[str, Any], theta: float
+) -> None:
+    keys = {**HEADS, "rope.freq_base": theta, "context_length": 131072}
+    plain = open_model(write(keys))
+    original = scaled(plain, meant)
+    frequencies = plain.model.model.rotary_emb.inv_freq / original.model.rotary_emb.inv_freq
+    loaded = open_model(write(keys, {"rope_freqs.weight": frequencies.numpy()}))
+    assert loaded.notes == ()
+    rope = loaded.config.rope_parameters
+    assert rope["rope_type"] == "llama3"
+    # Only the ratios of the three limits count.
+    for name in ("high_freq_factor", "original_max_position_embeddings"):
+        assert rope[name] / rope["low_freq_factor"] == pytest.approx(meant[name] / meant["low_freq_factor"], rel=1e-3)
+    assert torch.allclose(logits(loaded.model), logits(original), atol=1e-5)
+    assert not torch.allclose(logits(loaded.model), logits(plain.model), atol=1e-2)
+    save_plain(loaded, tmp_path)
+    assert torch.allclose(logits(open_model(str(tmp_path)).model), logits(original), atol=1e-5)
+
+
+def test_factors_of_another_rule_are_listed(write: Callable[..., str]) -> None:
+    factors = np.array([1, 1, 2, 2, 5, 5, 5, 6], dtype=np.float32)
+    plain = open_model(write(HEADS))
+    loaded = open_model(write(HEADS, {"rope_freqs.weight": factors}))
+    assert loaded.config.rope_parameters["rope_type"] == "longrope"
+    plain.model.model.rotary_emb.inv_freq /= torch.from_numpy(factors)
+    assert torch.allclose(logits(loaded.model), logits(plain.model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "meant"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 16,
+                "rope.scaling.yarn_beta_fast": 16.0,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0},
+        ),
+    ],
+)
+def test_a_scaling_of_the_header_is_used(
+    write: Callable[..., str], keys: Mapping[str, Any], meant: Mapping[str, Any]
+) -> None:
+    original = scaled(open_model(write(HEADS)), meant)
+    loaded = open_model(write({**HEADS, **keys}))
+    assert loaded.notes == ()
+    assert torch.allclose(logits(loaded.model), logits(original), atol=1e-6)
+
+
+def test_two_scalings_at_once_are_refused(write: Callable[..., str]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"says llama\.rope\.scaling\.factor = 4\.0, and the model"):
+        open_model(write({"rope.scaling.factor": 4.0}, {"rope_freqs.weight": np.array([1, 1, 4, 8])}))

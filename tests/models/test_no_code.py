@@ -6,6 +6,7 @@ import ast
 import builtins
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ WITHOUT_CODE = {"LoraConfig"}
 def calls() -> Iterator[tuple[str, ast.Call]]:
     spec = importlib.util.find_spec("cloq_export")
     assert spec is not None
-    for folder in spec.submodule_search_locations or ():
-        for path in sorted(Path(folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                function = getattr(node, "func", None)
-                if isinstance(node, ast.Call) and isinstance(function, ast.Attribute) and function.attr in READERS:
-                    yield f"{path.name}:{node.lineno}", node
+    for home in spec.submodule_search_locations or ():
+        # Path.rglob does not follow links, and a source tree may be linked together.
+        for folder, _, names in os.walk(home, followlinks=True):
+            for path in (Path(folder) / name for name in names if name.endswith(".py")):
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                    function = getattr(node, "func", None)
+                    if isinstance(node, ast.Call) and isinstance(function, ast.Attribute) and function.attr in READERS:
+                        yield f"{path.name}:{node.lineno}", node
 
 
 def test_every_call_of_a_reader_says_that_no_code_is_run() -> None:

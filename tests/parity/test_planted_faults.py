@@ -16,7 +16,9 @@ import transformers
 from rich.console import Console
 
 from cloq_export import verbs
-from cloq_export.engines.protocol import ServedModel, packed_model, reference_model
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.reference import reference_model
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows

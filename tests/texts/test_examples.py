@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cloq_export.errors import DataError
+from cloq_export.errors import CalibrationError, DataError
+from cloq_export.texts.corpora import load_text
 from cloq_export.texts.examples import (
     ChatExample,
     Example,
@@ -109,6 +110,46 @@ def test_forms_of_a_row(tmp_path: Path, row: dict[str, Any], expected: Any) -> N
     assert read_examples(write_rows(tmp_path, row)).examples == (expected,)
 
 
+ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4", "text": instruction_prompt("Add.", "2 2") + "4"}
+
+
+def test_a_text_beside_what_it_was_made_of_is_no_second_form() -> None:
+    assert example_of(ALPACA, "row") == Example(instruction_prompt("Add.", "2 2"), "4")
+    assert example_of({"text": None, "prompt": "a", "completion": "b"}, "row") == Example("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "forms"),
+    [
+        ({"text": "t", "messages": CHAT}, "'messages' or by 'text'"),
+        ({"conversations": CHAT, "messages": CHAT}, "'messages' or by 'conversations'"),
+        (
+            {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
+            "'prompt' and 'completion' or by 'question' and 'answer'",
+        ),
+        ({**ALPACA, "text": "another"}, "'instruction' and 'output' or by 'text'"),
+        ({"question": "a", "answer": "b", "text": "t"}, "'question' and 'answer' or by 'text'"),
+    ],
+)
+def test_a_row_of_two_forms_is_refused_at_every_door(tmp_path: Path, row: dict[str, Any], forms: str) -> None:
+    path = write_rows(tmp_path, {"text": "one"}, row)
+    message = f"line 2 of .* can be read in two ways, by {forms}, and they say different things; .* Take the fields"
+    with pytest.raises(DataError, match=message):
+        read_examples(path)
+    with pytest.raises(CalibrationError, match=message):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused_at_every_door(tmp_path: Path, text: str) -> None:
+    path = write_rows(tmp_path, {"text": "one"}, {"text": text})
+    message = "line 2 of .*: 'text' is empty; mend the line, or delete it"
+    with pytest.raises(DataError, match=message):
+        read_examples(path)
+    with pytest.raises(CalibrationError, match=message):
+        load_text(str(path))
+
+
 def test_instruction_prompts_are_those_of_alpaca() -> None:
     assert instruction_prompt("Add.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -161,6 +202,10 @@ GOOD = b'{"text": "good"}\n'
         (GOOD + b'{"text": "\\ud800"}\n', "line 2 of .*: 'text' holds half of a surrogate pair"),
         (GOOD + b'{"text": " "}\n', "line 2 of .*: 'text' is empty; mend the line, or delete it"),
         (GOOD + b'{"text": 3}\n', "line 2 of .*: 'text' is no text"),
+        (
+            GOOD + b'{"text": ' + b"9" * 5000 + b"}\n",
+            r"line 2 of .* is not a JSON object \(a number in it has more than \d+ digits\)",
+        ),
         (GOOD + b'{"prompt": "a"}\n', r"line 2 of .* has the fields prompt; a row holds 'messages'.* or 'text'"),
         (GOOD + b"{}\n", "line 2 of .* has the fields none;"),
         (GOOD + b'{"prompt": "", "completion": "a"}\n', "line 2 of .*: 'prompt' is empty"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cloq_export.errors import DataError, MissingPackageError, UsageError
-from cloq_export.texts.data_sets import data_folder, local_file
+from cloq_export.texts.data_sets import local_file
 from cloq_export.texts.examples import Example, instruction_prompt
 from cloq_export.texts.named_sets import WORD_PROBLEM_SETS, load_examples, load_named_set, set_names
 from cloq_export.texts.word_problems import generate
@@ -54,7 +54,6 @@ def test_the_data_folder_comes_first(folder: Path, hub: dict[str, Any]) -> None:
     (folder / "math_10k.json").write_text(json.dumps([ROW, ROW]))
     (folder / "commonsense170k").mkdir()
     (folder / "commonsense170k" / "train.jsonl").write_text(json.dumps(ROW))
-    assert data_folder() == folder
     assert local_file("no", "gsm8k/train.jsonl") == folder / "gsm8k" / "train.jsonl"
     assert load_named_set("wikitext2", "validation").examples == (Example(None, " = Title = \n"),)
     assert load_named_set("gsm8k").examples == (Example("Question: q\nAnswer:", " a\n#### 1"),)
@@ -63,6 +62,18 @@ def test_the_data_folder_comes_first(folder: Path, hub: dict[str, Any]) -> None:
     assert load_named_set("commonsense170k", count=9).examples == (LEARNED,)
     assert load_examples("wikitext2:validation").origin == str(folder / "wikitext2" / "valid.txt")
     assert hub["asked"] == []
+
+
+def test_without_a_data_folder_the_hub_is_asked(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLOQ_DATA", raising=False)
+    hub["rows"] = [ROW]
+    assert load_named_set("math10k").examples == (LEARNED,)
+    assert hub["asked"] == [("lmms-lab/Math10K", None, "train")]
+
+
+def test_empty_texts_of_a_set_on_the_hub_are_left_out(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"text": ""}, {"text": "one"}, {"text": " "}, {"text": "two"}]
+    assert load_examples("some/set", count=2).examples == (Example(None, "one"), Example(None, "two"))
 
 
 def test_the_hub_comes_second(folder: Path, hub: dict[str, Any]) -> None:

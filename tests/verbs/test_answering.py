@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cloq_export import verbs
-from cloq_export.engines import protocol as runtime
+from cloq_export.engines.transformers.served import TransformersModel
 from cloq_export.errors import BindingError, DataError, FormatError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import answers
@@ -68,7 +68,7 @@ def test_a_killed_call_goes_on(
     monkeypatch.setattr(answers, "_CHUNK", 32)
     whole = evaluate(run, tasks, silent)
     asked: list[int] = []
-    generate = runtime.TransformersModel.generate
+    generate = TransformersModel.generate
 
     def killed(self: Any, token_ids: Any, *rest: Any, **options: Any) -> Any:
         asked.append(len(token_ids))
@@ -76,7 +76,7 @@ def test_a_killed_call_goes_on(
             raise KeyboardInterrupt
         return generate(self, token_ids, *rest, **options)
 
-    monkeypatch.setattr(runtime.TransformersModel, "generate", killed)
+    monkeypatch.setattr(TransformersModel, "generate", killed)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, tasks, silent, out=out)

@@ -23,7 +23,7 @@ from cloq_export import verbs
 from cloq_export.artifact.certificate import verify_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import (
     BindingError,
     FormatError,

@@ -25,7 +25,7 @@ import cloq_export
 from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import BindingError, DataError, DivergedError, UsageError
 from cloq_export.files.atomic import write_json
 from cloq_export.formats.peft import read_adapter

@@ -20,7 +20,7 @@ from cloq_export.artifact.certificate import verify_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.cli import main
 from cloq_export.engines.onnx.engine import OnnxModel
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import BindingError, FormatError, UsageError
 from cloq_export.formats.onnx.adapter import ADAPTER_NAME
 from cloq_export.formats.onnx.reading import OnnxExport

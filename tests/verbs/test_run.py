@@ -19,7 +19,7 @@ import cloq_export
 from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
 from cloq_export.engines.packed_linear import PackedLinear
-from cloq_export.engines.transformers import dequantized_model
+from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.models.source import open_model

@@ -20,9 +20,13 @@ from rich.console import Console
 
 from cloq_export import verbs
 from cloq_export.cli import main
-from cloq_export.engines.protocol import ServedModel, packed_model
+from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm import engine as vllm_engine
 from cloq_export.engines.vllm import server as vllm_server
+from cloq_export.engines.vllm.engine import EngineStart
+from cloq_export.engines.vllm.options import EngineSettings
+from cloq_export.engines.vllm.plan import ServerOptions
 from cloq_export.errors import (
     BindingError,
     DataError,
@@ -515,10 +519,14 @@ def test_engines_are_opened_with_what_was_asked_for(
     monkeypatch.setattr(vllm_engine, "VllmModel", record("model"))
     monkeypatch.setattr(vllm_server, "VllmServer", types.SimpleNamespace(start=record("server")))
     asked = dataclasses.replace(options, dtype="float16", python=Path("python"), force=True)
-    named = {"dtype": "float16", "python": Path("python"), "force": True}
-    for runtime, opened in (("vllm", "model"), ("vllm-server", "server")):
+    python = Path("python")
+    told = {
+        "vllm": ("model", EngineSettings(dtype="float16", force=True), EngineStart(python=python)),
+        "vllm-server": ("server", ServerOptions(dtype="float16", force=True, python=python)),
+    }
+    for runtime, (opened, *how) in told.items():
         assert verification.OPENERS[runtime](exported, {"a": Path("b")}, asked) == opened
-        assert calls[-1] == (opened, (exported, {"a": Path("b")}), named)
+        assert calls[-1] == (opened, (exported, {"a": Path("b")}, *how), {})
 
 
 def test_the_command_line(

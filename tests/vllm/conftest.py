@@ -19,8 +19,10 @@ import transformers
 
 import cloq_export
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.engines.vllm.engine import SAFE_PATH, VllmModel
-from cloq_export.engines.vllm.server import engine_facts
+from cloq_export.engines.vllm.engine import EngineStart, VllmModel
+from cloq_export.engines.vllm.facts import engine_facts
+from cloq_export.engines.vllm.options import EngineSettings
+from cloq_export.engines.vllm.process import SAFE_PATH
 from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
@@ -222,12 +224,12 @@ def load_engine(engine_python: str, device: str) -> Iterator[Loader]:
     def load(export: pathlib.Path, adapters: Mapping[str, pathlib.Path], *, plugin: bool = True, **how: Any) -> Any:
         how.setdefault("dtype", "float32" if device == "cpu" else "float16")
         if device == "cuda":
-            how["options"] = {"gpu_memory_utilization": 0.2} | how.get("options", {})
+            how["more"] = {"gpu_memory_utilization": 0.2} | how.get("more", {})
         if plugin in running and running[plugin].is_running:  # a test may have meant to end it
-            running[plugin].load(export, adapters, **how)
+            running[plugin].load(export, adapters, EngineSettings(**how))
             return running[plugin]
-        options = {"python": engine_python, "threads": 1, "kv_cache_gib": 1, "timeout": 600}
-        running[plugin] = VllmModel(export, adapters, plugin=plugin, **options, **how)
+        start = EngineStart(python=engine_python, threads=1, plugin=plugin, timeout=600)
+        running[plugin] = VllmModel(export, adapters, EngineSettings(**how), start)
         return running[plugin]
 
     yield load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cloq_export.engines.vllm.engine import VllmModel
-from cloq_export.engines.vllm.server import engine_facts
+from cloq_export.engines.vllm.engine import EngineStart, VllmModel
+from cloq_export.engines.vllm.facts import engine_facts
+from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.registry import LAYOUTS
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.slow
 GENERATOR = torch.Generator().manual_seed(3)
 SEQUENCES = [torch.randint(96, (length,), generator=GENERATOR).tolist() for length in (12, 5, 9, 2, 17, 1, 30, 7)]
 ADAPTERS = [None, "one", "two", None, "two", "one", None, "one"]
-SMALL: dict[str, Any] = {"threads": 1, "kv_cache_gib": 1, "timeout": 600}
+SMALL = EngineStart(threads=1, timeout=600)
 
 CASES: dict[str, dict[str, Any]] = {
     "2-bit": {"spec": QuantSpec(bits=2, group_size=32)},
@@ -93,7 +95,7 @@ def test_one_adapter_at_a_time(export: Any, load_engine: Callable[..., VllmModel
 @pytest.mark.usefixtures("only_on_cpu")
 def test_compiled(export: Any, load_engine: Callable[..., VllmModel]) -> None:
     # vLLM itself turns compilation off on a CPU as soon as there are adapters.
-    model = load_engine(export.folder, {}, enforce_eager=False)
+    model = load_engine(export.folder, {}, more={"enforce_eager": False})
     scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
     assert float((scores - export.logprobs(SEQUENCES[0], None)).abs().max()) < 1e-4
 
@@ -181,17 +183,22 @@ def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callabl
 
 def test_an_engine_that_dies_at_its_start_shows_its_last_lines(export: Any, engine_python: str) -> None:
     with pytest.raises(EngineError, match=r"did not start \(exit code 1\); its last lines:\n(.|\n)*no_such_option"):
-        VllmModel(export.folder, {}, python=engine_python, options={"no_such_option": 1}, **SMALL)
+        VllmModel(
+            export.folder,
+            {},
+            EngineSettings(more={"no_such_option": 1}),
+            dataclasses.replace(SMALL, python=engine_python),
+        )
 
 
 def test_an_engine_that_takes_too_long_is_stopped(export: Any, engine_python: str) -> None:
     with pytest.raises(EngineError, match=r"gave no start within 0\.1 seconds and was stopped"):
-        VllmModel(export.folder, {}, python=engine_python, **(SMALL | {"timeout": 0.1}))
+        VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=engine_python, threads=1, timeout=0.1))
 
 
 def test_an_interpreter_that_is_missing(export: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(EngineError, match="cannot be started: No such file or directory; check --python"):
-        VllmModel(export.folder, {}, python=tmp_path / "python")
+        VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=tmp_path / "python"))
 
 
 def test_adapters_of_another_base_are_refused_before_the_start(
@@ -199,6 +206,6 @@ def test_adapters_of_another_base_are_refused_before_the_start(
 ) -> None:
     other = write_export(QuantSpec(bits=3, group_size=32))
     with pytest.raises(BindingError, match="is bound to the base"):
-        VllmModel(export.folder, {"one": other.adapters["one"]})
+        VllmModel(export.folder, {"one": other.adapters["one"]}, EngineSettings(), EngineStart())
     with pytest.raises(FormatError, match="is no adapter folder"):
-        VllmModel(export.folder, {"one": tmp_path})
+        VllmModel(export.folder, {"one": tmp_path}, EngineSettings(), EngineStart())

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from cloq_export.engines.vllm.server import ServerClient
+from cloq_export.engines.vllm.client import ServerClient
 from cloq_export.errors import EngineError
 from cloq_export.types import QuantSpec
 

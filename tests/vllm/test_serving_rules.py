@@ -13,9 +13,9 @@ import pytest
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.cli import main
-from cloq_export.engines.vllm import server as vllm_server
+from cloq_export.engines.vllm import plan as vllm_plan
+from cloq_export.engines.vllm.facts import EngineFacts, engine_facts
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
-from cloq_export.engines.vllm.server import EngineFacts, engine_facts
 from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, SourceError, UsageError
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
@@ -29,7 +29,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[EngineFacts], None]:
     """Return a function that says which vLLM there is."""
 
     def say(facts: EngineFacts) -> None:
-        monkeypatch.setattr(vllm_server, "engine_facts", lambda python: facts)
+        monkeypatch.setattr(vllm_plan, "engine_facts", lambda python: facts)
 
     say(EngineFacts("0.32.0", cuda=False))
     return say

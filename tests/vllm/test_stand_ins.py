@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from cloq_export.engines.vllm import server as vllm_server
-from cloq_export.engines.vllm.engine import VllmModel
-from cloq_export.engines.vllm.server import EngineFacts, ServerClient, ServerPlan, VllmServer
+from cloq_export.engines.vllm import plan as vllm_plan
+from cloq_export.engines.vllm.client import ServerClient
+from cloq_export.engines.vllm.engine import EngineStart, VllmModel
+from cloq_export.engines.vllm.facts import EngineFacts
+from cloq_export.engines.vllm.options import EngineSettings
+from cloq_export.engines.vllm.plan import ServerPlan
+from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError
 from cloq_export.verbs.serving import ServeOptions, plan_serving, serve
 
@@ -36,8 +40,8 @@ READY = 'asked.readline(); print(\'{"result": "ready"}\', file=answered, flush=T
 
 def test_an_engine_that_gives_no_answer_is_stopped(export: Any, tmp_path: pathlib.Path) -> None:
     python = stand_in(tmp_path / "python", f"{READY}; time.sleep(60)")
-    with VllmModel(export.folder, {}, python=python, timeout=120) as model:
-        model._timeout = 1
+    with VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=python, timeout=120)) as model:
+        model.timeout = 1
         with pytest.raises(EngineError, match=r"gave no answer within 1 seconds and was stopped .*last lines:"):
             model.generate([[1]], [None], 1)
         assert not model.is_running
@@ -45,7 +49,7 @@ def test_an_engine_that_gives_no_answer_is_stopped(export: Any, tmp_path: pathli
 
 def test_an_engine_that_dies_is_told_of_with_its_last_lines(export: Any, tmp_path: pathlib.Path) -> None:
     python = stand_in(tmp_path / "python", f"{READY}; print('out of memory'); sys.exit(7)")
-    with VllmModel(export.folder, {}, python=python, timeout=120) as model:
+    with VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=python, timeout=120)) as model:
         with pytest.raises(EngineError, match=r"ended without an answer \(exit code 7\); its last lines:\nout of mem"):
             model.generate([[1]], [None], 1)
         with pytest.raises(EngineError, match="ended without an answer"):  # and no hang afterwards
@@ -54,7 +58,7 @@ def test_an_engine_that_dies_is_told_of_with_its_last_lines(export: Any, tmp_pat
 
 @pytest.fixture
 def plan(export: Any, monkeypatch: pytest.MonkeyPatch) -> ServerPlan:
-    monkeypatch.setattr(vllm_server, "engine_facts", lambda python: EngineFacts("0.32.0", cuda=False))
+    monkeypatch.setattr(vllm_plan, "engine_facts", lambda python: EngineFacts("0.32.0", cuda=False))
     return plan_serving(export.folder, ServeOptions(default="one", port=0, kv_cache_gib=1))
 
 
@@ -100,12 +104,12 @@ def healthy(plan: ServerPlan, *more: str) -> ServerPlan:
 
 def test_an_answer_that_does_not_come_is_given_up(plan: ServerPlan) -> None:
     with VllmServer(healthy(plan), timeout=120) as server:
-        server._timeout = 0.5
+        server.timeout = 0.5
         with pytest.raises(EngineError, match=r"did not answer \(timed out\) and runs; its last lines"):
             server.generate([[1]], ["one"], 1)
         client = ServerClient(server.url, server.base_name, ["one"])
         assert client.models() == ["tiny"]
-        client._timeout = 0.5
+        client.timeout = 0.5
         with pytest.raises(EngineError, match=r"did not answer \(timed out\); see whether it still runs"):
             client.generate([[1]], ["one"], 1)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cloq_export import verbs
 from cloq_export.cli import main
-from cloq_export.engines.protocol import packed_model
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.models.source import DEMO_MODEL
 from cloq_export.parity.answers import INVALID, score_continuations
 from cloq_export.parity.tasks import WrittenTask, find_task, load_questions

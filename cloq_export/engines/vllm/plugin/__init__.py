@@ -3,7 +3,7 @@
 vLLM calls `register` in every one of its processes (entry point `vllm.general_plugins`). It adds
 
 - a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`);
-- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`linear`);
+- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`);
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
   log-probabilities with adapters (`punica`);
@@ -54,10 +54,10 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.engines.vllm.plugin import fused_lora, guard, linear, prefix_cache, punica, quantization
+    from cloq_export.engines.vllm.plugin import cpu_kernel, fused_lora, guard, prefix_cache, punica, quantization
 
     quantization.register()
-    linear.register()
+    cpu_kernel.register()
     punica.register()
     fused_lora.register()
     guard.register()

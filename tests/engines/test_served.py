@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cloq_export.engines import decoding
-from cloq_export.engines import protocol as runtime
 from cloq_export.engines.decoding import end_tokens, prompts_per_batch
-from cloq_export.engines.protocol import TransformersModel, float_model
+from cloq_export.engines.transformers import served
+from cloq_export.engines.transformers.served import TransformersModel, float_model
 from cloq_export.errors import NonFiniteError, UsageError
 
 FAMILIES = ("llama", "gemma2", "opt")
@@ -44,8 +44,8 @@ def slow_greedy(model: Any, ids: list[int], count: int) -> list[int]:
 def test_logprobs_are_those_of_each_sequence_alone(
     tiny_model: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_BATCH_LOGITS", 61 * 40)  # several batches
-    monkeypatch.setattr(runtime, "_LOGIT_ROWS", 3)
+    monkeypatch.setattr(served, "_BATCH_LOGITS", 61 * 40)  # several batches
+    monkeypatch.setattr(served, "_LOGIT_ROWS", 3)
     model, ids = tiny_model(family), sequences((9, 2, 17, 5, 17))
     measured = float_model(model).prompt_logprobs(ids, [None] * 5)
     for values, sequence in zip(measured, ids, strict=True):

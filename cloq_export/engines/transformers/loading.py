@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -18,17 +17,14 @@ from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
-from cloq_export.errors import (
-    FormatError,
-    NonFiniteError,
-    ShapeError,
-)
+from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter, adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.models.source import NO_CODE, quiet_transformers, require_forward
+from cloq_export.models.first_forward import require_forward
+from cloq_export.models.source import NO_CODE, quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
 
@@ -352,20 +348,3 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
             linear.to(torch.float32)
             with torch.no_grad():
                 linear.weight.copy_(factor)
-
-
-@contextlib.contextmanager
-def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Give the model with its adapters switched off, and switch them on again afterwards.
-
-    Args:
-        model: a model from `load` with an adapter.
-
-    Returns:
-        A context whose value is the same model, serving Q alone.
-    """
-    model.disable_adapters()
-    try:
-        yield model
-    finally:
-        model.enable_adapters()

@@ -1,0 +1,1 @@
+"""Transformers as an engine: the packed model, and the dequantized reference."""

@@ -1,0 +1,253 @@
+"""Transformers models as engines: the float model, and the packed one with its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.engines.decoding import Ended, continue_greedily, prompts_per_batch
+from cloq_export.engines.transformers.loading import load
+from cloq_export.errors import UsageError
+
+# Logits that one forward pass may make: half a gigabyte in float32.
+_BATCH_LOGITS = 1 << 27
+# Rows of logits that are turned to float32 log-probabilities at a time.
+_LOGIT_ROWS = 256
+
+
+class TransformersModel:
+    """A transformers model and its adapters; each adapter is loaded when it is first asked for.
+
+    Requests of one adapter make a batch of their own: a transformers model computes a whole batch with one adapter.
+
+    Args:
+        load_model: from the name of an adapter, or None for the base, to a model in evaluation mode. The models may
+            share tensors.
+    """
+
+    def __init__(self, load_model: Callable[[str | None], nn.Module]) -> None:
+        self._load_model = load_model
+        self._models: dict[str | None, nn.Module] = {}
+
+    def model(self, adapter: str | None) -> Any:
+        """Return the transformers model that serves an adapter, or the base."""
+        if adapter not in self._models:
+            self._models[adapter] = self._load_model(adapter)
+        return self._models[adapter]
+
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
+        """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence; see `ServedModel`.
+
+        Raises:
+            UsageError: a sequence has less than two tokens, or adapters and sequences differ in number.
+        """
+        results: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
+        for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
+            model = self.model(adapter)
+            for batch in batches_of(rows, token_ids, tokens_per_batch(model)):
+                measured = sequence_logprobs(model, [token_ids[row] for row in batch])
+                for row, values in zip(batch, measured, strict=True):
+                    results[row] = values
+        return results
+
+    def generate(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        max_new_tokens: int,
+        *,
+        ended: Ended | None = None,
+    ) -> list[list[int]]:
+        """Return the most probable continuation of each prompt; see `ServedModel`.
+
+        Args:
+            token_ids: prompts.
+            adapters: as in `prompt_logprobs`.
+            max_new_tokens: at most.
+            ended: tells from the new tokens that nothing more is wanted; asked every few steps.
+
+        Returns:
+            list: token ids, an end-of-text token last if the model gave one.
+
+        Raises:
+            UsageError: a prompt is empty, or adapters and prompts differ in number.
+        """
+        results: list[list[int]] = [[] for _ in token_ids]
+        for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=1):
+            model = self.model(adapter)
+            # The longest stands last: rows are sorted.
+            size = prompts_per_batch(model, len(token_ids[rows[-1]]) + max_new_tokens)
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                continued = continue_greedily(model, [token_ids[row] for row in batch], max_new_tokens, ended=ended)
+                for row, ids in zip(batch, continued, strict=True):
+                    results[row] = ids
+        return results
+
+    def close(self) -> None:
+        """Let go of the models."""
+        self._models.clear()
+
+
+def float_model(model: nn.Module) -> TransformersModel:
+    """Return a float model as a runtime without adapters.
+
+    Args:
+        model: a transformers model in evaluation mode.
+    """
+
+    def load_model(adapter: str | None) -> nn.Module:
+        if adapter is not None:
+            raise UsageError(f"the float model has no adapter, and {adapter!r} was asked for; ask for None.")
+        return model
+
+    return TransformersModel(load_model)
+
+
+def packed_model(
+    export: Path,
+    adapters: Mapping[str, Path],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    force: bool = False,
+) -> TransformersModel:
+    """Return the packed transformers runtime, `cloq_export.load`, with several adapters over one copy of the base.
+
+    Args:
+        export: the quantized checkpoint.
+        adapters: name -> adapter folder.
+        dtype: of the float tensors and the activations.
+        device: where it computes.
+        force: take adapters of another base.
+    """
+    return TransformersModel(
+        over_one_base(
+            lambda name: load(export, adapter_folder(adapters, name), device=device, dtype=dtype, force=force)
+        )
+    )
+
+
+def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return log p(x_i | x_1..x_{i-1}) of each sequence from one forward pass.
+
+    Shorter sequences are filled up behind their end, which a causal model does not look at.
+
+    Args:
+        model: a causal language model.
+        token_ids: sequences of two or more tokens.
+
+    Returns:
+        list: one (n - 1,) float32 tensor on the CPU per sequence.
+    """
+    padded = padded_rows(token_ids, model)
+    with torch.no_grad():
+        logits = model(input_ids=padded, use_cache=False).logits
+    return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+
+
+def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:
+    """Return sequences as one (sequences, longest) tensor on the model's device, filled up by zeros."""
+    longest = max(len(ids) for ids in token_ids)
+    padded = torch.zeros(len(token_ids), longest, dtype=torch.int64)
+    for row, ids in enumerate(token_ids):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded.to(device_of(model))
+
+
+def over_one_base(load_model: Callable[[str | None], nn.Module]) -> Callable[[str | None], nn.Module]:
+    """Return a loader whose models with an adapter hold the tensors of the base that it loaded first."""
+    base: list[nn.Module] = []
+
+    def load_one(adapter: str | None) -> nn.Module:
+        if not base:
+            base.append(load_model(None))
+        if adapter is None:
+            return base[0]
+        model = load_model(adapter)
+        _share_tensors(model, base[0])
+        return model
+
+    return load_one
+
+
+def _share_tensors(model: nn.Module, base: nn.Module) -> None:
+    """Let a model with an adapter hold the base's own tensors instead of equal ones."""
+    twins = dict(base.named_modules())
+    for name, module in model.named_modules():
+        twin = twins.get(name.replace(".base_layer", ""))
+        if twin is None or type(twin) is not type(module):
+            continue  # PEFT's wrapper, or a part of the adapter
+        for held, shared in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+            for key in held:
+                if shared.get(key) is not None:
+                    held[key] = shared[key]  # type: ignore[assignment]
+
+
+def adapter_folder(adapters: Mapping[str, Path], name: str | None) -> Path | None:
+    """Return the folder of an adapter; None for the base.
+
+    Raises:
+        UsageError: there is no adapter of that name.
+    """
+    if name is None:
+        return None
+    if name not in adapters:
+        raise UsageError(f"there is no adapter {name!r}; there are {', '.join(adapters) or 'none'}.")
+    return adapters[name]
+
+
+def rows_by_adapter(
+    token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], *, shortest: int
+) -> Iterator[tuple[str | None, list[int]]]:
+    """Yield each adapter with the numbers of its requests, shortest first.
+
+    Raises:
+        UsageError: a sequence has less than `shortest` tokens, or adapters and sequences differ in number.
+    """
+    if len(token_ids) != len(adapters):
+        raise UsageError(f"{len(token_ids)} sequences and {len(adapters)} adapters were given; give one for each.")
+    short = next((ids for ids in token_ids if len(ids) < shortest), None)
+    if short is not None:
+        raise UsageError(f"a sequence has {len(short)} tokens; at least {shortest} are needed.")
+    for adapter in dict.fromkeys(adapters):
+        rows = [row for row, own in enumerate(adapters) if own == adapter]
+        yield adapter, sorted(rows, key=lambda row: len(token_ids[row]))
+
+
+def batches_of(rows: Sequence[int], token_ids: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
+    """Yield rows, sorted by length, in batches that hold at most `limit` tokens when they are filled up."""
+    batch: list[int] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(token_ids[row]) > limit:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def tokens_per_batch(model: Any) -> int:
+    """Return for how many tokens a forward pass may make logits."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    vocabulary = getattr(text_config, "vocab_size", None) or _BATCH_LOGITS
+    return max(1, _BATCH_LOGITS // vocabulary)
+
+
+def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return log softmax(logits)[targets] as float32 on the CPU; logits (n, vocabulary), targets (n,)."""
+    pieces = [
+        -nn.functional.cross_entropy(part.to(torch.float32), wanted, reduction="none")
+        for part, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(pieces).cpu()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,244 @@
+"""A vLLM server before it is started: options, checks, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.vllm.facts import engine_facts
+from cloq_export.engines.vllm.options import EngineSettings, engine_options
+from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, ServingPolicy, check_name, derived_name
+from cloq_export.engines.vllm.process import engine_environment
+from cloq_export.errors import UsageError
+from cloq_export.files.atomic import header_bytes
+from cloq_export.models.source import require_tokenizer
+
+# Options of vLLM that would make what is printed, checked or promised here untrue.
+_RESERVED = {
+    "--model": "EXPORT",
+    "--served-model-name": "--name",
+    "--host": "--host",
+    "--port": "--port",
+    "--lora-modules": "--adapter",
+    "--max-lora-rank": "--max-lora-rank",
+    "--max-loras": "--max-loras",
+    "--lora-target-modules": "--adapter",
+    "--enable-lora": "--adapter",
+    "--no-enable-lora": "--adapter",
+    "--dtype": "--dtype",
+    "--max-model-len": "--max-model-len",
+}
+_GIB = 1 << 30
+_LARGEST_KV_GIB = 32
+
+
+def choose_kv_cache_gib(checkpoint: Checkpoint) -> int:
+    """Return a share of the free memory for keys and values: a quarter of what the model itself leaves free."""
+    free = psutil.virtual_memory().available
+    weights = sum(header_bytes(header) for header in checkpoint.headers.values())
+    return max(1, min(_LARGEST_KV_GIB, (free - 2 * weights) // (4 * _GIB)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerPlan:
+    """A server as it will be started; making one checks everything that can be checked before.
+
+    Args:
+        command: the server and its options.
+        environment: variables to add.
+        host: where it listens.
+        port: where it listens.
+        name: the model's own name, which stands for the default adapter.
+        base_name: the base without an adapter.
+        default: the default adapter, or None if there is no adapter.
+        adapters: name -> folder.
+        options: what vLLM was told, for people to read.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    host: str
+    port: int
+    name: str
+    base_name: str
+    default: str | None
+    adapters: Mapping[str, Path]
+    options: Mapping[str, Any]
+
+    @property
+    def url(self) -> str:
+        """Return the address without a path."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """What a server is asked to be.
+
+    Args:
+        default: the adapter that plain requests get; None takes the only one.
+        name: the model's own name; None takes the folder's.
+        host: address to listen at.
+        port: 0 takes a free one.
+        dtype: of the activations; None takes float32 on the CPU and float16 on CUDA.
+        python: interpreter of the engine's environment; None is this one.
+        max_model_len: longest prompt with its answer; None takes the model's own, or what the memory holds.
+        max_lora_rank: rank that adapters may have; None takes what the served ones need.
+        max_loras: adapters in one batch; None takes all of these, at most 8.
+        kv_cache_gib: memory for keys and values on the CPU; None takes a share of what is free.
+        threads: threads on the CPU; None leaves it to vLLM.
+        force: take adapters of another base.
+        engine_options: more options of vLLM's server, as typed.
+    """
+
+    default: str | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str | None = None
+    python: str | os.PathLike[str] | None = None
+    max_model_len: int | None = None
+    max_lora_rank: int | None = None
+    max_loras: int | None = None
+    kv_cache_gib: int | None = None
+    threads: int | None = None
+    force: bool = False
+    engine_options: tuple[str, ...] = ()
+
+
+def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptions) -> ServerPlan:
+    """Check a base, its adapters and the options, and return the server to start.
+
+    Args:
+        export: an export, a checkpoint folder, or a run directory.
+        adapters: name -> adapter folder.
+        options: what is asked.
+
+    Raises:
+        UsageError: options that cannot be meant, or a port that is taken.
+        BindingError: an adapter belongs to another base.
+        FormatError: a file is missing or damaged, or an adapter does not fit the base.
+        SourceError: the checkpoint has no tokenizer.
+        MissingPackageError: the environment lacks vLLM or this package.
+    """
+    _check_typed(options.engine_options)
+    checkpoint = Checkpoint.open(export)
+    typed = [option.replace("_", "-") for option in options.engine_options]
+    if not any(option.startswith(("--tokenizer", "--skip-tokenizer-init")) for option in typed):
+        require_tokenizer(checkpoint.folder)
+    own = options.name or derived_name(Path(export))
+    check_name(own, kind="model")
+    base_name = f"{own}-base" if adapters else own
+    for index, adapter_name in enumerate(adapters):
+        check_name(adapter_name, taken=(own, base_name, *list(adapters)[:index]))
+    default = _choose_default(adapters, options.default)
+    facts = engine_facts(options.python)
+    kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
+    settings = EngineSettings(
+        dtype=options.dtype or ("float16" if facts.cuda else "float32"),
+        max_model_len=options.max_model_len,
+        max_lora_rank=options.max_lora_rank,
+        max_loras=options.max_loras or max(1, min(len(adapters), 8)),
+        force=options.force,
+    )
+    told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
+    # Adapters that are loaded while it serves find a place beside those of the start.
+    told["max_cpu_loras"] = max(told["max_loras"], len(adapters), 32)
+    told |= {"served_model_name": base_name, "host": options.host, "port": _take_port(options.host, options.port)}
+    command = [str(options.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(told)]
+    if adapters:
+        # The default adapter gets the model's own name in the server itself (plugin/guard.py).
+        command += [
+            "--lora-modules",
+            *(json.dumps({"name": key, "path": str(Path(folder).resolve())}) for key, folder in adapters.items()),
+        ]
+    environment = engine_environment(kv_cache_gib, threads=options.threads) | {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        POLICY_VARIABLE: ServingPolicy(own, base_name, default, options.force).to_text(),
+    }
+    return ServerPlan(
+        command=(*command, *options.engine_options),
+        environment=environment,
+        host=options.host,
+        port=told["port"],
+        name=own,
+        base_name=base_name,
+        default=default,
+        adapters={key: Path(folder) for key, folder in adapters.items()},
+        options=told,
+    )
+
+
+def _check_typed(options: Sequence[str]) -> None:
+    """Refuse options of vLLM's server that are set here, or that run a model's code.
+
+    Raises:
+        UsageError: one of them was typed.
+    """
+    for option in options:
+        flag = option.partition("=")[0].replace("_", "-")
+        if flag in _RESERVED:
+            raise UsageError(f"{flag} is set by cloq serve itself; use {_RESERVED[flag]} before the --.")
+        # Its parser takes the beginning of an option for the whole.
+        if flag.startswith("--trust"):
+            raise UsageError(f"{flag} runs Python code that comes with a model, which cloq never does; leave it out.")
+
+
+def _choose_default(adapters: Mapping[str, Path], asked: str | None) -> str | None:
+    names = ", ".join(adapters) or "none"
+    if asked is not None:
+        if asked not in adapters:
+            raise UsageError(f"the default adapter {asked!r:.80} is not one of those served: {names}.")
+        return asked
+    if len(adapters) > 1:
+        raise UsageError(
+            f"there are {len(adapters)} adapters, {names}; say which one plain requests get with --default NAME."
+        )
+    return next(iter(adapters), None)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for key, value in options.items():
+        flags.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            flags += [str(entry) for entry in (value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _take_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0.
+
+    Raises:
+        UsageError: it is taken, or not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            free: int = probe.getsockname()[1]
+            return free
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{host}:{port} cannot be listened at ({reason}); choose another --port, or --port 0 for a free one."
+        ) from error
+
+
+def curl_line(plan: ServerPlan) -> str:
+    """Return a line that asks the server something, for people to paste."""
+    body = json.dumps({"model": plan.name, "prompt": "Hello", "max_tokens": 16})
+    quoted = body.replace("'", "'\\''")
+
+    return f"curl {plan.url}/v1/completions -H 'Content-Type: application/json' -d '{quoted}'"

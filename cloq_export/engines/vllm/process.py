@@ -1,0 +1,127 @@
+"""Programs that compute with vLLM: how they are started, read, and stopped with all of their children."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from cloq_export.errors import EngineError
+
+_TAIL_LINES = 40
+# Keeps the working folder out of the modules that an interpreter finds: a folder there may have a library's name.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+
+
+class EngineProcess:
+    """A program whose output is read all the time and whose last lines are kept, stopped with all of its children.
+
+    Args:
+        command: the program and its arguments.
+        environment: variables to add to this process's own.
+        pass_fds: file descriptors that it inherits.
+        echo: where its lines go too; None keeps them silent.
+
+    Raises:
+        EngineError: the program cannot be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        pass_fds: Sequence[int] = (),
+        echo: IO[str] | None = None,
+    ) -> None:
+        self.echo = echo
+        self._lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                env=os.environ | SAFE_PATH | dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=pass_fds,
+                # A group of its own: Ctrl-C goes to this program, which then stops the engine in order.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check --python.") from error
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._stop_at_exit = weakref.finalize(self, _kill_group, self._process)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line.rstrip("\n"))
+            if self.echo is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    self.echo.write(line)
+                    self.echo.flush()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return how the program ended, or None while it runs."""
+        return self._process.poll()
+
+    def last_lines(self, count: int = 15) -> str:
+        """Return the last lines that the program wrote."""
+        if self.exit_code is not None:
+            self._reader.join(timeout=5)
+        kept = [line for line in self._lines if line.strip()][-count:]
+        return "\n".join(kept) or "(it wrote nothing)"
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Wait for the end of the program, and return how it ended, or None after so many seconds."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self, seconds: float = 15) -> None:
+        """Ask the program to end, and after so many seconds end it and its children."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            self.wait(seconds)
+        self._stop_at_exit()
+        self._reader.join(timeout=5)
+        if self._process.stdout is not None and not self._reader.is_alive():
+            self._process.stdout.close()
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """End a program and whatever it left running in its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+
+
+def engine_environment(kv_cache_gib: int, *, threads: int | None = None) -> dict[str, str]:
+    """Return the environment variables that every engine of ours gets.
+
+    Args:
+        kv_cache_gib: memory for keys and values on the CPU.
+        threads: threads of one engine on the CPU; None leaves it to vLLM.
+    """
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        # vLLM's 4-bit CPU kernel would round activations to 8 bits.
+        "VLLM_CPU_INT4_W4A8": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if threads is not None:
+        variables |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return variables
