@@ -57,7 +57,7 @@ def measure(run: Path, reference: str, dtype: str, *, runtime: str = "vllm", **o
         copies = perturbed_adapters(folder, Path(place), 1)
         adapters = (name, *(f"{copy}={where}" for copy, where in copies.items()))
         asked = VerifyOptions(reference=reference, runtime=runtime, dtype=dtype, adapters=adapters, **options)
-        return shortened(verbs.verify(export, asked, console=console))
+        return shortened(verbs.verify(export, asked, console=console).to_json())
 
 
 def shortened(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 class ParityGate(pytest.Collector):
     """The limits of one export; what they are judged by is measured once, when the first of them is run."""
 
-    report: dict[str, Any] | None = None
+    report: Any = None
     failure: Exception | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
@@ -88,7 +88,7 @@ class ParityGate(pytest.Collector):
         for name in limits:
             yield LimitItem.from_parent(self, name=name)
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Any:
         """Return the report, measuring on the first call; a failure is kept too, because it took as long."""
         if self.failure is not None:
             raise self.failure
@@ -123,17 +123,16 @@ class LimitItem(pytest.Item):
         """Fail if the limit is missed, or if what it is on was not measured."""
         assert isinstance(self.parent, ParityGate)
         report = self.parent.measured()
-        verdict = next(each for each in report["gates"] if each["gate"] == self.name)
-        if not verdict["passed"]:
+        verdict = next(each for each in report.gates if each.gate == self.name)
+        if not verdict.passed:
             explain = importlib.import_module("cloq_export.parity.gate").explain_miss
-            reasons = [f"{entry['what']} could not be measured: {entry['reason']}" for entry in report["missing"]]
-            if self.name == "certificate" and report["certificate"]["reason"]:
-                reasons = [report["certificate"]["reason"]]
-            found = {"provenance": "provenance", "reference": "provenance", "float_part": "float_part"}.get(self.name)
-            if found is not None:
-                entries = report[found]["findings"] if found == "provenance" else report[found]
-                reasons = [f"{each['what']}: {each['reason']}" for each in entries if each["reason"]]
-            raise LimitMissed("\n".join([explain(verdict), verdict["meaning"], *reasons]))
+            reasons = [f"{entry.what} could not be measured: {entry.reason}" for entry in report.missing]
+            if self.name == "certificate" and report.certificate.reason:
+                reasons = [report.certificate.reason]
+            if self.name in ("provenance", "reference", "float_part"):
+                entries = report.float_part if self.name == "float_part" else report.provenance.findings
+                reasons = [f"{each.what}: {each.reason}" for each in entries if each.reason]
+            raise LimitMissed("\n".join([explain(verdict), verdict.meaning, *reasons]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Return the reason alone: a traceback through this plugin tells nobody anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from cloq_export import verbs
 from cloq_export.errors import SourceError, UsageError
 from cloq_export.parity.gate import judge
+from cloq_export.parity.report import CertificateCheck
 
 pytest_plugins = ["pytester"]
 
@@ -30,12 +32,12 @@ class Played:
             raise self.raises
         return LIMITS
 
-    def verify(self, export: Path, options: Any) -> dict[str, Any]:
+    def verify(self, export: Path, options: Any) -> Any:
         self.calls.append((export, options))
         if self.raises is not None:
             raise self.raises
-        certificate = {"passed": True, "reason": None}
-        return {"gates": judge(LIMITS, self.metrics), "missing": [], "certificate": certificate}
+        gates = judge(LIMITS, self.metrics)
+        return types.SimpleNamespace(gates=gates, missing=(), certificate=CertificateCheck(True))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from rich.table import Table
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
-    from cloq_export.parity.report import figure, label_of, share
+    from cloq_export.parity.page import figure, label_of, share
 
     for note in report["notes"]:
         _line(console, f"note: {note}")
@@ -84,7 +84,7 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
 
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
     """Print what models answered, task by task: accuracies, and every two models beside each other."""
-    from cloq_export.parity.report import figure, share
+    from cloq_export.parity.page import figure, share
 
     for task, found in tasks.items():
         table = _table(escape(task), ("model",), ("accuracy", found["other_rule"]))

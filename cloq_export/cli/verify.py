@@ -112,14 +112,14 @@ def command(export: Path, reference: str | None, tasks: str, as_json: bool, **na
         raise UsageError("no float model was given; name the one that the export was made from with --reference MODEL.")
     chosen = parse_tasks(tasks)
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.parity_table import render_parity
 
     with progress_console(as_json=as_json) as console:
         pipeline = importlib.import_module("cloq_export.verbs")
         options = pipeline.VerifyOptions(reference=reference, tasks=chosen, **named)
-        report = to_plain(pipeline.verify(export, options, console=console))
-        missed = pipeline.missed_gates(report)
-    emit(report, render_parity, as_json=as_json)
+        report = pipeline.verify(export, options, console=console)
+        missed = importlib.import_module("cloq_export.parity.report").missed_gates(report)
+    emit(report.to_json(), render_parity, as_json=as_json)
     if missed:
         raise GateMissedError(f"gate missed: {missed}")

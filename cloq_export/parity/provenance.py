@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -12,12 +11,14 @@ from cloq_export.artifact.provenance import (
     AdapterRecord,
     BaseRecord,
     PairRecord,
+    ProbeRecord,
     TokenizerRecord,
     pair_digest,
     pairs_digest,
     record_pairs,
     seal_of,
 )
+from cloq_export.parity.plain import Result
 from cloq_export.types import LoraPair
 
 PROVEN = "proven"
@@ -36,7 +37,7 @@ _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One thing that was looked for.
 
     Args:
@@ -49,9 +50,32 @@ class Finding:
     verdict: str
     reason: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        """Return the finding as the report holds it."""
-        return dataclasses.asdict(self)
+
+@dataclasses.dataclass(frozen=True)
+class ProbeDifferences(Result):
+    """How far log-probabilities are from those that were recorded when the model was made.
+
+    Args:
+        adapter: with which they were served.
+        precision: in which they were recorded.
+        tokens: how many.
+        max: the largest difference; None if one is NaN or Inf.
+        mean: of the differences.
+    """
+
+    adapter: str | None
+    precision: str
+    tokens: int
+    max: float | None
+    mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedRatio(Result):
+    """A perplexity over the float model's that the run recorded; None where the text is another one by now."""
+
+    adapter: str | None
+    ratio: float | None
 
 
 def join_some(entries: Sequence[str], between: str = ", ") -> str:
@@ -189,26 +213,20 @@ def _fault_of(pair: LoraPair, found: PairRecord, record: PairRecord, allowed: fl
     return f"has other numbers (relative difference {deviation:.1e})"
 
 
-def probe_differences(recorded: Any, measured: list[torch.Tensor]) -> dict[str, Any]:
+def probe_differences(adapter: str | None, recorded: ProbeRecord, measured: Sequence[torch.Tensor]) -> ProbeDifferences:
     """Return how far log-probabilities are from those that were recorded when the model was made.
 
     Args:
-        recorded: a `ProbeRecord`.
+        adapter: with which they were served.
+        recorded: what was said then.
         measured: (n - 1,) for each of its sequences.
-
-    Returns:
-        dict: "precision", "tokens", "max" and "mean"; the figures are None if one is NaN or Inf.
     """
     wanted = torch.tensor([value for values in recorded.logprobs for value in values], dtype=torch.float64)
     got = torch.cat([values.double() for values in measured]) if measured else torch.empty(0, dtype=torch.float64)
     differences = (got - wanted).abs()
     known = bool(differences.numel()) and bool(torch.isfinite(differences).all())
-    return {
-        "precision": recorded.precision,
-        "tokens": differences.numel(),
-        "max": float(differences.max()) if known else None,
-        "mean": float(differences.mean()) if known else None,
-    }
+    largest, mean = (float(differences.max()), float(differences.mean())) if known else (None, None)
+    return ProbeDifferences(adapter, recorded.precision, differences.numel(), largest, mean)
 
 
 def _digests(record: AdapterRecord) -> dict[str, str]:

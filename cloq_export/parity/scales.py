@@ -17,11 +17,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from cloq_export.engines.transformers.reference import ReferenceModel
+from cloq_export.parity.plain import Result
 
 # A third of the fault that is to be found, 1% of one module's scale, so that its standard error has room.
 SCALE_LIMIT = 0.003
@@ -57,7 +57,7 @@ class ServedWindow:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleError:
+class ScaleError(Result):
     """What was found of one module that explains the error of serving better than others.
 
     Args:
@@ -76,7 +76,7 @@ class ScaleError:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleErrors:
+class ScaleErrors(Result):
     """What was found of the scales of all quantized modules.
 
     Args:
@@ -96,10 +96,6 @@ class ScaleErrors:
     largest: float | None = None
     candidates: tuple[ScaleError, ...] = ()
     found: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what the report holds."""
-        return dataclasses.asdict(self)
 
 
 def measure_scales(

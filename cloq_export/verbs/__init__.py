@@ -2,7 +2,8 @@
 
 from cloq_export.verbs.exporting import ExportOptions, convert, export, push
 from cloq_export.verbs.verbs import adapt, adapt_checkpoint, evaluate, inspect, quantize, run
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, planned_gates, verify
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import planned_gates, verify
 
 __all__ = [
     "ExportOptions",
@@ -13,7 +14,6 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
-    "missed_gates",
     "planned_gates",
     "push",
     "quantize",

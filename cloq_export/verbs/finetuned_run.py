@@ -13,6 +13,7 @@ from cloq_export.errors import DataError, MissingPackageError, UsageError
 from cloq_export.files.atomic import write_bytes
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.models.source import LoadedModel, find_source, read_tokenizer
+from cloq_export.parity.report import missed_gates
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.corpora import EMBEDDED
 from cloq_export.texts.examples import Example, ExampleSet
@@ -20,7 +21,8 @@ from cloq_export.texts.named_sets import load_examples
 from cloq_export.verbs.exporting import ExportOptions, export
 from cloq_export.verbs.finetuning import ZERO_START, check_length, finetune, read_training_data, report_name
 from cloq_export.verbs.verbs import TEXT_REPORT, embedded_texts, run
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 # Greedy continuations that the verification compares: each takes as long as a few training steps on a CPU.
 _PROMPTS = 8
@@ -85,17 +87,17 @@ def run_and_finetune(
         out=folder.with_name(f"{folder.name}-parity"),
     )
     report = verify(folder, options, console=console)
-    for row in report["quality"]["perplexity"]:
-        if row["model"] == "served" and row["adapter"] == tuning.name:
-            summary["perplexity"]["finetuned"] = row
+    for row in report.quality.perplexity:
+        if row.model == "served" and row.adapter == tuning.name:
+            summary["perplexity"]["finetuned"] = row.to_json()
     summary["finetuned"] = trained
     summary["export"] = str(folder)
-    summary["verified"] = {"passed": report["passed"], "missed": missed_gates(report), "files": report["files"]}
+    summary["verified"] = {"passed": report.passed, "missed": missed_gates(report), "files": report.files}
     summary["files"] = {
         **summary["files"],
         f"adapter {tuning.name}": str(directory.adapter_path(tuning.name)),
         "export": str(folder),
-        "parity report": report["files"]["html"],
+        "parity report": (report.files or {})["html"],
     }
     summary["next"] = [command_line("cloq", "serve", folder), command_line("cloq", "inspect", folder, "--verify")]
     summary["notes"] = [*summary["notes"], *(trained.get("notes") or [])]

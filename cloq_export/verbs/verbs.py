@@ -63,7 +63,7 @@ from cloq_export.verbs.exporting import (
     public_name,
     write_run_checkpoint,
 )
-from cloq_export.verbs.recording import CODES_ALONE, note_adapter, probe_model, record_base
+from cloq_export.verbs.recording import CODES_ALONE, note_adapter, probe_model, record_answers, record_base
 
 _SHOWN_WARNINGS = 5
 # Which text a run was calibrated on; the recipe names it, and the content behind a name may change.
@@ -325,6 +325,8 @@ def evaluate(
         subjects = _subjects(session, path, loaded, chosen, force)
         result["tasks"] = answer_tasks(session, questions, subjects, tokenizer, chosen, out)
         result["means"] = group_means(result["tasks"])
+        if RunDirectory.is_run(path):
+            record_answers(RunDirectory.open(path), chosen, questions, result["tasks"])
     if loaded is None:
         session.notes.append("the float model was not measured: name it with --reference")
     if session.notes:

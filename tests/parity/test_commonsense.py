@@ -13,14 +13,14 @@ import torch
 from cloq_export.errors import DataError, FormatError, RunDirectoryError, UsageError
 from cloq_export.parity.answers import INVALID, AnswerStore
 from cloq_export.parity.commonsense import COMMONSENSE_SETS, first_label, harness_definition, stated_label
+from cloq_export.parity.task_kinds import ChoiceTask
+from cloq_export.parity.task_report import task_entry
 from cloq_export.parity.tasks import (
     GROUPS,
-    ChoiceTask,
     expand_names,
     find_task,
     gate_key,
     load_questions,
-    task_entry,
     task_names,
 )
 
@@ -286,10 +286,10 @@ def test_the_most_probable_choice_is_taken(tmp_path: Path) -> None:
     assert found.correct == (False, True, False, True, False)
     assert found.other == (True, False, True, False, True)
     entry = task_entry(task, questions, {"float": found, "quantized": found}, None)
-    assert entry["models"]["float"]["accuracy"] == 0.4
-    assert entry["models"]["float"]["other_accuracy"] == 0.6
-    assert entry["comparisons"][0]["agreement"] == entry["comparisons"][0]["p_value"] == 1
-    assert entry["other_rule"] == "normalised"
+    assert entry.models["float"].accuracy == 0.4
+    assert entry.models["float"].other_accuracy == 0.6
+    assert entry.comparisons[0].agreement == entry.comparisons[0].test.p_value == 1
+    assert entry.other_rule == "normalised"
 
 
 def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from cloq_export.errors import DataError, FormatError
 from cloq_export.parity import gsm8k
 from cloq_export.parity.answers import INVALID, agreement
 from cloq_export.parity.gsm8k import EMBEDDED, Problem
-from cloq_export.parity.tasks import Question, Questions, WrittenTask, find_task, load_questions
+from cloq_export.parity.task_kinds import Question, Questions, WrittenTask
+from cloq_export.parity.tasks import find_task, load_questions
 
 EGGS = Problem("How many eggs are left of 16 after 3 and 4?", "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9")
 MONEY = Problem("What does the house cost?", "It costs 80,000+50,000=$<<80000+50000=130000>>130,000\n#### 130,000")

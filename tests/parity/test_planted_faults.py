@@ -21,9 +21,11 @@ from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.parity.report import ParityReport, missed_gates
 from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import ExportOptions, VerifyOptions, verification, verify
+from cloq_export.verbs import ExportOptions, VerifyOptions, verify
+from cloq_export.verbs.verification import engines
 
 BITS = 2
 CONTEXT = 64
@@ -369,13 +371,13 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
 
 def served_by(kind: type[Engine], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
     def opener(own: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-        return kind(packed_model(export or own, adapters, dtype=verification.DTYPES[options.dtype], **more))
+        return kind(packed_model(export or own, adapters, dtype=engines.DTYPES[options.dtype], **more))
 
     return opener
 
 
-def missed(report: Mapping[str, Any]) -> set[str]:
-    return {verdict["gate"] for verdict in report["gates"] if not verdict["passed"]}
+def missed(report: ParityReport) -> set[str]:
+    return {verdict.gate for verdict in report.gates if not verdict.passed}
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -383,10 +385,10 @@ def test_a_faulty_engine_is_named(
     exported: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     kind, gate = FAULTS[fault]
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(kind))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(kind))
     report = verify(exported, options, console=SILENT)
     assert gate in missed(report)
-    assert not report["passed"]
+    assert not report.passed
 
 
 def test_each_fault_is_named_by_its_own_gate_alone(
@@ -394,7 +396,7 @@ def test_each_fault_is_named_by_its_own_gate_alone(
 ) -> None:
     for fault in ("wrong beyond a position", "texts exchanged in mixed batches", "long prompts are truncated"):
         kind, gate = FAULTS[fault]
-        monkeypatch.setitem(verification.OPENERS, "hf", served_by(kind))
+        monkeypatch.setitem(engines.OPENERS, "hf", served_by(kind))
         assert missed(verify(exported, options, console=SILENT)) == {gate}
 
 
@@ -402,14 +404,14 @@ def test_each_fault_is_named_by_its_own_gate_alone(
 def test_a_healthy_engine_passes(exported: Path, options: VerifyOptions, dtype: str) -> None:
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=16), console=SILENT)
     assert missed(report) == set()
-    assert report["passed"]
-    assert report["conditions"]["longest"] == CONTEXT
-    kinds = [(row["kind"], row["adapter"]) for row in report["decoding"]]
+    assert report.passed
+    assert report.conditions.longest == CONTEXT
+    kinds = [(row.kind, row.adapter) for row in report.decoding]
     assert kinds == [
         *((kind, name) for name in ("cloq", "second") for kind in ("longest", "greedy")),
         *(("mixed", name) for name in (None, "cloq", "second")),
     ]
-    assert report["scales"]["modules"] == len(report["scales"]["found"]) == 7
+    assert report.scales.modules == len(report.scales.found) == 7
 
 
 def with_changed(folder: Path, export: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -436,13 +438,31 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
 ) -> None:
     name = f"model.layers.{module}"
     copy = with_changed(tmp_path, exported, scaled(name, 1.01))
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=40), console=SILENT)
     assert "scale_error_max" in missed(report)
-    worst = report["scales"]["candidates"][0]
-    assert worst["module"] == name
-    assert worst["error"] == pytest.approx(0.01, abs=0.003)
-    assert f"the scale of {name} is off by +" in str(verbs.missed_gates(report))
+    worst = report.scales.candidates[0]
+    assert worst.module == name
+    assert worst.error == pytest.approx(0.01, abs=0.003)
+    assert f"the scale of {name} is off by +" in str(missed_gates(report))
+
+
+@pytest.mark.parametrize("module", ["mlp.down_proj", "mlp.up_proj", "self_attn.v_proj"])
+def test_one_hundredth_of_a_scale_is_found_in_bfloat16_on_the_tokens_that_it_takes(
+    tmp_path: Path, exported: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    name = f"model.layers.0.{module}"
+    copy = with_changed(tmp_path, exported, scaled(name, 1.01))
+    generator = torch.Generator().manual_seed(4)
+    drawn = (61 * torch.rand(4200, generator=generator).pow(2)).long()
+    (tmp_path / "long.txt").write_text(" ".join(f"w{int(number)}" for number in drawn))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
+    asked = dataclasses.replace(
+        options, dtype="bfloat16", text=str(tmp_path / "long.txt"), windows=90, window=CONTEXT - 20, adapters=("cloq",)
+    )
+    report = verify(exported, asked, console=SILENT)
+    assert "scale_error_max" in missed(report)
+    assert report.scales.candidates[0].module == name
 
 
 def test_a_zero_that_is_off_by_one_in_one_group_is_found(
@@ -452,7 +472,7 @@ def test_a_zero_that_is_off_by_one_in_one_group_is_found(
         held["model.layers.0.mlp.up_proj.qzeros"][0, 0] ^= 1
 
     copy = with_changed(tmp_path, exported, change)
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
     assert "logprob_difference_max" in missed(verify(exported, options, console=SILENT))
 
 

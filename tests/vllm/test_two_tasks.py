@@ -14,7 +14,8 @@ from cloq_export.cli import main
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.models.source import DEMO_MODEL
 from cloq_export.parity.answers import INVALID, score_continuations
-from cloq_export.parity.tasks import WrittenTask, find_task, load_questions
+from cloq_export.parity.task_kinds import WrittenTask
+from cloq_export.parity.tasks import find_task, load_questions
 from cloq_export.texts.corpora import EMBEDDED, evaluation_text
 from cloq_export.texts.examples import question_prompt
 from cloq_export.verbs import VerifyOptions
@@ -85,8 +86,8 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
         out=tmp_path / "parity",
     )
     report = verbs.verify(served, options)
-    assert report["passed"], (report["gates"], report["missing"])
-    assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"words", "text"}
-    assert report["isolation"]["max"] <= 1e-4
-    assert report["metrics"]["greedy_flips"] == 0
-    assert report["metrics"]["live_modules"] == 1
+    assert report.passed, (report.gates, report.missing)
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"words", "text"}
+    assert report.isolation.max <= 1e-4
+    assert report.metrics["greedy_flips"] == 0
+    assert report.metrics["live_modules"] == 1

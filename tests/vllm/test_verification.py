@@ -40,11 +40,11 @@ def test_over_http(
         out=tmp_path / "parity",
     )
     report = verbs.verify(export.folder, options)
-    assert report["passed"], (report["gates"], report["missing"])
-    assert report["missing"] == []
-    assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"one", "two"}
-    assert report["isolation"]["max"] <= 1e-4
-    assert report["metrics"]["live_modules"] == 1
+    assert report.passed, (report.gates, report.missing)
+    assert report.missing == ()
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"one", "two"}
+    assert report.isolation.max <= 1e-4
+    assert report.metrics["live_modules"] == 1
     assert (tmp_path / "parity" / "parity.html").is_file()
 
 
@@ -66,7 +66,7 @@ def test_a_real_model(engine_python: str, tmp_path: pathlib.Path) -> None:
         new_tokens=12,
         liveness_tokens=24,
     )
-    assert row["passed"], (row["gates"], row["missing"])
+    assert row.passed, (row["gates"], row["missing"])
     assert row["adapters"] == ["cloq", "noisy1"]
     assert row["metrics"]["greedy_flips"] == 0
     assert row["metrics"]["mixed_batch_difference_max"] <= 1e-4
