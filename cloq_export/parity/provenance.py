@@ -129,14 +129,27 @@ def judge_tokenizer(record: TokenizerRecord, found: TokenizerRecord, *, what: st
     return Finding(what, PROVEN)
 
 
+@dataclasses.dataclass(frozen=True)
+class ServedOn:
+    """What an adapter is served on, and beside what.
+
+    Args:
+        base_fingerprint: of the codes.
+        others: name -> record of the other adapters that are known.
+        base: record of the export, which names the adapters that it was written with.
+    """
+
+    base_fingerprint: str
+    others: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
+    base: BaseRecord | None = None
+
+
 def judge_adapter(
     name: str,
     pairs: Mapping[str, LoraPair],
     record: AdapterRecord,
+    served: ServedOn,
     *,
-    base_fingerprint: str,
-    others: Mapping[str, AdapterRecord],
-    base: BaseRecord | None = None,
     declared_error: float = 0.0,
 ) -> Finding:
     """Compare the pairs of an adapter with those that were made.
@@ -145,13 +158,11 @@ def judge_adapter(
         name: that it is served under.
         pairs: full module name -> pair, as the folder holds it.
         record: what its folder records of it.
-        base_fingerprint: of the codes that it is served on.
-        others: name -> record of the other adapters that are known.
-        base: record of the export, which names the adapters that it was written with.
+        served: what it is served on, and beside what.
         declared_error: relative Frobenius error of a product that the export says writing it cost.
     """
     what = f"adapter {name}"
-    seal = seal_of(record)
+    seal, base, others = seal_of(record), served.base, served.others
     if base is not None and base.adapters.get(name) not in (None, seal):
         meant = next((other for other, known in base.adapters.items() if known == seal), None)
         return Finding(
@@ -163,10 +174,9 @@ def judge_adapter(
         )
     if record.name != name and record.name in others and seal_of(others[record.name]) != seal:
         return Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}, and {record.name} is another")
-    if record.base_fingerprint != base_fingerprint:
-        return Finding(
-            what, CONTRADICTED, f"it was made for the base {record.base_fingerprint}, and {base_fingerprint} is served"
-        )
+    if record.base_fingerprint != served.base_fingerprint:
+        reason = f"it was made for the base {record.base_fingerprint}, and {served.base_fingerprint} is served"
+        return Finding(what, CONTRADICTED, reason)
     found = record_pairs(pairs)
     if {module: pair.sha256 for module, pair in found.items()} == _digests(record):
         return Finding(what, PROVEN)
@@ -174,11 +184,11 @@ def judge_adapter(
     if missing or added:
         verb = "lacks" if missing else "adds"
         return Finding(what, CONTRADICTED, f"it {verb} the pairs of {join_some(missing or added)}")
-    served = pairs_digest({module: pair.sha256 for module, pair in found.items()})
-    if record.training is not None and served == record.training.start:
+    digest = pairs_digest({module: pair.sha256 for module, pair in found.items()})
+    if record.training is not None and digest == record.training.start:
         return Finding(what, CONTRADICTED, "its pairs are those that the training started from, not what it ended with")
     for other, known in others.items():
-        if other != name and served == pairs_digest(_digests(known)):
+        if other != name and digest == pairs_digest(_digests(known)):
             return Finding(what, CONTRADICTED, f"its pairs are those of {other}")
     allowed = _SAME_PRODUCT + _SKETCH_FACTOR * declared_error
     wrong = {

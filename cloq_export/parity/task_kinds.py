@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cloq_export.engines.protocol import ServedModel
 from cloq_export.errors import DataError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.parity import gsm8k
@@ -15,6 +14,7 @@ from cloq_export.parity.answers import (
     Advance,
     Answers,
     AnswerStore,
+    Respondent,
     continue_prompts,
     score_continuations,
 )
@@ -125,10 +125,8 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def ask(
         self,
-        model: ServedModel,
-        tokenizer: Any,
+        asked: Respondent,
         questions: Questions,
-        adapter: str | None,
         *,
         store: AnswerStore | None = None,
         advance: Advance | None = None,
@@ -184,10 +182,8 @@ class WrittenTask(Task):
 
     def ask(
         self,
-        model: ServedModel,
-        tokenizer: Any,
+        asked: Respondent,
         questions: Questions,
-        adapter: str | None,
         *,
         store: AnswerStore | None = None,
         advance: Advance | None = None,
@@ -195,10 +191,8 @@ class WrittenTask(Task):
         """Let a model write, greedily, and judge what it wrote."""
         prompts = [question.prompt for question in questions.items]
         texts = continue_prompts(
-            model,
-            tokenizer,
+            asked,
             prompts,
-            adapter,
             cut=self.cut,
             max_new_tokens=self.max_new_tokens,
             store=store,
@@ -282,19 +276,15 @@ class ChoiceTask(Task):
 
     def ask(
         self,
-        model: ServedModel,
-        tokenizer: Any,
+        asked: Respondent,
         questions: Questions,
-        adapter: str | None,
         *,
         store: AnswerStore | None = None,
         advance: Advance | None = None,
     ) -> Answers:
         """Score every choice, and take the most probable one."""
         choices = [question.choices for question in questions.items if question.choices is not None]
-        scores = score_continuations(
-            model, tokenizer, [each.pairs for each in choices], adapter, store=store, advance=advance
-        )
+        scores = score_continuations(asked, [each.pairs for each in choices], store=store, advance=advance)
         taken, normalised = [], []
         for each, values in zip(choices, scores, strict=True):
             taken.append(_largest(values))

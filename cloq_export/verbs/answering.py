@@ -11,7 +11,7 @@ from typing import Any
 from cloq_export.compress.session import Session
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.files.atomic import make_folder, write_json
-from cloq_export.parity.answers import Answers, AnswerStore
+from cloq_export.parity.answers import Answers, AnswerStore, Respondent
 from cloq_export.parity.task_kinds import Questions, Task, WrittenTask
 from cloq_export.parity.task_report import task_entry
 from cloq_export.parity.tasks import GROUPS, find_task, load_questions
@@ -92,7 +92,7 @@ def answer_tasks(
             )
             with session.progress(f"{name}, {subject.name}") as advance:
                 answers[name][subject.name] = task.ask(
-                    subject.model, tokenizer, questions, subject.adapter, store=store, advance=advance
+                    Respondent(subject.model, tokenizer, subject.adapter), questions, store=store, advance=advance
                 )
     entries = {
         name: task_entry(task, questions, answers[name], adapter).to_json() for name, (task, questions) in tasks.items()

@@ -535,8 +535,7 @@ def _measure(
     table = measure(
         models(),
         tokens,
-        text=text.origin,
-        text_sha256=text.sha256,
+        text=text,
         window=window,
         windows=windows,
         console=session.console,

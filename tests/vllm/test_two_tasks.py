@@ -13,7 +13,7 @@ from cloq_export import verbs
 from cloq_export.cli import main
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.models.source import DEMO_MODEL
-from cloq_export.parity.answers import INVALID, score_continuations
+from cloq_export.parity.answers import INVALID, Respondent, score_continuations
 from cloq_export.parity.task_kinds import WrittenTask
 from cloq_export.parity.tasks import find_task, load_questions
 from cloq_export.texts.corpora import EMBEDDED, evaluation_text
@@ -60,11 +60,15 @@ def test_a_short_training_shows_in_unseen_problems(run: Path, tmp_path: Path) ->
     folders = {name: run / "adapters" / name for name in ("cloq", "words")}
     model, tokenizer = packed_model(run, folders), AutoTokenizer.from_pretrained(run / "checkpoint")
     before, after = (
-        sum(scores[0] for scores in score_continuations(model, tokenizer, solutions, name)) for name in folders
+        sum(scores[0] for scores in score_continuations(Respondent(model, tokenizer, name), solutions))
+        for name in folders
     )
     assert after > 0.6 * before, (before, after)  # log-likelihoods, below zero
     as_taught = {
-        name: sum(task.extract_strict(text) != INVALID for text in task.ask(model, tokenizer, questions, name).texts)
+        name: sum(
+            task.extract_strict(text) != INVALID
+            for text in task.ask(Respondent(model, tokenizer, name), questions).texts
+        )
         for name in folders
     }
     assert as_taught["cloq"] <= QUESTIONS // 4, as_taught

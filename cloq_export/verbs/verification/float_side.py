@@ -14,7 +14,7 @@ from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.parity.answers import Answers
+from cloq_export.parity.answers import Answers, Respondent
 from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
 from cloq_export.parity.genai_settings import compare_genai_settings
 from cloq_export.parity.numerics import LogprobDifferences, compare_logprobs, measure_logprobs
@@ -86,7 +86,7 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
     progress.session.say(f"measure the float model on {len(alone)} windows of {options.window} tokens, twice")
     logprobs = measure_logprobs(model, texts.windows, alone)
     noise_floor = compare_logprobs(measure_logprobs(model, texts.windows, alone), logprobs)
-    answers = ask_tasks(plan, "float", model, None, loaded.tokenizer, progress)
+    answers = ask_tasks(plan, "float", Respondent(model, loaded.tokenizer), progress)
     return FloatSide(
         source=FloatModel(options.reference, loaded.source.fingerprint),
         tokenizer=loaded.tokenizer,
@@ -102,24 +102,20 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
     )
 
 
-def ask_tasks(
-    plan: Plan, name: str, model: ServedModel, adapter: str | None, tokenizer: Any, progress: Progress
-) -> Answered:
+def ask_tasks(plan: Plan, name: str, asked: Respondent, progress: Progress) -> Answered:
     """Put the questions of every task to a model.
 
     Args:
         plan: what was asked.
         name: of the model, for people.
-        model: the runtime.
-        adapter: with which adapter.
-        tokenizer: of the model.
+        asked: the runtime, with its adapter.
         progress: of the call.
     """
     answers = {}
-    of = f" with {adapter}" if adapter else ""
+    of = f" with {asked.adapter}" if asked.adapter else ""
     for task_name, (task, questions) in plan.tasks.items():
         with progress.phase(task_name), progress.session.progress(f"{task_name}, {name}{of}") as advance:
-            answers[task_name] = task.ask(model, tokenizer, questions, adapter, advance=advance)
+            answers[task_name] = task.ask(asked, questions, advance=advance)
     return answers
 
 

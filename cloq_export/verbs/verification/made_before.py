@@ -35,6 +35,7 @@ from cloq_export.parity.provenance import (
     PROVEN,
     Finding,
     RecordedRatio,
+    ServedOn,
     judge_adapter,
     judge_codes,
     judge_tokenizer,
@@ -238,9 +239,7 @@ class MadeBefore:
                         name,
                         adapter.pairs,
                         self.records[name],
-                        base_fingerprint=fingerprint,
-                        others=self.records,
-                        base=self.base,
+                        ServedOn(fingerprint, self.records, self.base),
                         declared_error=_declared_error(adapter),
                     )
                 )
@@ -330,8 +329,7 @@ class MadeBefore:
                 name,
                 adapter.pairs,
                 record,
-                base_fingerprint=fingerprint,
-                others={},
+                ServedOn(fingerprint),
                 declared_error=_declared_error(adapter),
             )
             reason = judged.reason and f"{judged.reason}; the export is stale, or of another run than {run.path}"

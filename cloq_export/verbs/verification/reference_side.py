@@ -10,6 +10,7 @@ import torch
 from cloq_export.engines.transformers.reference import ReferenceModel, reference_model
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.parity import liveness
+from cloq_export.parity.answers import Respondent
 from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
 from cloq_export.parity.quality import PerplexityRow, perplexity_row
 from cloq_export.parity.report import NumericsRow
@@ -76,7 +77,7 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
         perplexity += perplexity_rows(plan, known, "reference", adapter, logprobs[adapter])
         prompts = texts.prompts_of(number)
         expected[adapter] = reference.generate(prompts, [adapter] * len(prompts), options.new_tokens)
-        answers[adapter] = ask_tasks(plan, "reference", reference, adapter, known.tokenizer, progress)
+        answers[adapter] = ask_tasks(plan, "reference", Respondent(reference, known.tokenizer, adapter), progress)
     left = {}
     for name, read in {} if plan.rounds_activations else plan.adapters.items():
         progress.session.say(f"leave out each of {len(read.pairs)} modules of {name} in turn")

@@ -9,6 +9,7 @@ import torch
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.parity import generation
+from cloq_export.parity.answers import Respondent
 from cloq_export.parity.gate import tie_gap
 from cloq_export.parity.generation import AskedTexts, WrittenTexts
 from cloq_export.parity.isolation import Isolation, measure_isolation
@@ -63,7 +64,7 @@ class ServedSide:
             self._write_greedily(served, adapter, number)
             with self.progress.attempt(f"tasks, {of}"):
                 self.answers[adapter] = ask_tasks(
-                    self.plan, "served", served, adapter, self.known.tokenizer, self.progress
+                    self.plan, "served", Respondent(served, self.known.tokenizer, adapter), self.progress
                 )
             with self.progress.attempt(f"probe of the last step, {of}"):
                 self._probe_last_step(served, adapter)
