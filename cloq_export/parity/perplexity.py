@@ -60,9 +60,8 @@ def window_losses(
     rows = _cut_windows(token_ids, window, windows)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     losses = torch.empty(len(rows), dtype=torch.float64)
-    shown = (
-        show_progress(label, console, unit="windows", transient=True) if label is not None else contextlib.nullcontext()
-    )
+    silent = contextlib.nullcontext()
+    shown = silent if label is None else show_progress(label, console, unit="windows", transient=True)
     with _evaluating(model), torch.no_grad(), shown as advance:
         start = 0
         for batch in rows.split(_windows_per_batch(model, window)):

@@ -192,17 +192,29 @@ def _training_word_problems(name: str) -> list[gsm8k.Problem]:
     return [gsm8k.Problem(each.question, each.answer) for each in problems]
 
 
+@dataclasses.dataclass(frozen=True)
+class _AnswerRules:
+    """How LLM-Adapters reads what a model writes: see `WrittenTask`."""
+
+    extract: Callable[[str], str]
+    extract_strict: Callable[[str], str]
+    is_right: Callable[[str, str], bool] = str.__eq__
+    form: Callable[[str], str] = str
+    max_new_tokens: int = _SOLUTION_TOKENS
+
+
+_NUMBERS = _AnswerRules(
+    arithmetic.last_number, arithmetic.stated_number, arithmetic.is_number_right, arithmetic.number_form
+)
+_LETTERS = _AnswerRules(arithmetic.first_letter, arithmetic.stated_letter)
+
+
 def _instructed(
     name: str,
     folder: str,
     hub: tuple[str, str | None, str],
     read: Callable[[Mapping[str, Any], str], tuple[str, str]],
-    *,
-    extract: Callable[[str], str],
-    extract_strict: Callable[[str], str],
-    is_right: Callable[[str, str], bool] = str.__eq__,
-    form: Callable[[str], str] = str,
-    max_new_tokens: int = _SOLUTION_TOKENS,
+    rules: _AnswerRules,
 ) -> Task:
     def reader(row: Mapping[str, Any], where: str) -> tuple[str, str]:
         instruction, gold = read(row, where)
@@ -216,40 +228,7 @@ def _instructed(
         hub=hub,
         reader=reader,
         ends=_INSTRUCTION_ENDS,
-        extract=extract,
-        extract_strict=extract_strict,
-        is_right=is_right,
-        form=form,
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def _numbers(
-    name: str,
-    folder: str,
-    hub: tuple[str, str | None, str],
-    read: Callable[[Mapping[str, Any], str], tuple[str, str]],
-) -> Task:
-    return _instructed(
-        name,
-        folder,
-        hub,
-        read,
-        extract=arithmetic.last_number,
-        extract_strict=arithmetic.stated_number,
-        is_right=arithmetic.is_number_right,
-        form=arithmetic.number_form,
-    )
-
-
-def _letters() -> Task:
-    return _instructed(
-        "aqua",
-        "AQuA",
-        ("deepmind/aqua_rat", "raw", "test"),
-        arithmetic.read_aqua,
-        extract=arithmetic.first_letter,
-        extract_strict=arithmetic.stated_letter,
+        **vars(rules),
     )
 
 
@@ -261,15 +240,12 @@ def _choices(name: str, chosen: CommonsenseSet) -> Task:
 
 
 def _labels(name: str, chosen: CommonsenseSet) -> Task:
-    return _instructed(
-        name,
-        chosen.folder,
-        chosen.hub,
-        chosen.instruction,
-        extract=lambda text: first_label(text, chosen.labels),
-        extract_strict=lambda text: stated_label(text, chosen.labels),
+    rules = _AnswerRules(
+        lambda text: first_label(text, chosen.labels),
+        lambda text: stated_label(text, chosen.labels),
         max_new_tokens=_LABEL_TOKENS,
     )
+    return _instructed(name, chosen.folder, chosen.hub, chosen.instruction, rules)
 
 
 def _continuations() -> Task:
@@ -282,10 +258,14 @@ _GSM8K_HUB = ("openai/gsm8k", "main", "test")
 _MAKERS |= {
     "gsm8k": partial(_gsm8k_like, "gsm8k", _GSM8K_HUB, _training_problems),
     **{name: partial(_gsm8k_like, name, None, partial(_training_word_problems, name)) for name in WORD_PROBLEM_SETS},
-    f"gsm8k:{INSTRUCTION}": partial(_numbers, f"gsm8k:{INSTRUCTION}", "gsm8k", _GSM8K_HUB, arithmetic.read_gsm8k),
-    "svamp": partial(_numbers, "svamp", "SVAMP", ("ChilleD/SVAMP", None, "test"), arithmetic.read_svamp),
-    "mawps": partial(_numbers, "mawps", "mawps", ("MU-NLPC/Calc-mawps", None, "test"), arithmetic.read_mawps),
-    "aqua": _letters,
+    f"gsm8k:{INSTRUCTION}": partial(
+        _instructed, f"gsm8k:{INSTRUCTION}", "gsm8k", _GSM8K_HUB, arithmetic.read_gsm8k, _NUMBERS
+    ),
+    "svamp": partial(_instructed, "svamp", "SVAMP", ("ChilleD/SVAMP", None, "test"), arithmetic.read_svamp, _NUMBERS),
+    "mawps": partial(
+        _instructed, "mawps", "mawps", ("MU-NLPC/Calc-mawps", None, "test"), arithmetic.read_mawps, _NUMBERS
+    ),
+    "aqua": partial(_instructed, "aqua", "AQuA", ("deepmind/aqua_rat", "raw", "test"), arithmetic.read_aqua, _LETTERS),
     CONTINUATIONS: _continuations,
     **{name: partial(_choices, name, chosen) for name, chosen in COMMONSENSE_SETS.items()},
     **{

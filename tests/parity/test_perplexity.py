@@ -18,8 +18,10 @@ from cloq_export.parity.perplexity import (
     summarize_losses,
     window_losses,
 )
+from cloq_export.texts.corpora import CalibrationText
 
 VOCABULARY = 17
+TEXT = CalibrationText("w", "a file", "ab")
 
 
 class Bigram(nn.Module):

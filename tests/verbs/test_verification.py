@@ -118,7 +118,7 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
     assert report.missing == ()
     assert [entry.name for entry in report.adapters] == ["cloq", "second"]
     assert report.noise_floor.max <= 1e-6
-    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq", "second"}
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq", "second", None}
     for row in report.liveness:
         assert row.live_share == 1
         assert len(row.modules) == 14

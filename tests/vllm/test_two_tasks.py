@@ -91,7 +91,7 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
     )
     report = verbs.verify(served, options)
     assert report.passed, (report.gates, report.missing)
-    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"words", "text"}
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"words", "text", None}
     assert report.isolation.max <= 1e-4
     assert report.metrics["greedy_flips"] == 0
     assert report.metrics["live_modules"] == 1

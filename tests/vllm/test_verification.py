@@ -42,7 +42,7 @@ def test_over_http(
     report = verbs.verify(export.folder, options)
     assert report.passed, (report.gates, report.missing)
     assert report.missing == ()
-    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"one", "two"}
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"one", "two", None}
     assert report.isolation.max <= 1e-4
     assert report.metrics["live_modules"] == 1
     assert (tmp_path / "parity" / "parity.html").is_file()

@@ -63,9 +63,8 @@ class ServedSide:
             self._write_behind_long_prompts(served, adapter)
             self._write_greedily(served, adapter, number)
             with self.progress.attempt(f"tasks, {of}"):
-                self.answers[adapter] = ask_tasks(
-                    self.plan, "served", Respondent(served, self.known.tokenizer, adapter), self.progress
-                )
+                asked = Respondent(served, self.known.tokenizer, adapter)
+                self.answers[adapter] = ask_tasks(self.plan, "served", asked, self.progress)
             with self.progress.attempt(f"probe of the last step, {of}"):
                 self._probe_last_step(served, adapter)
         if self.plan.adapters:
@@ -90,8 +89,9 @@ class ServedSide:
                 served, expected = self.logprobs[adapter][number], self.side.logprobs[adapter][number]
                 ids = self.texts.windows[number][:length]
                 windows.append(ServedWindow(ids, adapter, served[: length - 1], expected[: length - 1]))
+        found: ScaleErrors | None = None
         with self.progress.attempt("scales of modules"), self.progress.phase("scales"):
-            return measure_scales(
+            found = measure_scales(
                 self.side.model,
                 windows,
                 list(plan.checkpoint.specs),
@@ -99,7 +99,7 @@ class ServedSide:
                 limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
                 seed=options.seed,
             )
-        return None
+        return found
 
     def _score(self, served: ServedModel, adapter: str | None) -> None:
         """Score the windows and the longest text."""
