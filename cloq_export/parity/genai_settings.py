@@ -59,9 +59,9 @@ def compare_genai_settings(folder: Path, loaded: LoadedModel) -> Finding:
         content = read_json(require_inside(folder, folder / GENAI_CONFIG))
     except FormatError as error:
         return Finding(_WHAT, CONTRADICTED, str(error))
-    model, search = (content.get(name) for name in ("model", "search"))
+    model, search = content.get("model"), content.get("search")
     decoder = model.get("decoder") if isinstance(model, Mapping) else None
-    if not isinstance(decoder, Mapping) or not isinstance(search, Mapping):
+    if not isinstance(model, Mapping) or not isinstance(decoder, Mapping) or not isinstance(search, Mapping):
         return Finding(_WHAT, CONTRADICTED, f"{GENAI_CONFIG} lacks its parts model, decoder and search")
     faults = [*_model_faults(model, loaded), *_decoder_faults(decoder, loaded), *_search_faults(search, loaded)]
     return Finding(_WHAT, CONTRADICTED, join_some(faults, "; ")) if faults else Finding(_WHAT, PROVEN)

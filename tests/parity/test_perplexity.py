@@ -100,7 +100,7 @@ def test_ratio_is_paired():
 def test_one_window_has_no_standard_error():
     measured = perplexity(Bigram(), text(20), window=20, windows=4, label=None)
     assert math.isnan(measured.standard_error)
-    table = evaluate([("float", Bigram())], text(20), TEXT, window=20)
+    table = evaluate([("float", Bigram())], text(20), text=TEXT, window=20)
     assert table["float"]["standard_error"] is None
 
 
@@ -114,7 +114,7 @@ def test_evaluate_puts_models_in_one_table():
             yield name, model
             assert model.calls, "a model is measured before the next one is asked for"
 
-    table = evaluate(lazily(), text(60), TEXT, window=20, windows=8)
+    table = evaluate(lazily(), text(60), text=TEXT, window=20, windows=8)
     assert asked == ["float", "quantized", "adapter"]
     assert set(table) == {"float", "quantized", "adapter", "tokens", "windows", "window", "text", "text_sha256"}
     assert (table["tokens"], table["windows"], table["window"]) == (57, 3, 20)
