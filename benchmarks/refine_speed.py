@@ -28,7 +28,8 @@ ITERATIONS, WINDOWS_PER_ITERATION = 200, 8
 
 def cut_model(name: str, blocks: int, folder: Path) -> None:
     """Write a model without its blocks behind the first ones as a folder that any tool can read."""
-    from cloq_export.models.source import open_model, save_plain
+    from cloq_export.models.saving import save_plain
+    from cloq_export.models.source import open_model
 
     loaded = open_model(name)
     inner = loaded.model.get_decoder()

@@ -39,7 +39,7 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
 
     torch.set_num_threads(threads)
     directory = RunDirectory.open(run)
-    name = directory.adapters()[0]
+    name = directory.adapters.names[0]
     if side == "packed":
         model: Any = cloq_export.load(run, adapter=name, trainable=True, dtype=torch.bfloat16)
     else:

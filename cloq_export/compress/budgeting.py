@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from cloq_export.artifact.inspection import bytes_of
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import bytes_of
 from cloq_export.compress.allocation import Choice, RankedLayer, allocate, hull_of_group
 from cloq_export.compress.plan import Plan, make_plan
 from cloq_export.compress.session import Session, compute_dtype, device_of

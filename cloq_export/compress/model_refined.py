@@ -12,11 +12,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.compress.block_refined import WARMUP, finite, kept_start
 from cloq_export.compress.plan import Plan
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import REFINE_STEPS, Recipe

@@ -14,15 +14,16 @@ from rich.console import Console
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, linears_beside
 from cloq_export.artifact.empty_model import refuse_lost_biases
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
 from cloq_export.compress.plan import Plan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.solvers import LocalSolvers, RaySolvers, Solvers
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.models.stream import has_fast_bfloat16
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.process.progress import show_progress
 from cloq_export.recipe import Recipe

@@ -42,7 +42,10 @@ from cloq_export.lab.table_recipe import (
     read_table_recipe,
     whole,
 )
-from cloq_export.models.source import NO_CODE, open_model, read_tokenizer, save_plain
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.tasks import task_names
@@ -382,7 +385,7 @@ class _Work:
             }
             with RunDirectory.open(folder) as directory:
                 directory.write_report("cost", figures)
-        if own.adapt is not None and start not in RunDirectory.open(folder).adapters():
+        if own.adapt is not None and start not in RunDirectory.open(folder).adapters.folders:
             adapt(folder, {**own.adapt, "adapter_name": start}, console=self.console)
         return folder
 

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.artifact.inspection import stored_sizes
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
@@ -34,7 +34,9 @@ from cloq_export.lab.row_folder import (
     write_table,
 )
 from cloq_export.lab.table_recipe import is_mapping, is_text, is_width, listed, read_table_recipe, whole
-from cloq_export.models.source import open_model, read_tokenizer, save_plain
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.parity.plots import Points, scatter_plot, standalone
 from cloq_export.parity.tasks import task_names
@@ -369,7 +371,7 @@ class _Work:
         sizes = stored_sizes(place, adapter)
         model = load(place, adapter, dtype=torch.float32)
         tokenizer = read_tokenizer(RunDirectory.open(place).checkpoint_path)
-        stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
+        stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
         made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
         return self._judge(model, tokenizer, case) | made
 
@@ -395,7 +397,7 @@ class _Work:
         report = run_peer(case.method, job, self.out / "peers", place, console=self.console)
         checkpoint, adapter = Path(report["checkpoint"]), report.get("adapter")
         sizes = stored_sizes(checkpoint, adapter)
-        stored = sizes["bits_per_weight_with_adapter"] if adapter else sizes["bits_per_weight"]
+        stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
         model = load(checkpoint, adapter, dtype=torch.float32, force=True)
         told = {name: report[name] for name in ("seconds", "memory_beyond_model_bytes", "versions")}
         return self._judge(model, loaded.tokenizer, case) | {"stored_bits_per_weight": stored, **told}

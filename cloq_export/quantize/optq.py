@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels.dispatch import triton_takes
 
 # Columns handled between two large matrix products; and the elements of a tile inside which columns are updated one
 # by one: few enough that torch keeps them on one thread, which is quicker than sharing them out.
@@ -72,7 +72,7 @@ def optq_codes(
     codes = torch.empty_like(remaining, dtype=torch.uint8)
     errors = torch.empty_like(remaining)
     walk = _walk_block
-    if triton_kernels.usable_for(weight):
+    if triton_takes(weight):
         from cloq_export.kernels.triton.optq import walk_block as walk
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)

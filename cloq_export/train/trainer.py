@@ -22,9 +22,10 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cloq_export.errors import DivergedError, FormatError, UsageError
-from cloq_export.files.atomic import write_json, write_safetensors
+from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.train.loss import next_token_loss
 from cloq_export.train.sequences import Sequences, pad_batch

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from cloq_export import __version__
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
-from cloq_export.artifact.certificate import certify_checkpoint, verify_certificate, write_certificate
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
+from cloq_export.artifact.adapters import ADAPTERS_NAME, AdapterShelf, forced_note, read_bound_adapter
+from cloq_export.artifact.certificate import Certificate, certify_checkpoint, verify_certificate, write_certificate
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.artifact.empty_model import float_part, tied_head
 from cloq_export.artifact.hub import is_left_out
@@ -35,17 +35,18 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session, open_planned, refuse_other_source, refuse_unfinished
 from cloq_export.errors import FormatError, RunDirectoryError, UnsupportedModelError, UsageError
-from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.spelled_paths import command_line
-from cloq_export.formats import targets
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.companions import companion_files, copy_companions
-from cloq_export.models.source import LoadedModel, ModelSource, save_source_files
+from cloq_export.formats.targets.preflight import Decision, preflight
+from cloq_export.formats.targets.snippets import load_snippets
+from cloq_export.formats.targets.table import Exported, parse_target, read_table
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import LoadedModel, ModelSource
 from cloq_export.recipe import EXPORT_FORMATS, Recipe
 from cloq_export.types import LoraPair
 from cloq_export.verbs.recording import export_record, read_adapter_record, run_record
@@ -172,7 +173,7 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
     with directory:
         checkpoint = _own_checkpoint(session, directory)
         layers = LayerSource.of_run(directory)
-        names = list(options.adapters) or directory.adapters()
+        names = _asked_adapters(session, directory.adapters, options)
         if options.format == MERGED and not options.adapters and recipe.adapter_name in names:
             names = [recipe.adapter_name]
         facts = _run_facts(directory, recipe)
@@ -208,7 +209,7 @@ def convert(
         session.notes.append(f"read as {read_as}, whatever its config says")
     session.notes.extend(checkpoint.notes)
     layers = LayerSource.of_checkpoint(checkpoint)
-    names = list(options.adapters) or adapters_in(checkpoint.folder)
+    names = _asked_adapters(session, AdapterShelf.of(source), options)
     facts = {"base_model": _named_base(checkpoint), "method": "codes of another checkpoint, unchanged"}
     made = _noted(session, lambda: read_base_record(checkpoint.folder))
     return _export(session, source, checkpoint, layers, names, options, facts, made)
@@ -287,7 +288,7 @@ def _export(
             "is a decoder of text, without the wrapper's other parts; choose another format, e.g. --format gptq_v2."
         )
     fingerprint = checkpoint.fingerprint
-    adapters = [_prepared(session, source, name, checkpoint, fingerprint, options) for name in adapter_names]
+    adapters = [_prepared(session, source, name, checkpoint, options) for name in adapter_names]
     _refuse_strangers(adapters, layers, checkpoint)
     format, decision = _choose(session, layers, checkpoint, adapters, options)
     if decision is not None:
@@ -366,38 +367,32 @@ def _choose(
     checkpoint: Checkpoint,
     adapters: Sequence[_Prepared],
     options: ExportOptions,
-) -> tuple[str, targets.Decision | None]:
+) -> tuple[str, Decision | None]:
     """Return the format, and what the target's rules say about it."""
     if options.target is None:
         return options.format or checkpoint.grids.layout.name, None
-    decision = targets.preflight(
-        targets.parse_target(options.target),
-        specs=layers.specs,
-        shapes=layers.shapes,
+    ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
+    decision = preflight(
+        parse_target(options.target),
+        # Whoever exports has this package, and the notes say where else it is needed.
+        Exported(layers.specs, layers.shapes, ranks, plugin=True),
         layout=None if options.format in ALONE else options.format,
         device=options.device,
-        ranks=[pair.rank for adapter in adapters for pair in adapter.pairs.values()],
-        # Whoever exports has this package, and the notes say where else it is needed.
-        plugin=True,
     )
     session.notes.extend(decision.notes)
     return (options.format if options.format in ALONE else decision.layout), decision
 
 
-def _prepared(
-    session: Session, source: Path, name: str, checkpoint: Checkpoint, fingerprint: str, options: ExportOptions
-) -> _Prepared:
+def _prepared(session: Session, source: Path, name: str, checkpoint: Checkpoint, options: ExportOptions) -> _Prepared:
     """Return an adapter, bound to this base or taken by force, split and padded as asked."""
-    folder = find_adapter(source, name)
+    folder = AdapterShelf.of(source).find(name)
     read = read_bound_adapter(folder, checkpoint, force=options.force)
     record: dict[str, Any] = {}
-    if read.base_fingerprint != fingerprint:
+    forced = forced_note(folder.name, read.base_fingerprint, checkpoint)
+    if forced is not None:
         record["forced"] = True
         record["bound_to"] = read.base_fingerprint
-        session.notes.append(
-            f"the adapter {folder.name} is bound to {read.base_fingerprint or 'no base'}, not to {fingerprint}; it was "
-            "taken by force"
-        )
+        session.notes.append(forced)
     pairs = dict(read.pairs)
     if options.split == "balanced":
         even = {module: balanced(pair) for module, pair in pairs.items()}
@@ -440,10 +435,10 @@ def _kept_record(read: Adapter) -> dict[str, Any]:
     return {key: value for key, value in read.extra.items() if key in kept}
 
 
-def _fit_for(session: Session, adapter: _Prepared, decision: targets.Decision, options: ExportOptions) -> _Prepared:
+def _fit_for(session: Session, adapter: _Prepared, decision: Decision, options: ExportOptions) -> _Prepared:
     """Return an adapter in a form that the target serves as meant."""
     mixed = len({(pair.rank, pair.alpha) for pair in adapter.pairs.values()}) > 1
-    if not mixed or targets.read_table().engines[decision.target.name].adapters.patterns:
+    if not mixed or read_table().engines[decision.target.name].adapters.patterns:
         return adapter
     made = uniform(adapter.pairs)
     session.notes.append(
@@ -468,7 +463,7 @@ def _write_quantized(
     fingerprint: str,
     carried: BaseRecord | None,
 ) -> None:
-    floats = _float_part(checkpoint)
+    floats = float_part(checkpoint)
 
     def finish(folder: Path, written: str) -> None:
         _place_adapters(folder / ADAPTERS_NAME, adapters, card, written)
@@ -505,7 +500,7 @@ def _write_merged(
     card: Mapping[str, Any],
     fingerprint: str,
 ) -> None:
-    floats = _float_part(checkpoint)
+    floats = float_part(checkpoint)
     adapter = adapters[0] if adapters else None
     untied = []
     if adapter is not None and any(f"{module}.weight" not in floats.headers for module in adapter.pairs):
@@ -617,7 +612,7 @@ def _write_onnx(
             export_onnx(
                 out,
                 layers,
-                _float_part(checkpoint),
+                float_part(checkpoint),
                 style=cast(Style, options.style or STYLES[0]),
                 two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
                 opset=options.opset,
@@ -651,16 +646,6 @@ def _place_onnx_adapter(folder: Path, adapter: _Prepared, card: Mapping[str, Any
         raise FormatError(f"{folder} was read back with other numbers than were written; check the disk.")
 
 
-def _float_part(checkpoint: Checkpoint) -> FloatPart:
-    companions = companion_files(checkpoint.folder)
-
-    def copy_files(folder: Path) -> None:
-        config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
-        copy_companions(checkpoint.folder, [config, *companions], folder)
-
-    return float_part(checkpoint, save_files=copy_files)
-
-
 def _certificate_facts(adapters: Sequence[_Prepared], carried: BaseRecord | None = None) -> dict[str, Any]:
     return {
         "provenance": carried is not None,
@@ -669,8 +654,8 @@ def _certificate_facts(adapters: Sequence[_Prepared], carried: BaseRecord | None
     }
 
 
-def _certificate_row(certificate: Mapping[str, Any]) -> dict[str, Any]:
-    return {"file": "cloq_certificate.json", "modules": len(certificate["modules"]), "files": len(certificate["files"])}
+def _certificate_row(certificate: Certificate) -> dict[str, Any]:
+    return {"file": "cloq_certificate.json", "modules": len(certificate.modules), "files": len(certificate.files)}
 
 
 def _engines(format: str, layers: LayerSource, adapters: Sequence[_Prepared]) -> list[dict[str, str]]:
@@ -692,9 +677,8 @@ def _engines(format: str, layers: LayerSource, adapters: Sequence[_Prepared]) ->
                 "note": "checks that the adapter belongs to this base",
             }
         )
-    for entry in targets.load_snippets(
-        format, layers.specs, shapes=layers.shapes, ranks=ranks, plugin=True, folder=_PLACEHOLDER, adapter=inside
-    ):
+    exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
+    for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
         needs = f"; needs {entry['needs']}" if entry["needs"] else ""
         kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}
         found.append({**kept, "note": f"on {entry['device']}{needs}"})
@@ -768,10 +752,12 @@ def public_name(name: str) -> str:
     return name
 
 
-def adapters_in(folder: Path) -> list[str]:
-    """Return the names of the adapters that lie in an export."""
-    home = folder / ADAPTERS_NAME
-    return sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+def _asked_adapters(session: Session, shelf: AdapterShelf, options: ExportOptions) -> list[str]:
+    """Return the adapters that are asked for, or all that lie there, noting what was left out."""
+    if options.adapters:
+        return list(options.adapters)
+    session.notes.extend(shelf.notes)
+    return shelf.names
 
 
 def _named_base(checkpoint: Checkpoint) -> str:

@@ -12,7 +12,8 @@ from cloq_export.compress.session import Session
 from cloq_export.errors import DataError, MissingPackageError, UsageError
 from cloq_export.files.atomic import write_bytes
 from cloq_export.files.spelled_paths import command_line
-from cloq_export.models.source import LoadedModel, find_source, read_tokenizer
+from cloq_export.models.source import LoadedModel, find_source
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.report import missed_gates
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.corpora import EMBEDDED

@@ -17,9 +17,10 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.adapt import stored_pair
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord, pair_digest, pairs_digest
+from cloq_export.artifact.pair_record import pair_digest, pairs_digest
+from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.compress.solve import ADAPTER_DTYPES
@@ -31,8 +32,8 @@ from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
 from cloq_export.models.context import context_length
-from cloq_export.models.source import read_tokenizer
-from cloq_export.models.stream import has_fast_bfloat16
+from cloq_export.models.precision import has_fast_bfloat16
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.plots import line_plot, standalone
 from cloq_export.parity.questions import TrainedOn
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
@@ -364,12 +365,12 @@ def _start_of(directory: RunDirectory, base: _Base, recipe: FineTuneRecipe, work
     """Return the folder of the adapter to start from."""
     if recipe.start != ZERO_START:
         name = recipe.start or str(directory.recipe["adapter_name"])
-        if not recipe.start and name not in directory.adapters():
+        if not recipe.start and name not in directory.adapters.folders:
             raise RunDirectoryError(
                 f"{directory.path} has no adapter {name!r} to start from; make one with `cloq adapt {directory.path}`, "
                 f"or start from nothing with --start {ZERO_START}."
             )
-        folder = find_adapter(directory.path, name)
+        folder = directory.adapters.find(name)
         read_bound_adapter(folder, base.checkpoint, force=False)
         return folder
     folder = work / _START

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
@@ -22,7 +23,6 @@ from cloq_export.artifact.provenance import (
     TrainingRecord,
     adapter_record,
     probe_record,
-    record_pairs,
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory
@@ -127,7 +127,7 @@ def record_answers(
     if record is None:
         return
     seals = {"quantized": CODES_ALONE}
-    if adapter is not None and adapter in directory.adapters():
+    if adapter is not None and adapter in directory.adapters.folders:
         made = adapter_record(read_adapter(directory.adapter_path(adapter)).extra, adapter)
         seals |= {} if made is None else {"adapter": seal_of(made)}
     kept = dict(record.tasks)

@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, checkpoint_folder
+from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.checkpoint import checkpoint_folder
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError, UsageError
-from cloq_export.formats.peft import is_adapter
+from cloq_export.files.spelled_paths import expand_user
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
 from cloq_export.recipe import Recipe
@@ -87,6 +88,7 @@ def serve(
     """
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
+    notes = adapter_notes(export, options)
     with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
         errors = sys.stderr  # a bar stands in for it while it is shown
         what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
@@ -94,7 +96,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(_describe(plan, server.models()))
+            announce(_describe(plan, server.models(), notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -129,15 +131,19 @@ def served_adapters(export: Path) -> dict[str, Path]:
     Raises:
         FormatError: there is no checkpoint.
     """
-    folder = checkpoint_folder(export)
-    home = Path(export) if RunDirectory.is_run(export) else folder
-    adapters = home / ADAPTERS_NAME
-    names = sorted(entry.name for entry in adapters.iterdir() if is_adapter(entry)) if adapters.is_dir() else []
-    return {name: adapters / name for name in names}
+    checkpoint_folder(export)
+    return dict(AdapterShelf.of(export).folders)
 
 
-def _describe(plan: ServerPlan, models: list[str]) -> dict[str, Any]:
-    notes = []
+def adapter_notes(export: Path, options: ServeOptions) -> list[str]:
+    """Return what is to be said of adapters: folders that are none, and folders outside that hold more than one."""
+    outside = dict(text.split("=", 1) for text in options.adapters)
+    carried = [carried_note(name, expand_user(folder)) for name, folder in outside.items()]
+    return [*AdapterShelf.of(export).notes, *filter(None, carried)]
+
+
+def _describe(plan: ServerPlan, models: list[str], adapter_notes: list[str]) -> dict[str, Any]:
+    notes = list(adapter_notes)
     if plan.default is None:
         notes.append(f"there is no adapter, so {plan.name} is the quantized base itself")
     return {

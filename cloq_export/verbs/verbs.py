@@ -16,12 +16,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.artifact.inspection import describe, stored_sizes
+from cloq_export.artifact.inspection import describe
 from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.provenance import ProbeRecord, Quality
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
+from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.budgeting import (
     with_choices_of,
 )
@@ -40,7 +42,8 @@ from cloq_export.errors import CalibrationError, MissingPackageError, RunDirecto
 from cloq_export.files.atomic import make_folder
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter, write_adapter
-from cloq_export.models.source import LoadedModel, find_source, open_model, read_tokenizer
+from cloq_export.models.source import LoadedModel, find_source, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
@@ -58,7 +61,6 @@ from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 from cloq_export.verbs.answering import Subject, answer_tasks, group_means, read_questions
 from cloq_export.verbs.exporting import (
     SOURCE_REPORT,
-    adapters_in,
     license_of,
     public_name,
     write_run_checkpoint,
@@ -350,7 +352,7 @@ def inspect(path: Path, verify: bool = False, *, adapter: str | None = None, for
         FormatError: nothing known is there, or it is damaged.
         BindingError: the adapter belongs to another base.
     """
-    return describe(path, verify=verify, adapter=adapter, force=force)
+    return describe(path, verify=verify, adapter=adapter, force=force).to_json()
 
 
 def _refuse_codes_of_alternations(recipe: Recipe) -> None:
@@ -575,7 +577,7 @@ def _subjects(
     yield Subject("quantized", float_model(served), None, base)
     served.enable_adapters()
     # Its tensors too: an adapter that was trained on keeps its name.
-    digest = hashlib.sha256((find_adapter(path, adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    digest = hashlib.sha256((AdapterShelf.of(path).find(adapter) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield Subject("adapter", float_model(served), None, f"{base}+{digest}")
 
 
@@ -587,27 +589,25 @@ def _check_measured(path: Path, adapter: str | None, force: bool) -> None:
         return
     checkpoint = Checkpoint.open(path)
     if adapter is not None:
-        read_bound_adapter(find_adapter(path, adapter), checkpoint, force=force)
+        read_bound_adapter(AdapterShelf.of(path).find(adapter), checkpoint, force=force)
 
 
 def _served(session: Session, path: Path, adapter: str | None, force: bool) -> Any:
     """Return the packed model with its adapter, noting an adapter that was taken by force."""
     if adapter is not None and force:
-        checkpoint, bound = Checkpoint.open(path), read_adapter(find_adapter(path, adapter)).base_fingerprint
-        if bound != checkpoint.fingerprint:
-            session.notes.append(
-                f"the adapter {adapter} is bound to {bound or 'no base'}, not to {checkpoint.fingerprint}; it was "
-                "taken by force"
-            )
+        read = read_adapter(AdapterShelf.of(path).find(adapter))
+        note = forced_note(adapter, read.base_fingerprint, Checkpoint.open(path))
+        session.notes += [note] if note else []
     return load(path, adapter, dtype=torch.float32, force=force)
 
 
 def _adapter_of(session: Session, path: Path) -> str | None:
     """Return the adapter to measure: the recipe's own if it is there, else the only one."""
-    names = RunDirectory.open(path).adapters() if RunDirectory.is_run(path) else adapters_in(path)
-    if session.recipe.adapter_name in names:
+    shelf = AdapterShelf.of(path)
+    session.notes.extend(shelf.notes)
+    if session.recipe.adapter_name in shelf.folders:
         return session.recipe.adapter_name
-    return names[0] if len(names) == 1 else None
+    return shelf.names[0] if len(shelf.folders) == 1 else None
 
 
 def _checkpoint_tokenizer(path: Path) -> Any:
@@ -615,7 +615,7 @@ def _checkpoint_tokenizer(path: Path) -> Any:
 
 
 def _adapter_files(directory: RunDirectory) -> dict[str, str]:
-    return {f"adapter {name}": str(directory.adapter_path(name)) for name in directory.adapters()}
+    return {f"adapter {name}": str(folder) for name, folder in directory.adapters.folders.items()}
 
 
 def _counted(values: Iterable[int]) -> dict[str, int]:
@@ -637,16 +637,16 @@ def _summary(
     shown = warnings[:_SHOWN_WARNINGS]
     if len(warnings) > len(shown):
         shown.append(f"and {len(warnings) - len(shown)} more, in {directory.path / 'reports' / 'layers.json'}")
-    adapter = adapter or (recipe.adapter_name if recipe.adapter_name in directory.adapters() else None)
+    adapter = adapter or (recipe.adapter_name if recipe.adapter_name in directory.adapters.folders else None)
     stored: dict[str, Any] = {}
     if directory.checkpoint_path.exists():
         sizes = stored_sizes(directory.path, adapter)
         stored = {
-            "bits_per_weight_base": sizes["bits_per_weight"],
-            "bits_per_weight_with_adapter": sizes["bits_per_weight_with_adapter"],
-            "checkpoint_bytes": sizes["checkpoint_bytes"],
-            "adapter_bytes": sizes["adapter_bytes"],
-            "float_bytes": sizes["float_bytes"],
+            "bits_per_weight_base": sizes.bits_per_weight,
+            "bits_per_weight_with_adapter": sizes.bits_per_weight_with_adapter,
+            "checkpoint_bytes": sizes.checkpoint_bytes,
+            "adapter_bytes": sizes.adapter_bytes,
+            "float_bytes": sizes.float_bytes,
         }
     files = {"run": str(directory.path), "recipe": str(directory.path / "run.json")}
     if directory.checkpoint_path.exists():

@@ -84,7 +84,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
             presences = find_presences(plan, known, side, model, progress)
     with progress.phase("liveness"):
         live = settle_presences(plan, known, presences, progress)
-    scales = engine.scales()
+    engine.measure_scales()
     proven = (*findings, *known.findings)
     perplexity = perplexity_rows(plan, known, "float", None, known.logprobs)
     return ParityReport(
@@ -109,7 +109,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         ),
         greedy=tuple(engine.greedy),
         decoding=tuple(engine.decoding),
-        scales=scales,
+        scales=engine.scales,
         liveness=live,
         isolation=engine.isolation,
         layers=judging.layer_errors(plan),

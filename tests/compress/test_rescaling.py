@@ -21,8 +21,8 @@ from cloq_export.compress.plan import ModulePlan, make_plan
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.solve import solve_group
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model

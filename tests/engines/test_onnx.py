@@ -27,7 +27,7 @@ from cloq_export.errors import BindingError, FormatError, MissingPackageError, U
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx import packages
 from cloq_export.formats.onnx.adapter import write_onnx_adapter
-from cloq_export.formats.onnx.graph import UnmatchedLinearError
+from cloq_export.formats.onnx.matching import UnmatchedLinearError
 from cloq_export.formats.onnx.record import GRAPH_NAME, RECORD_NAME
 from cloq_export.formats.peft import write_adapter
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
@@ -244,7 +244,7 @@ def test_adapters_of_another_base_or_model_are_refused(tmp_path: Path, write_toy
 
 def test_an_export_is_described_and_its_certificate_repeated(write_toy: Callable[..., Path]) -> None:
     folder = write_toy()
-    facts = describe(folder, verify=True)
+    facts = describe(folder, verify=True).to_json()
     assert (facts["kind"], facts["exporter"], facts["opset"], facts["quantized_modules"]) == (
         "onnx export",
         "toy exporter",
@@ -276,7 +276,7 @@ def test_an_export_is_described_and_its_certificate_repeated(write_toy: Callable
 
 def test_an_adapter_is_described(tmp_path: Path) -> None:
     write_onnx_adapter(tmp_path / "a", toy_pairs(2, 1, HEAD), base_model="toy", base_fingerprint="sha256:x")
-    facts = describe(tmp_path / "a")
+    facts = describe(tmp_path / "a").to_json()
     assert (facts["kind"], facts["ranks"], facts["base_fingerprint"]) == ("onnx adapter", "2", "sha256:x")
 
 

@@ -20,8 +20,8 @@ from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.transformers import loading
 from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import BindingError, FormatError, RunDirectoryError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.gptq import GPTQ_V1, GPTQ_V2
 from cloq_export.formats.peft.codec import read_adapter, write_adapter
 from cloq_export.kernels import cpu
@@ -172,7 +172,7 @@ def test_an_older_checkpoint_whose_config_ties_two_matrices_is_read_by_its_conte
     assert "tie" not in capfd.readouterr().err
     checkpoint = Checkpoint.open(written.folder)
     assert tie_entries(checkpoint) == {"tie_word_embeddings": False}
-    assert float_part(checkpoint, save_files=lambda folder: None).config == {"tie_word_embeddings": False}
+    assert float_part(checkpoint).config == {"tie_word_embeddings": False}
 
 
 def test_a_checkpoint_that_is_right_about_its_head_keeps_its_config(tmp_path, write_quantized, written):
@@ -542,7 +542,7 @@ UP = "model.layers.1.mlp.up_proj"
 def test_tensors_without_a_place_are_refused_in_foreign_files_too(written, tmp_path, name, message):
     folder = foreign(written, tmp_path)
     rewrite(folder, lambda tensors: tensors.update({name: torch.ones(96)}))
-    for read in (load, dequantized_model, lambda path: float_part(Checkpoint.open(path), save_files=print)):
+    for read in (load, dequantized_model, lambda path: float_part(Checkpoint.open(path))):
         with pytest.raises(FormatError, match=message):
             read(folder)
 
@@ -552,7 +552,7 @@ def test_zeros_without_a_place_are_dropped_everywhere(written, tmp_path, log_pro
     idle = {f"{module}.bias": torch.zeros(layer.out_features) for module, layer in written.layers.items()}
     rewrite(folder, lambda tensors: tensors.update(idle))
     assert torch.equal(log_probabilities(load(folder)), log_probabilities(load(written.folder)))
-    kept = float_part(Checkpoint.open(folder), save_files=print).headers
+    kept = float_part(Checkpoint.open(folder)).headers
     assert set(Checkpoint.open(folder).float_names()) - set(kept) == set(idle)
 
 

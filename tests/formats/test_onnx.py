@@ -30,7 +30,9 @@ from cloq_export.formats.onnx.adapter import (
     write_onnx_adapter,
 )
 from cloq_export.formats.onnx.blocks import BlockGrid, choose_blocks, pack_blocks, unpack_blocks
-from cloq_export.formats.onnx.graph import GraphLayers, UnmatchedLinearError, check_graph, lora_names, quantize_graph
+from cloq_export.formats.onnx.graph import lora_names, quantize_graph
+from cloq_export.formats.onnx.matching import GraphLayers, UnmatchedLinearError
+from cloq_export.formats.onnx.opset import check_graph
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, RECORD_NAME, read_record
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec

@@ -10,8 +10,8 @@ import torch
 
 import cloq_export.formats.peft as peft_layout
 from cloq_export.errors import FormatError, NonFiniteError, RunDirectoryError, ShapeError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import (
     VLLM_MAX_LORA_RANKS,
     allowed_rank,

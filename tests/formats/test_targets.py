@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cloq_export.errors import UsageError
-from cloq_export.formats import targets
-from cloq_export.formats.targets import Target, load_snippets, parse_target, preflight, read_table, table_markdown
+from cloq_export.formats.targets import page as targets_page
+from cloq_export.formats.targets.page import table_markdown
+from cloq_export.formats.targets.preflight import preflight
+from cloq_export.formats.targets.snippets import load_snippets
+from cloq_export.formats.targets.table import DEVICES, Exported, Target, parse_target, read_table
 from cloq_export.types import QuantSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
@@ -36,7 +39,8 @@ def make_specs(bits=4, group_size=64, symmetric=False, **own) -> dict[str, Quant
 
 
 def ask(target: str, specs=None, *, shapes=SHAPES, **options):
-    return preflight(parse_target(target), specs=specs or make_specs(), shapes=shapes, **options)
+    asked = {key: options.pop(key) for key in ("ranks", "plugin") if key in options}
+    return preflight(parse_target(target), Exported(specs or make_specs(), shapes, **asked), **options)
 
 
 # The table.
@@ -52,7 +56,7 @@ def test_every_rule_is_complete() -> None:
         assert set(rule.versions) <= set(engine.versions)
         assert set(rule.versions.values()) <= {"run", "read"}
         assert set(rule.layouts) <= set(engine.layouts)
-        assert set(rule.devices) <= set(targets.DEVICES)
+        assert set(rule.devices) <= set(DEVICES)
         assert rule.provider in ("stock", "cloq_plugin")
         assert rule.own_grids in ("parts", "all", "unfused", "none")
         assert set(rule.bits or ()) <= {2, 3, 4, 8}
@@ -87,13 +91,13 @@ def test_page_is_in_sync() -> None:
 def test_render_into_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- targets table: begin -->\nwhat stood here\n<!-- targets table: end -->\nafter\n")
-    targets.main(["--into", str(page)])
+    targets_page.main(["--into", str(page)])
     once = page.read_text()
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "what stood here" not in once
     assert table_markdown() in once
-    targets.main(["--into", str(page)])
+    targets_page.main(["--into", str(page)])
     assert page.read_text() == once
 
 
@@ -101,11 +105,11 @@ def test_render_refuses_a_page_without_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing\n")
     with pytest.raises(UsageError, match=r"page\.md lacks the lines <!-- targets table: begin -->"):
-        targets.render_into(page)
+        targets_page.render_into(page)
 
 
 def test_module_needs_no_torch() -> None:
-    code = "import sys, cloq_export.formats.targets as t; t.table_markdown(); sys.exit('torch' in sys.modules)"
+    code = "import sys, cloq_export.formats.targets.page as t; t.table_markdown(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -337,7 +341,7 @@ def test_wrong_questions(options, message) -> None:
 
 def test_nothing_to_export() -> None:
     with pytest.raises(UsageError, match="there is no quantized module to export"):
-        preflight(Target("vllm"), specs={}, shapes={})
+        preflight(Target("vllm"), Exported({}, {}))
 
 
 # The plugin.
@@ -414,7 +418,7 @@ def test_notes_name_packages() -> None:
 
 
 def test_snippets_of_compressed_tensors() -> None:
-    entries = load_snippets("compressed_tensors", make_specs(bits=3), shapes=SHAPES, ranks=(48,), folder="me/model")
+    entries = load_snippets("compressed_tensors", Exported(make_specs(bits=3), SHAPES, ranks=(48,)), folder="me/model")
     assert [(entry["engine"], entry["version"], entry["device"]) for entry in entries] == [
         ("vLLM", "0.32 to 0.33", "CUDA"),
         ("Transformers", "5.19 to 5.23", "CPU, CUDA"),
@@ -427,13 +431,13 @@ def test_snippets_of_compressed_tensors() -> None:
 
 
 def test_snippets_without_an_adapter() -> None:
-    entries = load_snippets("gptq_v2", make_specs(), shapes=SHAPES)
+    entries = load_snippets("gptq_v2", Exported(make_specs(), SHAPES))
     assert [entry["engine"] for entry in entries] == ["Transformers", "GPTQModel"]
     assert not any("Peft" in entry["snippet"] for entry in entries)
 
 
 def test_snippet_forces_the_kernel_that_works() -> None:
-    entries = load_snippets("gptq_v2", make_specs(group_size=16), shapes=SHAPES)
+    entries = load_snippets("gptq_v2", Exported(make_specs(group_size=16), SHAPES))
     by_device = {(entry["engine"], entry["device"]): entry["snippet"] for entry in entries}
     assert "GPTQ_TORCH" in by_device["GPTQModel", "CPU"]
     assert "GPTQ_TORCH" not in by_device["GPTQModel", "CUDA"]
@@ -442,7 +446,7 @@ def test_snippet_forces_the_kernel_that_works() -> None:
 @pytest.mark.parametrize("layout", ["compressed_tensors", "compressed_tensors_padded", "gptq", "gptq_v2", "merged"])
 def test_python_snippets_compile(layout: str) -> None:
     for bits, symmetric, ranks in itertools.product((2, 3, 4, 8), (True, False), ((), (8,))):
-        for entry in load_snippets(layout, make_specs(bits, 64, symmetric), shapes=SHAPES, ranks=ranks):
+        for entry in load_snippets(layout, Exported(make_specs(bits, 64, symmetric), SHAPES, ranks)):
             assert "$" not in entry["snippet"]
             json.dumps(entry)
             if entry["language"] == "python":
@@ -453,7 +457,7 @@ def test_python_snippets_compile(layout: str) -> None:
 
 def test_snippet_refuses_a_path_that_needs_quoting() -> None:
     with pytest.raises(UsageError, match="holds characters that need quoting"):
-        load_snippets("merged", make_specs(), shapes=SHAPES, folder='a"; rm -rf b')
+        load_snippets("merged", Exported(make_specs(), SHAPES), folder='a"; rm -rf b')
 
 
 # For any question: what is chosen is accepted by name, and what is refused says why.
@@ -478,11 +482,11 @@ GRIDS = st.builds(
 )
 def test_what_is_chosen_is_accepted_by_name(target, common, own, device, plugin) -> None:
     specs = make_specs(common.bits, common.group_size, common.symmetric, **own)
-    question = {"specs": specs, "shapes": SHAPES, "device": device, "plugin": plugin}
+    exported = Exported(specs, SHAPES, plugin=plugin)
 
     def decide(layout=None):
         try:
-            return preflight(target, layout=layout, **question), ""
+            return preflight(target, exported, layout=layout, device=device), ""
         except UsageError as error:
             return None, str(error)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cloq_export.calibrate.gram import GramAccumulator
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch
 from cloq_export.quantize.grid import fit_grid
 from cloq_export.quantize.magr import reduce_magnitude, shrink_infinity_norm
 from cloq_export.quantize.optq import optq_codes
@@ -14,7 +14,7 @@ from cloq_export.types import QuantSpec
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not triton_kernels.available(), reason="Triton exists for Linux only"),
+    pytest.mark.skipif(not dispatch.has_triton(), reason="Triton exists for Linux only"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,7 +37,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch):
 
     def compute(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(triton_kernels, "DEVICE_TYPES", {DEVICE})
+            patch.setattr(dispatch, "TRITON_DEVICES", {DEVICE})
             return function(*args, **kwargs)
 
     return compute

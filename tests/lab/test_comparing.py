@@ -75,7 +75,7 @@ def test_rows_means_and_files(
         result["files"]
     )
     # What served to choose a rate is gone; what was trained stays, bound to its base.
-    assert RunDirectory.open(out / "bases" / "int2").adapters() == ["cloq", "cloq-text-seed0", "cloq-text-seed1"]
+    assert RunDirectory.open(out / "bases" / "int2").adapters.names == ["cloq", "cloq-text-seed0", "cloq-text-seed1"]
 
     def measured_again(*_: Any) -> None:
         raise AssertionError("a row was measured twice")

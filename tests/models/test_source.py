@@ -20,15 +20,10 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from cloq_export.errors import MissingPackageError, NonFiniteError, SourceError, UnsupportedModelError
-from cloq_export.models.source import (
-    DEMO_MODEL,
-    check_finite,
-    find_source,
-    load_source,
-    open_model,
-    quiet_transformers,
-    save_source_files,
-)
+from cloq_export.models.library_calls import quiet_transformers
+from cloq_export.models.loaded_weights import check_finite
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import DEMO_MODEL, find_source, load_source, open_model
 
 
 @pytest.fixture(scope="session")

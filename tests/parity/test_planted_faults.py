@@ -19,8 +19,8 @@ from cloq_export import verbs
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.parity.report import ParityReport, missed_gates
 from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows
 from cloq_export.recipe import Recipe

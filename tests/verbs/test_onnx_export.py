@@ -90,7 +90,7 @@ def test_the_graph_holds_the_runs_integers(run: Path, exported: Path) -> None:
         assert layer.spec == meant[name].spec
         for field in ("codes", "scales", "zeros"):
             assert torch.equal(getattr(layer, field), getattr(meant[name], field))
-    assert verify_certificate(exported)["modules"] == len(meant)
+    assert verify_certificate(exported).modules == len(meant)
 
 
 def test_plain_onnx_runtime_serves_it_with_its_adapters_in_turn(run: Path, exported: Path) -> None:
@@ -155,7 +155,7 @@ def test_adapters_alone_are_written_and_bound(run: Path, exported: Path, tmp_pat
     model = OnnxModel(exported, {"alone": tmp_path / "alone"})
     wanted = reference_logits(run, "second", PROMPT)
     assert np.abs(model.logits(PROMPT, "alone") - wanted).max() < LOGITS
-    assert verify_certificate(tmp_path / "alone")["certificate"]["layout"] == "onnx-adapter"
+    assert verify_certificate(tmp_path / "alone").certificate.layout == "onnx-adapter"
 
 
 def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_path: Path, silent: Console) -> None:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from cloq_export import verbs
 from cloq_export.artifact.certificate import read_certificate, write_certificate
-from cloq_export.artifact.provenance import PROVENANCE_NAME, PairRecord, pair_digest
+from cloq_export.artifact.pair_record import PairRecord, pair_digest
+from cloq_export.artifact.provenance import PROVENANCE_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity.report import ParityReport, missed_gates, schema
@@ -87,8 +88,8 @@ def copy(tmp_path: Path, exported: Path) -> Path:
 def certify_again(folder: Path) -> None:
     """Give a folder a fresh certificate, as an exporter that made the fault would have."""
     kept = read_certificate(folder)
-    facts = {key: kept[key] for key in ("adapters", "forced", "provenance") if key in kept}
-    write_certificate(folder, kept["layout"], kept["base_fingerprint"], kept["modules"], facts)
+    facts = dict(kept.facts)
+    write_certificate(folder, kept.layout, kept.base_fingerprint, kept.modules, facts)
 
 
 def missed(report: ParityReport) -> set[str]:
@@ -581,7 +582,7 @@ def test_an_export_of_before_records_verifies_and_says_what_it_cannot_prove(
     for name in ("cloq", "one", "two"):
         edit_json(copy / "adapters" / name / "cloq_adapter.json", lambda content: content.pop("extra"))
     kept = read_certificate(copy)
-    write_certificate(copy, kept["layout"], kept["base_fingerprint"], kept["modules"], {"adapters": kept["adapters"]})
+    write_certificate(copy, kept.layout, kept.base_fingerprint, kept.modules, {"adapters": kept.facts["adapters"]})
     report = verify(copy, options, console=silent)
     assert report.passed, missed_gates(report)
     assert "provenance" not in {verdict.gate for verdict in report.gates}

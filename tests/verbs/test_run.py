@@ -17,7 +17,8 @@ from torch import nn
 
 import cloq_export
 from cloq_export import verbs
-from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
@@ -375,7 +376,7 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_statistics(
 def test_rank_0_makes_no_adapter(recipe_for: RecipeFor, run_recipe: Any) -> None:
     recipe = recipe_for("llama", rank=0)
     run, summary = run_recipe(recipe)
-    assert run.adapters() == []
+    assert run.adapters.names == []
     assert set(summary["perplexity"]) >= {"float", "quantized"}
     assert "adapter" not in summary["perplexity"]
     assert_close(cloq_export.load(run.path), reference_model(recipe, stored_layers(run), adapted=False))
@@ -417,7 +418,7 @@ def test_quantize_then_adapt_is_run(
     summary = verbs.quantize(recipe, tmp_path / "steps", console=silent)
     steps = RunDirectory.open(tmp_path / "steps")
     assert steps.state == "quantized"
-    assert steps.adapters() == []
+    assert steps.adapters.names == []
     assert contents(steps.checkpoint_path)
     assert summary["perplexity"] is None
     assert summary["next"][0] == f"cloq adapt {tmp_path / 'steps'} --rank {rank}"
@@ -443,7 +444,7 @@ def test_a_second_adapter_for_the_same_codes(
     run, _ = run_recipe(recipe)
     first = {module: layer.lora for module, layer in stored_layers(run).items()}
     summary = verbs.adapt(run.path, {"rank": 16, "adapter_name": "wide"}, console=silent)
-    assert run.adapters() == ["cloq", "wide"]
+    assert run.adapters.names == ["cloq", "wide"]
     assert summary["files"]["adapter wide"] == str(run.adapter_path("wide"))
     layers = stored_layers(run)
     assert all(torch.equal(layers[m].lora.lora_A, lora.lora_A) for m, lora in first.items())  # type: ignore[union-attr]
@@ -476,7 +477,7 @@ def test_what_adapt_refuses(
     assert {name: digest for name, digest in after.items() if not name.startswith("work/")} == before
     # A mistake is no obstacle to the right command.
     verbs.adapt(run.path, {"rank": 8, "adapter_name": "wide"}, console=silent)
-    assert run.adapters() == ["cloq", "wide"]
+    assert run.adapters.names == ["cloq", "wide"]
 
 
 def test_evaluate_gives_what_run_measured(

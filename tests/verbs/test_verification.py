@@ -36,8 +36,8 @@ from cloq_export.errors import (
     RunDirectoryError,
     UsageError,
 )
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
 from cloq_export.parity.gate import GATES

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.certificate import refuse_difference
-from cloq_export.artifact.checkpoint import CONFIG_NAME
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, Progress
 from cloq_export.artifact.merged import export_merged
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.onnx.blocks import Style, TwoBit
-from cloq_export.formats.onnx.graph import GraphLayers, UnmatchedLinearError, plan_blocks, quantize_graph
+from cloq_export.formats.onnx.graph import plan_blocks, quantize_graph
+from cloq_export.formats.onnx.matching import GraphLayers, UnmatchedLinearError
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import RECORD_NAME, GraphRecord, is_onnx_export

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cloq_export.artifact.adapters import AdapterShelf, carried_note
 from cloq_export.artifact.certificate import verify_certificate, verify_run
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
@@ -46,8 +47,8 @@ def check_certificate(plan: Plan) -> tuple[CertificateCheck, Mapping[str, str] |
         repeated = verify_certificate(plan.export) if run is None else verify_run(run)
     except FormatError as error:
         return CertificateCheck(False, reason=str(error)), None
-    counts = (repeated["files"], repeated["modules"], tuple(repeated["not_covered"]))
-    return CertificateCheck(True, *counts), repeated["digests"]
+    check = CertificateCheck(True, repeated.files, repeated.modules, tuple(repeated.not_covered))
+    return check, repeated.digests
 
 
 def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Conditions:
@@ -88,6 +89,10 @@ def notes_of(plan: Plan, findings: tuple[Finding, ...]) -> list[str]:
         for name, read in plan.adapters.items()
         if read.base_fingerprint != fingerprint
     ]
+    shelf = AdapterShelf.of(plan.export)
+    notes += shelf.notes if not plan.options.adapters else ()
+    outside = {name: folder for name, folder in plan.folders.items() if folder not in shelf.folders.values()}
+    notes += filter(None, (carried_note(name, folder) for name, folder in outside.items()))
     notes += [f"not proven: {each.what}: {each.reason}" for each in findings if each.verdict == NOT_RECORDED]
     if not plan.adapters:
         notes.append("there is no adapter: liveness and isolation were not measured")

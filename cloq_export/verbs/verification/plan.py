@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.merged import is_merged
-from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
-from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter
 from cloq_export.parity.gate import (
     SIGNIFICANCE,
@@ -29,7 +27,6 @@ from cloq_export.parity.questions import DEFAULT_QUESTIONS
 from cloq_export.parity.task_kinds import Questions, Task
 from cloq_export.parity.tasks import PERPLEXITY, expand_names, gate_key
 from cloq_export.verbs.answering import read_questions
-from cloq_export.verbs.exporting import adapters_in
 from cloq_export.verbs.verification.made_before import MadeBefore
 from cloq_export.verbs.verification.options import VerifyOptions
 
@@ -77,11 +74,14 @@ class Plan:
             raise UsageError(
                 f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu."
             )
-        if is_merged(export):
+        artifact = Artifact.open(export)
+        if artifact.kind == "merged export":
             raise UsageError(
                 f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
             )
-        checkpoint, folders, adapters = (_read_onnx if is_onnx_export(export) else _read_checkpoint)(export, options)
+        checkpoint, folders, adapters = (_read_onnx if artifact.kind == "onnx export" else _read_checkpoint)(
+            artifact, options
+        )
         tasks = read_questions(asked, options.problems or DEFAULT_QUESTIONS, options.shots)
         made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
@@ -125,12 +125,12 @@ def _rounds_activations(checkpoint: Checkpoint | OnnxExport) -> bool:
 
 
 def _read_checkpoint(
-    export: Path, options: VerifyOptions
+    artifact: Artifact, options: VerifyOptions
 ) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
     if options.runtime == "onnx":
-        raise UsageError(f"{export} is no ONNX export; make one with: cloq export RUN --format onnx")
-    checkpoint = Checkpoint.open(export)
-    folders = _adapter_folders(export, options.adapters, find_adapter)
+        raise UsageError(f"{artifact.path} is no ONNX export; make one with: cloq export RUN --format onnx")
+    checkpoint = artifact.checkpoint
+    folders = _adapter_folders(artifact.adapters, options.adapters)
     return (
         checkpoint,
         folders,
@@ -139,30 +139,29 @@ def _read_checkpoint(
 
 
 def _read_onnx(
-    export: Path, options: VerifyOptions
+    artifact: Artifact, options: VerifyOptions
 ) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
     if options.runtime != "onnx" or options.dtype != "float32":
         raise UsageError(
-            f"{export} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and without "
-            "--dtype."
+            f"{artifact.path} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and "
+            "without --dtype."
         )
     require_packages()
     from cloq_export.formats.onnx.reading import OnnxExport
     from cloq_export.verbs.verification import onnx_stand_in
 
-    opened = OnnxExport.open(export)
-    folders = _adapter_folders(export, options.adapters, onnx_stand_in.find_adapter)
+    opened = OnnxExport.open(artifact.path)
+    folders = _adapter_folders(artifact.adapters, options.adapters)
     adapters = {
-        name: onnx_stand_in.read_bound_adapter(path, opened, force=options.force) for name, path in folders.items()
+        name: onnx_stand_in.read_fitting_adapter(path, opened, force=options.force) for name, path in folders.items()
     }
     return opened, folders, adapters
 
 
-def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, str], Path]) -> dict[str, Path]:
+def _adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
     """Return name -> folder of the adapters that are to be served."""
     if not asked:
-        names = RunDirectory.open(export).adapters() if RunDirectory.is_run(export) else adapters_in(export)
-        return {name: find(export, name) for name in names}
+        return dict(shelf.folders)
     folders: dict[str, Path] = {}
     for text in asked:
         name, separator, place = text.partition("=")
@@ -176,7 +175,7 @@ def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, s
             )
         if name in folders:
             raise UsageError(f"two adapters have the name {name!r}; give one another with --adapter NAME=FOLDER.")
-        folders[name] = find(export, place)
+        folders[name] = shelf.find(place)
     return folders
 
 

@@ -54,6 +54,7 @@ class ServedSide:
         self.probes: list[ProbeDifferences] = []
         self.answers: dict[str | None, Answered] = {}
         self.isolation: Isolation | None = None
+        self.scales: ScaleErrors | None = None
 
     def measure(self, served: ServedModel) -> None:
         """Ask an engine for everything but its modules one by one."""
@@ -73,11 +74,11 @@ class ServedSide:
                 self.isolation = measure_isolation(served, self.texts.isolated, list(self.plan.adapters))
             self._write_mixed(served)
 
-    def scales(self) -> ScaleErrors | None:
+    def measure_scales(self) -> None:
         """Measure the scale of every quantized module on windows that the adapters and the base share."""
         plan, options, names = self.plan, self.plan.options, self.plan.scored
         if plan.rounds_activations or set(self.logprobs) != set(names):
-            return None
+            return
         tokens = _SCALE_TOKENS.get(options.dtype, _SCALE_TOKENS_HALF)
         length, shared = share_windows(len(self.texts.windows), tokens, options.window, len(names))
         windows: list[ServedWindow] = []
@@ -89,9 +90,8 @@ class ServedSide:
                 served, expected = self.logprobs[adapter][number], self.side.logprobs[adapter][number]
                 ids = self.texts.windows[number][:length]
                 windows.append(ServedWindow(ids, adapter, served[: length - 1], expected[: length - 1]))
-        found: ScaleErrors | None = None
         with self.progress.attempt("scales of modules"), self.progress.phase("scales"):
-            found = measure_scales(
+            self.scales = measure_scales(
                 self.side.model,
                 windows,
                 list(plan.checkpoint.specs),
@@ -99,7 +99,6 @@ class ServedSide:
                 limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
                 seed=options.seed,
             )
-        return found
 
     def _score(self, served: ServedModel, adapter: str | None) -> None:
         """Score the windows and the longest text."""

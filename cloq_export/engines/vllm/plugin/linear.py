@@ -28,7 +28,7 @@ from cloq_export.engines.vllm.plugin.cpu_kernel import CloqCpuKernel
 from cloq_export.engines.vllm.plugin.parts import Fused, Part, full_sizes, narrowed, replicas
 from cloq_export.errors import FormatError
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.kernels.cpu import linear as cpu_linear
+from cloq_export.kernels.cpu import weight as cpu_weight
 from cloq_export.types import QuantSpec
 
 
@@ -180,7 +180,7 @@ class CloqLinearMethod(LinearMethodBase):
         return self._compute.apply(layer, x, bias)
 
 
-def native_weight(layer: Any) -> cpu_linear.CpuWeight | None:
+def native_weight(layer: Any) -> cpu_weight.CpuWeight | None:
     """Return what the native CPU library computes a layer of vLLM from, or None where something else computes it.
 
     Args:
