@@ -43,7 +43,8 @@ from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
 from cloq_export.texts.corpora import evaluation_text, tokenize_text
 from cloq_export.types import QuantizedLayer, QuantSpec
-from cloq_export.verbs import ExportOptions, export
+from cloq_export.verbs import export
+from cloq_export.verbs.options import ExportOptions
 
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 PROMPT_TOKENS = 16

@@ -84,6 +84,7 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
     from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.formats.onnx.graph import quantize_graph
     from cloq_export.formats.onnx.matching import GraphLayers
+    from cloq_export.formats.onnx.record import GraphOptions
 
     made = json.loads((place / "graph.json").read_text())
     layers = LayerSource.of_run(RunDirectory.open(run))
@@ -95,9 +96,7 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
             Path(made["path"]),
             out,
             GraphLayers(layers.specs, layers.shapes, layers.read),
-            style=style,  # type: ignore[arg-type]
-            two_bit="exact",
-            opset=None,
+            GraphOptions(style=style),  # type: ignore[arg-type]
             base_fingerprint=made["fingerprint"],
             exporter="builder",
         )

@@ -85,6 +85,8 @@ class LayerStats:
         tokens: number of tokens that were summed.
         drift: D, (in, in), same dtype, or None.
         drift_gram: H over the tokens of D, (in, in), same dtype; None together with `drift`.
+        lent_tokens: of an expert that saw too few: how many tokens those of its block count for that `gram` sums beside
+            its own; they are not among `tokens`.
 
     Raises:
         ShapeError: gram is not square, drift has another shape, or only one of drift and drift_gram is given.
@@ -95,6 +97,7 @@ class LayerStats:
     tokens: int
     drift: torch.Tensor | None = None
     drift_gram: torch.Tensor | None = None
+    lent_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
@@ -125,10 +128,10 @@ class LayerStats:
             return self
         gram = self.gram.to(device)
         if self.drift is None or self.drift_gram is None:
-            return LayerStats(gram, self.tokens)
+            return dataclasses.replace(self, gram=gram)
         # Where both are one matrix they stay one: its factorisation is then shared.
         drift_gram = gram if self.drift_gram is self.gram else self.drift_gram.to(device)
-        return LayerStats(gram, self.tokens, self.drift.to(device), drift_gram)
+        return dataclasses.replace(self, gram=gram, drift=self.drift.to(device), drift_gram=drift_gram)
 
 
 @dataclasses.dataclass(frozen=True)

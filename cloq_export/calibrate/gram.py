@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -55,8 +56,16 @@ class GramAccumulator:
         self.rounded = rounded
         self.device = torch.device(device)
         self.tokens = 0
-        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=self.device)
-        self._drift = torch.zeros_like(self._gram) if drift else None
+        self._sums_drift = drift
+
+    # Made with the first token: most experts of a large mixture wait for theirs, and some in vain.
+    @functools.cached_property
+    def _gram(self) -> torch.Tensor:
+        return torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
+
+    @functools.cached_property
+    def _drift(self) -> torch.Tensor | None:
+        return torch.zeros_like(self._gram) if self._sums_drift else None
 
     def add(
         self,
@@ -76,6 +85,8 @@ class GramAccumulator:
             ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or unasked.
         """
         self._check(inputs, float_inputs, weights)
+        if inputs.numel() == 0:
+            return
         rounded = (self.rounded or _survives_rounding(inputs, self.device)) and not self._weighted(weights)
         with torch.no_grad(), torch.autocast(device_type=self.device.type, enabled=False):
             fused = rounded and triton_takes(self._gram)
@@ -153,7 +164,7 @@ class GramAccumulator:
                 f"inputs have shape {tuple(inputs.shape)}; this Gram matrix takes (..., {self.in_features}). "
                 "Use one accumulator per distinct input."
             )
-        if (float_inputs is None) != (self._drift is None):
+        if (float_inputs is None) == self._sums_drift:
             raise ShapeError(
                 "the float model's inputs are missing; the drift needs both."
                 if float_inputs is None

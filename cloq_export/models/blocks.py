@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from cloq_export.errors import UnsupportedModelError
@@ -77,7 +78,8 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """Return the linear layers of one block that may be quantized, in order of definition.
 
     The routers of a mixture of experts are left out: they are tiny, and a wrong routing decision costs more than any
-    rounding. Token embeddings and the output head are not part of a block, so they are never returned.
+    rounding. So are classes that use their weight otherwise than as one matrix. Token embeddings and the output head
+    are not part of a block, so they are never returned.
 
     Args:
         block: one decoder block.
@@ -95,7 +97,7 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     linears = {
         f"{prefix}.{name}" if prefix else name: module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and name not in routers
+        if isinstance(module, nn.Linear) and name not in routers and _multiplies_by_its_weight(module)
     }
     if not linears:
         raise UnsupportedModelError(
@@ -132,6 +134,21 @@ def _candidates(model: nn.Module) -> list[BlockList]:
         if all(any(_multiplies(part) for part in member.modules()) for member in module):
             lists.append(BlockList(name, list(module)))
     return lists
+
+
+@torch.no_grad()
+def _multiplies_by_its_weight(linear: nn.Linear) -> bool:
+    """Return whether a linear layer computes `x W^T + b`, which a class of its own need not (DeepSeek V4's groups)."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    x = torch.linspace(-1.0, 1.0, 2 * linear.in_features).view(2, -1).to(linear.weight.device, linear.weight.dtype)
+    expected = nn.functional.linear(x, linear.weight, linear.bias)
+    try:
+        put_out = linear(x)
+    except (RuntimeError, ValueError, IndexError):  # it takes tokens of another shape
+        return False
+    close = isinstance(put_out, torch.Tensor) and put_out.shape == expected.shape
+    return close and bool(torch.allclose(put_out, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())))
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -59,7 +59,9 @@ def corrected_entries(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
         dict: top-level name -> value; empty if the file says the same.
     """
     right = {path: getattr(place, FLAG, None) for path, place in _places(config)}
-    said = {path: getattr(place, FLAG, None) for path, place in _places(type(config).from_dict(dict(raw)))}
+    # Infinity, which JSON has not, stands in the file in transformers' own way.
+    read = type(config).from_dict(type(config)._decode_special_floats(dict(raw)))
+    said = {path: getattr(place, FLAG, None) for path, place in _places(read)}
     if all(said.get(path, value) in (value, None) for path, value in right.items()):
         return {}
     entries: dict[str, Any] = {}

@@ -11,7 +11,6 @@ from rich.console import Console
 from cloq_export.compress.session import Session
 from cloq_export.files.atomic import make_folder
 from cloq_export.parity.report import Judged, ParityReport, Provenance, Quality, write_report
-from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
 from cloq_export.verbs.verification import judging
 from cloq_export.verbs.verification.engines import check_engine, served
@@ -44,7 +43,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
     check_engine(plan)
     if options.out is not None:
         make_folder(options.out)
-    progress = Progress(Session(Recipe(), console or Console(stderr=True)))
+    progress = Progress(Session(console or Console(stderr=True)))
     with tempfile.TemporaryDirectory(prefix="cloq-verify-") as place:
         report = judging.judged(plan, _measure(plan, Path(place), progress))
     return report if options.out is None else write_report(options.out, report)

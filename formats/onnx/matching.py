@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 

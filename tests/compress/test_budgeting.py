@@ -13,13 +13,14 @@ from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
-from cloq_export.compress import budgeting
+from cloq_export.compress import budgeting, costs
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import Recipe, load_recipe
-from cloq_export.verbs import quantize, run
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run
 
 BUDGET = 7.0
 
@@ -74,7 +75,7 @@ def test_the_choice_is_a_recipe_that_makes_the_same_bytes(
 def test_the_same_command_goes_on_with_the_same_choice(budgeted: tuple[Recipe, pathlib.Path], silent: Console) -> None:
     recipe, folder = budgeted
     before = (folder / "run.json").read_bytes()
-    assert run(recipe, folder, console=silent)["perplexity"]
+    assert run(recipe, folder, console=silent).perplexity
     assert (folder / "run.json").read_bytes() == before
 
 
@@ -89,7 +90,7 @@ def test_it_continues_where_it_was_stopped(
 ) -> None:
     recipe, folder = budgeted
     measured: list[int] = []
-    original = budgeting._log_probabilities
+    original = costs._log_probabilities
 
     def stop_at_third(*args: Any) -> torch.Tensor:
         measured.append(1)
@@ -97,7 +98,7 @@ def test_it_continues_where_it_was_stopped(
             raise stop
         return original(*args)
 
-    monkeypatch.setattr(budgeting, "_log_probabilities", stop_at_third)
+    monkeypatch.setattr(costs, "_log_probabilities", stop_at_third)
     with pytest.raises((KeyboardInterrupt, CloqError)):
         run(recipe, tmp_path / "run", console=silent)
     solved: list[str] = []

@@ -109,23 +109,30 @@ def test_a_router_inside_a_module_is_found_by_name_or_by_its_width() -> None:
     assert list(find_linears(block, "b")) == ["b.experts.0", "b.experts.1", "b.experts.2", "b.experts.3", "b.project"]
 
 
-def test_fused_experts_are_refused_by_name(build_model: Callable[[str], Any]) -> None:
-    block = find_blocks(build_model("mixtral")).modules[0]
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds all experts in one tensor of shape \(4, 192, 64\)",
-    ):
-        find_linears(block, "model.layers.0")
-
-
 def test_experts_stacked_in_a_matrix_are_refused_by_name() -> None:
     block = nn.Module()
     block.linear = nn.Linear(4, 4)
     block.experts = nn.Module()
     block.experts.mlp = nn.Module()
     block.experts.mlp.w1 = nn.Parameter(torch.zeros(32, 8))
-    with pytest.raises(UnsupportedModelError, match=r"b\.experts\.mlp\.w1 holds all experts in one tensor"):
+    message = r"b\.experts\.mlp \(Module\) holds all experts in one tensor, .*: its class holds w1, and gate_up_proj or"
+    with pytest.raises(UnsupportedModelError, match=message):
         find_linears(block, "b")
+
+
+class _Turned(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight
+
+
+class _Written(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def test_a_class_that_uses_its_weight_otherwise_stays_float() -> None:
+    block = nn.ModuleDict({"turned": _Turned(8, 8), "written": _Written(8, 8), "routing": _Turned(8, 4)})
+    assert list(find_linears(block, "b")) == ["b.written"]
 
 
 def test_convolutions_are_no_experts() -> None:

@@ -15,7 +15,6 @@ import torch
 import transformers
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
@@ -24,8 +23,13 @@ from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.parity.report import ParityReport, missed_gates
 from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import ExportOptions, VerifyOptions, verify
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.verification import engines
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 BITS = 2
 CONTEXT = 64
@@ -80,9 +84,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, float_folder: Path, text:
     small = {"group_size": 16, "rank": 4, "samples": 4, "seqlen": 32, "precision": "float32", "eval_windows": 2}
     texts = {"calibration": str(text), "eval_text": str(text), "eval_window": 16, "error_aware": 0.0}
     recipe = Recipe.from_mapping({"model": str(float_folder), "bits": BITS, **small, **texts})
-    verbs.run(recipe, run, console=SILENT)
-    verbs.adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=SILENT)
-    verbs.export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "e"), console=SILENT)
+    make_run(recipe, run, console=SILENT)
+    adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=SILENT)
+    write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "e"), console=SILENT)
     return run / "exports" / "e"
 
 

@@ -271,17 +271,17 @@ def test_a_model_that_overflows(tmp_path: Path, refused: Callable[..., str], bro
 
 def test_structures_that_cannot_be_quantized(tmp_path: Path, refused: Callable[..., str]) -> None:
     small: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2}
-    fused = transformers.MixtralConfig(
+    fused = transformers.JetMoeConfig(
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
-        num_attention_heads=2,
         num_key_value_heads=1,
+        kv_channels=16,
         num_local_experts=2,
         **small,
     )
     for config, message in (
-        (fused, "model.layers.0.mlp.experts.gate_up_proj holds all experts in one tensor of shape (2, 64, 32)"),
+        (fused, "(JetMoeParallelExperts) holds all experts in one tensor, and they cannot be cut into linear layers: "),
         (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, **small), "transformer.h.0.attn.c_attn is a transfor"),
     ):
         folder = tmp_path / config.model_type

@@ -16,7 +16,6 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from cloq_export import verbs
 from cloq_export.artifact.certificate import read_certificate, write_certificate
 from cloq_export.artifact.pair_record import PairRecord, pair_digest
 from cloq_export.artifact.provenance import PROVENANCE_NAME
@@ -26,9 +25,15 @@ from cloq_export.parity.report import ParityReport, missed_gates, schema
 from cloq_export.parity.task_report import RecordedAnswers
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.types import LoraPair
-from cloq_export.verbs import ExportOptions, VerifyOptions, planned_gates, verify
-from cloq_export.verbs.finetuning import finetune
+from cloq_export.verbs.convert import convert
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.finetune import finetune
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
+from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.verification import engines
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import planned_gates, verify
 
 Fault = Callable[[Path], None]
 
@@ -38,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Conso
     """Return a run with its own adapter and two that were trained, on other data and from another seed."""
     folder = tmp_path_factory.mktemp("made")
     run = folder / "run"
-    verbs.run(recipe_for("qwen3", bits=3), run, console=silent)
+    make_run(recipe_for("qwen3", bits=3), run, console=silent)
     for name, shift, seed in (("one", 0, 0), ("two", 7, 1)):
         rows = [
             json.dumps({"prompt": f"w{n} w{n + 1}", "completion": f" w{(n + shift) % 90} w{n + 2}"}) for n in range(24)
@@ -63,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Conso
 
 @pytest.fixture(scope="module")
 def exported(run: Path, silent: Console) -> Path:
-    verbs.export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "all"), console=silent)
+    write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "all"), console=silent)
     return run / "exports" / "all"
 
 
@@ -145,9 +150,9 @@ def test_other_forms_of_the_same_product_are_proven(
         "one": ExportOptions(format="gptq_v2", adapters=("one",), out=out),
     }
     if form == "converted":
-        verbs.convert(exported, ExportOptions(format="compressed_tensors", out=out), console=silent)
+        convert(exported, ExportOptions(format="compressed_tensors", out=out), console=silent)
     else:
-        verbs.export(run, asked[form], console=silent)
+        write_export(run, asked[form], console=silent)
     report = verify(out, options, console=silent)
     assert report.passed, missed_gates(report)
 
@@ -420,8 +425,8 @@ def test_codes_ruined_before_the_export_are_caught(
         stored = directory.read_layer(module)
         ruined_layer = dataclasses.replace(stored.quantized, codes=stored.quantized.codes.roll(1, 0))
         directory.write_layer(module, ruined_layer, stored.lora, stored.certificate)
-    result = verbs.export(ruined, ExportOptions(format="gptq_v2", out=tmp_path / "export", force=True), console=silent)
-    assert any("1 layers are not those that the run recorded" in note for note in result["notes"])
+    result = write_export(ruined, ExportOptions(format="gptq_v2", out=tmp_path / "export", force=True), console=silent)
+    assert any("1 layers are not those that the run recorded" in note for note in result.notes)
     report = verify(tmp_path / "export", dataclasses.replace(options, force=True), console=silent)
     assert "provenance" in missed(report)
     assert f"codes: {module} hold other codes" in str(missed_gates(report))
@@ -513,14 +518,14 @@ def test_answers_that_the_run_gave_and_the_engine_loses_miss(
 
     def answered() -> list[bool]:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found = verbs.evaluate(asked, "", 0, 0, adapter="cloq", tasks=(f"piqa={file}",), console=silent)
-        return list(found["tasks"]["piqa"]["models"]["adapter"]["correct"])
+        found = evaluate(asked, EvaluateOptions(adapter="cloq", tasks=(f"piqa={file}",)), console=silent)
+        return list(found.tasks["piqa"]["models"]["adapter"]["correct"])
 
     # What the model takes is made the right answer, so that all of it can be lost.
     for row, right in zip(rows, answered(), strict=True):
         row["label"] = 0 if right else 1
     assert all(answered())
-    verbs.export(asked, ExportOptions(format="gptq_v2", out=tmp_path / "export"), console=silent)
+    write_export(asked, ExportOptions(format="gptq_v2", out=tmp_path / "export"), console=silent)
     typed = dataclasses.replace(options, adapters=("cloq",), tasks=(f"piqa={file}",))
     report = verify(tmp_path / "export", typed, console=silent)
     assert report.passed, missed_gates(report)

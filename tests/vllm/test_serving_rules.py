@@ -21,7 +21,8 @@ from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.types import LoraPair, QuantSpec
-from cloq_export.verbs.serving import ServeOptions, plan_serving, served_adapters
+from cloq_export.verbs.options import ServeOptions
+from cloq_export.verbs.serve import plan_serving, served_adapters
 
 
 @pytest.fixture

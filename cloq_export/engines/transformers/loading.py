@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -314,6 +315,22 @@ def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None
             )
 
 
+@contextlib.contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """Keep PEFT from taking `gate_proj` and the like for names of fused experts in models that usually have them.
+
+    It would look for fused tensors, which are split here, and leave out dense layers and shared experts of these names.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    before = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = before
+
+
 def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
     """Let PEFT wrap the adapted linears, and fill in A and B as they are stored."""
     from peft import LoraConfig
@@ -331,7 +348,7 @@ def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable
     config = LoraConfig(**exact)
     config._register_custom_module({PackedLinear: PackedLoraLinear})
     # PEFT draws random numbers for A before the stored ones replace them: a load must not move anybody's seed.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _names_as_they_are():
         # Of a pair on a tied head; here it stays the head's own, merged or not.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         model.add_adapter(config, "default")
