@@ -85,7 +85,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
         subjects = subjects_of(session, stored, loaded)
         tasks = answer_tasks(session, questions, subjects, tokenizer, stored.adapter, options.out)
         if own is not None:
-            record_answers(own, stored.adapter, questions, tasks)
+            record_answers(session, own, stored.adapter, questions, tasks)
     if loaded is None:
         session.notes.append("the float model was not measured: name it with `reference`")
     return Evaluation(perplexity, tasks, group_means(tasks), tuple(dict.fromkeys(session.notes)))

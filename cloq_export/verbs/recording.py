@@ -27,7 +27,7 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.served import sequence_logprobs
-from cloq_export.errors import FormatError
+from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.peft import read_adapter
 from cloq_export.parity.task_kinds import Questions, Task
@@ -109,6 +109,7 @@ def record_base(
 
 
 def record_answers(
+    session: Session,
     directory: RunDirectory,
     adapter: str | None,
     tasks: Mapping[str, tuple[Task, Questions]],
@@ -117,6 +118,7 @@ def record_answers(
     """Add to a run's record which questions it answers right, for `verify` to hold served answers against.
 
     Args:
+        session: of the call; it notes where the run cannot be written now.
         directory: the run.
         adapter: the adapter in the run that was asked; None if none was.
         tasks: name -> (task, questions).
@@ -143,7 +145,11 @@ def record_answers(
         if made_before is not None and dataclasses.replace(made_before, right=right) == asked:
             asked = dataclasses.replace(asked, right={**made_before.right, **right})
         kept[name] = asked
-    directory.write_report(PROVENANCE_REPORT, dataclasses.replace(record, tasks=kept).to_json())
+    try:
+        with directory:
+            directory.write_report(PROVENANCE_REPORT, dataclasses.replace(record, tasks=kept).to_json())
+    except RunDirectoryError as error:
+        session.notes.append(f"which questions were answered right is not recorded in the run: {error}")
 
 
 def run_record(directory: RunDirectory) -> BaseRecord | None:

@@ -287,6 +287,15 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
         ),
         "mixed_batch_difference_max",
     ),
+    "the shorter texts of a batch are off": (
+        scoring(
+            lambda engine, ids, names: [
+                values - 0.02 if len(each) < max(map(len, ids)) else values
+                for each, values in zip(ids, engine.prompt_logprobs(ids, names), strict=True)
+            ]
+        ),
+        "mixed_batch_difference_max",
+    ),
     "writes with the second adapter exchanged in mixed batches": (
         writing(
             only_mixed(

@@ -189,6 +189,10 @@ def _double_alpha(export: Path) -> None:
     rewrite_pairs(export / "adapters" / "one", lambda _, pair: dataclasses.replace(pair, alpha=2 * pair.alpha))
 
 
+def _turn_sign(export: Path) -> None:
+    rewrite_pairs(export / "adapters" / "one", lambda _, pair: dataclasses.replace(pair, lora_B=-pair.lora_B))
+
+
 def _scale_one_module(export: Path) -> None:
     def change(module: str, pair: LoraPair) -> LoraPair:
         return dataclasses.replace(pair, lora_B=pair.lora_B * 1.02) if first_module(module) else pair
@@ -291,6 +295,7 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "weights of two adapters exchanged": (_swap_weights, "its pairs are those of two"),
     "the initial adapter for the trained one": (_serve_start, "that the training started from"),
     "alpha doubled": (_double_alpha, "has 2 times the product"),
+    "B with another sign": (_turn_sign, "has -1 times the product"),
     "one module scaled by 1.02": (_scale_one_module, "layers.0.mlp.up_proj has 1.02 times the product"),
     "rounded to bfloat16": (_round_to_bfloat16, "was rounded after it was made"),
     "A and B exchanged": (_exchange_factors, "has A and B exchanged"),
