@@ -126,7 +126,7 @@ setup(
             "*.json",
             "*.yaml",
             "*.jinja",
-            "recipes/*.yaml",
+            "named/*.yaml",
             "recipes/compare/*.yaml",
             "recipes/frontier/*.yaml",
             "*.cpp",

@@ -112,7 +112,8 @@ class Files:
         self.place = place
         import torch
 
-        from cloq_export.models.source import find_source, load_source, quiet_transformers
+        from cloq_export.models.library_calls import quiet_transformers
+        from cloq_export.models.source import find_source, load_source
 
         if name == SYNTHETIC:
             model = synthetic_model(layers)

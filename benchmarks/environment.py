@@ -51,7 +51,8 @@ def model_folder(name: str, spare: Path) -> Path:
     Returns:
         Path: config.json, safetensors and tokenizer stand there.
     """
-    from cloq_export.models.source import find_source, load_source, save_plain
+    from cloq_export.models.saving import save_plain
+    from cloq_export.models.source import find_source, load_source
 
     source = find_source(name)
     if source.kind == "folder":

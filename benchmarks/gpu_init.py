@@ -21,6 +21,7 @@ import io
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from gpu_clock import describe_device, device_of, measure_ceilings, release, syn
 from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.job import CompressJob
 from cloq_export.compress.plan import make_plan
+from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
@@ -188,9 +191,10 @@ def measure(
         with directory:
             console = Console(file=io.StringIO())
             began = time.perf_counter()
-            walk = TimedWalk(
-                model, plan, recipe, directory, windows, device=device, compute=None, kept_codes=None, console=console
-            )
+            # Random windows of a model without a tokenizer stand where those of a text would.
+            drawn = SimpleNamespace(drawn=windows)
+            job = CompressJob(model, plan, recipe, directory, drawn, strategy_of(recipe), device, compute=None)
+            walk = TimedWalk(job, console)
             embedded = time.perf_counter() - began
             with contextlib.suppress(_OutOfTime):
                 walk.run()

@@ -243,8 +243,8 @@ def measure_setting(
     """Compress with one recipe and measure what the files hold."""
     from rich.console import Console
 
-    from cloq_export import verbs
     from cloq_export.engines.transformers.loading import dequantized_model, load
+    from cloq_export.verbs.run import run as make_run
 
     kinds = [("quantized", None), ("adapter", recipe.adapter_name)] if has_adapter(recipe) else [("quantized", None)]
     # Q alone is what a setting without an adapter has; elsewhere it is not what is optimised, and can be left out.
@@ -257,7 +257,7 @@ def measure_setting(
         return
     with tempfile.TemporaryDirectory(prefix="run-", dir=options.out) as folder:
         run = Path(folder) / "run"
-        summary = verbs.run(recipe, run, console=Console(file=io.StringIO()))
+        summary = make_run(recipe, run, console=Console(file=io.StringIO())).to_json()
         stages = summary["seconds"]
         # The same stages as benchmarks/init_speed.py: not reading, writing or measuring.
         compressing = stages["forward and statistics"] + stages["solve"] + stages.get("refine", 0.0)

@@ -84,19 +84,20 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    from cloq_export.compress import strategies
     from cloq_export.compress.walk import BlockWalk
     from cloq_export.recipe import Recipe
-    from cloq_export.verbs import verbs
+    from cloq_export.verbs.run import run
 
     result: dict[str, Any] = {}
 
     class TimedWalk(BlockWalk):
-        def __init__(self, model: Any, plan: Any, recipe: Any, directory: Any, windows: Any, **options: Any) -> None:
-            if windows.tolist() != job["windows"]:
+        def __init__(self, compression: Any, *arguments: Any, **options: Any) -> None:
+            if compression.windows.drawn.tolist() != job["windows"]:
                 raise SystemExit("the pipeline drew other windows than the peer is given")
-            _touch(model)
+            _touch(compression.model)
             self._watch = Stopwatch()
-            super().__init__(model, plan, recipe, directory, windows, **options)
+            super().__init__(compression, *arguments, **options)
 
         def run(self) -> None:
             super().run()
@@ -114,12 +115,12 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
             )
             raise _LastLayerSolved
 
-    verbs.BlockWalk = TimedWalk  # type: ignore[misc]
+    strategies.BlockWalk = TimedWalk  # type: ignore[misc]
     # The text to measure on is never reached, but it is opened beforehand.
     recipe = Recipe.from_mapping({**job["recipe"], "eval_text": "embedded"}, preset=job["preset"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         try:
-            verbs.run(recipe, Path(folder) / "run")
+            run(recipe, Path(folder) / "run")
         except _LastLayerSolved:
             return result
     raise SystemExit("the pipeline ended without walking the blocks")

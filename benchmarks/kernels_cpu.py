@@ -105,6 +105,8 @@ def cloq_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
     import torch
 
     from cloq_export.kernels.cpu import linear as kernel
+    from cloq_export.kernels.cpu import lora as cpu_lora
+    from cloq_export.kernels.cpu import weight as cpu_weight
 
     torch.set_grad_enabled(False)
     x = torch.from_numpy(problem.x)
@@ -114,7 +116,7 @@ def cloq_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
             dense, given = torch.from_numpy(problem.weight()).to(dtype), x.to(dtype)
             call = _bind(torch.nn.functional.linear, given, dense)
             yield "torch", name, "float", _as_numpy(call), [call]
-    weight = kernel.pack_weight(
+    weight = cpu_weight.pack_weight(
         torch.from_numpy(problem.codes),
         torch.from_numpy(problem.scales).to(torch.float16),
         torch.from_numpy(problem.zeros),
@@ -123,7 +125,7 @@ def cloq_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
     ring: list[Any] = []
     if job["cold_bytes"] and problem.tokens == 1:
         ring = [_copy_of(weight) for _ in range(-(-job["cold_bytes"] // problem.packed_bytes()))]
-    lora = kernel.pack_lora(
+    lora = cpu_lora.pack_lora(
         torch.zeros(1, job["rank"], problem.columns, dtype=torch.bfloat16),
         torch.zeros(1, problem.out, job["rank"], dtype=torch.bfloat16),
         torch.ones(1),

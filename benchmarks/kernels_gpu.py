@@ -29,8 +29,7 @@ from gpu_clock import describe_device, device_of, measure_ceilings, median_secon
 
 from cloq_export import kernels
 from cloq_export.files.atomic import write_json
-from cloq_export.kernels import dispatch
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch, operators
 from cloq_export.kernels.reference import linear as reference
 from cloq_export.kernels.reference.lora import compute_packed_lora_linear
 
@@ -95,8 +94,8 @@ def linear_rows(shape: tuple[int, int], bits: int, options: argparse.Namespace, 
             "speedup": half / seconds,
             "bytes": moved,
         }
-        adapted = compute_packed_lora_linear(x, *layers[0], bits, None, a, b, one, None)
-        call = [_call(kernels.packed_lora_linear, x, *each, bits, None, a, b, one) for each in layers]
+        adapted = compute_packed_lora_linear(x, layers[0], bits, None, (a, b, one))
+        call = [_call(kernels.packed_lora_linear, x, each, bits, None, kernels.Adapters(a, b, one)) for each in layers]
         error = checked(f"{name} rank {rank}", relative_error(call[0](), adapted), 2e-3)
         with_adapter = median_seconds(call, device, options.repeats)
         yield {
@@ -173,12 +172,12 @@ def solve_rows(shape: tuple[int, int], options: argparse.Namespace, device: torc
     for name, call, allowed, operations, moved in cases:
         found = call()
         seconds = median_seconds([call], device, max(3, options.repeats // 5))
-        kept, triton_kernels.DEVICE_TYPES = triton_kernels.DEVICE_TYPES, set()
+        kept, dispatch.TRITON_DEVICES = dispatch.TRITON_DEVICES, set()
         try:
             truth = call()
             plain = median_seconds([call], device, 3)
         finally:
-            triton_kernels.DEVICE_TYPES = kept
+            dispatch.TRITON_DEVICES = kept
         yield {
             "kernel": name,
             "error": checked(name, relative_error(found, truth), allowed),
@@ -209,9 +208,9 @@ def main() -> None:
     options.tokens = [int(tokens) for tokens in options.tokens.split(",")]
     device = device_of(options.device)
     if options.smoke:
-        triton_kernels.DEVICE_TYPES = {"cpu"}
-        kernels.packed_linear_op.register_kernel("cpu", dispatch.packed_linear_on_gpu)
-        kernels.packed_lora_linear_op.register_kernel("cpu", dispatch.packed_lora_linear_on_gpu)
+        dispatch.TRITON_DEVICES = {"cpu"}
+        kernels.packed_linear_op.register_kernel("cpu", operators.packed_linear_on_gpu)
+        kernels.packed_lora_linear_op.register_kernel("cpu", operators.packed_lora_linear_on_gpu)
     ceilings = measure_ceilings(device)
     rows: list[Row] = []
     print(f"{describe_device(device)['name']}: copy {ceilings['copy_bytes'] / 1e9:.0f} GB/s")

@@ -37,11 +37,14 @@ from cloq_export.engines.transformers.served import float_model
 from cloq_export.files.atomic import write_json
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx.record import ADAPTER_NAME
-from cloq_export.models.source import LoadedModel, open_model, quiet_transformers, save_source_files
+from cloq_export.models.library_calls import quiet_transformers
+from cloq_export.models.saving import save_source_files
+from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
 from cloq_export.texts.corpora import evaluation_text, tokenize_text
 from cloq_export.types import QuantizedLayer, QuantSpec
-from cloq_export.verbs import ExportOptions, export
+from cloq_export.verbs import export
+from cloq_export.verbs.options import ExportOptions
 
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 PROMPT_TOKENS = 16

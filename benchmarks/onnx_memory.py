@@ -63,7 +63,8 @@ def make_float_graph(run: Path, place: Path) -> None:
     from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.engines.onnx.float_graph import build_graph
     from cloq_export.files.fingerprint import base_fingerprint
-    from cloq_export.models.source import open_model, save_source_files
+    from cloq_export.models.saving import save_source_files
+    from cloq_export.models.source import open_model
 
     directory = RunDirectory.open(run)
     layers = LayerSource.of_run(directory)
@@ -81,7 +82,9 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
 
     from cloq_export.artifact.checkpoint_writer import LayerSource
     from cloq_export.artifact.run_directory import RunDirectory
-    from cloq_export.formats.onnx.graph import GraphLayers, quantize_graph
+    from cloq_export.formats.onnx.graph import quantize_graph
+    from cloq_export.formats.onnx.matching import GraphLayers
+    from cloq_export.formats.onnx.record import GraphOptions
 
     made = json.loads((place / "graph.json").read_text())
     layers = LayerSource.of_run(RunDirectory.open(run))
@@ -93,9 +96,7 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
             Path(made["path"]),
             out,
             GraphLayers(layers.specs, layers.shapes, layers.read),
-            style=style,  # type: ignore[arg-type]
-            two_bit="exact",
-            opset=None,
+            GraphOptions(style=style),  # type: ignore[arg-type]
             base_fingerprint=made["fingerprint"],
             exporter="builder",
         )

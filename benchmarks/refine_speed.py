@@ -28,7 +28,8 @@ ITERATIONS, WINDOWS_PER_ITERATION = 200, 8
 
 def cut_model(name: str, blocks: int, folder: Path) -> None:
     """Write a model without its blocks behind the first ones as a folder that any tool can read."""
-    from cloq_export.models.source import open_model, save_plain
+    from cloq_export.models.saving import save_plain
+    from cloq_export.models.source import open_model
 
     loaded = open_model(name)
     inner = loaded.model.get_decoder()
@@ -43,13 +44,13 @@ def cut_model(name: str, blocks: int, folder: Path) -> None:
 def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
     """Run the package with `--refine block`; solving the start of each block is part of the time."""
     from cloq_export.compress import block_refined as refining
-    from cloq_export.compress import walk as compress
+    from cloq_export.compress import strategies
     from cloq_export.lab.row_folder import making_seconds
     from cloq_export.recipe import Recipe
-    from cloq_export.verbs import run
+    from cloq_export.verbs.run import run
 
     if job["same_tokens"]:
-        compress.TOKENS_PER_STEP = WINDOWS_PER_ITERATION * job["recipe"]["seqlen"]  # type: ignore[misc]
+        strategies.TOKENS_PER_STEP = WINDOWS_PER_ITERATION * job["recipe"]["seqlen"]  # type: ignore[misc]
     blocks, train = [], refining.train_layers
 
     def watched(*arguments: Any, **options: Any) -> Any:
@@ -59,7 +60,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
 
     refining.train_layers = watched
     with tempfile.TemporaryDirectory(dir=job["folder"]) as place:
-        summary = run(Recipe.from_mapping(job["recipe"]), Path(place) / "run")
+        summary = run(Recipe.from_mapping(job["recipe"]), Path(place) / "run").to_json()
     return {"seconds": making_seconds(summary), "stages": summary["seconds"], "blocks": blocks}
 
 

@@ -156,14 +156,14 @@ def train_cpu(content: Content) -> list[str]:
 
 def comparison(content: Content) -> list[str]:
     """Return the start points after training."""
-    from cloq_export.lab.comparing import comparison_table
+    from cloq_export.lab.comparison_report import comparison_table
 
     return comparison_table(content).strip().splitlines()
 
 
 def frontier(content: Content) -> list[str]:
     """Return what every method makes of a model, by stored bits."""
-    from cloq_export.lab.frontier import frontier_table
+    from cloq_export.lab.frontier_report import frontier_table
     from cloq_export.parity.tasks import CONTINUATIONS
     from cloq_export.recipe import REFINE_STEPS
 
@@ -290,7 +290,7 @@ def plots(path: Path) -> dict[str, str]:
     """Return the plots of a result file, as SVG by file name; only those of the frontier have some."""
     if not path.name.startswith("frontier-"):
         return {}
-    from cloq_export.lab.frontier import frontier_plots
+    from cloq_export.lab.frontier_report import frontier_plots
 
     drawn = frontier_plots(json.loads(path.read_text(encoding="utf-8")))
     return {f"{path.stem}-{name}.svg": svg for name, svg in drawn.items()}

@@ -22,7 +22,6 @@ from typing import Any
 from environment import describe_hardware, hardware_line, perturbed_adapters
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.files.atomic import write_json
@@ -30,8 +29,12 @@ from cloq_export.files.safe_json import read_json
 from cloq_export.files.versions import environment
 from cloq_export.models.source import DEMO_MODEL
 from cloq_export.recipe import DEMO, Recipe
-from cloq_export.verbs import ExportOptions, VerifyOptions
-from cloq_export.verbs.serving import served_adapters
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.serve import served_adapters
+from cloq_export.verbs.verification import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "served_parity.json"
@@ -52,12 +55,12 @@ def measure(run: Path, reference: str, dtype: str, *, runtime: str = "vllm", **o
         export = run
         if RunDirectory.is_run(run):
             export = Path(place) / "export"
-            verbs.export(run, ExportOptions(out=export), console=console)
+            write_export(run, ExportOptions(out=export), console=console)
         name, folder = next(iter(served_adapters(export).items()))
         copies = perturbed_adapters(folder, Path(place), 1)
         adapters = (name, *(f"{copy}={where}" for copy, where in copies.items()))
         asked = VerifyOptions(reference=reference, runtime=runtime, dtype=dtype, adapters=adapters, **options)
-        return shortened(verbs.verify(export, asked, console=console))
+        return shortened(verify(export, asked, console=console))
 
 
 def shortened(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def main() -> None:
     for bits in widths:
         if bits not in runs:
             runs[bits] = str(arguments.work / f"served-int{bits}")
-            verbs.run(Recipe.from_mapping({**DEMO, "bits": int(bits)}), Path(runs[bits]))
+            make_run(Recipe.from_mapping({**DEMO, "bits": int(bits)}), Path(runs[bits]))
     for dtype, bits in itertools.product(arguments.dtypes.split(","), widths):
         if (dtype, bits) in held:
             continue

@@ -38,7 +38,7 @@ from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.versions import environment
-from cloq_export.verbs.serving import served_adapters
+from cloq_export.verbs.serve import served_adapters
 
 # Single and batched products add the same numbers in another order.
 LIMIT = 1e-3

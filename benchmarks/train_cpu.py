@@ -32,14 +32,14 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
     import cloq_export
     from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.formats.peft import read_adapter
-    from cloq_export.lab.comparing import attach_pairs
+    from cloq_export.lab.trainers import attach_pairs
     from cloq_export.models.source import open_model
     from cloq_export.process.host_memory import MemoryWatch
     from cloq_export.train.loss import next_token_loss
 
     torch.set_num_threads(threads)
     directory = RunDirectory.open(run)
-    name = directory.adapters()[0]
+    name = directory.adapters.names[0]
     if side == "packed":
         model: Any = cloq_export.load(run, adapter=name, trainable=True, dtype=torch.bfloat16)
     else:

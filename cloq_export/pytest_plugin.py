@@ -5,13 +5,15 @@ It is loaded into every pytest of the environment, so nothing but pytest is impo
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from cloq_export.verbs.verification import VerifyOptions
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -72,18 +74,19 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 class ParityGate(pytest.Collector):
-    """The limits of one export; what they are judged by is measured once, when the first of them is run."""
+    """The limits of one export; what they judge is measured once, when the first of them runs."""
 
     report: dict[str, Any] | None = None
     failure: Exception | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yield one test for each limit, known from headers and the gate file alone."""
-        pipeline = importlib.import_module("cloq_export.verbs")
-        errors = importlib.import_module("cloq_export.errors")
+        from cloq_export.errors import CloqError
+        from cloq_export.verbs.verification import planned_gates
+
         try:
-            limits = pipeline.planned_gates(*self._arguments())
-        except errors.CloqError as error:
+            limits = planned_gates(*self._arguments())
+        except CloqError as error:
             raise pytest.UsageError(str(error)) from None
         for name in limits:
             yield LimitItem.from_parent(self, name=name)
@@ -93,22 +96,24 @@ class ParityGate(pytest.Collector):
         if self.failure is not None:
             raise self.failure
         if self.report is None:
-            pipeline = importlib.import_module("cloq_export.verbs")
+            from cloq_export.verbs.verification import verify
+
             with warnings.catch_warnings():
                 # A suite that turns warnings into errors means its own code, not the libraries that load a model.
                 warnings.simplefilter("ignore")
                 try:
-                    self.report = pipeline.verify(*self._arguments())
+                    self.report = verify(*self._arguments())
                 except Exception as error:
                     self.failure = error
                     raise
         return self.report
 
-    def _arguments(self) -> tuple[Path, Any]:
-        pipeline = importlib.import_module("cloq_export.verbs")
+    def _arguments(self) -> tuple[Path, VerifyOptions]:
+        from cloq_export.verbs.verification import VerifyOptions
+
         chosen = {name: self.config.getoption(f"--cloq-{name}") for name in _OPTIONS}
         given = {name: value for name, value in chosen.items() if value is not None}
-        options = pipeline.VerifyOptions(adapters=tuple(self.config.getoption("--cloq-adapter")), **given)
+        options = VerifyOptions(adapters=tuple(self.config.getoption("--cloq-adapter")), **given)
         return Path(self.config.getoption("--cloq-export")), options
 
 
@@ -121,24 +126,26 @@ class LimitItem(pytest.Item):
 
     def runtest(self) -> None:
         """Fail if the limit is missed, or if what it is on was not measured."""
+        from cloq_export.parity.gate import explain_miss
+
         assert isinstance(self.parent, ParityGate)
         report = self.parent.measured()
         verdict = next(each for each in report["gates"] if each["gate"] == self.name)
         if not verdict["passed"]:
-            explain = importlib.import_module("cloq_export.parity.gate").explain_miss
             reasons = [f"{entry['what']} could not be measured: {entry['reason']}" for entry in report["missing"]]
             if self.name == "certificate" and report["certificate"]["reason"]:
                 reasons = [report["certificate"]["reason"]]
-            found = {"provenance": "provenance", "reference": "provenance", "float_part": "float_part"}.get(self.name)
-            if found is not None:
-                entries = report[found]["findings"] if found == "provenance" else report[found]
+            part = {"provenance": "provenance", "reference": "provenance", "float_part": "float_part"}.get(self.name)
+            if part is not None:
+                entries = report[part]["findings"] if part == "provenance" else report[part]
                 reasons = [f"{each['what']}: {each['reason']}" for each in entries if each["reason"]]
-            raise LimitMissed("\n".join([explain(verdict), verdict["meaning"], *reasons]))
+            raise LimitMissed("\n".join([explain_miss(verdict), verdict["meaning"], *reasons]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Return the reason alone: a traceback through this plugin tells nobody anything."""
-        errors = importlib.import_module("cloq_export.errors")
-        if isinstance(excinfo.value, (LimitMissed, errors.CloqError)):
+        """Return the reason alone: a traceback through this plugin says nothing about it."""
+        from cloq_export.errors import CloqError
+
+        if isinstance(excinfo.value, (LimitMissed, CloqError)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from cloq_export.kernels.cpu import library
+from cloq_export.kernels.dispatch import native_library
 
 WIDTHS = (2, 3, 4, 8)
 WORD_BITS = 32
@@ -35,7 +35,7 @@ def pack_rows(codes: torch.Tensor, bits: int, *, out: torch.Tensor | None = None
     _check_codes(codes, bits)
     rows, columns = codes.shape
     words = _output(out, (rows, -(-columns * bits // WORD_BITS)), torch.int32, codes)
-    native = library.usable_for(codes, words)
+    native = native_library(codes, words)
     if native is None:
         _check_range(codes, bits)
         return words.copy_(_pack_rows_torch(codes, bits))
@@ -72,7 +72,7 @@ def unpack_rows(
     if not 0 <= columns <= most:
         raise ValueError(f"{count} words hold {most} codes of {bits} bits; {columns} were asked for.")
     codes = _output(out, (rows, columns), torch.uint8, words)
-    native = library.usable_for(words, codes)
+    native = native_library(words, codes)
     if native is None:
         return _unpack_rows_torch(words, bits, codes)
     words = words.contiguous()
@@ -104,7 +104,7 @@ def pack_columns(codes: torch.Tensor, bits: int, *, out: torch.Tensor | None = N
             f"{WORD_BITS // math.gcd(WORD_BITS, bits)}."
         )
     words = _output(out, (columns * bits // WORD_BITS, rows), torch.int32, codes)
-    native = library.usable_for(codes, words)
+    native = native_library(codes, words)
     if native is None:
         _check_range(codes, bits)
         return words.copy_(_pack_rows_torch(codes, bits).t())
@@ -139,7 +139,7 @@ def unpack_columns(words: torch.Tensor, bits: int, *, out: torch.Tensor | None =
     if rest:
         raise ValueError(f"{count} words do not hold whole codes of {bits} bits; allowed is a multiple of {bits}.")
     codes = _output(out, (rows, columns), torch.uint8, words)
-    native = library.usable_for(words, codes)
+    native = native_library(words, codes)
     if native is None:
         return _unpack_rows_torch(words.t(), bits, codes)
     words = words.contiguous()

@@ -1,164 +1,101 @@
-"""Which implementation computes: the operators of `reference` on every device, Triton's kernels for tensors on a GPU.
+"""The one place that chooses what computes: the native CPU library, Triton's kernels on a GPU, or torch.
 
-The operators are registered with torch, so callers, fake tensors, `torch.compile` and gradients meet the same names
-everywhere; only the arithmetic behind them differs. A layer that Triton's kernels do not take (a group that is no
-multiple of 32 inputs) is computed by the reference, on the GPU too.
+Every question takes the tensors that would be computed with. Fake tensors and tensors of subclasses that only look like
+memory are left to torch, as is everything on other devices.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+
 import torch
 
-from cloq_export.kernels import triton as triton_kernels
-from cloq_export.kernels.reference import linear as reference
-from cloq_export.kernels.reference import lora as reference_lora
+from cloq_export.kernels.cpu import library
 
-# Entries of Q that exist at a time on a GPU: enough to keep its matrix units busy.
-BLOCK_ELEMENTS = 1 << 25
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where Triton's kernels run. Tests add "cpu", which its interpreter serves.
+TRITON_DEVICES = {"cuda"}
+# Below this compute capability Triton has no bfloat16 products.
+_LEAST_CAPABILITY = (8, 0)
+# Columns of a group up to which the kernels of `grid` and `prox` hold one in registers.
+_MOST_COLUMNS = 1 << 15
 _WIDTHS = (2, 3, 4, 8)
+# Triton's packed linears read whole units of so many inputs.
 _UNIT = 32
 
 
-def _takes(bits: int, in_features: int, groups: int, *tensors: torch.Tensor | None) -> bool:
-    """Return whether Triton's kernels compute a layer."""
-    return bits in _WIDTHS and in_features // groups % _UNIT == 0 and triton_kernels.usable_for(*tensors)
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
-def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the whole weight `Q = scales * (codes - zeros)`, computed in float32.
-
-    Args:
-        qweight: (in * bits / 32, out) int32.
-        qzeros: (groups, out * bits / 32) int32.
-        scales: (groups, out) float.
-        bits: width of a code.
-
-    Returns:
-        torch.Tensor: Q, (out, in) float32, contiguous.
+def native_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """Return the native library if all tensors lie in plain CPU memory, else None.
 
     Raises:
-        ValueError: the tensors do not belong together.
+        ValueError: the environment variable CLOQ_EXPORT_CPU_ISA names an instruction set that cannot be used.
     """
-    in_features = reference.check_packed(qweight, qzeros, scales, bits)
-    if not _takes(bits, in_features, scales.shape[0], qweight, qzeros, scales):
-        return reference.dequantize(qweight, qzeros, scales, bits)
-    from cloq_export.kernels.triton import dequantize as kernel
-
-    return kernel.dequantize(qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), bits)
+    if all(tensor.device.type == "cpu" and _is_plain(tensor) for tensor in tensors):
+        return library.load()
+    return None
 
 
-def packed_linear_on_gpu(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    bits: int,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Compute `packed_linear` with Triton: few tokens straight from the codes, many with Q a block at a time.
+def native_takes_layer(scales: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Return whether the native library computes a layer; its layout holds float16 scales.
 
-    Few tokens meet the exact Q and float32 sums. Many tokens of bfloat16 or float16 meet Q rounded to their dtype, as
-    they do in any layer of that dtype.
+    Args:
+        scales: of the layer.
+        tensors: its other tensors.
+
+    Raises:
+        ValueError: as `native_library`.
     """
-    in_features = reference.check_packed(qweight, qzeros, scales, bits)
-    out_features = scales.shape[1]
-    if x.shape[-1] != in_features:
-        raise ValueError(f"the input has {x.shape[-1]} channels; this layer takes {in_features}.")
-    if x.dtype not in _DTYPES or not _takes(bits, in_features, scales.shape[0], x, qweight, qzeros, scales, bias):
-        return reference.compute_packed_linear(x, qweight, qzeros, scales, bits, bias)
-    from cloq_export.kernels.triton import dequantize as kernel
-    from cloq_export.kernels.triton import linear as few
-
-    layer = (qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), bits)
-    rows = x.reshape(-1, in_features).contiguous()
-    if 0 < rows.shape[0] <= few.MOST_TOKENS:
-        return few.lora_linear(rows, *layer, bias).view(*x.shape[:-1], out_features)
-    y = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
-    if not rows.shape[0]:
-        return y.view(*x.shape[:-1], out_features)
-    addend = None if bias is None else bias.to(x.dtype)
-    step = max(1, BLOCK_ELEMENTS // in_features)
-    with torch.autocast(x.device.type, enabled=False):
-        for first in range(0, out_features, step):
-            last = min(first + step, out_features)
-            # Made transposed: words of neighbouring outputs lie side by side, and so do the entries then.
-            block = torch.empty(in_features, last - first, dtype=x.dtype, device=x.device)
-            kernel.dequantize_into(block.t(), *layer, first, last)
-            if addend is None:
-                torch.mm(rows, block, out=y[:, first:last])
-            else:
-                torch.addmm(addend[first:last], rows, block, out=y[:, first:last])
-    return y.view(*x.shape[:-1], out_features)
+    return scales.dtype == torch.float16 and native_library(scales, *tensors) is not None
 
 
-def packed_linear_input_grad_on_gpu(
-    grad: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """Compute `grad Q` with Q made a block of inputs at a time, in the dtype of the gradient."""
-    in_features = reference.check_packed(qweight, qzeros, scales, bits)
-    groups, out_features = scales.shape
-    if grad.dtype not in _DTYPES or not _takes(bits, in_features, groups, grad, qweight, qzeros, scales):
-        return reference.compute_packed_linear_input_grad(grad, qweight, qzeros, scales, bits)
-    from cloq_export.kernels.triton import dequantize as kernel
-
-    qweight, qzeros, scales = qweight.contiguous(), qzeros.contiguous(), scales.contiguous()
-    rows = grad.reshape(-1, out_features).contiguous()
-    total = torch.empty(rows.shape[0], in_features, dtype=grad.dtype, device=grad.device)
-    # Whole groups, so that a block is a layer of its own; the one group of a per-channel layer may be cut anywhere.
-    columns = in_features // groups if groups > 1 else _UNIT
-    step = max(1, BLOCK_ELEMENTS // (out_features * columns)) * columns
-    with torch.autocast(grad.device.type, enabled=False):
-        for first in range(0, in_features, step):
-            last = min(first + step, in_features)
-            part = slice(first // columns, last // columns) if groups > 1 else slice(0, 1)
-            words = qweight[first * bits // _UNIT : last * bits // _UNIT]
-            block = torch.empty(last - first, out_features, dtype=grad.dtype, device=grad.device)
-            kernel.dequantize_into(block.t(), words, qzeros[part], scales[part], bits, 0, out_features)
-            torch.mm(rows, block.t(), out=total[:, first:last])
-    return total.view(*grad.shape[:-1], in_features)
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; it comes with torch's CUDA builds for Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
-def packed_lora_linear_on_gpu(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    bits: int,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    index: torch.Tensor | None,
-) -> torch.Tensor:
-    """Compute `packed_lora_linear` with Triton for few tokens, by the reference over `packed_linear` for many."""
-    in_features = reference.check_packed(qweight, qzeros, scales, bits)
-    reference_lora.check_adapters(x, scales.shape[1], lora_a, lora_b, scaling, index)
-    operands = (x, qweight, qzeros, scales, bias, lora_a, lora_b, scaling, index)
-    tokens = x.numel() // in_features
-    from_codes = x.dtype in _DTYPES and _takes(bits, in_features, scales.shape[0], *operands)
-    if from_codes and tokens:
-        from cloq_export.kernels.triton import linear as few
+@functools.cache
+def _is_capable(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
-        if tokens <= few.MOST_TOKENS:
-            y = few.lora_linear(
-                x.reshape(-1, in_features).contiguous(),
-                qweight.contiguous(),
-                qzeros.contiguous(),
-                scales.contiguous(),
-                bits,
-                bias,
-                lora_a.contiguous(),
-                lora_b.contiguous(),
-                scaling.contiguous(),
-                None if index is None else index.reshape(-1).contiguous(),
-            )
-            return y.view(*x.shape[:-1], scales.shape[1])
-    return reference_lora.compute_packed_lora_linear(
-        x, qweight, qzeros, scales, bits, bias, lora_a, lora_b, scaling, index
+
+def triton_takes(*tensors: torch.Tensor | None) -> bool:
+    """Return whether Triton's kernels compute with these tensors of one GPU; None is passed over."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(tensor.device.type in TRITON_DEVICES and _is_plain(tensor) for tensor in given)
+        and len({tensor.device for tensor in given}) == 1
+        and has_triton()
+        and _is_capable(given[0].device)
     )
 
 
-reference.packed_linear_op.register_kernel("cuda", packed_linear_on_gpu)
-reference.packed_linear_input_grad_op.register_kernel("cuda", packed_linear_input_grad_on_gpu)
-reference_lora.packed_lora_linear_op.register_kernel("cuda", packed_lora_linear_on_gpu)
+def triton_takes_groups(columns: int, *tensors: torch.Tensor) -> bool:
+    """Return whether Triton's kernels of `grid` and `prox` compute with groups of so many columns."""
+    return columns <= _MOST_COLUMNS and triton_takes(*tensors)
+
+
+def triton_takes_layer(bits: int, in_features: int, groups: int, *tensors: torch.Tensor | None) -> bool:
+    """Return whether Triton's kernels compute a layer; a group that is no multiple of 32 inputs is left to torch."""
+    return bits in _WIDTHS and in_features // groups % _UNIT == 0 and triton_takes(*tensors)
+
+
+def describe_gpu() -> str:
+    """Return one line: whether the GPU's kernels are used, or why not; `kernels.cpu.describe` says it of the CPU."""
+    if not torch.cuda.is_available():
+        return "GPU kernels: none, because torch sees no GPU."
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    if not has_triton():
+        return f"GPU kernels: the torch reference on {name}, because Triton is not installed; run pip install triton."
+    if not _is_capable(device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"GPU kernels: the torch reference on {name}, because its compute capability {found} is below 8.0."
+    import triton
+
+    return f"GPU kernels: Triton {triton.__version__} on {name}."

@@ -1,9 +1,9 @@
 """From a weight, its quantized form and its input statistics to a LoRA pair."""
 
 from cloq_export.adapt.cloq import CloqResult, init_cloq
-from cloq_export.adapt.loftq import init_loftq, init_lq_lora, init_svd
 from cloq_export.adapt.root import GramRoot, cholesky_root, eigen_root
 from cloq_export.adapt.stored import stored_pair
+from cloq_export.adapt.svd import init_svd
 
 __all__ = [
     "CloqResult",
@@ -11,8 +11,6 @@ __all__ = [
     "cholesky_root",
     "eigen_root",
     "init_cloq",
-    "init_loftq",
-    "init_lq_lora",
     "init_svd",
     "stored_pair",
 ]

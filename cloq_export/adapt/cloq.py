@@ -180,7 +180,7 @@ def init_cloq(
     lora_a = root.solve(left).t()
     missing = rank - lora_a.shape[0]
     if missing:
-        # H has a smaller rank than asked for. The rest of A is zero; B goes on orthonormally, or it could not train.
+        # H has a smaller rank than asked for: the rest of A is zero; B is completed orthonormally so that it can train.
         generator = torch.Generator().manual_seed(0)
         more = torch.randn(out_features, missing, generator=generator, dtype=right.dtype).to(right.device)
         lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))

@@ -8,7 +8,7 @@ import torch
 
 from cloq_export.types import LoraPair
 
-# What entries below the smallest normal number may lose of the product, in units of the dtype's own rounding.
+# Largest loss of the product by entries below the smallest normal number, in units of the dtype's own rounding.
 _ALLOWED_LOSS = 8.0
 
 
@@ -71,7 +71,7 @@ def _keeps(
         if outer:
             lost = lost + (error.sum(0) * seen.square().sum(1)).sum()
         else:
-            # Rounding errors of different inputs do not know each other, so only the diagonal of H counts.
+            # Rounding errors of different inputs are independent, so only the diagonal of H counts.
             per_row = error.sum(1) if input_energy is None else error @ input_energy.to(torch.float64)
             lost = lost + (wide_b.square().sum(0) * per_row).sum()
     whole = (seen * ((wide_b.t() @ wide_b) @ seen)).sum()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
-import re
-import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +12,21 @@ import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.artifact.covered_files import (
+    LONGEST_NAME,
+    FileEntry,
+    covered_files,
+    entries_of,
+    refuse_changed_files,
+    refuse_extras,
+)
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes, write_json
+from cloq_export.files.atomic import write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.files.versions import environment
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.types import QuantizedLayer
@@ -35,14 +41,78 @@ ONNX = "onnx"
 
 # People edit the card of a published model; nothing in it is served.
 _NOT_COVERED = (CERTIFICATE_NAME, "README.md")
-# Of a file in an export; every file system allows as much.
-_LONGEST_NAME = 255
-# What the hub and its client lay beside the files of a model; no engine reads any of it.
-_HUB_ATTRIBUTES = ".gitattributes"
-_HUB_ATTRIBUTE_LINE = re.compile(r"(#.*|\S+( (filter|diff|merge)=lfs| -text)+)?")
-_HUB_CACHE = re.compile(r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.+\.(metadata|lock))")
-_HUB_CACHE_BYTES = 4096
-_BUFFER = 4 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The content of cloq_certificate.json.
+
+    Args:
+        layout: of the export.
+        base_fingerprint: of the quantized base that it holds or comes from.
+        modules: full module name -> what was compared; "sha256" is of its layer, or of the bytes that the folder holds.
+        files: name in the folder -> what lies there.
+        versions: of the software that wrote it.
+        facts: what else was noted, e.g. adapters that were taken by force.
+    """
+
+    layout: str
+    base_fingerprint: str
+    modules: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileEntry]
+    versions: Mapping[str, Any]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of cloq_certificate.json."""
+        return {
+            "format": CERTIFICATE_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "layout": self.layout,
+            "base_fingerprint": self.base_fingerprint,
+            "modules": dict(self.modules),
+            "files": {name: dataclasses.asdict(entry) for name, entry in self.files.items()},
+            "versions": dict(self.versions),
+            **self.facts,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """What was compared again, without a difference.
+
+    Args:
+        files: how many were compared.
+        modules: how many were.
+        not_covered: files of the hub that lie beside them; the card may be edited and is not counted.
+        digests: module -> `layer_digest`; empty where there are no codes.
+    """
+
+    files: int
+    modules: int
+    not_covered: tuple[str, ...]
+    digests: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was compared as a JSON object."""
+        return {
+            "files": self.files,
+            "modules": self.modules,
+            "not_covered": list(self.not_covered),
+            "digests": dict(self.digests),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedCertificate(Repeated):
+    """A certificate that was repeated and holds."""
+
+    certificate: Certificate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was compared as a JSON object."""
+        forced = self.certificate.facts.get("forced", [])
+        return {"layout": self.certificate.layout, "forced": forced, **super().to_json()}
 
 
 def certify_checkpoint(
@@ -52,7 +122,7 @@ def certify_checkpoint(
     *,
     base_fingerprint: str,
     facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Certificate:
     """Read a quantized checkpoint back from disk, compare it with what was to be written, and write its certificate.
 
     Args:
@@ -63,7 +133,7 @@ def certify_checkpoint(
         facts: more to note, e.g. adapters that were taken by force.
 
     Returns:
-        dict: the certificate, as it stands in the folder.
+        The certificate, as it stands in the folder.
 
     Raises:
         FormatError: a tensor read back differs from the one that was to be written.
@@ -86,10 +156,10 @@ def certify_checkpoint(
     for name in () if floats is None else floats.headers:
         if not same_bits(checkpoint.read(name), floats.read(name)):  # type: ignore[union-attr]
             raise FormatError(f"{folder}: {name} was read back with other numbers than were written; check the disk.")
-    found = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
-    if not found == base_fingerprint == checkpoint.grids.base_fingerprint:
+    computed = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
+    if not computed == base_fingerprint == checkpoint.grids.base_fingerprint:
         raise FormatError(
-            f"{folder} was read back as the base {found}, its config says {checkpoint.grids.base_fingerprint}, and "
+            f"{folder} was read back as the base {computed}, its config says {checkpoint.grids.base_fingerprint}, and "
             f"{base_fingerprint} was to be written; write it again."
         )
     return write_certificate(folder, checkpoint.grids.layout.name, base_fingerprint, modules, facts)
@@ -97,7 +167,7 @@ def certify_checkpoint(
 
 def write_certificate(
     folder: Path, layout: str, base_fingerprint: str, modules: Mapping[str, Any], facts: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+) -> Certificate:
     """Write the certificate of an export that was compared by other means, e.g. one of float weights.
 
     Args:
@@ -108,25 +178,17 @@ def write_certificate(
         facts: more to note.
 
     Returns:
-        dict: the certificate, as it stands in the folder.
+        The certificate, as it stands in the folder.
     """
-    certificate = {
-        "format": CERTIFICATE_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "layout": layout,
-        "base_fingerprint": base_fingerprint,
-        "modules": dict(modules),
-        "files": {name: _file_entry(path) for name, path in _covered(folder)},
-        "versions": environment(),
-        **(facts or {}),
-    }
-    write_json(folder / CERTIFICATE_NAME, certificate)
+    files = {name: FileEntry.of(path) for name, path in covered_files(folder, _NOT_COVERED)}
+    certificate = Certificate(layout, base_fingerprint, dict(modules), files, environment(), dict(facts or {}))
+    write_json(folder / CERTIFICATE_NAME, certificate.to_json())
     return certificate
 
 
 def verify_certificate(
     folder: str | os.PathLike[str], *, left_out: Callable[[str], bool] | None = None
-) -> dict[str, Any]:
+) -> RepeatedCertificate:
     """Repeat what the certificate of an export says: every file, every layer, the base.
 
     Args:
@@ -134,8 +196,7 @@ def verify_certificate(
         left_out: tells of a name in the folder whether whoever asks will leave it out, so that it may lie there.
 
     Returns:
-        dict: "certificate" (its content), "files" (how many were compared), "modules", "not_covered" (files of the hub
-        that lie beside them; the card may be edited and is not counted), "digests" (module -> `layer_digest`).
+        The certificate and what was compared.
 
     Raises:
         FormatError: there is no certificate, or a file, a layer or the base differs from it, or something lies in the
@@ -143,28 +204,11 @@ def verify_certificate(
     """
     folder = Path(folder)
     certificate = read_certificate(folder)
-    found = [name for name in _entries(folder) if left_out is None or not left_out(name)]
-    extra = _refuse_extras(folder, found, certificate["files"])
-    for name, noted in sorted(certificate["files"].items()):
-        path = folder / name
-        if name not in found:
-            twins = sorted(other for other in found if _folded(other) == _folded(name))
-            seen = f" (there is {twins[0]!a:.80}, which is another name)" if twins else ""
-            raise FormatError(
-                f"{folder} lacks {name!r:.80}, which its certificate names{seen}; fetch or write the export again."
-            )
-        _refuse_no_file(folder, path)
-        measured = _file_entry(path)
-        if measured != noted:
-            raise FormatError(
-                f"{path} is not the file that was certified (sha256 {measured['sha256'][:12]}…, "
-                f"{measured['bytes']} bytes; certified {noted.get('sha256')!r:.12}…, {noted.get('bytes')!r:.20} "
-                "bytes); fetch or write the export again."
-            )
-    modules = certificate["modules"]
+    extra = _refuse_other_files(folder, certificate, left_out)
+    modules = certificate.modules
     digests: dict[str, str] = {}
-    if certificate["layout"] not in WITHOUT_CODES:
-        quantized = _open_quantized(folder, certificate["layout"])
+    if certificate.layout not in WITHOUT_CODES:
+        quantized = _open_quantized(folder, certificate.layout)
         digests = {module: layer_digest(layer) for module, layer in quantized.read_layers()}
         for module in sorted(set(digests) | set(modules)):
             if digests.get(module) != modules.get(module, {}).get("sha256"):
@@ -174,32 +218,36 @@ def verify_certificate(
                 )
         computed = combine_digests(digests)
         noted = quantized.noted_fingerprint
-        if len({computed, certificate["base_fingerprint"], noted}) > 1:
+        if len({computed, certificate.base_fingerprint, noted}) > 1:
             raise FormatError(
                 f"{folder} holds the base {computed}, its config says {noted!r:.80} and its "
-                f"certificate {certificate['base_fingerprint']!r:.80}; write the export again."
+                f"certificate {certificate.base_fingerprint!r:.80}; write the export again."
             )
-    return {
-        "certificate": certificate,
-        "files": len(certificate["files"]),
-        "modules": len(modules),
-        "not_covered": extra,
-        "digests": digests,
-    }
+    return RepeatedCertificate(len(certificate.files), len(modules), tuple(extra), digests, certificate)
 
 
-def verify_run(run: RunDirectory) -> dict[str, Any]:
-    """Compare the checkpoint of a run with the layers that the run keeps; a run has no certificate of its own.
+def _refuse_other_files(
+    folder: Path, certificate: Certificate, left_out: Callable[[str], bool] | None = None
+) -> list[str]:
+    """Refuse files that are not those that a certificate names, and return those that may lie beside them."""
+    names = [name for name in entries_of(folder) if left_out is None or not left_out(name)]
+    extra = refuse_extras(folder, names, certificate.files, _NOT_COVERED)
+    refuse_changed_files(folder, names, certificate.files)
+    return extra
+
+
+def verify_run(run: RunDirectory) -> Repeated:
+    """Compare the checkpoint of a run with the layers that the run keeps, and its files with its own certificate.
 
     Args:
         run: the run.
 
     Returns:
-        dict: "files" (layers that were read, each a file of its own), "modules", "not_covered" (none), "digests"
-        (module -> `layer_digest`).
+        What was compared; of files, the layers, each a file of its own.
 
     Raises:
-        FormatError: a layer of the checkpoint is not the one that the run keeps, or its config names another base.
+        FormatError: a layer of the checkpoint is not the one that the run keeps, its config names another base, or
+            something lies in its folder that its certificate does not name. Checkpoints of before have none.
     """
     checkpoint = Checkpoint.open(run.path)
     kept = {name: layer_digest(file.read_codes()) for name, file in run.layer_files().items()}
@@ -215,7 +263,10 @@ def verify_run(run: RunDirectory) -> dict[str, Any]:
             f"{checkpoint.folder} holds the base {combine_digests(packed)} and its config says "
             f"{checkpoint.noted_fingerprint!r:.80}; write the checkpoint again with: cloq export {run.path}"
         )
-    return {"files": len(kept), "modules": len(packed), "not_covered": [], "digests": packed}
+    beside: list[str] = []
+    if (checkpoint.folder / CERTIFICATE_NAME).is_file():
+        beside = _refuse_other_files(checkpoint.folder, read_certificate(checkpoint.folder))
+    return Repeated(len(kept), len(packed), tuple(beside), packed)
 
 
 class _Quantized(Protocol):
@@ -236,7 +287,7 @@ def _open_quantized(folder: Path, layout: str) -> _Quantized:
     return OnnxExport.open(folder)
 
 
-def read_certificate(folder: Path) -> dict[str, Any]:
+def read_certificate(folder: Path) -> Certificate:
     """Return the certificate of an export without repeating it.
 
     Raises:
@@ -248,25 +299,28 @@ def read_certificate(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CERTIFICATE_NAME}, so nothing says that it equals what was trained; write the export "
             "again with cloq export or cloq convert."
         )
-    certificate = read_json(require_inside(folder, path))
-    if certificate.get("format") != CERTIFICATE_FORMAT or certificate.get("format_version") != FORMAT_VERSION:
+    content = read_json(require_inside(folder, path))
+    if content.get("format") != CERTIFICATE_FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise FormatError(
-            f"{path} says format {certificate.get('format')!r:.80}, version "
-            f"{certificate.get('format_version')!r:.80}; this program reads {CERTIFICATE_FORMAT!r}, version "
-            f"{FORMAT_VERSION}. Update cloq_export."
+            f"{path} says format {content.get('format')!r:.80}, version {content.get('format_version')!r:.80}; this "
+            f"program reads {CERTIFICATE_FORMAT!r}, version {FORMAT_VERSION}. Update cloq_export."
         )
     for key, kind in (("layout", str), ("base_fingerprint", str), ("modules", dict), ("files", dict)):
-        if not isinstance(certificate.get(key), kind):
-            raise FormatError(f"{path}: {key} is {certificate.get(key)!r:.80}; the file is damaged.")
+        if not isinstance(content.get(key), kind):
+            raise FormatError(f"{path}: {key} is {content.get(key)!r:.80}; the file is damaged.")
     for key in ("modules", "files"):
-        for name, entry in certificate[key].items():
+        for name, entry in content[key].items():
             if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
                 raise FormatError(f"{path}: {key} has no hash for {name[:80]!r}; the file is damaged.")
-    for name in certificate["files"]:
+    for name in content["files"]:
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or not name.isprintable() or len(name) > _LONGEST_NAME:
+        if not inside or not name.isprintable() or len(name) > LONGEST_NAME:
             raise FormatError(f"{path} names the file {name[:80]!r}; expected names inside the folder.")
-    return certificate
+    files = {name: FileEntry(entry.get("bytes"), entry["sha256"]) for name, entry in content["files"].items()}
+    named = ("format", "format_version", "layout", "base_fingerprint", "modules", "files", "versions")
+    facts = {key: value for key, value in content.items() if key not in named}
+    versions = content.get("versions", {})
+    return Certificate(content["layout"], content["base_fingerprint"], content["modules"], files, versions, facts)
 
 
 def refuse_difference(read: QuantizedLayer, meant: QuantizedLayer, name: str) -> None:
@@ -291,103 +345,3 @@ def same_bits(read: torch.Tensor, meant: torch.Tensor) -> bool:
         for view in (tensor_bytes(read), tensor_bytes(meant))
     )
     return bool(torch.equal(mine, theirs))
-
-
-def _covered(folder: Path) -> Iterator[tuple[str, Path]]:
-    for name in _entries(folder):
-        if name not in _NOT_COVERED:
-            _refuse_no_file(folder, folder / name)
-            yield name, folder / name
-
-
-def _entries(folder: Path) -> list[str]:
-    """Return the names of all that lies in a folder but folders themselves, hidden files and links included, sorted.
-
-    A link to a folder is an entry and is not entered: what it leads to lies elsewhere.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise FormatError(f"{error.filename} cannot be read: {error.strerror or error}; check the path.") from error
-
-    found = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return sorted(found)
-
-
-def _refuse_extras(folder: Path, found: Iterable[str], certified: Mapping[str, Any]) -> list[str]:
-    """Refuse what a certificate does not speak of, and return what may lie there nevertheless, the card left out."""
-    allowed = []
-    for name in found:
-        if name in certified or name == CERTIFICATE_NAME:
-            continue
-        path = folder / name
-        if name in _NOT_COVERED or _is_of_the_hub(name, path):
-            _refuse_no_file(folder, path)
-            allowed += [name] if name not in _NOT_COVERED else []
-            continue
-        kind = _kind_of(path)
-        twin = next((other for other in sorted(certified) if _folded(other) == _folded(name)), None)
-        like = f", which names {twin!a:.80}, another file," if twin is not None else ""
-        # An odd name is shown with its signs escaped, since it may look like one that belongs here.
-        shown = path if name.isascii() and name.isprintable() else f"{folder}: {name!a:.120}"
-        raise FormatError(
-            f"{shown} is {kind} in the export and not in its certificate{like or ','} and engines may read it; remove "
-            "it, or write the export again."
-        )
-    return allowed
-
-
-def _refuse_no_file(folder: Path, path: Path) -> None:
-    """Refuse what is no file of the folder itself; the hub's own snapshots hold links into the blobs beside them."""
-    kind = _kind_of(path)
-    if kind == "a file":
-        return
-    if kind == "a link to a file":
-        require_inside(folder, path)
-        blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
-        if any(path.resolve().parent == blob for blob in blobs):
-            return
-    raise FormatError(f"{path} is {kind}, and what it leads to may change; put the file itself into the folder.")
-
-
-def _kind_of(path: Path) -> str:
-    try:
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            mode = path.stat().st_mode
-            return "a link to a folder" if stat.S_ISDIR(mode) else "a link to a file"
-    except (OSError, RuntimeError):
-        return "a link that leads nowhere" if path.is_symlink() else "unreadable"
-    return "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
-
-
-def _is_of_the_hub(name: str, path: Path) -> bool:
-    """Return whether a file is one of those that the hub or its client writes, by its name and what it holds."""
-    try:
-        if name != _HUB_ATTRIBUTES and not _HUB_CACHE.fullmatch(name):
-            return False
-        if not path.is_file() or path.stat().st_size > _HUB_CACHE_BYTES:
-            return False
-        lines = path.read_text("utf-8").splitlines() if name == _HUB_ATTRIBUTES else []
-    except (OSError, UnicodeDecodeError):
-        return False
-    return all(_HUB_ATTRIBUTE_LINE.fullmatch(line.strip()) for line in lines)
-
-
-def _folded(name: str) -> str:
-    """Return a name as file systems that tell neither case nor normal forms apart see it."""
-    return unicodedata.normalize("NFKC", name).casefold()
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while piece := file.read(_BUFFER):
-                digest.update(piece)
-                size += len(piece)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
-    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -5,55 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.quantization_description import CONFIG_NAME, QUANTIZE_CONFIG_NAME, find_quantization
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
+from cloq_export.artifact.weight_headers import read_headers
 from cloq_export.errors import FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import MAX_NAME, TensorFile
-from cloq_export.files.shards import INDEX_NAME, WEIGHTS_NAME
 from cloq_export.formats.gptq import GptqLayout, version_of_symmetric
 from cloq_export.formats.layout import Headers, StoredGrids
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.types import QuantizedLayer, QuantSpec
 
-CONFIG_NAME = "config.json"
-ADAPTERS_NAME = "adapters"
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
-# Files beside the weights that are none: adapters, and Mistral's own copy of them.
-_NO_WEIGHTS = ("adapter_", "adapter.", "consolidated", "eora", "optimizer", "training_")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-# Where a quantization is described: keys of config.json, keys of a language model's config in it, and files of older
-# tools and of ModelOpt. AutoGPTQ and GPTQModel write the same thing into a file and into config.json.
-_KEYS = ("quantization_config", "compression_config")
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-QUANTIZE_CONFIG_NAME = "quantize_config.json"
-_CONFIG_FILES = (QUANTIZE_CONFIG_NAME, "quant_config.json", "hf_quant_config.json")
-# What decides how the tensors are read: where two places differ in one of these, they describe two files.
-_DECISIVE = (
-    "quant_method",
-    "bits",
-    "group_size",
-    "sym",
-    "checkpoint_format",
-    "format",
-    "packing_format",
-    "dynamic",
-    "extra_config",
-    "config_groups",
-    "ignore",
-)
 # Parts that mean codes nearby, in any layout.
 _CODED_PARTS = frozenset({part for layout in LAYOUTS.values() for part in layout.roles} | {"weight_g_idx"})
 
@@ -100,18 +72,18 @@ class Checkpoint:
         folder = checkpoint_folder(path)
         config = read_json(require_inside(folder, folder / CONFIG_NAME))
         refuse_fetched_code(config, str(folder / CONFIG_NAME))
-        found = find_quantization(folder, config)
-        if found is None:
+        described = find_quantization(folder, config)
+        if described is None:
             _refuse_undescribed(folder)
             raise FormatError(
                 f"{folder / CONFIG_NAME} has no quantization_config, so {folder} is not a quantized checkpoint; make "
                 f"one with: cloq run {folder} --out RUN"
             )
-        source = found.source
+        source = described.source
         files, headers = read_headers(folder)
-        renamed = _names_in_memory(folder, config, found.config, headers)
+        renamed = _names_in_memory(folder, config, described.config, headers)
         files = {renamed.get(name, name): file for name, file in files.items()}
-        grids, by_memory = _read_grids(found.config, headers, renamed, source=source)
+        grids, by_memory = _read_grids(described.config, headers, renamed, source=source)
         headers = {renamed.get(name, name): header for name, header in headers.items()}
         stored = {name: file_name for file_name, name in renamed.items()}
         notes: list[str] = []
@@ -308,51 +280,6 @@ def _agreed_spec(
     return own[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundQuantization:
-    """What a folder says about its quantization, wherever it stands.
-
-    Args:
-        config: as a `quantization_config` of config.json holds it.
-        source: the place, for messages.
-        elsewhere: whether config.json has none at its usual place.
-    """
-
-    config: Mapping[str, Any]
-    source: str
-    elsewhere: bool
-
-
-def find_quantization(folder: Path, config: Mapping[str, Any]) -> FoundQuantization | None:
-    """Find the description of a quantization in config.json, or where older and other tools keep it.
-
-    Args:
-        folder: the checkpoint folder.
-        config: content of its config.json.
-
-    Returns:
-        What was found, with keys that only another place has added; None where there is nothing.
-
-    Raises:
-        FormatError: a place is damaged, or two of them disagree.
-    """
-    places = [*_places_in_config(folder, config), *_places_beside(folder)]
-    if not places:
-        return None
-    source, main = places[0]
-    for other, content in places[1:]:
-        for key in _DECISIVE:
-            if key in main and key in content and main[key] != content[key]:
-                raise FormatError(
-                    f"{source} says {key} {main[key]!r:.80}, but {other} says {content[key]!r:.80}; one of them "
-                    "describes another checkpoint: remove the wrong one."
-                )
-        # A file of its own keeps the order of the rules; what transformers writes into config.json is sorted.
-        added = {key: content[key] for key in _DECISIVE if key in content and (key not in main or key == "dynamic")}
-        main = {**main, **added}
-    return FoundQuantization(main, source, source != str(folder / CONFIG_NAME))
-
-
 def _refuse_undescribed(folder: Path) -> None:
     """Refuse a folder whose tensors are quantized although nothing says how."""
     try:
@@ -365,40 +292,6 @@ def _refuse_undescribed(folder: Path) -> None:
             f"{folder / CONFIG_NAME} has no quantization_config, so {folder} is not a quantized checkpoint that can be "
             f"read, although it holds {coded[0]:.200}; fetch the {QUANTIZE_CONFIG_NAME} that its tool wrote beside it."
         )
-
-
-def _places_in_config(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    source = str(folder / CONFIG_NAME)
-    for owner in (None, *_TEXT_CONFIGS):
-        held = config if owner is None else config.get(owner)
-        for key in _KEYS if isinstance(held, Mapping) else ():
-            value = held.get(key)  # type: ignore[union-attr]
-            if value is None:
-                continue
-            place = key if owner is None else f"{owner}.{key}"
-            if not isinstance(value, Mapping):
-                raise FormatError(f"{source}: {place} is a {type(value).__name__}; expected an object.")
-            if not value:
-                continue
-            if key == "compression_config" and "quant_method" not in value:
-                value = {"quant_method": "compressed-tensors", **value}
-            yield (source if place == _KEYS[0] else f"{source} ({place})"), value
-
-
-def _places_beside(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name in _CONFIG_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        content: Mapping[str, Any] = read_json(require_inside(folder, path))
-        if name == "hf_quant_config.json":
-            inner = content.get("quantization")
-            content = {"quant_method": "modelopt", **(inner if isinstance(inner, Mapping) else content)}
-        elif content and "quant_method" not in content:
-            # AutoGPTQ's first versions named no method, and AWQ's first versions other keys.
-            content = {"quant_method": "awq" if "w_bit" in content else "gptq", **content}
-        if content:
-            yield str(path), content
 
 
 def _by_content(
@@ -493,121 +386,3 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
             "path."
         )
     return folder
-
-
-def read_headers(folder: Path) -> tuple[dict[str, TensorFile], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Return the file and the header of every tensor of a folder, quantized or not.
-
-    Args:
-        folder: the checkpoint folder.
-
-    Returns:
-        (tensor name -> its file, tensor name -> (dtype code of safetensors, shape)).
-
-    Raises:
-        FormatError: a file is missing or damaged, lies elsewhere, or the files do not belong together.
-    """
-    index = _index_name(folder)
-    weight_map = None if index is None else _read_index(folder, index)
-    names = _weight_names(folder) if weight_map is None else sorted(set(weight_map.values()))
-    files: dict[str, TensorFile] = {}
-    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            _explain_missing(folder, name, index=index)
-    for name in names:
-        path = require_inside(folder, folder / name)
-        file = TensorFile(path)
-        for tensor, header in file.headers.items():
-            if tensor in files:
-                raise FormatError(
-                    f"{path} and {files[tensor].path} both hold {tensor}; the folder mixes two checkpoints."
-                )
-            if weight_map is not None and weight_map.get(tensor) != name:
-                raise FormatError(
-                    f"{path} holds {tensor}, but {index} says {weight_map.get(tensor)!r:.80}; the folder mixes "
-                    "two checkpoints: write or fetch it again."
-                )
-            files[tensor], headers[tensor] = file, header
-    for tensor in weight_map or {}:
-        if tensor not in files:
-            raise FormatError(
-                f"{folder / str(index)} promises {tensor!r:.80}, which no file holds; fetch or write it again."
-            )
-    return files, headers
-
-
-def _index_name(folder: Path) -> str | None:
-    """Return the index of a folder's weight files: of the usual name, or the only other one."""
-    if (folder / INDEX_NAME).exists() or (folder / WEIGHTS_NAME).exists():
-        return INDEX_NAME if (folder / INDEX_NAME).exists() else None
-    others = sorted(
-        path.name for path in folder.glob("*.safetensors.index.json") if not path.name.startswith(_NO_WEIGHTS)
-    )
-    return others[0] if len(others) == 1 else None
-
-
-def _weight_names(folder: Path) -> list[str]:
-    """Return the weight files of a folder without an index: the usual one, or those that older tools wrote."""
-    if (folder / WEIGHTS_NAME).exists():
-        return [WEIGHTS_NAME]
-    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_WEIGHTS))
-    numbered = [match for name in found if (match := _NUMBERED.fullmatch(name)) is not None]
-    if found and len(numbered) == len(found) and len({(match["stem"], match["count"]) for match in numbered}) == 1:
-        stem, count = numbered[0]["stem"], numbered[0]["count"]
-        whole = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-        missing = [name for name in whole if name not in found]
-        if missing:
-            raise FormatError(f"{folder / missing[0]} does not exist, but {found[0]} is there; fetch it again.")
-        return found
-    if len(found) <= 1:
-        return found or [WEIGHTS_NAME]
-    named = _base_name(folder)
-    if named in found:
-        return [named]
-    raise FormatError(
-        f"{folder} holds {', '.join(found[:4])}{' and more' if len(found) > 4 else ''}, and nothing says which of them "
-        f"are the weights; leave one, or rename it to {WEIGHTS_NAME}."
-    )
-
-
-def _base_name(folder: Path) -> str | None:
-    """Return the weight file that AutoGPTQ's own config names, or None."""
-    path = folder / QUANTIZE_CONFIG_NAME
-    name = read_json(require_inside(folder, path)).get("model_file_base_name") if path.is_file() else None
-    return f"{name}.safetensors" if isinstance(name, str) else None
-
-
-def _read_index(folder: Path, name: str) -> dict[str, str]:
-    """Return tensor name -> file name from an index."""
-    path = folder / name
-    weight_map = read_json(require_inside(folder, path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path} has no weight_map; the file is damaged: fetch or write it again.")
-    for tensor, shard in weight_map.items():
-        # A name with a folder in it could lead out of the checkpoint.
-        if not isinstance(shard, str) or _SHARD_NAME.fullmatch(shard) is None:
-            raise FormatError(
-                f"{path} puts {tensor[:80]!r} into {str(shard)[:80]!r}; expected the name of a .safetensors file in "
-                "the same folder."
-            )
-    return weight_map
-
-
-def _explain_missing(folder: Path, name: str, *, index: str | None) -> None:
-    if index is not None:
-        raise FormatError(f"{folder / name} does not exist, but {index} names it; fetch or write it again.")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    if pickles:
-        raise FormatError(
-            f"{folder} holds {pickles[0]:.80} but no {name}; only safetensors files are read, because a pickle can run "
-            "any code. Convert the checkpoint first: load it where you trust it, with the tool that wrote it, and save "
-            "it as safetensors."
-        )
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".npz"))
-    if others:
-        raise FormatError(
-            f"{folder} holds {others[0]:.80}, but no weights under a name that transformers or GPTQ tools give them, "
-            f"such as {name}; if these are the weights, with the names of transformers inside, rename the file."
-        )
-    raise FormatError(f"{folder / name} does not exist; fetch or write the checkpoint again.")

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_names import stored_names
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_header, translate_os_errors, write_folder, write_json
+from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.shards import ShardWriter
+from cloq_export.files.tensor_writer import tensor_header
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.layout import Layout
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied

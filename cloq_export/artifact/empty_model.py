@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,13 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
+from cloq_export.files.safe_paths import require_inside
+from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.experts import split_experts
-from cloq_export.models.source import NO_CODE, refuse_part_of_wrapper
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.loaded_weights import refuse_part_of_wrapper
 from cloq_export.models.tied_head import correct_config, corrected_entries
 
 if TYPE_CHECKING:
@@ -55,18 +58,23 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
     return model
 
 
-def float_part(checkpoint: Checkpoint, *, save_files: Callable[[Path], Any]) -> FloatPart:
+def float_part(checkpoint: Checkpoint) -> FloatPart:
     """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
 
     Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
 
     Args:
         checkpoint: the checkpoint.
-        save_files: writes config.json, tokenizer and the like into the folder it is given.
 
     Raises:
         FormatError: config.json describes no model that transformers can build, or a tensor has no place in it.
     """
+    companions = companion_files(checkpoint.folder)
+
+    def save_files(folder: Path) -> None:
+        config = require_inside(checkpoint.folder, checkpoint.folder / CONFIG_NAME)
+        copy_companions(checkpoint.folder, [config, *companions], folder)
+
     model = empty_model(checkpoint, None)
     targeted_linears(checkpoint, model)
     _, idle = float_places(checkpoint, model)

@@ -3,75 +3,43 @@
 from __future__ import annotations
 
 import collections
-import math
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
-from cloq_export.artifact.certificate import CERTIFICATE_NAME, verify_certificate
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME, CONFIG_NAME, Checkpoint
+from cloq_export.artifact.adapters import ADAPTERS_NAME, AdapterShelf, read_bound_adapter
+from cloq_export.artifact.artifact import Artifact
+from cloq_export.artifact.certificate import CERTIFICATE_NAME, RepeatedCertificate, verify_certificate
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import is_ours
 from cloq_export.artifact.detective import examine
-from cloq_export.artifact.merged import is_merged
+from cloq_export.artifact.inspection_result import (
+    AdapterInspection,
+    CheckpointInspection,
+    GridCount,
+    Inspection,
+    MergedInspection,
+    OnnxAdapterInspection,
+    OnnxGridCount,
+    OnnxInspection,
+    RunInspection,
+    UnreadInspection,
+)
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import StoredSizes, adapter_bytes
 from cloq_export.errors import FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
-from cloq_export.files.safe_tensors import read_safetensors_header
 from cloq_export.formats.merged import MERGED_NAME
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.record import ADAPTER_NAME as ONNX_ADAPTER_NAME
-from cloq_export.formats.onnx.record import is_onnx_export, read_record
-from cloq_export.formats.peft.codec import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from cloq_export.formats.peft.codec import Adapter, is_adapter, read_adapter
+from cloq_export.formats.onnx.record import read_record
+from cloq_export.formats.peft.codec import Adapter, read_adapter
 from cloq_export.models.companions import companion_files
 
-_DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-}
-_SIZES = {"codes": "code_bytes", "scales": "scale_bytes", "zeros": "zero_bytes", "index": "index_bytes"}
-
-
-def stored_sizes(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Return what a checkpoint and one of its adapters take on disk.
-
-    `bits_per_weight` counts codes, scales and zeros over the weights of the quantized linears; an index such as
-    `g_idx`, which says nothing in the layouts here, is left out of it and stands in "index_bytes". With the adapter,
-    its A and B are added, over the same weights.
-
-    Args:
-        path: a run directory or a checkpoint folder.
-        adapter: an adapter folder, or the name of an adapter in the run; None counts none.
-
-    Returns:
-        dict: "quantized_weights" (their number), "code_bytes", "scale_bytes", "zero_bytes", "index_bytes",
-        "float_part_bytes" (tensors that are not quantized), "checkpoint_bytes" (all of these), "adapter_bytes" (None
-        without one), "float_bytes" (the same model unquantized, in the dtype of its float part),
-        "bits_per_weight", "bits_per_weight_with_adapter" (None without one).
-
-    Raises:
-        FormatError: a file is missing or damaged.
-    """
-    folder = None
-    if adapter is not None:
-        folder = Path(adapter)
-        if RunDirectory.is_run(path) and isinstance(adapter, str) and adapter in RunDirectory.open(path).adapters():
-            folder = RunDirectory.open(path).adapter_path(adapter)
-    return _sizes(Checkpoint.open(path), folder)
+_NO_CERTIFICATE = "none: only the fingerprint was computed; `cloq export` writes one"
 
 
 def describe(
@@ -80,7 +48,7 @@ def describe(
     verify: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     force: bool = False,
-) -> dict[str, Any]:
+) -> Inspection:
     """Say what an artefact is: a run directory, an export, a checkpoint or adapter of ours, or somebody else's.
 
     Args:
@@ -91,191 +59,161 @@ def describe(
         force: describe an adapter of another base instead of refusing it; the answer says so.
 
     Returns:
-        dict: "kind" ("run", "checkpoint" or "adapter"), "path", "ours", and the facts of that kind, ready for JSON.
+        The facts of its kind.
 
     Raises:
         FormatError: there is nothing that is known at the path, or a file of it is missing or damaged.
         RunDirectoryError: the run cannot be read.
         BindingError: the adapter belongs to another base, and `force` is not given.
     """
-    folder = Path(path)
-    facts = _describe(folder, verify=verify)
-    if adapter is not None:
-        facts["checked_adapter"] = _describe_bound(folder, adapter, force=force)
-    return facts
+    artifact = Artifact.open(path)
+    inspection = _describe(artifact, verify=verify)
+    if adapter is None:
+        return inspection
+    return dataclasses.replace(inspection, checked_adapter=_describe_bound(artifact, adapter, force=force))
 
 
-def _describe(folder: Path, *, verify: bool) -> dict[str, Any]:
+def _describe(artifact: Artifact, *, verify: bool) -> Inspection:
+    folder = artifact.path
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FormatError(f"{folder} {what}; give the folder of a run, a checkpoint or an adapter.")
-    if RunDirectory.is_run(folder):
-        return _describe_run(folder, verify=verify)
-    if is_adapter(folder):
-        facts = _describe_adapter(folder)
-        if verify and (folder / CERTIFICATE_NAME).is_file():
-            facts["certificate"] = _verified(folder)
-        return facts
-    if is_merged(folder):
-        return _describe_merged(folder, verify=verify)
-    if is_onnx_export(folder):
-        return _describe_onnx(folder, verify=verify)
-    if (folder / ONNX_ADAPTER_NAME).is_file():
+    if artifact.run is not None:
+        return _describe_run(artifact.run, verify=verify)
+    if artifact.kind == "adapter":
+        return dataclasses.replace(_describe_adapter(folder), certificate=_certificate_of(folder, verify=verify))
+    if artifact.kind == "merged export":
+        repeated = verify_certificate(folder) if verify else None
+        return MergedInspection(path=str(folder), record=read_json(folder / MERGED_NAME), certificate=repeated)
+    if artifact.kind == "onnx export":
+        return _describe_onnx(folder, artifact.adapters, verify=verify)
+    if artifact.kind == "onnx adapter":
         return _describe_onnx_adapter(folder, verify=verify)
-    if (folder / CONFIG_NAME).is_file():
-        if not is_ours(folder):
-            return _describe_foreign(folder, verify=verify)
-        facts = _describe_checkpoint(Checkpoint.open(folder), verify=verify)
-        home = folder / ADAPTERS_NAME
-        if home.is_dir():
-            base = facts["base_fingerprint"]
-            found = [_describe_adapter(place) for place in sorted(home.iterdir()) if is_adapter(place)]
-            facts["adapters"] = [
-                {"name": Path(each["path"]).name, **each, "bound_to_this_base": each["base_fingerprint"] == base}
-                for each in found
-            ]
-        return facts
+    if artifact.kind == "checkpoint" and is_ours(folder):
+        return _with_adapters(_describe_checkpoint(artifact.checkpoint, verify=verify), artifact.adapters)
+    if artifact.kind == "checkpoint":
+        return _describe_foreign(folder, verify=verify)
     raise FormatError(
         f"{folder} holds no run.json, config.json or adapter_config.json, so it is no run, checkpoint or adapter; "
         "check the path."
     )
 
 
-def _describe_run(folder: Path, *, verify: bool) -> dict[str, Any]:
-    run = RunDirectory.open(folder)
-    recipe = run.recipe
-    damaged = run.damaged_layers()
-    facts: dict[str, Any] = {
-        "kind": "run",
-        "path": str(folder),
-        "ours": True,
-        "state": run.state,
-        "model": recipe.get("model"),
-        "source_fingerprint": run.source_fingerprint,
-        "finished_layers": len(run.completed_modules()),
-        "damaged_layers": sorted(damaged.values()),
-        "reports": run.reports(),
-        "adapters": [],
-        "checkpoint": None,
-        "recipe": recipe,
-        "versions": dict(run.manifest.versions),
-    }
-    checkpoint = None
+def _describe_run(run: RunDirectory, *, verify: bool) -> RunInspection:
+    checkpoint = described = None
     if run.checkpoint_path.is_dir():
         checkpoint = Checkpoint.open(run.checkpoint_path)
-        facts["checkpoint"] = _describe_checkpoint(checkpoint, verify=verify)
+        described = _describe_checkpoint(checkpoint, verify=verify)
         if verify:
-            _refuse_other_layers(run, facts["checkpoint"]["base_fingerprint"])
-    for name in run.adapters():
-        adapter = _describe_adapter(run.adapter_path(name))
+            _refuse_other_layers(run, described.base_fingerprint)
+    adapters = []
+    for name, folder in run.adapters.folders.items():
+        adapter = dataclasses.replace(_describe_adapter(folder), name=name)
         if checkpoint is not None:
-            sizes = _sizes(checkpoint, run.adapter_path(name))
-            adapter["bits_per_weight_with_adapter"] = sizes["bits_per_weight_with_adapter"]
-            adapter["bound_to_this_base"] = adapter["base_fingerprint"] == checkpoint.fingerprint
-        facts["adapters"].append({"name": name, **adapter})
-    return facts
+            adapter = dataclasses.replace(
+                adapter,
+                bits_per_weight_with_adapter=StoredSizes.of(checkpoint, folder).bits_per_weight_with_adapter,
+                bound_to_this_base=adapter.base_fingerprint == checkpoint.fingerprint,
+            )
+        adapters.append(adapter)
+    return RunInspection(
+        path=str(run.path),
+        state=run.state,
+        model=run.recipe.get("model"),
+        source_fingerprint=run.source_fingerprint,
+        finished_layers=len(run.completed_modules()),
+        damaged_layers=tuple(sorted(run.damaged_layers().values())),
+        reports=tuple(run.reports()),
+        adapters=tuple(adapters),
+        checkpoint=described,
+        recipe=run.recipe,
+        versions=run.manifest.versions,
+        notes=run.adapters.notes,
+    )
 
 
-def _describe_foreign(folder: Path, *, verify: bool) -> dict[str, Any]:
+def _with_adapters(described: CheckpointInspection, shelf: AdapterShelf) -> CheckpointInspection:
+    if not (shelf.home / ADAPTERS_NAME).is_dir():
+        return described
+    adapters = []
+    for name, folder in shelf.folders.items():
+        adapter = _describe_adapter(folder)
+        bound = adapter.base_fingerprint == described.base_fingerprint
+        adapters.append(dataclasses.replace(adapter, name=name, bound_to_this_base=bound))
+    return dataclasses.replace(described, adapters=tuple(adapters), notes=(*described.notes, *shelf.notes))
+
+
+def _describe_foreign(folder: Path, *, verify: bool) -> Inspection:
     """Describe a checkpoint of another tool: what it is by label and by content, and what is suspicious."""
-    found = examine(folder)
-    facts: dict[str, Any] = {"kind": "checkpoint", "path": str(folder), "ours": False}
-    if found.readable:
-        facts = _describe_checkpoint(Checkpoint.open(folder), verify=verify)
-    elif verify and found.refusal:
-        raise FormatError(found.refusal)
-    return {**facts, "examination": found.facts()}
+    examination = examine(folder)
+    if examination.readable:
+        described = _describe_checkpoint(Checkpoint.open(folder), verify=verify)
+        return dataclasses.replace(described, examination=examination)
+    if verify and examination.refusal:
+        raise FormatError(examination.refusal)
+    return UnreadInspection(path=str(folder), ours=False, examination=examination)
 
 
-def _describe_bound(folder: Path, adapter: str | os.PathLike[str], *, force: bool) -> dict[str, Any]:
+def _describe_bound(artifact: Artifact, adapter: str | os.PathLike[str], *, force: bool) -> AdapterInspection:
     """Describe an adapter beside the base that it is to be served on, refusing one of another base."""
-    checkpoint = Checkpoint.open(folder)
-    found = find_adapter(folder, adapter)
-    read_bound_adapter(found, checkpoint, force=force)
-    facts = _describe_adapter(found)
-    bound = facts["base_fingerprint"] == checkpoint.fingerprint
-    return {**facts, "bound_to_this_base": bound, "forced": not bound}
+    checkpoint = artifact.checkpoint
+    folder = artifact.adapters.find(adapter)
+    read_bound_adapter(folder, checkpoint, force=force)
+    described = _describe_adapter(folder)
+    bound = described.base_fingerprint == checkpoint.fingerprint
+    return dataclasses.replace(described, bound_to_this_base=bound, forced=not bound)
 
 
-def _describe_merged(folder: Path, *, verify: bool) -> dict[str, Any]:
-    record = read_json(folder / MERGED_NAME)
-    facts: dict[str, Any] = {"kind": "merged export", "path": str(folder), "ours": True, **record}
-    facts["modules"] = len(record.get("modules") or [])
-    if verify:
-        facts["certificate"] = _verified(folder)
-        facts["verified"] = True
-    return facts
-
-
-def _describe_onnx(folder: Path, *, verify: bool) -> dict[str, Any]:
+def _describe_onnx(folder: Path, shelf: AdapterShelf, *, verify: bool) -> OnnxInspection:
     record = read_record(folder)
     grids = collections.Counter(
         (module.spec, module.blocks.bits, module.blocks.block_size, module.blocks.accuracy_level)
         for module in record.modules.values()
     )
-    facts: dict[str, Any] = {
-        "kind": "onnx export",
-        "path": str(folder),
-        "ours": True,
-        "style": record.style,
-        "two_bit": record.two_bit,
-        "opset": record.opset,
-        "exporter": record.exporter,
-        "base_fingerprint": record.base_fingerprint,
-        "quantized_modules": len(record.modules),
-        "notes": list(record.notes),
-        "graph_bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file()),
-        "grids": [
-            {
-                "bits": spec.bits,
-                "group_size": spec.group_size,
-                "symmetric": spec.symmetric,
-                "container_bits": bits,
-                "block_size": size,
-                "accuracy_level": level,
-                "modules": count,
-            }
+    return OnnxInspection(
+        path=str(folder),
+        style=record.style,
+        two_bit=record.two_bit,
+        opset=record.opset,
+        exporter=record.exporter,
+        base_fingerprint=record.base_fingerprint,
+        quantized_modules=len(record.modules),
+        notes=(*record.notes, *shelf.notes),
+        graph_bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file()),
+        grids=tuple(
+            OnnxGridCount(
+                **dataclasses.asdict(spec), container_bits=bits, block_size=size, accuracy_level=level, modules=count
+            )
             for (spec, bits, size, level), count in grids.items()
-        ],
-    }
-    home = folder / ADAPTERS_NAME
-    if home.is_dir():
-        facts["adapters"] = sorted(place.name for place in home.iterdir() if (place / ONNX_ADAPTER_NAME).is_file())
-    if verify:
-        facts["certificate"] = _verified(folder)
-        facts["verified"] = True
-    return facts
+        ),
+        adapters=tuple(shelf.names) if (folder / ADAPTERS_NAME).is_dir() else None,
+        certificate=verify_certificate(folder) if verify else None,
+    )
 
 
-def _describe_onnx_adapter(folder: Path, *, verify: bool) -> dict[str, Any]:
+def _describe_onnx_adapter(folder: Path, *, verify: bool) -> OnnxAdapterInspection:
     require_packages()
     from cloq_export.formats.onnx.adapter import read_onnx_adapter
 
     adapter = read_onnx_adapter(folder)
-    facts: dict[str, Any] = {
-        "kind": "onnx adapter",
-        "path": str(folder),
-        "ours": True,
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        "base_fingerprint": adapter.base_fingerprint,
-        "modules": len(adapter.pairs),
-        "ranks": _counted(collections.Counter(pair.rank for pair in adapter.pairs.values())),
-        "parameters": _parameters(adapter),
-        "adapter_bytes": (folder / ONNX_ADAPTER_NAME).stat().st_size,
-    }
-    if verify and (folder / CERTIFICATE_NAME).is_file():
-        facts["certificate"] = _verified(folder)
-    return facts
+    return OnnxAdapterInspection(
+        path=str(folder),
+        base_model=adapter.config.get("base_model_name_or_path"),
+        base_fingerprint=adapter.base_fingerprint,
+        modules=len(adapter.pairs),
+        ranks=_counted_ranks(adapter),
+        parameters=_parameters(adapter),
+        adapter_bytes=(folder / ONNX_ADAPTER_NAME).stat().st_size,
+        certificate=_certificate_of(folder, verify=verify),
+    )
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """Repeat a certificate and say what that covered."""
-    repeated = verify_certificate(folder)
-    certificate = repeated.pop("certificate")
-    return {"layout": certificate["layout"], "forced": certificate.get("forced", []), **repeated}
+def _certificate_of(folder: Path, *, verify: bool) -> RepeatedCertificate | None:
+    """Repeat the certificate of a folder if it has one and this is asked for."""
+    return verify_certificate(folder) if verify and (folder / CERTIFICATE_NAME).is_file() else None
 
 
-def _refuse_other_layers(run: RunDirectory, packed: str) -> None:
+def _refuse_other_layers(run: RunDirectory, packed: str | None) -> None:
     """Check that the layers of a run are those that its checkpoint packs."""
     kept = combine_digests({name: layer_digest(file.read_codes()) for name, file in run.layer_files().items()})
     if kept != packed:
@@ -285,43 +223,33 @@ def _refuse_other_layers(run: RunDirectory, packed: str) -> None:
         )
 
 
-def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
+def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> CheckpointInspection:
     specs = collections.Counter(checkpoint.specs.values())
-    grids = [
-        {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "modules": count}
-        for spec, count in sorted(specs.items(), key=lambda item: (-item[1], item[0].bits, item[0].group_size))
-    ]
     main, folder = checkpoint.grids.default, checkpoint.folder
-    facts: dict[str, Any] = {
-        "kind": "checkpoint",
-        "path": str(folder),
-        "ours": checkpoint.is_ours,
-        "architecture": _architecture(checkpoint.config),
-        "layout": checkpoint.grids.layout.name,
-        "bits": main.bits,
-        "group_size": main.group_size,
-        "symmetric": main.symmetric,
-        "quantized_modules": len(checkpoint.specs),
-        "base_fingerprint": checkpoint.grids.base_fingerprint,
-        "files": sorted({file.path.name for file in checkpoint.files.values()}),
-        "companions": [path.relative_to(folder).as_posix() for path in companion_files(folder)],
-        **_sizes(checkpoint, None),
-    }
-    facts = {name: value for name, value in facts.items() if not name.endswith("_with_adapter") or value is not None}
-    facts.pop("adapter_bytes")
-    if len(grids) > 1:
-        facts["grids"] = grids
-    if checkpoint.notes:
-        facts["notes"] = list(checkpoint.notes)
+    fingerprint = checkpoint.grids.base_fingerprint
+    certificate: RepeatedCertificate | str | None = None
     if verify:
         # Before the certificate, which only knows that a file changed: a base that is another one is said first.
-        facts["base_fingerprint"] = _computed_fingerprint(checkpoint)
-        facts["verified"] = True
-        if (checkpoint.folder / CERTIFICATE_NAME).is_file():
-            facts["certificate"] = _verified(checkpoint.folder)
-        elif checkpoint.is_ours:
-            facts["certificate"] = "none: only the fingerprint was computed; `cloq export` writes one"
-    return facts
+        fingerprint = _computed_fingerprint(checkpoint)
+        certificate = _certificate_of(folder, verify=True) or (_NO_CERTIFICATE if checkpoint.is_ours else None)
+    return CheckpointInspection(
+        path=str(folder),
+        ours=checkpoint.is_ours,
+        architecture=_architecture(checkpoint.config),
+        layout=checkpoint.grids.layout.name,
+        main=GridCount(**dataclasses.asdict(main), modules=len(checkpoint.specs)),
+        grids=tuple(
+            GridCount(**dataclasses.asdict(spec), modules=count)
+            for spec, count in sorted(specs.items(), key=lambda item: (-item[1], item[0].bits, item[0].group_size))
+        ),
+        base_fingerprint=fingerprint,
+        files=tuple(sorted({file.path.name for file in checkpoint.files.values()})),
+        companions=tuple(path.relative_to(folder).as_posix() for path in companion_files(folder)),
+        sizes=StoredSizes.of(checkpoint),
+        notes=checkpoint.notes,
+        verified=verify,
+        certificate=certificate,
+    )
 
 
 def _computed_fingerprint(checkpoint: Checkpoint) -> str:
@@ -341,62 +269,28 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     return ", ".join(known) or None
 
 
-def _describe_adapter(folder: Path) -> dict[str, Any]:
+def _describe_adapter(folder: Path) -> AdapterInspection:
     adapter = read_adapter(folder)
-    ranks = collections.Counter(pair.rank for pair in adapter.pairs.values())
     dtypes = sorted({str(pair.lora_A.dtype).removeprefix("torch.") for pair in adapter.pairs.values()})
-    return {
-        "kind": "adapter",
-        "path": str(folder),
-        "ours": adapter.base_fingerprint is not None,
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        "base_fingerprint": adapter.base_fingerprint,
-        "modules": len(adapter.pairs),
-        "ranks": _counted(ranks),
-        "dtype": ", ".join(dtypes),
-        "parameters": _parameters(adapter),
-        "adapter_bytes": bytes_of(read_safetensors_header(folder / ADAPTER_WEIGHTS_NAME)[0].values()),
-    }
+    return AdapterInspection(
+        path=str(folder),
+        ours=adapter.base_fingerprint is not None,
+        base_model=adapter.config.get("base_model_name_or_path"),
+        base_fingerprint=adapter.base_fingerprint,
+        modules=len(adapter.pairs),
+        ranks=_counted_ranks(adapter),
+        dtype=", ".join(dtypes),
+        parameters=_parameters(adapter),
+        adapter_bytes=adapter_bytes(folder),
+    )
 
 
-def _sizes(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, Any]:
-    sizes = dict.fromkeys((*_SIZES.values(), "float_part_bytes"), 0)
-    float_codes: collections.Counter[str] = collections.Counter()
-    floats, roles = set(checkpoint.float_names()), checkpoint.grids.layout.roles
-    for name, header in checkpoint.headers.items():
-        size = bytes_of([header])
-        if name in floats:
-            sizes["float_part_bytes"] += size
-            float_codes[header[0]] += size
-        else:
-            sizes[_SIZES[roles[name.rpartition(".")[2]]]] += size
-    weights = sum(math.prod(checkpoint.features(module)) for module in checkpoint.specs)
-    coded = sizes["code_bytes"] + sizes["scale_bytes"] + sizes["zero_bytes"]
-    float_bits = _DTYPE_BITS.get(float_codes.most_common(1)[0][0], 8) if float_codes else 16
-    adapter_bytes = None
-    if adapter is not None:
-        adapter_bytes = bytes_of(read_safetensors_header(adapter / ADAPTER_WEIGHTS_NAME)[0].values())
-    return {
-        "quantized_weights": weights,
-        **sizes,
-        "checkpoint_bytes": coded + sizes["index_bytes"] + sizes["float_part_bytes"],
-        "adapter_bytes": adapter_bytes,
-        "float_bytes": sizes["float_part_bytes"] + weights * float_bits // 8,
-        "bits_per_weight": 8 * coded / weights,
-        "bits_per_weight_with_adapter": None if adapter_bytes is None else 8 * (coded + adapter_bytes) / weights,
-    }
-
-
-def bytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-    # An unknown dtype is one byte or less (the eight-bit floats).
-    return sum(math.prod(shape) * _DTYPE_BITS.get(code, 8) // 8 for code, shape in headers)
-
-
-def _counted(counts: Mapping[int, int]) -> str:
-    """Return "64" or, where they differ, "64 (200 modules), 16 (10 modules)"."""
+def _counted_ranks(adapter: Adapter) -> str:
+    """Return "64" or, where ranks differ, "64 (200 modules), 16 (10 modules)"."""
+    counts = collections.Counter(pair.rank for pair in adapter.pairs.values())
     if len(counts) == 1:
         return str(next(iter(counts)))
-    return ", ".join(f"{value} ({count} modules)" for value, count in sorted(counts.items(), reverse=True))
+    return ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(counts.items(), reverse=True))
 
 
 def _parameters(adapter: Adapter) -> int:

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, Progress, drop_private
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, NonFiniteError
-from cloq_export.files.atomic import tensor_bytes, tensor_header, translate_os_errors, write_folder, write_json
+from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.shards import ShardWriter
+from cloq_export.files.tensor_writer import tensor_bytes, tensor_header
 from cloq_export.formats.merged import (
     MERGED_DTYPES,
     MERGED_NAME,

@@ -10,18 +10,17 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cloq_export.artifact.pair_record import PairRecord
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes, write_json
+from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
-from cloq_export.types import LoraPair
 
 PROVENANCE_NAME = "cloq_provenance.json"
 PROVENANCE_FORMAT = "cloq-provenance"
@@ -45,61 +44,6 @@ PROBE_CHAT = (
 )
 # Tokens of each probe text on which log-probabilities are kept: a handful that one forward pass gives.
 _PROBE_TOKENS = 48
-_SKETCHES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class PairRecord:
-    """What identifies one LoRA pair, and its product in whatever form it is served.
-
-    With `P = (alpha / rank) B A`, the sketch is `u_k^T P v_k` for fixed vectors of signs u_k and v_k: a difference E of
-    the product changes each by about `||E||_F`, and nothing that leaves the product alone changes any.
-
-    Args:
-        sha256: of A, B and the scaling, hexadecimal.
-        rank: of the pair.
-        scaling: alpha / rank.
-        norm: `||P||_F`.
-        sketch: `u_k^T P v_k`, k = 1..8.
-    """
-
-    sha256: str
-    rank: int
-    scaling: float
-    norm: float
-    sketch: tuple[float, ...]
-
-    @classmethod
-    def of(cls, module: str, pair: LoraPair) -> PairRecord:
-        """Return the record of a pair.
-
-        Args:
-            module: its full module name, which the vectors of signs come from.
-            pair: A (rank, in) and B (out, rank).
-        """
-        left, right = pair.lora_B.double(), pair.lora_A.double() * pair.scaling
-        squared = float(((left.T @ left) * (right @ right.T)).sum())
-        sketch = [
-            float((_signs(module, "out", k, left.shape[0]) @ left) @ (right @ _signs(module, "in", k, right.shape[1])))
-            for k in range(_SKETCHES)
-        ]
-        norm = math.sqrt(max(0.0, squared))
-        return cls(pair_digest(pair), pair.rank, pair.scaling, _rounded(norm), tuple(map(_rounded, sketch)))
-
-    def deviation(self, other: PairRecord) -> float:
-        """Return how far another product is from this one: about `||P - P_other||_F / ||P||_F`, up to a factor of 2."""
-        furthest = max(abs(a - b) for a, b in zip(self.sketch, other.sketch, strict=True))
-        if self.norm == 0:
-            return 0.0 if other.norm == 0 else math.inf
-        return max(furthest, abs(self.norm - other.norm)) / self.norm
-
-    def ratio(self, other: PairRecord) -> float | None:
-        """Return the factor by which another product is this one times a number; None if it is something else."""
-        if self.norm == 0 or other.norm == 0:
-            return None
-        factor = other.norm / self.norm
-        scaled = max(abs(factor * a - b) for a, b in zip(self.sketch, other.sketch, strict=True))
-        return factor if scaled <= 1e-3 * other.norm else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +163,7 @@ class AdapterRecord:
             return cls(
                 name=_text(found["name"]),
                 base_fingerprint=_text(found["base_fingerprint"]),
-                pairs={module: _read_pair(entry) for module, entry in found["pairs"].items()},
+                pairs={module: PairRecord.from_json(entry) for module, entry in found["pairs"].items()},
                 probe=None if found["probe"] is None else _read_probe(found["probe"]),
                 training=None if found["training"] is None else _read_training(found["training"]),
             )
@@ -341,28 +285,6 @@ def seal_of(record: AdapterRecord) -> str:
     return str(record.to_json()["seal"])
 
 
-def pair_digest(pair: LoraPair) -> str:
-    """Return the hexadecimal SHA-256 of a pair: dtype, shapes, A, B row by row as little-endian bytes, and scaling."""
-    head = [str(pair.lora_A.dtype), list(pair.lora_A.shape), list(pair.lora_B.shape), repr(float(pair.scaling))]
-    digest = hashlib.sha256(json.dumps(head).encode("ascii"))
-    for factor in (pair.lora_A, pair.lora_B):
-        digest.update(tensor_bytes(factor))
-    return digest.hexdigest()
-
-
-def pairs_digest(digests: Mapping[str, str]) -> str:
-    """Return one hash over the digests of an adapter's pairs, in sorted order of module names."""
-    total = hashlib.sha256()
-    for module in sorted(digests):
-        total.update(f"{module}\0{digests[module]}\n".encode())
-    return total.hexdigest()
-
-
-def record_pairs(pairs: Mapping[str, LoraPair]) -> dict[str, PairRecord]:
-    """Return module -> record of an adapter's pairs, sorted."""
-    return {module: PairRecord.of(module, pairs[module]) for module in sorted(pairs)}
-
-
 def probe_record(
     precision: torch.dtype, token_ids: Sequence[Sequence[int]], logprobs: Sequence[torch.Tensor]
 ) -> ProbeRecord:
@@ -378,19 +300,6 @@ def probe_record(
         tuple(map(tuple, token_ids)),
         tuple(tuple(float(value) for value in values) for values in logprobs),
     )
-
-
-def _signs(module: str, side: str, number: int, count: int) -> torch.Tensor:
-    """Return a vector of +1 and -1, (count,) float64: the bits of a hash, so the same on every machine."""
-    raw = hashlib.shake_256(f"{module}\0{side}\0{number}".encode()).digest(-(-count // 8))
-    octets = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.reshape(-1)[:count].double() * 2 - 1
-
-
-def _rounded(value: float) -> float:
-    # The last digits of a sum depend on how many threads make it; the record must not.
-    return float(f"{value:.9g}")
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -433,18 +342,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError
     return value
-
-
-def _read_pair(entry: Mapping[str, Any]) -> PairRecord:
-    if len(entry["sketch"]) != _SKETCHES:
-        raise ValueError
-    return PairRecord(
-        _text(entry["sha256"]),
-        int(entry["rank"]),
-        float(entry["scaling"]),
-        float(entry["norm"]),
-        tuple(map(float, entry["sketch"])),
-    )
 
 
 def _read_probe(entry: Mapping[str, Any]) -> ProbeRecord:

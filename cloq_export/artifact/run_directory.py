@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloq_export.artifact.run_layers import LayerFile, StoredLayer, remedy_named, write_layer_file
+from cloq_export.artifact.adapters import ADAPTERS_NAME, AdapterShelf
+from cloq_export.artifact.run_layers import LayerFile, StoredLayer, read_layer_files, remedy_named, write_layer_file
 from cloq_export.artifact.run_lock import LOCK_NAME, RunLock
 from cloq_export.artifact.run_manifest import MANIFEST_NAME, RunManifest, as_json
 from cloq_export.errors import FormatError, RunDirectoryError
@@ -140,7 +141,7 @@ class RunDirectory:
     def _take_lock(self) -> bool:
         if not self._held.take():
             return False
-        for folder in (self.path, self.path / "layers", self.path / "reports", self.path / "adapters"):
+        for folder in (self.path, self.path / "layers", self.path / "reports", self.path / ADAPTERS_NAME):
             remove_partials(folder)
         return True
 
@@ -224,12 +225,12 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the name cannot be a folder name.
         """
-        return self.path / "adapters" / _checked_name(name, "adapter name")
+        return self.path / ADAPTERS_NAME / _checked_name(name, "adapter name")
 
-    def adapters(self) -> list[str]:
-        """Return the names of the adapters in the run, sorted."""
-        folder = self.path / "adapters"
-        return sorted(e.name for e in _entries(folder) if e.is_dir() and not is_partial(e.name))
+    @property
+    def adapters(self) -> AdapterShelf:
+        """Return the adapters in the run."""
+        return AdapterShelf.of(self.path)
 
     def layer_path(self, module: str) -> Path:
         """Return where the layer of a module stands.
@@ -275,19 +276,11 @@ class RunDirectory:
             return LayerFile(path, module)
 
     def read_codes(self, module: str) -> QuantizedLayer:
-        """Return codes, scales and zeros of one finished layer, on the CPU.
-
-        Raises:
-            FormatError: the layer is missing or damaged.
-        """
+        """Return codes, scales and zeros of one finished layer; raises as `layer_file`."""
         return self.layer_file(module).read_codes()
 
     def read_pair(self, module: str) -> LoraPair | None:
-        """Return the adapter pair of one finished layer, on the CPU, or None if it has none.
-
-        Raises:
-            FormatError: the layer is missing or damaged.
-        """
+        """Return the adapter pair of one finished layer, or None; raises as `layer_file`."""
         return self.layer_file(module).read_pair()
 
     def read_layer(self, module: str) -> StoredLayer:
@@ -301,7 +294,7 @@ class RunDirectory:
 
     def layer_files(self) -> dict[str, LayerFile]:
         """Return the finished and whole layers, headers read, in the order of the model's blocks."""
-        return self._check_layers()[0]
+        return read_layer_files(_entries(self.path / "layers"))[0]
 
     def completed_modules(self) -> set[str]:
         """Return the modules whose layer is finished and whole; `damaged_layers` tells of the others."""
@@ -312,7 +305,7 @@ class RunDirectory:
 
         Writes are atomic, so only a failing disk or a foreign hand makes one.
         """
-        return self._check_layers()[1]
+        return read_layer_files(_entries(self.path / "layers"))[1]
 
     def certificates(self) -> list[LayerCertificate]:
         """Return the certificates of all finished layers, in the order of the model's blocks."""
@@ -367,18 +360,6 @@ class RunDirectory:
     def _report_path(self, name: str) -> Path:
         return self.path / "reports" / f"{_checked_name(name, 'report name')}.json"
 
-    def _check_layers(self) -> tuple[dict[str, LayerFile], dict[str, str]]:
-        whole: dict[str, LayerFile] = {}
-        damaged: dict[str, str] = {}
-        for entry in sorted(_entries(self.path / "layers"), key=lambda path: natural_order(path.stem)):
-            if entry.suffix != ".safetensors" or is_partial(entry.name):
-                continue
-            try:
-                whole[entry.stem] = LayerFile(entry, entry.stem)
-            except FormatError as error:
-                damaged[entry.stem] = str(error)
-        return whole, damaged
-
     def _make_folder(self, folder: Path) -> None:
         with translate_os_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -387,11 +368,6 @@ class RunDirectory:
         if manifest != self._manifest:
             manifest.write(self.path)
             self._manifest = manifest
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _entries(folder: Path) -> list[Path]:

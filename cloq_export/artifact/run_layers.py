@@ -7,14 +7,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cloq_export.errors import CloqError, FormatError, NonFiniteError, ShapeError
-from cloq_export.files.atomic import write_safetensors
+from cloq_export.files.atomic import is_partial
 from cloq_export.files.fingerprint import layer_digest
 from cloq_export.files.safe_json import parse_json
 from cloq_export.files.safe_tensors import TensorFile
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 
 LAYER_FORMAT = "cloq-layer"
@@ -141,6 +142,32 @@ class LayerFile:
                     f"{self.shape}."
                 )
             return pair
+
+
+def read_layer_files(paths: Iterable[Path]) -> tuple[dict[str, LayerFile], dict[str, str]]:
+    """Return the layers of a run by module, in the order of the model's blocks.
+
+    Args:
+        paths: what lies in the folder of the layers.
+
+    Returns:
+        (module -> layer, module -> what is wrong with its file).
+    """
+    whole: dict[str, LayerFile] = {}
+    damaged: dict[str, str] = {}
+    for path in sorted(paths, key=lambda path: natural_order(path.stem)):
+        if path.suffix != ".safetensors" or is_partial(path.name):
+            continue
+        try:
+            whole[path.stem] = LayerFile(path, path.stem)
+        except FormatError as error:
+            damaged[path.stem] = str(error)
+    return whole, damaged
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _read_spec(path: Path, metadata: Mapping[str, str]) -> QuantSpec:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cloq_export.artifact.expert_names import fused_places, name_in_memory, names_in_files
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
-from cloq_export.models.source import quiet_transformers
+from cloq_export.models.library_calls import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

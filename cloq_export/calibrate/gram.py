@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from cloq_export.errors import ShapeError
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels.dispatch import triton_takes
 from cloq_export.types import LayerStats
 
 Weighting = Literal["none", "inverse_norm"]
@@ -89,7 +89,7 @@ class GramAccumulator:
             return
         rounded = (self.rounded or _survives_rounding(inputs, self.device)) and not self._weighted(weights)
         with torch.no_grad(), torch.autocast(device_type=self.device.type, enabled=False):
-            fused = rounded and triton_kernels.usable_for(self._gram)
+            fused = rounded and triton_takes(self._gram)
             if fused:
                 self._add_narrow(inputs)
             self.tokens += inputs.numel() // self.in_features

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from cloq_export import __version__
+from cloq_export.cli.flags import with_flags
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, refused_output, write_line
 from cloq_export.errors import CloqError
 from cloq_export.files.versions import require_versions
@@ -45,7 +46,7 @@ _RESUMABLE = ("run", "quantize", "adapt", "finetune", "compare", "frontier", "ex
 _ASK_FOR_HELP = {"-h", "--help", "--version"}
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM
 
-# What a system refuses whatever the program does -> what its user can do.
+# Errors of the operating system -> what the user can do.
 _OF_THE_SYSTEM = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "make room, or name a folder on another disk with TMPDIR",
@@ -57,7 +58,7 @@ _OF_THE_SYSTEM = {
 
 
 class _EndedFromOutsideError(Exception):
-    """A signal or a closed pipe, its cause, on its way past click."""
+    """Carries a signal or a closed pipe, its cause, past click, which would handle either in its own way."""
 
 
 class _VerbGroup(click.Group):
@@ -69,6 +70,8 @@ class _VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        import cloq_export.lab  # noqa: F401  # registers choices of the recipe that the verbs' options offer
+
         module = importlib.import_module(f"cloq_export.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
@@ -76,6 +79,11 @@ class _VerbGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except CloqError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None:
+                error.args = (with_flags(str(error), command),)
+            raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
             # click would make both its own end, with an empty line and code 1.
             raise _EndedFromOutsideError from error

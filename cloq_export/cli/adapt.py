@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ def command(
     its codes are kept bit for bit.
     """
     changes = read_changes(named, settings)
+    recipe: Recipe | None = None
     if original is None:
         given = [name for name in _FOR_CHECKPOINTS if named.get(name) is not None]
         if out is not None or given:
@@ -53,14 +53,14 @@ def command(
     else:
         recipe = Recipe.from_mapping({**changes, "model": original})
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.render import render_summary
+    from cloq_export.verbs.adapt import adapt
+    from cloq_export.verbs.adapt_checkpoint import adapt_checkpoint
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.verbs")
-        if original is None:
-            summary = pipeline.adapt(path, changes, console=console)
+        if recipe is None or out is None:
+            summary = adapt(path, changes, console=console)
         else:
-            summary = pipeline.adapt_checkpoint(path, recipe, out, console=console)
-        summary = to_plain(summary)
-    emit(summary, render_summary, as_json=as_json)
+            summary = adapt_checkpoint(path, recipe, out, console=console)
+    emit(summary.to_json(), render_summary, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,15 @@ def command(
     from rich.console import Console
 
     from cloq_export.cli.output import emit, progress_console
+    from cloq_export.lab.comparing import compare
+    from cloq_export.lab.comparison import Comparison
+    from cloq_export.lab.comparison_report import comparison_table
 
-    comparing = importlib.import_module("cloq_export.lab.comparing")
-    comparison = comparing.Comparison.read(recipe, full=full)
+    comparison = Comparison.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
-        result = comparing.compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
+        measured = compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
 
-    def render(found: Mapping[str, Any], target: Console) -> None:
-        target.print(comparing.comparison_table(found), highlight=False, markup=False, soft_wrap=True)
+    def render(result: Mapping[str, Any], target: Console) -> None:
+        target.print(comparison_table(result), highlight=False, markup=False, soft_wrap=True)
 
-    emit(result, render, as_json=as_json)
+    emit(measured, render, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,12 @@ def command(run: Path, as_json: bool, **named: Any) -> None:
     """
     recipe = FineTuneRecipe.from_mapping({name: value for name, value in named.items() if value is not None})
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
+    from cloq_export.verbs.finetune import finetune
 
     with progress_console(as_json=as_json) as console:
-        finetuning = importlib.import_module("cloq_export.verbs.finetuning")
-        summary = to_plain(finetuning.finetune(run, recipe, console=console))
-    emit(summary, render_training, as_json=as_json)
+        result = finetune(run, recipe, console=console)
+    emit(result.to_json(), render_training, as_json=as_json)
 
 
 def render_training(summary: Mapping[str, Any], console: Console) -> None:

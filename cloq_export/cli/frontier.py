@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,15 @@ def command(
     from rich.console import Console
 
     from cloq_export.cli.output import emit, progress_console
+    from cloq_export.lab.frontier import measure_frontier
+    from cloq_export.lab.frontier_recipe import Frontier
+    from cloq_export.lab.frontier_report import frontier_table
 
-    pipeline = importlib.import_module("cloq_export.lab.frontier")
-    frontier = pipeline.Frontier.read(recipe, model=model, full=full)
+    frontier = Frontier.read(recipe, model=model, full=full)
     with progress_console(as_json=as_json) as console:
-        found = pipeline.measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
+        measured = measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
 
     def render(result: Mapping[str, Any], target: Console) -> None:
-        target.print(pipeline.frontier_table(result), highlight=False, markup=False, soft_wrap=True)
+        target.print(frontier_table(result), highlight=False, markup=False, soft_wrap=True)
 
-    emit(found, render, as_json=as_json)
+    emit(measured, render, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import click
@@ -26,10 +25,10 @@ from cloq_export.cli.options import PATH, json_option
 @json_option()
 def command(path: Path, verify: bool, adapter: str | None, force: bool, as_json: bool) -> None:
     """Explain PATH: a run, an export, an adapter, or a checkpoint of another tool."""
-    from cloq_export.cli.output import emit, progress_console, to_plain
-    from cloq_export.cli.render import render_inspection
+    from cloq_export.cli.output import emit, progress_console
+    from cloq_export.cli.render import render_facts
+    from cloq_export.verbs.inspect import inspect
 
     with progress_console(as_json=as_json):
-        pipeline = importlib.import_module("cloq_export.verbs")
-        result = to_plain(pipeline.inspect(path, verify, adapter=adapter, force=force))
-    emit(result, render_inspection, as_json=as_json)
+        content = inspect(path, verify=verify, adapter=adapter, force=force).to_json()
+    emit(content, render_facts, as_json=as_json)

@@ -1,4 +1,4 @@
-"""The options that verbs share, and how they become a recipe.
+"""The options that verbs share: flags made of option classes and recipes, and how what is typed becomes a recipe.
 
 What is typed wins over the recipe file, which wins over `--demo`, which wins over the preset, which wins over the
 defaults of `Recipe`.
@@ -6,8 +6,9 @@ defaults of `Recipe`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,6 @@ from cloq_export.recipe import (
     CHOICES,
     DEMO,
     DEMO_FINETUNE,
-    EXPORT_FORMATS,
     FIELDS,
     FINETUNE_CHOICES,
     FINETUNE_FIELDS,
@@ -71,27 +71,88 @@ _NAMED = (
 _METAVARS = {
     "calibration": "TEXT|FILE|HUB_ID",
     "blocks": "PATH",
-    "device": "auto|cpu|cuda[:N]",
     "data": "NAME|FILE|HUB_ID",
     "eval_data": "NAME|FILE|HUB_ID",
     "name": "NAME",
     "start": "NAME|zero",
 }
-_NUMBERS = {"int": click.INT, "float": click.FLOAT}
 
 
 def recipe_option(name: str) -> Callable[[Decorated], Decorated]:
-    """Return the click option of one recipe field; unless it is typed its value is None."""
-    field = FIELDS[name]
-    flag = "--" + name.replace("_", "-")
-    shown = f"  [default: {field.default}]" if field.default != "" else ""
+    """Return the option of one recipe field; unless it is typed its value is None."""
+    metavar = "auto|cpu|cuda[:N]" if name == "device" else _METAVARS.get(name)
+    off = "--asymmetric" if name == "symmetric" else None
+    return _recipe_field_option(FIELDS[name], CHOICES.get(name), metavar, off)
+
+
+def finetune_options(function: Decorated) -> Decorated:
+    """Add an option for each field of a fine-tuning; unless it is typed its value is None."""
+    for name, field in reversed(FINETUNE_FIELDS.items()):
+        function = _recipe_field_option(field, FINETUNE_CHOICES.get(name), _METAVARS.get(name))(function)
+    return function
+
+
+def _recipe_field_option(
+    field: dataclasses.Field[Any], choices: Iterable[str] | None, metavar: str | None, off: str | None = None
+) -> Callable[[Decorated], Decorated]:
+    flag = _flag_of(field.name)
+    shown = "" if field.default == "" or field.default is False else f"  [default: {field.default}]"
+    text = field.metadata["help"] + shown
     if field.type == "bool":
-        flag += "/--asymmetric" if name == "symmetric" else f"/--no-{name.replace('_', '-')}"
-        return click.option(flag, name, default=None, help=field.metadata["help"])
-    kind: Any = click.Choice(CHOICES[name]) if name in CHOICES else _NUMBERS.get(str(field.type), click.STRING)
-    return click.option(
-        flag, name, type=kind, default=None, metavar=_METAVARS.get(name), help=field.metadata["help"] + shown
-    )
+        return click.option(f"{flag}/{off or _flag_of(f'no_{field.name}')}", field.name, default=None, help=text)
+    kind = click.Choice(list(choices)) if choices else _number_type(field) or click.STRING
+    return click.option(flag, field.name, type=kind, default=None, metavar=None if choices else metavar, help=text)
+
+
+def options_of(kind: type, **texts: str) -> Callable[[Decorated], Decorated]:
+    """Return the options that the fields of an option class make.
+
+    Args:
+        kind: a dataclass of `verbs.options`; fields without a help text are left out.
+        texts: field -> help text that is another one for this verb.
+    """
+
+    def decorate(function: Decorated) -> Decorated:
+        for field in reversed(dataclasses.fields(kind)):
+            if "help" in field.metadata:
+                function = _field_option(field, texts.get(field.name))(function)
+        return function
+
+    return decorate
+
+
+def _field_option(field: dataclasses.Field[Any], text: str | None) -> Callable[[Decorated], Decorated]:
+    facts = field.metadata
+    settings: dict[str, Any] = {"help": text or facts["help"], "metavar": facts.get("metavar")}
+    if field.type == "bool":
+        settings["is_flag"] = True
+    elif "separator" in facts:
+        separator = facts["separator"]
+        settings |= {"default": separator.join(field.default), "show_default": True}
+        settings["callback"] = lambda _, __, value: split_values(value, separator)
+    elif str(field.type).startswith("tuple"):
+        settings["multiple"] = True
+    else:
+        settings |= {"default": field.default, "show_default": field.default is not None}
+        settings["type"] = click.Choice(facts["choices"]) if "choices" in facts else _number_type(field)
+        if str(field.type).startswith("Path"):
+            settings["type"] = PATH
+    return click.option(facts.get("flag", _flag_of(field.name)), field.name, **settings)
+
+
+def _number_type(field: dataclasses.Field[Any]) -> click.ParamType | None:
+    """Return the type of a field that is a number, in its limits, and None for any other."""
+    name = str(field.type).partition(" ")[0]
+    least, most = field.metadata.get("least"), field.metadata.get("most")
+    if name == "int":
+        return click.INT if least is most is None else click.IntRange(least, most)
+    if name == "float":
+        return click.FLOAT if least is most is None else click.FloatRange(least, most)
+    return None
+
+
+def _flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def recipe_options(function: Decorated) -> Decorated:
@@ -126,86 +187,6 @@ def recipe_options(function: Decorated) -> Decorated:
     return function
 
 
-def finetune_options(function: Decorated) -> Decorated:
-    """Add an option for each field of a fine-tuning; unless it is typed its value is None."""
-    for name, field in reversed(FINETUNE_FIELDS.items()):
-        shown = "" if field.default in ("", False) else f"  [default: {field.default}]"
-        text = field.metadata["help"] + shown
-        flag = "--" + name.replace("_", "-")
-        if field.type == "bool":
-            option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
-        else:
-            kind: Any = _NUMBERS.get(str(field.type), click.STRING)
-            if name in FINETUNE_CHOICES:
-                kind = click.Choice(FINETUNE_CHOICES[name])
-            metavar = None if name in FINETUNE_CHOICES else _METAVARS.get(name)
-            option = click.option(flag, name, type=kind, default=None, metavar=metavar, help=text)
-        function = option(function)
-    return function
-
-
-def export_options(place: str) -> Callable[[Decorated], Decorated]:
-    """Return the options that say what an export is; `place` tells where it goes unless --out is given."""
-    decorators = [
-        click.option(
-            "--format",
-            type=click.Choice(EXPORT_FORMATS),
-            help="A layout, merged (plain 16-bit weights), onnx, or adapters alone (peft, onnx-adapter); unless given, "
-            "the target's best, or the layout of the source.",
-        ),
-        click.option(
-            "--target",
-            metavar="ENGINE[==VERSION]",
-            help="Check that this engine can read the export, e.g. vllm==0.33, transformers, gptqmodel, sglang.",
-        ),
-        click.option(
-            "--device", type=click.Choice(["any", "cpu", "cuda"]), default="any", help="Where the target runs."
-        ),
-        click.option(
-            "--adapter",
-            "adapters",
-            multiple=True,
-            metavar="NAME|FOLDER",
-            help="Adapter to put in; can be repeated. Unless given, all that the source has.",
-        ),
-        click.option(
-            "--split",
-            type=click.Choice(["stored", "balanced"]),
-            default="stored",
-            help="How A and B share their product: as stored, or evenly, for engines that compute in float16.",
-        ),
-        click.option("--pad-rank", type=click.IntRange(min=1), help="Pad every pair with zeros to this rank."),
-        click.option(
-            "--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", help="Of a merged export."
-        ),
-        click.option(
-            "--style",
-            type=click.Choice(["matmulnbits", "qdq"]),
-            help="Of an ONNX graph: ONNX Runtime's own operator (the default), or DequantizeLinear and MatMul.",
-        ),
-        click.option(
-            "--two-bit",
-            type=click.Choice(["exact", "compact"]),
-            help="Of 2-bit codes in an ONNX graph: exact in 4-bit containers (the default), or 2-bit with activations "
-            "rounded to int8.",
-        ),
-        click.option(
-            "--opset", type=click.IntRange(min=1), help="Of an ONNX graph; unless given, the least that fits."
-        ),
-        click.option(
-            "--force", is_flag=True, help="Take an adapter of another base; the export and its card will say so."
-        ),
-        click.option("--out", type=PATH, metavar="FOLDER", help=f"Folder to write; unless given, {place}."),
-    ]
-
-    def decorate(function: Decorated) -> Decorated:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
 def set_option() -> Callable[[Decorated], Decorated]:
     """Return the option `--set KEY=VALUE`."""
     return click.option(
@@ -213,9 +194,9 @@ def set_option() -> Callable[[Decorated], Decorated]:
     )
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """Return the tasks of a list with commas, each once."""
-    return tuple(dict.fromkeys(task for task in split_list(text, ",", label="=") if task))
+def split_values(text: str, separator: str = ",") -> tuple[str, ...]:
+    """Return the parts of a list in one word, each once; what stands behind `=` may hold the separator."""
+    return tuple(dict.fromkeys(part for part in split_list(text, separator, label="=") if part))
 
 
 def json_option() -> Callable[[Decorated], Decorated]:

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 
+from cloq_export.cli.flags import notes_with_flags
 from cloq_export.cli.streams import drop_closed_streams, refused_output, write_line
 
 
@@ -24,14 +26,11 @@ def progress_console(*, as_json: bool) -> Iterator[Console]:
         yield console
 
 
-def to_plain(result: Any) -> dict[str, Any]:
-    """Return a result of the pipeline as a plain dict."""
-    mapping = result.to_mapping() if hasattr(result, "to_mapping") else result
-    return dict(mapping)
-
-
 def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console], None], *, as_json: bool) -> None:
-    """Print a result on standard output: one JSON object, or what `render` makes of it for people."""
+    """Print what a verb has to say on standard output: one JSON object, or what `render` makes of it for people."""
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        result = notes_with_flags(result, context.command)
     try:
         if as_json:
             write_line(json.dumps(_jsonable(result), indent=2, allow_nan=False, default=str))
@@ -39,7 +38,7 @@ def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console
             with refused_output():
                 render(result, Console(highlight=False))
     except BrokenPipeError:
-        # Whoever reads has enough; what the verb has done, and the code it ends with, stay as they are.
+        # The reader has what it wants; the result of the verb and its exit code stay as they are.
         if not drop_closed_streams():
             raise
 

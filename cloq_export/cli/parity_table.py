@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,17 +10,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cloq_export.cli.render import print_line
+
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
     from cloq_export.parity.report import figure, label_of, share
 
     for note in report["notes"]:
-        _line(console, f"note: {note}")
+        print_line(console, f"note: {note}")
     for each in [*report["provenance"]["findings"], *report["float_part"]]:
-        _line(console, f"{each['what']}: {each['verdict']}" + (f" ({each['reason']})" if each["reason"] else ""))
+        print_line(console, f"{each['what']}: {each['verdict']}" + (f" ({each['reason']})" if each["reason"] else ""))
     for row in report["provenance"]["probes"]:
-        _line(
+        print_line(
             console,
             f"last step{_with(row['adapter'])}: log-probabilities differ by {figure(row['mean'])} in the mean "
             f"from those recorded in {row['precision']}",
@@ -42,16 +45,16 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
                 ]
             table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
         console.print(table)
-    entries = [(task, entry) for task, found in report["quality"]["tasks"].items() for entry in found]
+    entries = [(task, entry) for task, rows in report["quality"]["tasks"].items() for entry in rows]
     render_tasks({f"{task}{_with(entry['adapter'])}": entry for task, entry in entries}, console)
     for row in report["greedy"]:
-        _line(
+        print_line(
             console,
             f"greedy text{_with(row['adapter'])}: {share(row['agreement'])} of {row['prompts']} prompts agree, "
             f"{row['ties']} part at a near-tie, {row['flips']} elsewhere",
         )
     for row in report["decoding"]:
-        _line(
+        print_line(
             console,
             f"{row['kind']} text of {row['adapter'] or 'the base'}: {row['tokens']} tokens at most "
             f"{figure(row['gap_max'])} below the reference's best, {figure(row['gap_mean'])} in the mean",
@@ -59,51 +62,50 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     if report["scales"]:
         scales = report["scales"]
         least = f", {max(scales['found'].values()):.2%} would have been found in any" if scales["found"] else ""
-        _line(
+        print_line(
             console,
             f"scales of {scales['modules']} modules: {figure(scales['largest'])} is the largest sure error{least}",
         )
     for row in report["liveness"]:
         counts = _counted(each["verdict"] for each in row["modules"])
-        _line(console, f"liveness of {row['adapter']}: {counts}")
+        print_line(console, f"liveness of {row['adapter']}: {counts}")
     if report["isolation"]:
-        _line(console, f"mixed batch against single requests: at most {figure(report['isolation']['max'])}")
+        print_line(console, f"mixed batch against single requests: at most {figure(report['isolation']['max'])}")
     for entry in report["missing"]:
-        _line(console, f"not measured: {entry['what']}: {entry['reason']}")
+        print_line(console, f"not measured: {entry['what']}: {entry['reason']}")
     gate = _table("gate", ("figure",), ("value", "limit", ""))
     for verdict in report["gates"]:
         word = "[green]passed[/green]" if verdict["passed"] else "[red]missed[/red]"
         gate.add_row(verdict["gate"], figure(verdict["value"]), f"{verdict['bound']} {figure(verdict['limit'])}", word)
     console.print(gate)
     for name, path in (report.get("files") or {}).items():
-        _line(console, f"{name}: {path}")
+        print_line(console, f"{name}: {path}")
     for reason in report["judged"]["reasons"]:
-        _line(console, f"nothing was judged: {reason}")
-    _line(console, "parity: " + ("passed" if report["passed"] else "missed"))
+        print_line(console, f"nothing was judged: {reason}")
+    print_line(console, "parity: " + ("passed" if report["passed"] else "missed"))
 
 
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
-    """Print what models answered, task by task: accuracies, and every two models beside each other."""
+    """Print what models answered, task by task: accuracies, and a comparison of every two models."""
     from cloq_export.parity.report import figure, share
 
-    for task, found in tasks.items():
-        table = _table(escape(task), ("model",), ("accuracy", found["other_rule"]))
-        for name, entry in found["models"].items():
+    for task, answered in tasks.items():
+        table = _table(escape(task), ("model",), ("accuracy", answered["other_rule"]))
+        for name, entry in answered["models"].items():
             table.add_row(escape(name), share(entry["accuracy"]), share(entry["other_accuracy"]))
         console.print(table)
-        for pair in found["comparisons"]:
-            _line(
+        for pair in answered["comparisons"]:
+            print_line(
                 console,
                 f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
                 f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
             )
-        _line(console, f"{found['questions']} questions of {found['origin']} ({found['definition']})")
-        if "power" in found:
-            _line(console, _power_of(found))
+        print_line(console, f"{answered['questions']} questions of {answered['origin']} ({answered['definition']})")
+        if "power" in answered:
+            print_line(console, _power_of(answered["power"]))
 
 
-def _power_of(found: Mapping[str, Any]) -> str:
-    power = found["power"]
+def _power_of(power: Mapping[str, Any]) -> str:
     if power["smallest_drop"] is None:
         return f"McNemar's test finds no loss among so few questions at the limit {power['limit']:g}"
     return (
@@ -126,16 +128,9 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _counted(words: Iterable[str]) -> str:
-    found: dict[str, int] = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return ", ".join(f"{count} {word}" for word, count in found.items()) or "not measured"
+    counts = collections.Counter(words)
+    return ", ".join(f"{count} {word}" for word, count in counts.items()) or "not measured"
 
 
 def _with(adapter: str | None) -> str:
     return f" with {adapter}" if adapter else ""
-
-
-def _line(console: Console, text: str) -> None:
-    """Print text as it is: unwrapped and without markup, so that paths can be copied."""
-    console.print(text, soft_wrap=True, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import click
@@ -23,10 +22,10 @@ def command(
     folder: Path, repository: str, private: bool, revision: str | None, token: str | None, as_json: bool
 ) -> None:
     """Upload FOLDER, an export with a certificate, as the model OWNER/NAME."""
-    from cloq_export.cli.output import emit, progress_console, to_plain
-    from cloq_export.cli.render import render_inspection
+    from cloq_export.cli.output import emit, progress_console
+    from cloq_export.cli.render import render_facts
+    from cloq_export.verbs.push import push
 
     with progress_console(as_json=as_json):
-        pipeline = importlib.import_module("cloq_export.verbs")
-        result = to_plain(pipeline.push(folder, repository, private=private, token=token, revision=revision))
-    emit(result, render_inspection, as_json=as_json)
+        result = push(folder, repository, private=private, token=token, revision=revision)
+    emit(result, render_facts, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import click
@@ -17,10 +16,10 @@ def command(as_json: bool, **options: Any) -> None:
     """Calibrate on MODEL and make codes, scales and zeros for every linear layer, layer by layer on disk."""
     recipe, out = build_recipe(options)
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.render import render_summary
+    from cloq_export.verbs.quantize import quantize
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.verbs")
-        summary = to_plain(pipeline.quantize(recipe, out, demo=options["demo"], console=console))
-    emit(summary, render_summary, as_json=as_json)
+        summary = quantize(recipe, out, demo=options["demo"], console=console)
+    emit(summary.to_json(), render_summary, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Results for people: rich tables out of the plain dicts that the pipeline returns."""
+"""Results for people: tables of what the verbs give as JSON."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ _STORED_LABELS = {
 
 def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print the summary of `run`, `quantize`, `adapt` or `export`; parts that it lacks are left out."""
-    for note in summary.get("notes") or []:
-        _line(console, f"note: {note}")
+    render_notes(summary, console)
     if summary.get("perplexity"):
         render_perplexity(summary["perplexity"], console)
     facts = Table("run", "", title_justify="left", show_header=False)
@@ -49,9 +48,7 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
             "worst layer",
             f"{escape(str(layers.get('worst_module')))}: relative error {layers['worst_error_adapted']:.4f}",
         )
-    seconds = summary.get("seconds") or {}
-    if seconds:
-        facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
+    _add_time(facts, summary)
     if summary.get("peak_memory_bytes") is not None:
         beyond = summary.get("memory_beyond_model_bytes")
         more = "" if beyond is None else f", {format_bytes(beyond)} beyond the loaded model"
@@ -59,12 +56,13 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     if facts.row_count:
         console.print(facts)
     for warning in layers.get("warnings") or []:
-        _line(console, f"warning: {warning}")
+        print_line(console, f"warning: {warning}")
     verified = summary.get("verified")
     if verified:
-        _line(console, "verified: " + ("every gate passed" if verified["passed"] else f"missed: {verified['missed']}"))
-    _paths(summary.get("files") or {}, console)
-    _commands(summary.get("next") or [], console)
+        print_line(
+            console, "verified: " + ("every gate passed" if verified["passed"] else f"missed: {verified['missed']}")
+        )
+    render_next(summary, console)
     _gates(summary.get("gates") or [], console)
 
 
@@ -77,8 +75,7 @@ def _of_layers(counts: Mapping[str, int]) -> str:
 
 def render_export(summary: Mapping[str, Any], console: Console) -> None:
     """Print the result of `export` or `convert`."""
-    for note in summary.get("notes") or []:
-        _line(console, f"note: {note}")
+    render_notes(summary, console)
     facts = Table("export", "", title_justify="left", show_header=False)
     for name in ("format", "target", "base_fingerprint"):
         if summary.get(name) is not None:
@@ -86,13 +83,10 @@ def render_export(summary: Mapping[str, Any], console: Console) -> None:
     for adapter in summary.get("adapters") or []:
         more = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in adapter.items() if key != "name")
         facts.add_row("adapter", escape(f"{adapter['name']}: {more}"))
-    seconds = summary.get("seconds") or {}
-    if seconds:
-        facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
+    _add_time(facts, summary)
     console.print(facts)
-    _line(console, "read back from disk and compared bit for bit; the certificate is in the folder")
-    _paths(summary.get("files") or {}, console)
-    _commands(summary.get("next") or [], console)
+    print_line(console, "read back from disk and compared bit for bit; the certificate is in the folder")
+    render_next(summary, console)
 
 
 def render_evaluation(result: Mapping[str, Any], console: Console) -> None:
@@ -104,9 +98,8 @@ def render_evaluation(result: Mapping[str, Any], console: Console) -> None:
 
         render_tasks(result["tasks"], console)
     for group, means in (result.get("means") or {}).items():
-        _line(console, f"mean of {group}: " + ", ".join(f"{name} {value:.1%}" for name, value in means.items()))
-    for note in result.get("notes") or []:
-        _line(console, f"note: {note}")
+        print_line(console, f"mean of {group}: " + ", ".join(f"{name} {value:.1%}" for name, value in means.items()))
+    render_notes(result, console)
     _gates(result.get("gates") or [], console)
 
 
@@ -126,31 +119,29 @@ def render_perplexity(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if result.get("tokens") is not None:
         digest = str(result.get("text_sha256") or "")[:16]
-        _line(
+        print_line(
             console, f"{result['tokens']} tokens of {result.get('text')}" + (f" (sha256 {digest}…)" if digest else "")
         )
-
-
-def render_inspection(result: Mapping[str, Any], console: Console) -> None:
-    """Print what `inspect` found: facts first, then its parts one by one."""
-    _facts(result, console, title="")
 
 
 def render_notes(summary: Mapping[str, Any], console: Console) -> None:
     """Print what did not go the ordinary way."""
     for note in summary.get("notes") or []:
-        _line(console, f"note: {note}")
-
-
-def render_facts(facts: Mapping[str, Any], console: Console, *, title: str = "") -> None:
-    """Print facts as a table of two columns."""
-    _facts(facts, console, title=title)
+        print_line(console, f"note: {note}")
 
 
 def render_next(summary: Mapping[str, Any], console: Console) -> None:
     """Print the files of a summary and the commands that it suggests."""
-    _paths(summary.get("files") or {}, console)
-    _commands(summary.get("next") or [], console)
+    files = summary.get("files") or {}
+    if files:
+        print_line(console, "files:")
+        width = max(len(str(name)) for name in files)
+        for name, path in files.items():
+            print_line(console, f"  {str(name).ljust(width)}  {path}")
+    if summary.get("next"):
+        print_line(console, "next:")
+        for command in summary["next"]:
+            print_line(console, f"  {command}")
 
 
 def format_bytes(count: float) -> str:
@@ -161,7 +152,14 @@ def format_bytes(count: float) -> str:
     return f"{int(count)} B"
 
 
-def _facts(mapping: Mapping[str, Any], console: Console, *, title: str) -> None:
+def _add_time(facts: Table, summary: Mapping[str, Any]) -> None:
+    seconds = summary.get("seconds") or {}
+    if seconds:
+        facts.add_row("time", ", ".join(f"{escape(str(stage))} {value:.1f} s" for stage, value in seconds.items()))
+
+
+def render_facts(mapping: Mapping[str, Any], console: Console, *, title: str = "") -> None:
+    """Print facts as a table of two columns, then the parts that have facts of their own one by one."""
     table = Table("", "", title=escape(title) or None, title_justify="left", show_header=False)
     parts: list[tuple[str, Any]] = []
     for name, value in mapping.items():
@@ -183,7 +181,7 @@ def _facts(mapping: Mapping[str, Any], console: Console, *, title: str) -> None:
     for label, value in parts:
         full = f"{title}, {label}" if title else label
         if isinstance(value, Mapping):
-            _facts(value, console, title=full)
+            render_facts(value, console, title=full)
         else:
             _records([entry for entry in value if isinstance(entry, Mapping)], console, title=full)
 
@@ -192,7 +190,7 @@ def _records(records: Sequence[Mapping[str, Any]], console: Console, *, title: s
     columns = list(dict.fromkeys(key for record in records for key in record))
     if len(columns) > _MOST_COLUMNS:
         for number, record in enumerate(records, start=1):
-            _facts(record, console, title=f"{title}, {record.get('name', number)}")
+            render_facts(record, console, title=f"{title}, {record.get('name', number)}")
         return
     table = Table(*(str(column).replace("_", " ") for column in columns), title=escape(title), title_justify="left")
     for record in records:
@@ -201,27 +199,12 @@ def _records(records: Sequence[Mapping[str, Any]], console: Console, *, title: s
     console.print(table)
 
 
-def _paths(files: Mapping[str, Any], console: Console) -> None:
-    if files:
-        _line(console, "files:")
-        width = max(len(str(name)) for name in files)
-        for name, path in files.items():
-            _line(console, f"  {str(name).ljust(width)}  {path}")
-
-
-def _commands(commands: Sequence[str], console: Console) -> None:
-    if commands:
-        _line(console, "next:")
-        for command in commands:
-            _line(console, f"  {command}")
-
-
 def _gates(verdicts: Sequence[Mapping[str, Any]], console: Console) -> None:
     for verdict in verdicts:
         word = "passed" if verdict["passed"] else "missed"
-        _line(console, f"gate {word}: {verdict['metric']} {verdict['value']} (limit {verdict['limit']})")
+        print_line(console, f"gate {word}: {verdict['metric']} {verdict['value']} (limit {verdict['limit']})")
 
 
-def _line(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print text as it is: unwrapped and without markup, so that paths and commands can be copied."""
     console.print(text, soft_wrap=True, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import click
@@ -33,19 +32,20 @@ def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **option
             "--gate adapter_perplexity needs an adapter, and rank is 0; gate quantized_perplexity instead."
         )
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.render import render_summary
+    from cloq_export.verbs.run import run
+    from cloq_export.verbs.run_and_finetune import run_and_finetune
 
     with progress_console(as_json=as_json) as console:
         if recipe.finetune:
-            whole = importlib.import_module("cloq_export.verbs.finetuned_run")
-            summary = to_plain(whole.run_and_finetune(recipe, out, demo=options["demo"], console=console))
+            whole = run_and_finetune(recipe, out, demo=options["demo"], console=console)
+            content, missed = whole.to_json(), whole.missed
         else:
-            pipeline = importlib.import_module("cloq_export.verbs")
-            summary = to_plain(pipeline.run(recipe, out, demo=options["demo"], console=console))
+            content, missed = run(recipe, out, demo=options["demo"], console=console).to_json(), None
     if gates:
-        summary["gates"] = judge_gates(gates, summary.get("perplexity") or {})
-    emit(summary, render_summary, as_json=as_json)
-    raise_if_missed(summary.get("gates", []))
-    if not summary.get("verified", {"passed": True})["passed"]:
-        raise GateMissedError(f"gate missed: {summary['verified']['missed']}")
+        content["gates"] = judge_gates(gates, content["perplexity"])
+    emit(content, render_summary, as_json=as_json)
+    raise_if_missed(content.get("gates", []))
+    if missed:
+        raise GateMissedError(f"gate missed: {missed}")

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from cloq_export.errors import OutputError
 
 _ERRORS = "cloq_export_replace"
-# Signs of our own tables and messages, as far as plain ones say the same.
+# Characters of our tables and messages that have an equivalent in ASCII.
 _PLAIN = {
     "…": "...",
     "±": "+-",
@@ -27,7 +27,7 @@ _PLAIN = {
     "”": '"',
     "’": "'",
 }
-# Bars of the libraries below ask these; their lines of a bar redrawn a thousand times make a log unreadable.
+# Libraries ask these before they draw a progress bar; a bar that is redrawn a thousand times makes a log unreadable.
 _NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -61,9 +61,9 @@ def refused_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prepared_streams() -> Iterator[None]:
-    """Let output never fail for its encoding, and keep the bars of libraries off what is no terminal.
+    """Let output never fail for its encoding, and switch off the progress bars of libraries where there is no terminal.
 
-    Signs that the encoding of a stream lacks are replaced; bytes of a file name that are no text stay as they are.
+    Characters that the encoding of a stream lacks are replaced; bytes of a file name that are no text stay as they are.
     """
     codecs.register_error(_ERRORS, _replace)
     before = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
@@ -84,21 +84,21 @@ def prepared_streams() -> Iterator[None]:
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return what stands for the signs that an encoding lacks."""
+    """Return what is written for characters that an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = bytearray()
+    replacement = bytearray()
     for sign in error.object[error.start : error.end]:
         code = ord(sign)
         if 0xDC80 <= code <= 0xDCFF:
-            found.append(code - 0xDC00)  # how Python holds a byte of a file name that is no text
+            replacement.append(code - 0xDC00)  # how Python holds a byte of a file name that is no text
         else:
-            found += _PLAIN.get(sign, "?").encode("ascii")
-    return bytes(found), error.end
+            replacement += _PLAIN.get(sign, "?").encode("ascii")
+    return bytes(replacement), error.end
 
 
 def is_closed(stream: Any) -> bool:
-    """Return whether what reads a stream has gone, as `head` does when it has its lines."""
+    """Return whether the reader of a stream has closed it, as `head` does when it has its lines."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -108,7 +108,7 @@ def is_closed(stream: Any) -> bool:
 
 
 def drop_closed_streams() -> bool:
-    """Turn the streams away whose reader has gone, so that nothing more fails on them; return whether there is one."""
+    """Redirect streams that their reader has closed, so that nothing fails on them; return whether there is one."""
     closed = [stream for stream in (sys.stdout, sys.stderr) if is_closed(stream)]
     for stream in closed:
         nowhere = os.open(os.devnull, os.O_WRONLY)

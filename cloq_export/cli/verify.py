@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cloq_export.cli.options import PATH, json_option, parse_tasks
+from cloq_export.cli.options import PATH, json_option, split_values
 from cloq_export.errors import GateMissedError, UsageError
 from cloq_export.recipe import CHOICES, FIELDS
 
@@ -110,16 +109,16 @@ def command(export: Path, reference: str | None, tasks: str, as_json: bool, **na
     """
     if not reference:
         raise UsageError("no float model was given; name the one that the export was made from with --reference MODEL.")
-    chosen = parse_tasks(tasks)
+    chosen = split_values(tasks)
 
-    from cloq_export.cli.output import emit, progress_console, to_plain
+    from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.parity_table import render_parity
+    from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
 
     with progress_console(as_json=as_json) as console:
-        pipeline = importlib.import_module("cloq_export.verbs")
-        options = pipeline.VerifyOptions(reference=reference, tasks=chosen, **named)
-        report = to_plain(pipeline.verify(export, options, console=console))
-        missed = pipeline.missed_gates(report)
+        options = VerifyOptions(reference=reference, tasks=chosen, **named)
+        report = verify(export, options, console=console)
+        missed = missed_gates(report)
     emit(report, render_parity, as_json=as_json)
     if missed:
         raise GateMissedError(f"gate missed: {missed}")

@@ -85,7 +85,7 @@ def allocate(hulls: Sequence[Sequence[Choice]], stored_bits: int) -> list[Choice
         more = after.stored_bits - now.stored_bits
         return (after.loss - now.loss) / more, more, group, place[group]
 
-    steps = [found for group in range(len(hulls)) if (found := step(group)) is not None]
+    steps = [first for group in range(len(hulls)) if (first := step(group)) is not None]
     heapq.heapify(steps)
     while steps:
         _, more, group, _ = heapq.heappop(steps)
@@ -93,9 +93,9 @@ def allocate(hulls: Sequence[Sequence[Choice]], stored_bits: int) -> list[Choice
             continue  # its later steps save less for each bit, but other groups have smaller ones
         left -= more
         place[group] += 1
-        found = step(group)
-        if found is not None:
-            heapq.heappush(steps, found)
+        after = step(group)
+        if after is not None:
+            heapq.heappush(steps, after)
     return [hull[index] for hull, index in zip(hulls, place, strict=True)]
 
 

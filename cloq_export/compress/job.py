@@ -1,38 +1,25 @@
-"""What makes the layers of a run: open, plan, spend the budget, walk, refine, report."""
+"""One compression: what it works on, and its course from the opened model to the report on its layers."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.budgeting import (
-    BUDGET_REPORT,
-    RECIPE_NAME,
-    check_budget,
-    has_chosen,
-    measuring_recipe,
-    spend,
-)
-from cloq_export.compress.model_refined import refine_model, refined_layers, refinement_batches
+from cloq_export.compress.opening import compute_dtype, device_of, open_planned
 from cloq_export.compress.plan import Plan
-from cloq_export.compress.session import Session, compute_dtype, device_of, open_planned, solvers_of
+from cloq_export.compress.session import Session
 from cloq_export.compress.space import check_space
-from cloq_export.compress.walk import BlockWalk, usual_windows_per_batch
+from cloq_export.compress.strategies import Strategy, strategy_of
 from cloq_export.errors import UsageError
-from cloq_export.files.atomic import write_bytes
-from cloq_export.files.versions import environment
 from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel
-from cloq_export.models.stream import BlockStream
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import CalibrationText, calibration_windows
@@ -40,47 +27,110 @@ from cloq_export.texts.tokens import TextTokens
 from cloq_export.types import LayerCertificate, QuantizedLayer
 
 
-@contextlib.contextmanager
-def started_run(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDirectory]:
-    """Hold a run open; if it fails before its first layer, nothing stays that would refuse the corrected command."""
-    with RunDirectory.create_or_resume(path, recipe.to_mapping(), fingerprint, environment()) as directory:
-        try:
-            yield directory
-        except Exception:
-            directory.discard_if_empty()
-            raise
+@dataclasses.dataclass(frozen=True)
+class CalibrationWindows:
+    """Draws the windows of a run from its calibration text.
+
+    Args:
+        tokenizer: the model's.
+        text: what they are cut from.
+        recipe: says how many, how long, with which seed and begin token.
+    """
+
+    tokenizer: Any
+    text: CalibrationText
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, recipe: Recipe, text: CalibrationText) -> CalibrationWindows:
+        """Return what draws the windows of a recipe for a model.
+
+        Raises:
+            UsageError: a window is longer than what the model reads.
+        """
+        limit = context_length(loaded.model)
+        if limit is not None and recipe.seqlen > limit:
+            raise UsageError(
+                f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose "
+                f"--seqlen {limit} or less."
+            )
+        return cls(loaded.tokenizer, text, recipe)
+
+    @functools.cached_property
+    def drawn(self) -> torch.Tensor:
+        """Return the token ids that layers are solved on, (samples, seqlen)."""
+        return self._draw(self.recipe.samples, self.recipe.seed)
+
+    def draw_others(self, samples: int) -> torch.Tensor:
+        """Return token ids that are drawn independently of `drawn`, (samples, seqlen)."""
+        return self._draw(samples, self.recipe.seed + 1)
+
+    def _draw(self, samples: int, seed: int) -> torch.Tensor:
+        return calibration_windows(self.tokenizer, self.text, samples, self.recipe.seqlen, seed, self.recipe.bos)
+
+    def describe(self) -> str:
+        """Return what is calibrated on, for people."""
+        begin = TextTokens(self.tokenizer).window_begin(self.recipe.bos)
+        begun = f", each window begun with {' '.join(self.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
+        count, recipe = self.drawn.numel(), self.recipe
+        return f"calibrating on {count} tokens ({recipe.samples} x {recipe.seqlen}) of {self.text.origin}{begun}"
 
 
-def budgeted_recipe(
-    session: Session,
-    directory: RunDirectory,
-    calibration: CalibrationText,
-    check: Callable[[LoadedModel], None] | None = None,
-) -> Recipe:
-    """Return the recipe with what its budget is spent on, measured in the run's work folder if it is not yet."""
-    recipe = session.recipe
-    if not recipe.budget or has_chosen(directory, recipe):
-        return recipe
-    check_budget(recipe)
-    loaded, _ = open_planned(session, recipe)
-    if check is not None:
-        check(loaded)
-    windows = windows_of(loaded, recipe, calibration)
-    path = directory.path / "work" / "budget"
-    with started_run(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
-        spent = session.timed("budget", lambda: spend(session, loaded, work, windows, recipe))
-    directory.write_report(BUDGET_REPORT, spent.report())
-    # The budget is spent: a copy that was edited by hand must not choose again.
-    write_bytes(directory.path / RECIPE_NAME, spent.recipe.changed({"budget": 0.0}).to_yaml().encode("utf-8"))
-    directory.set_overrides(spent.recipe.to_mapping()["overrides"])
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
-    session.say(
-        f"{spent.stored_bits_per_weight:.3f} stored bits per weight; what they are spent on stands in "
-        f"{directory.path / RECIPE_NAME}, and can be edited for another run with --recipe"
-    )
-    return spent.recipe
+@dataclasses.dataclass(frozen=True)
+class CompressJob:
+    """The layers that are to be made: of which model, how, on what, and where they go.
+
+    Args:
+        model: the float model.
+        plan: what happens to each layer.
+        recipe: every option of the run.
+        directory: where finished layers go.
+        windows: draws calibration windows.
+        strategy: makes the layers.
+        device: where to compute.
+        compute: precision of the forward passes, see `BlockStream`.
+        kept_codes: gives the codes that a module keeps (only adapters are made); None makes codes.
+    """
+
+    model: nn.Module
+    plan: Plan
+    recipe: Recipe
+    directory: RunDirectory
+    windows: CalibrationWindows
+    strategy: Strategy
+    device: torch.device
+    compute: torch.dtype | None
+    kept_codes: Callable[[str], QuantizedLayer] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        plan: Plan,
+        recipe: Recipe,
+        directory: RunDirectory,
+        text: CalibrationText,
+        kept_codes: Callable[[str], QuantizedLayer] | None = None,
+    ) -> CompressJob:
+        """Return the job of a recipe.
+
+        Args:
+            loaded: the float model.
+            plan: what happens to each layer.
+            recipe: every option of the run.
+            directory: where finished layers go.
+            text: what to calibrate on.
+            kept_codes: as above.
+
+        Raises:
+            UsageError: a window is longer than what the model reads, or the device is not there.
+            RecipeError: the strategy cannot do what the recipe says.
+        """
+        strategy, device = strategy_of(recipe), device_of(recipe)
+        strategy.check(recipe, keeps_codes=kept_codes is not None)
+        windows = CalibrationWindows.of(loaded, recipe, text)
+        compute = compute_dtype(recipe, device)
+        return cls(loaded.model, plan, recipe, directory, windows, strategy, device, compute, kept_codes)
 
 
 def compress_model(
@@ -90,168 +140,65 @@ def compress_model(
     calibration: CalibrationText,
     check: Callable[[LoadedModel], None] | None = None,
 ) -> LoadedModel:
+    """Open the model of a recipe and make its layers.
+
+    Args:
+        session: the call.
+        directory: where the layers go, and a report on them.
+        recipe: every option of the run.
+        calibration: what to calibrate on.
+        check: called with the model before any work.
+
+    Returns:
+        The float model.
+
+    Raises:
+        CloqError: anything a user can mend.
+    """
     loaded, plan = open_planned(session, recipe)
     if check is not None:
         check(loaded)
     check_space(directory, plan, loaded, recipe)
     codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
-    finish_layers(session, loaded, plan, directory, recipe, calibration, codes)
-    directory.write_report("layers", certificate_report(directory.certificates(), plan.unfit))
+    make_layers(session, CompressJob.of(loaded, plan, recipe, directory, calibration, codes))
+    directory.write_report("layers", layers_report(directory.certificates(), plan))
     return loaded
 
 
-def finish_layers(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    calibration: CalibrationText,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    for name in plan.modules:
-        directory.layer_path(name)  # refuses a name that cannot be one of a file
-    done = directory.completed_modules()
-    if done.issuperset(plan.modules):
+def make_layers(session: Session, job: CompressJob) -> None:
+    """Make the layers of a job that are not yet in its directory.
+
+    Args:
+        session: the call.
+        job: what to make.
+
+    Raises:
+        CloqError: anything a user can mend.
+    """
+    modules = job.plan.modules
+    for name in modules:
+        job.directory.layer_path(name)  # refuses a name that cannot be one of a file
+    done = job.directory.completed_modules()
+    if done.issuperset(modules):
         session.say("all layers are finished already")
         return
     if done:
-        session.notes.append(f"continued a run that had {len(done)} of {len(plan.modules)} layers")
-    windows = windows_of(loaded, recipe, calibration)
-    begin = TextTokens(loaded.tokenizer).window_begin(recipe.bos)
-    begun = f", each window begun with {' '.join(loaded.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
-    session.say(
-        f"calibrating on {windows.numel()} tokens ({recipe.samples} x {recipe.seqlen}) of {calibration.origin}{begun}"
-    )
-    widest = max(loaded.model.get_submodule(name).in_features for name in plan.modules)
-    if windows.numel() < widest:
+        session.notes.append(f"continued a run that had {len(done)} of {len(modules)} layers")
+    session.say(job.windows.describe())
+    tokens = job.windows.drawn.numel()
+    widest = max(int(job.model.get_submodule(name).in_features) for name in modules)  # type: ignore[arg-type]
+    if tokens < widest:
         session.notes.append(
-            f"{windows.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
+            f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
             "decides what they leave open; raise --samples or --seqlen"
         )
     keep_freed_memory()
     watch = MemoryWatch()
-    if recipe.refine == "model":
-        refine_whole_model(session, loaded, plan, directory, recipe, calibration, windows, kept_codes)
-    else:
-        walk_blocks(session, loaded, plan, directory, recipe, windows, kept_codes)
+    job.strategy.make_layers(job, session)
     session.memory = watch.stop()
 
 
-def walk_blocks(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve what is not yet in the directory, with fewer windows in a forward pass where memory runs out."""
-    device = device_of(recipe)
-    solvers = solvers_of(recipe, device)
-    windows_at_once = min(len(windows), usual_windows_per_batch(recipe))
-    while True:
-        walk = None
-        try:
-            walk = BlockWalk(
-                loaded.model,
-                plan,
-                recipe,
-                directory,
-                windows,
-                device=device,
-                compute=compute_dtype(recipe, device),
-                kept_codes=kept_codes,
-                console=session.console,
-                solvers=solvers,
-                windows_per_batch=windows_at_once,
-            )
-            walk.run()
-            break
-        except torch.OutOfMemoryError:
-            if windows_at_once == 1:
-                raise UsageError(
-                    "memory ran out with one calibration window in a forward pass; what is finished is kept. Choose "
-                    f"a smaller --seqlen than {recipe.seqlen}, --device cpu, or a larger device."
-                ) from None
-        # Finished layers are kept, so the walk only catches up.
-        windows_at_once //= 2
-        session.notes.append(
-            f"memory ran out: from there on {windows_at_once} calibration windows went into a forward pass, so sums "
-            "came in another order than with more memory"
-        )
-        session.say(session.notes[-1])
-    for stage, seconds in dataclasses.asdict(walk.seconds).items():
-        if stage == "refine" and recipe.refine == "none":
-            continue
-        session.seconds[stage.replace("_", " ")] = seconds
-
-
-def windows_of(loaded: LoadedModel, recipe: Recipe, calibration: CalibrationText) -> torch.Tensor:
-    """Return the token ids to calibrate on, (samples, seqlen)."""
-    limit = context_length(loaded.model)
-    if limit is not None and recipe.seqlen > limit:
-        raise UsageError(
-            f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose --seqlen "
-            f"{limit} or less."
-        )
-    return calibration_windows(loaded.tokenizer, calibration, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
-
-
-def refine_whole_model(
-    session: Session,
-    loaded: LoadedModel,
-    plan: Plan,
-    directory: RunDirectory,
-    recipe: Recipe,
-    calibration: CalibrationText,
-    windows: torch.Tensor,
-    kept_codes: Callable[[str], QuantizedLayer] | None,
-) -> None:
-    """Solve all layers and refine their blocks beside the run, then all together, and only then store them in it."""
-    work = directory.path / "work" / "solved"
-    with started_run(work, recipe.changed({"refine": "block"}), directory.source_fingerprint) as solved:
-        already = solved.completed_modules()
-        if already:
-            session.notes.append(f"continued a refinement that had {len(already)} of {len(plan.modules)} layers solved")
-        if not already.issuperset(plan.modules):
-            walk_blocks(session, loaded, plan, solved, Recipe.from_mapping(solved.recipe), windows, kept_codes)
-        device = device_of(recipe)
-        batch = usual_windows_per_batch(recipe)
-        # Windows that the layers were solved on would flatter the start: its errors on those are mended already.
-        other = recipe.changed({"samples": batch * refinement_batches(recipe), "seed": recipe.seed + 1})
-        fresh = windows_of(loaded, other, calibration)
-        started = time.perf_counter()
-        try:
-            stream = BlockStream(
-                loaded.model, plan.blocks, fresh, device=device, compute=compute_dtype(recipe, device), batch=batch
-            )
-            with session.progress("refine the model") as progress:
-                found = refine_model(
-                    stream,
-                    plan,
-                    recipe,
-                    solved,
-                    folder=work.parent / "refinement",
-                    keeps_codes=kept_codes is not None,
-                    progress=progress,
-                )
-        except torch.OutOfMemoryError:
-            raise UsageError(
-                f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
-                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
-                "--seqlen or with --refine block."
-            ) from None
-        session.seconds["refine the model"] = time.perf_counter() - started
-        for name, stored in refined_layers(found, plan, solved).items():
-            directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
-    for done in (work, work.parent / "refinement"):
-        shutil.rmtree(done, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another adapter may be in the making there
-        work.parent.rmdir()
-
-
-def certificate_report(certificates: list[LayerCertificate], unfit: Mapping[str, str] | None = None) -> dict[str, Any]:
+def layers_report(certificates: list[LayerCertificate], plan: Plan | None = None) -> dict[str, Any]:
+    """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
     report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
-    return {**report, "stays_float": dict(unfit)} if unfit else report
+    return {**report, "stays_float": dict(plan.unfit)} if plan is not None and plan.unfit else report

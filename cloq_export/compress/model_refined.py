@@ -1,4 +1,4 @@
-"""Refine all layers of a model together on what the model says, one block in fast memory at a time."""
+"""Refine all layers of a model together on its next-token distribution, with one block in fast memory at a time."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.compress.block_refined import WARMUP, finite, kept_start
 from cloq_export.compress.plan import Plan
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import REFINE_STEPS, Recipe
@@ -32,7 +33,10 @@ from cloq_export.refine import (
     zeros_for_none,
 )
 
-# Tokens whose logits stand in memory at once: a vocabulary is up to hundreds of times as wide as a model.
+if TYPE_CHECKING:
+    from cloq_export.compress.job import CompressJob
+
+# Tokens whose logits are in memory at once: a vocabulary can be hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
 _JUDGING_BATCHES = 8
 
@@ -44,28 +48,25 @@ def refinement_batches(recipe: Recipe) -> int:
 
 def refine_model(
     stream: BlockStream,
-    plan: Plan,
-    recipe: Recipe,
+    job: CompressJob,
     solved: RunDirectory,
-    *,
     folder: Path,
-    keeps_codes: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
-    """Train scales, A and B of all layers on how far what the model says with them is from what the float model says.
+    """Train scales, A and B of all layers to lower the divergence of the model's next tokens from the float model's.
 
     Args:
         stream: the float model on windows that the layers were not solved on.
-        plan: which layers; their weights in the model are the float ones, and stay so.
-        recipe: every option of the run.
+        job: which layers; their weights in the model are the float ones, and stay so. Where it keeps codes, the
+            adapters alone are trained, and no scales.
         solved: holds the start of every layer.
         folder: where training keeps what it goes on from after a kill.
-        keeps_codes: train the adapters alone, and no scales.
         progress: is told how many steps are made, and of how many.
 
     Returns:
         Refinement: its errors are nats per token, on windows that were not trained on.
     """
+    recipe, plan = job.recipe, job.plan
     dtype = torch.bfloat16 if stream.rounds_inputs else next(plan.blocks.modules[0].parameters()).dtype
     layers: list[dict[str, TrainedLayer]] = []
     for index, block in enumerate(plan.blocks):
@@ -78,7 +79,7 @@ def refine_model(
                 start.quantized.to(stream.device),
                 start.lora and start.lora.to(stream.device),
                 dtype=dtype,
-                scales=not keeps_codes,
+                scales=job.kept_codes is None,
                 rates=MODEL_RATES,
             )
         layers.append(of_block)
@@ -98,7 +99,7 @@ def refine_model(
 
 
 class TrainingRecord:
-    """What the layers of a training hold, in files: `now.safetensors`, and `best-STEP.safetensors` where that is other.
+    """The state of the trained layers on disk: `now.safetensors`, and `best-STEP.safetensors` where they differ.
 
     Args:
         folder: where the files are, made if need be.
@@ -121,7 +122,7 @@ class TrainingRecord:
         best = self._best(standing)
         if standing.best_step == standing.step:
             write_safetensors(best, tensors)
-        # The best comes first: a kill in between leaves the last file and the best of its time.
+        # The best is written first: a kill between the two leaves the previous state with its own best.
         write_safetensors(self._now, tensors, {"standing": json.dumps(dataclasses.asdict(standing))})
         for path in self._folder.glob("best-*.safetensors"):
             if path != best:
@@ -145,11 +146,11 @@ class TrainingRecord:
         return self._folder / f"best-{standing.best_step}.safetensors"
 
 
-def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
+def refined_layers(refinement: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
     """Return all layers as they are stored: refined, or as they were solved if no step was better.
 
     Args:
-        found: what training brought.
+        refinement: what training brought.
         plan: which layers.
         solved: holds the start of every layer.
 
@@ -159,15 +160,15 @@ def refined_layers(found: Refinement, plan: Plan, solved: RunDirectory) -> dict[
     layers: dict[str, StoredLayer] = {}
     for name in plan.modules:
         start = solved.read_layer(name)
-        quantized, lora = (found.layers or {}).get(name, (start.quantized, start.lora))
+        quantized, lora = (refinement.layers or {}).get(name, (start.quantized, start.lora))
         certificate = start.certificate
         if certificate is not None:
             certificate = dataclasses.replace(
                 certificate,
-                refined_error_before=finite(found.error_before),
-                refined_error_after=finite(found.error_after),
-                refined_step=found.best_step,
-                notes=certificate.notes if found.layers else (*certificate.notes, kept_start(found)),
+                refined_error_before=finite(refinement.error_before),
+                refined_error_after=finite(refinement.error_after),
+                refined_step=refinement.best_step,
+                notes=certificate.notes if refinement.layers else (*certificate.notes, kept_start(refinement)),
             )
         host = torch.device("cpu")
         layers[name] = StoredLayer(quantized.to(host), lora and lora.to(host), certificate)
@@ -211,8 +212,8 @@ class ModelObjective:
             for index in range(len(self._layers)):
                 with self._served(index):
                     states = {batch: self._forward(index, batch, given) for batch, given in states.items()}
-            found = [sum(float(loss) for loss in self._losses(batch, given)) for batch, given in states.items()]
-        return sum(found) / len(found)
+            errors = [sum(float(loss) for loss in self._losses(batch, given)) for batch, given in states.items()]
+        return sum(errors) / len(errors)
 
     def gradients(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each layer's name and the derivative of one batch's divergence by its weight, last block first."""
@@ -223,8 +224,8 @@ class ModelObjective:
                     states.append(self._forward(index, batch, states[-1]))
         by_state = self._by_last_state(batch, states.pop())
         for index in reversed(range(len(self._layers))):
-            found, by_state = self._by_block(index, batch, states.pop(), by_state)
-            yield from found.items()
+            by_weight, by_state = self._by_block(index, batch, states.pop(), by_state)
+            yield from by_weight.items()
 
     def _by_last_state(self, batch: int, states: torch.Tensor) -> torch.Tensor:
         """Return the derivative by the states behind the last block."""

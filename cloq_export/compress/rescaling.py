@@ -19,7 +19,7 @@ from cloq_export.models.blocks import BlockList, find_linears
 from cloq_export.quantize import LOST_SHARE, exceeds_float16, lost_energy, lost_groups
 from cloq_export.types import QuantSpec
 
-# Between the two only what passes a factor through may stand; that is tried out, names only say where to try.
+# What lies between the two must pass a factor through unchanged. Names only say where to try; a test run decides.
 _NEIGHBOURS = (("v_proj", "o_proj"), ("v_proj", "out_proj"), ("up_proj", "down_proj"))
 _PROBE_TOKENS = 16
 # Of the largest logit. Powers of two change nothing at all, unless a kernel sums in another order.

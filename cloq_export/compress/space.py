@@ -11,9 +11,9 @@ import torch
 from cloq_export.artifact.checkpoint_writer import float_tensors
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.plan import Plan
-from cloq_export.compress.solve import ADAPTER_DTYPES
+from cloq_export.compress.problem import ADAPTER_DTYPES
 from cloq_export.errors import RunDirectoryError
-from cloq_export.files.atomic import header_bytes
+from cloq_export.files.tensor_writer import header_bytes
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.source import LoadedModel
 from cloq_export.recipe import Recipe

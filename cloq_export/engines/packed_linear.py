@@ -15,7 +15,8 @@ from cloq_export import kernels
 from cloq_export.errors import NonFiniteError, ShapeError
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.kernels.cpu import linear as cpu_linear
-from cloq_export.kernels.cpu.library import usable_for
+from cloq_export.kernels.cpu import weight as cpu_weight
+from cloq_export.kernels.dispatch import native_takes_layer
 from cloq_export.types import QuantizedLayer
 
 # As the state dict names the parts of a layer.
@@ -43,7 +44,6 @@ class PackedLinear(nn.Linear):
         scales: (groups, out) float16.
         bits: width of a code.
         features: (out, in) of a layer that is padded; None takes the words as they are.
-        bias: (out), or None.
         dtype: of the weight as others see it, and of the bias.
 
     Raises:
@@ -54,7 +54,7 @@ class PackedLinear(nn.Linear):
     packed_codes: torch.Tensor
     packed_zeros: torch.Tensor
     packed_scales: torch.Tensor
-    native: cpu_linear.CpuWeight | None
+    native: cpu_weight.CpuWeight | None
 
     def __init__(
         self,
@@ -64,7 +64,6 @@ class PackedLinear(nn.Linear):
         *,
         bits: int,
         features: tuple[int, int] | None = None,
-        bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would make the dense weight
@@ -72,7 +71,8 @@ class PackedLinear(nn.Linear):
         self.compute_dtype = dtype
         self._features = features
         self._hold(qweight, qzeros, scales)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+        # Whoever places the layer gives it the bias of the linear that it replaces.
+        self.register_parameter("bias", None)
 
     @classmethod
     def of_layer(cls, layer: QuantizedLayer, *, dtype: torch.dtype = torch.float32) -> PackedLinear:
@@ -106,18 +106,18 @@ class PackedLinear(nn.Linear):
         # The one group of a channel is padded within; others are followed by groups of padding alone.
         self.groups = groups if groups == 1 else self.in_features * groups // in_features
         self._padding = (out_features - self.out_features, in_features - self.in_features)
-        if scales.dtype != torch.float16 or usable_for(qweight, qzeros, scales) is None:
+        if not native_takes_layer(scales, qweight, qzeros):
             self._register(qweight, qzeros, scales, None)
             return
         zeros, codes, scales = unpack_rows(qzeros, self.bits).t(), unpack_columns(qweight, self.bits), scales.t()
         if any(self._padding):
             codes = codes[: self.out_features, : self.in_features]
             zeros, scales = (part[: self.out_features, : self.groups] for part in (zeros, scales))
-        native = cpu_linear.pack_weight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), self.bits)
+        native = cpu_weight.pack_weight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), self.bits)
         self._register(native.words, native.zeros, native.scales, native)
 
     def _register(
-        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, native: cpu_linear.CpuWeight | None
+        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, native: cpu_weight.CpuWeight | None
     ) -> None:
         # Not persistent: the state dict is in GPTQ order.
         self.register_buffer("packed_codes", codes, persistent=False)
@@ -129,7 +129,7 @@ class PackedLinear(nn.Linear):
         """Return qweight, qzeros and scales; made anew where the native library's layout is held."""
         if self.native is None:
             return self.packed_codes, self.packed_zeros, self.packed_scales
-        codes, scales, zeros = cpu_linear.unpack_weight(self.native)
+        codes, scales, zeros = cpu_weight.unpack_weight(self.native)
         if any(self._padding):
             codes, scales, zeros = _padded(codes, scales, zeros, self.bits)
         return pack_columns(codes, self.bits), pack_rows(zeros.t().contiguous(), self.bits), scales.t().contiguous()
@@ -162,7 +162,7 @@ class PackedLinear(nn.Linear):
     def dequantize(self) -> torch.Tensor:
         """Return Q, (out, in) float32, newly computed."""
         if self.native is not None:
-            return cpu_linear.dequantize(self.native)
+            return cpu_weight.dequantize(self.native)
         weight = kernels.dequantize(self.packed_codes, self.packed_zeros, self.packed_scales, self.bits)
         return weight[: self.out_features, : self.in_features] if any(self._padding) else weight
 
@@ -187,9 +187,9 @@ class PackedLinear(nn.Linear):
         x = input.to(torch.float32) if input.dtype == torch.float64 else input
         if torch.compiler.is_compiling():
             # The buffers by name: a traced program must find them in the module.
-            layer = (self.packed_codes, self.packed_scales, self.packed_zeros, self.bits)
-            size = (self.out_features, self.in_features)
-            y = cpu_linear.cpu_linear_op(x, *layer, *size, self.bias, *[None] * 6, False)
+            layer = [self.packed_codes, self.packed_scales, self.packed_zeros]
+            sizes = [self.bits, self.out_features, self.in_features]
+            y = cpu_linear.cpu_linear_op(x, layer, sizes, self.bias, [], False)
         else:
             y = cpu_linear.linear(x, self.native, self.bias)
         return y.to(input.dtype)

@@ -11,6 +11,8 @@ from torch import nn
 
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.kernels.cpu import linear as cpu_linear
+from cloq_export.kernels.cpu import lora as cpu_lora
+from cloq_export.kernels.cpu import weight as cpu_weight
 
 # What PEFT calls the base in a list of adapters.
 _BASE = "__base__"
@@ -25,7 +27,7 @@ class PackedLoraLinear(lora.Linear):
     a parameter has been changed in a way that torch counts; writing through `parameter.data` is not counted.
     """
 
-    _kept: tuple[tuple[Any, ...], cpu_linear.CpuLora] | None = None
+    _kept: tuple[tuple[Any, ...], cpu_lora.CpuLora] | None = None
     _served: _Served | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,7 +75,7 @@ class PackedLoraLinear(lora.Linear):
                     return False
         return True
 
-    def _packed(self, names: list[str]) -> cpu_linear.CpuLora:
+    def _packed(self, names: list[str]) -> cpu_lora.CpuLora:
         """Return the pairs of these adapters in the library's layout, with room for the largest of their ranks."""
         pairs = [(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()) for name in names]
         scaling = [self.scaling[name] for name in names]
@@ -83,9 +85,9 @@ class PackedLoraLinear(lora.Linear):
             rank, (out_features, in_features) = max(a.shape[0] for a, _ in pairs), self.base_layer.weight.shape
             factors = [factor for pair in pairs for factor in pair]
             dtype = next(dtype for dtype in _NARROWEST_FIRST if all(_holds(dtype, factor) for factor in factors))
-            packed = cpu_linear.allocate_lora(len(pairs), rank, in_features, (out_features,), dtype)
+            packed = cpu_lora.allocate_lora(len(pairs), rank, in_features, (out_features,), dtype)
             for index, (a, b) in enumerate(pairs):
-                cpu_linear.place_adapter(packed, index, [(a.to(dtype), b.to(dtype))], scaling[index])
+                cpu_lora.place_adapter(packed, index, [(a.to(dtype), b.to(dtype))], scaling[index])
             self._kept = key, packed
         return self._kept[1]
 
@@ -111,8 +113,8 @@ class _Served:
         layer: PackedLoraLinear,
         names: list[str],
         rows: list[str] | None,
-        native: cpu_linear.CpuWeight,
-        packed: cpu_linear.CpuLora,
+        native: cpu_weight.CpuWeight,
+        packed: cpu_lora.CpuLora,
     ) -> None:
         self.names, self.native, self.packed = names, native, packed
         self.rows = None if rows is None else list(rows)

@@ -18,12 +18,9 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cloq_export.errors import RunDirectoryError, ShapeError
-
-if TYPE_CHECKING:
-    import torch
+from cloq_export.errors import RunDirectoryError
 
 PARTIAL_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
@@ -31,41 +28,6 @@ PARTIAL_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 _CHUNK = 64 * 1024 * 1024
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-_SAFETENSORS_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-_CODE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -97,145 +59,6 @@ def write_json(path: str | os.PathLike[str], obj: Any, *, sort_keys: bool = True
     write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file whole or not at all, one tensor in memory at a time.
-
-    Args:
-        path: the file; its folder exists.
-        tensors: name -> tensor of any shape, on any device.
-        metadata: text to keep in the header.
-
-    Raises:
-        ShapeError: a tensor has a dtype that safetensors cannot hold.
-        RunDirectoryError: the disk is full, or the folder cannot be written; nothing is left behind.
-    """
-    with TensorFileWriter(path, {name: tensor_header(name, tensors[name]) for name in tensors}, metadata) as writer:
-        for name in writer.names:
-            writer.write(name, tensors[name])
-
-
-def tensor_header(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """Return (dtype code of safetensors, shape) of a tensor.
-
-    Raises:
-        ShapeError: safetensors cannot hold its dtype.
-    """
-    code = _SAFETENSORS_CODES.get(str(tensor.dtype).removeprefix("torch."))
-    if code is None:
-        raise ShapeError(f"tensor {name!r} is {tensor.dtype}, which safetensors cannot hold; convert it first.")
-    return code, tuple(tensor.shape)
-
-
-def header_bytes(header: tuple[str, tuple[int, ...]]) -> int:
-    """Return how many bytes a tensor with this header takes."""
-    return math.prod(header[1]) * _CODE_BYTES[header[0]]
-
-
-class TensorFileWriter:
-    """A safetensors file whose tensors come one at a time and in any order, whole in the end or not there at all.
-
-    The library's own writer wants all tensors at once and orders the metadata by hash, so two runs differ; here
-    everything is sorted: tensors by descending element size (so that each is aligned), then by name.
-
-    Args:
-        path: the file; its folder exists.
-        headers: name -> (dtype code of safetensors, shape) of every tensor that will come.
-        metadata: text to keep in the header.
-
-    Raises:
-        RunDirectoryError: the disk is full, or the folder cannot be written; nothing is left behind.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        headers: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.names = sorted(headers, key=lambda name: (-_CODE_BYTES[headers[name][0]], name))
-        self._headers = headers
-        self._missing = set(headers)
-        content: dict[str, Any] = {}
-        if metadata:
-            content["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-        offset = 0
-        for name in self.names:
-            code, shape = headers[name]
-            end = offset + header_bytes(headers[name])
-            content[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        text += b" " * (-len(text) % 8)
-        self._offsets = {name: 8 + len(text) + content[name]["data_offsets"][0] for name in self.names}
-        self._partial = _partial_path(self.path)
-        with translate_os_errors(self.path):
-            self._descriptor = os.open(
-                self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-            )
-        try:
-            with translate_os_errors(self.path):
-                _write_all(self._descriptor, memoryview(len(text).to_bytes(8, "little") + text))
-        except BaseException:
-            self.discard()
-            raise
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into its place.
-
-        Raises:
-            ShapeError: it is not the tensor that was announced.
-            RunDirectoryError: the disk is full.
-        """
-        header = tensor_header(name, tensor)
-        if name not in self._missing or self._headers[name] != header:
-            raise ShapeError(f"tensor {name!r} {header} was not announced for {self.path}, or comes twice.")
-        with translate_os_errors(self.path):
-            os.lseek(self._descriptor, self._offsets[name], os.SEEK_SET)
-            _write_all(self._descriptor, tensor_bytes(tensor))
-        self._missing.discard(name)
-
-    def close(self) -> None:
-        """Give the file its name.
-
-        Raises:
-            ShapeError: an announced tensor did not come.
-            RunDirectoryError: the disk is full.
-        """
-        if self._missing:
-            raise ShapeError(f"tensor {min(self._missing)!r} of {self.path} was announced and did not come.")
-        with translate_os_errors(self.path):
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
-            os.replace(self._partial, self.path)
-            _sync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        with contextlib.suppress(OSError):
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
-        with contextlib.suppress(OSError):
-            os.unlink(self._partial)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            try:
-                self.close()
-            except BaseException:
-                self.discard()
-                raise
-        else:
-            self.discard()
-
-
 @contextlib.contextmanager
 def write_folder(path: str | os.PathLike[str], *, owned: Callable[[Path], bool]) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of `path` when the block ends well.
@@ -262,7 +85,7 @@ def write_folder(path: str | os.PathLike[str], *, owned: Callable[[Path], bool])
             raise RunDirectoryError(
                 f"{target} holds files that were not written by this command; choose an empty or new folder."
             )
-        filling = _partial_path(target)
+        filling = partial_path(target)
         filling.mkdir()
     try:
         try:
@@ -277,15 +100,15 @@ def write_folder(path: str | os.PathLike[str], *, owned: Callable[[Path], bool])
                 for name in names:
                     with open(os.path.join(folder, name), "rb") as file:
                         os.fsync(file.fileno())
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             replaced = None
             if target.is_dir():
                 # A non-empty folder cannot be replaced by one rename: a kill between the two leaves none at `path`,
                 # which is the honest state, and the command makes it anew.
-                replaced = _partial_path(target)
+                replaced = partial_path(target)
                 os.rename(target, replaced)
             os.rename(filling, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
@@ -304,21 +127,6 @@ def remove_partials(folder: str | os.PathLike[str]) -> None:
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, row by row, little-endian as on every machine that torch is built for.
-
-    Args:
-        tensor: any shape, dtype and device; a contiguous tensor on the CPU is not copied.
-
-    Returns:
-        A view of one dimension, one byte an item.
-    """
-    import torch
-
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def is_partial(name: str) -> bool:
@@ -375,12 +183,12 @@ def _write_error(path: Path, error: OSError) -> RunDirectoryError:
 
 def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     with translate_os_errors(path):
-        partial = _partial_path(path)
+        partial = partial_path(path)
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             try:
                 for piece in pieces:
-                    _write_all(descriptor, memoryview(piece))
+                    write_all(descriptor, memoryview(piece))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -389,21 +197,24 @@ def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
-def _write_all(descriptor: int, view: memoryview) -> None:
+def write_all(descriptor: int, view: memoryview) -> None:
+    """Write all bytes to an open file, from where it stands."""
     done = 0
     while done < len(view):
         done += os.write(descriptor, view[done : done + _CHUNK])
 
 
-def _partial_path(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """Return a new name for the unfinished file or folder that is to become `path`, beside it."""
     # A long module name must not push the temporary name past the 255 bytes that file systems allow.
     return path.with_name(f".{path.name[-200:]}.{secrets.token_hex(4)}.partial")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the system put the names in a folder on the disk."""
     if os.name == "nt":  # Windows cannot open a folder; its rename is durable by itself
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cloq_export.errors import FormatError, SourceError
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.files.tensor_writer import tensor_bytes
 from cloq_export.types import QuantizedLayer
 
 _BUFFER = 4 * 1024 * 1024
@@ -77,20 +79,26 @@ def combine_digests(digests: Mapping[str, str]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def file_fingerprint(paths: Iterable[str | os.PathLike[str]], *, home: Path | None = None) -> str:
-    """Return a hash over the names and the content of files, independent of their order and of their folder.
+@dataclasses.dataclass(frozen=True)
+class FileDigest:
+    """What a fingerprint knows of a file: its name from the folder on, its size and the SHA-256 of its bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def file_digests(paths: Iterable[str | os.PathLike[str]], *, home: Path | None = None) -> list[FileDigest]:
+    """Return the digests of files, which are read in pieces.
 
     Args:
-        paths: the files, read in pieces.
+        paths: the files.
         home: the folder that their names are taken from; None takes the last part of each.
-
-    Returns:
-        "sha256:" and 64 hexadecimal digits.
 
     Raises:
         SourceError: a file is missing or cannot be read.
     """
-    entries = []
+    digests = []
     buffer = bytearray(_BUFFER)
     view = memoryview(buffer)
     for path in map(Path, paths):
@@ -104,8 +112,34 @@ def file_fingerprint(paths: Iterable[str | os.PathLike[str]], *, home: Path | No
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
         name = path.name if home is None else path.relative_to(home).as_posix()
-        entries.append((name, size, digest.hexdigest()))
+        digests.append(FileDigest(name, size, digest.hexdigest()))
+    return digests
+
+
+def file_fingerprint(digests: Iterable[FileDigest]) -> str:
+    """Return a hash over the names and the content of files, independent of their order and of their folder.
+
+    Args:
+        digests: of the files.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits.
+    """
     total = hashlib.sha256()
-    for name, size, hexdigest in sorted(entries):
+    for name, size, hexdigest in sorted((each.name, each.size, each.sha256) for each in digests):
         total.update(f"{name}\0{size}\0{hexdigest}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def added_files(digests: Sequence[FileDigest], fingerprint: str) -> tuple[str, ...]:
+    """Return the names of the one or two files without which others would have a fingerprint; empty if none are.
+
+    Args:
+        digests: of all files.
+        fingerprint: that is looked for.
+    """
+    for count in (1, 2):
+        for left_out in itertools.combinations(digests, count):
+            if file_fingerprint(each for each in digests if each not in left_out) == fingerprint:
+                return tuple(each.name for each in left_out)
+    return ()

@@ -11,29 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import tensor_bytes
 from cloq_export.files.safe_json import MAX_JSON_BYTES, parse_json
+from cloq_export.files.tensor_writer import DTYPES, tensor_bytes
 
 # Of a tensor, in characters; names of real models stay far below.
 MAX_NAME = 512
-
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -144,7 +126,7 @@ class TensorFile:
 
     def _read(self, name: str, place: int, shape: tuple[int, ...]) -> torch.Tensor:
         code = self.headers[name][0]
-        dtype = _TORCH_DTYPES.get(code)
+        dtype = DTYPES.get(code)
         if dtype is None:
             raise FormatError(f"{self.path}: {name} is {code}, which is not read.")
         with _refusals(self.path), open(self.path, "rb", buffering=0) as file:

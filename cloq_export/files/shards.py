@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from cloq_export.errors import ShapeError
-from cloq_export.files.atomic import TensorFileWriter, header_bytes, write_json
+from cloq_export.files.atomic import write_json
+from cloq_export.files.tensor_writer import TensorFileWriter, header_bytes
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

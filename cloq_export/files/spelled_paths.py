@@ -40,14 +40,14 @@ def split_list(text: str, separator: str, *, label: str = "") -> list[str]:
         label: what ends the label of an entry, which stands before its file; none unless given.
     """
     pieces = text.split(separator)
-    found, start = [], 0
+    entries, start = [], 0
     while start < len(pieces):
         # The longest first, so that a part of a name is not taken for a file of its own.
         ends = range(len(pieces), start + 1, -1)
         stop = next((end for end in ends if _is_file(pieces[start:end], separator, label)), start + 1)
-        found.append(separator.join(pieces[start:stop]).strip())
+        entries.append(separator.join(pieces[start:stop]).strip())
         start = stop
-    return found
+    return entries
 
 
 def _is_file(pieces: list[str], separator: str, label: str) -> bool:

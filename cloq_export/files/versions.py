@@ -98,8 +98,8 @@ def require_versions(extra: str | None = None) -> None:
     """
     needed = dict(LOWEST if extra is None else LOWEST_OF_EXTRAS[extra])
     for (package, version), (other, lowest) in _TOGETHER.items():
-        found = _release(package)
-        if other in needed and found is not None and found >= Version(version).release:
+        installed = _release(package)
+        if other in needed and installed is not None and installed >= Version(version).release:
             needed[other] = lowest
     wrong = {name: fault for name, lowest in needed.items() if (fault := _fault(name, lowest, required=extra is None))}
     if wrong:
@@ -113,7 +113,7 @@ def require_versions(extra: str | None = None) -> None:
 def _fault(package: str, lowest: str, *, required: bool) -> str:
     """Return what is wrong with an installed package, or nothing."""
     try:
-        found = importlib.metadata.version(package)
+        installed = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         # A package that was put there without its metadata cannot be judged.
         if not required or importlib.util.find_spec(_IMPORT_NAMES.get(package, package)) is not None:
@@ -121,7 +121,7 @@ def _fault(package: str, lowest: str, *, required: bool) -> str:
         return f"no {package} ({lowest} or newer is needed)"
     release = _release(package)
     too_old = release is not None and release < Version(lowest).release
-    return f"{package} {found} ({lowest} or newer is needed)" if too_old else ""
+    return f"{package} {installed} ({lowest} or newer is needed)" if too_old else ""
 
 
 def _release(package: str) -> tuple[int, ...] | None:

@@ -93,7 +93,7 @@ def _environment(peer: Peer, environments: Path, console: Console) -> Path:
         return python
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "install.log"
-    # The same torch first: an open range may bring a build of several gigabytes.
+    # The same torch is installed first: an open version range may fetch a build of several gigabytes.
     own = torch.__version__.partition("+")[0]
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, f"torch=={own}"], [*pip, *peer.packages]]

@@ -116,7 +116,7 @@ def table_foot(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"-{environment_mark([name], environments)} {hardware}; {_listed(versions, 'torch', 'transformers')}"
         )
-    # Rows that another package made have the versions of its own environment, perhaps others when it was made again.
+    # A peer's rows carry the versions of its own environment, which differ if that was made anew in between.
     peers = [(row["method"], row["versions"]) for row in result["rows"] if "versions" in row]
     lines += dict.fromkeys(f"- {peer}: {_listed(versions, *versions)}" for peer, versions in peers)
     if result["missing_rows"]:
@@ -135,7 +135,7 @@ def environment_mark(names: Iterable[str], environments: Mapping[str, Any]) -> s
 
 
 def _in_words(told: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
-    # The bytes of a machine's memory differ from one start to the next; in words it stays the same.
+    # The exact bytes of memory differ from one boot to the next; the rounded description does not.
     return hardware_line(told["hardware"]), told["versions"]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import RecipeError
-from cloq_export.recipe import SUPPORTED_BITS, read_yaml
+from cloq_export.recipe import SUPPORTED_BITS, read_recipe_file
 
 Fits = Callable[[Any], bool]
 _FULL = "full"
+_RECIPES = Path(__file__).with_name("recipes")
 
 
 def read_table_recipe(
@@ -35,7 +37,7 @@ def read_table_recipe(
     Raises:
         RecipeError: it cannot be read, or a value is missing, unknown or wrong; the message lists all faults.
     """
-    content = read_yaml(name, kind=kind)
+    content = _content_of(name, kind)
     larger = content.pop(_FULL, None) or {}
     if not isinstance(larger, Mapping):
         raise RecipeError(f"{name}: {_FULL} is {larger!r}; a mapping of options is needed.")
@@ -52,6 +54,18 @@ def read_table_recipe(
     if found:
         raise RecipeError(f"{name}: {'; '.join(found)}.")
     return content
+
+
+def _content_of(name: str, kind: str) -> dict[str, Any]:
+    """Return what a YAML file holds, or one of the package's by its name."""
+    if Path(name).is_file() or Path(name).suffix or "/" in name:
+        return read_recipe_file(name)[0]
+    known = {path.stem: path for path in (_RECIPES / kind).glob("*.yaml")}
+    if name not in known:
+        raise RecipeError(
+            f"there is no {kind} recipe {name!r}, and no file of that name; there are {', '.join(known)}."
+        )
+    return read_recipe_file(known[name])[0]
 
 
 def is_text(value: Any) -> bool:

@@ -109,18 +109,18 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
 
 def _blocks_at(model: nn.Module, path: str) -> BlockList:
     try:
-        found = model.get_submodule(path)
+        blocks = model.get_submodule(path)
     except AttributeError:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module {path!r}; {_describe_candidates(model)}. "
             "Name one of them with --blocks."
         ) from None
-    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or len(found) == 0:
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
         raise UnsupportedModelError(
-            f"{path!r} is a {type(found).__name__}, not a list of blocks; {_describe_candidates(model)}. "
+            f"{path!r} is a {type(blocks).__name__}, not a list of blocks; {_describe_candidates(model)}. "
             "Name one of them with --blocks."
         )
-    return BlockList(path, list(found))
+    return BlockList(path, list(blocks))
 
 
 def _candidates(model: nn.Module) -> list[BlockList]:
@@ -168,7 +168,7 @@ def _of_configured_length(candidates: list[BlockList], config: object) -> list[B
 
 
 def _describe_candidates(model: nn.Module) -> str:
-    names = [f"{found.name} ({len(found)} blocks)" for found in _candidates(model)]
+    names = [f"{candidate.name} ({len(candidate)} blocks)" for candidate in _candidates(model)]
     return f"lists with linear layers: {', '.join(names)}" if names else "no list of modules with linear layers exists"
 
 

@@ -69,13 +69,13 @@ def companion_files(folder: Path) -> list[Path]:
     # A folder of links to the files of one model is that model's.
     config = folder / "config.json"
     homes = [config.resolve().parent] if config.is_symlink() and config.exists() else []
-    found: list[Path] = []
+    companions: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            found += [path] if is_companion(path.name) else []
+            companions += [path] if is_companion(path.name) else []
         elif path.is_dir() and not path.name.startswith((".", "_")):
-            found += [inner for inner in sorted(path.iterdir()) if _belongs(path, inner)]
-    for path in found:
+            companions += [inner for inner in sorted(path.iterdir()) if _belongs(path, inner)]
+    for path in companions:
         require_inside(folder, path, also=homes)
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -84,7 +84,7 @@ def companion_files(folder: Path) -> list[Path]:
                 "Take the file out of the model's folder."
             )
         refuse_marked_file(path)
-    return found
+    return companions
 
 
 def refuse_marked_file(path: Path) -> None:

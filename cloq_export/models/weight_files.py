@@ -19,7 +19,7 @@ from cloq_export.files.safe_tensors import TensorFile
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Files of other writers that say beside config.json how the weights are quantized.
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -179,10 +179,10 @@ def refuse_quantized(name: str, folder: Path, config: Mapping[str, Any], weights
     if packed:
         kind, tensors = next(iter(packed.items()))
         scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
-        beside = f", and {len(scales)} scales ({_listed(scales)})" if scales else ""
+        beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
         raise UnsupportedModelError(
             f"{name} is already quantized, though its config does not say so: it holds {len(tensors)} tensors of "
-            f"{kind} ({_listed(tensors)}){beside}; only float weights can be quantized. Give the full-precision model "
+            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized. Give the full-precision model "
             "it was made from."
         )
 
@@ -255,13 +255,13 @@ def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], wei
     if wrong:
         raise SourceError(
             f"{name} stores {len(wrong)} tensors as {weights.headers[wrong[0]][0]} where {type(model).__name__} has "
-            f"float weights ({_listed(wrong)}); they are codes of a quantized model. Give the full-precision model."
+            f"float weights ({listed(wrong)}); they are codes of a quantized model. Give the full-precision model."
         )
     declared: list[str] = []
     zeros: list[str] = []
     homeless: list[str] = []
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    layers = {found.group(1) for found in map(_LAYER.match, places) if found}
+    layers = {match.group(1) for match in map(_LAYER.match, places) if match}
     for tensor in sorted(set(weights.headers) - set(places) - set(unexpected)):
         if _is_computed(tensor, weights) or not any(pattern.search(tensor) for pattern in patterns):
             continue
@@ -280,24 +280,24 @@ def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], wei
     scales = [tensor for tensor in homeless if _SCALE.search(tensor)]
     if scales:
         raise UnsupportedModelError(
-            f"{name} holds {len(scales)} scales that {type(model).__name__} has no place for ({_listed(scales)}): its "
+            f"{name} holds {len(scales)} scales that {type(model).__name__} has no place for ({listed(scales)}): its "
             "weights are quantized, though its config does not say so; only float weights can be quantized. Give the "
             "full-precision model it was made from."
         )
     if homeless:
         raise SourceError(
             f"{name} holds {len(homeless)} tensors that {type(model).__name__} has no place for "
-            f"({_listed(homeless)}); without them it would compute something else. Its config.json is another model's, "
+            f"({listed(homeless)}); without them it would compute something else. Its config.json is another model's, "
             "or this architecture needs another class: give the model as transformers saves it."
         )
     notes = []
     if declared:
         notes.append(
             f"{len(declared)} tensors of {name} were left out, as {type(model).__name__} of transformers declares: "
-            f"{_listed(declared)}"
+            f"{listed(declared)}"
         )
     if zeros:
-        notes.append(f"{len(zeros)} biases of {name} that are zero and have no place were left out: {_listed(zeros)}")
+        notes.append(f"{len(zeros)} biases of {name} that are zero and have no place were left out: {listed(zeros)}")
     return notes
 
 
@@ -308,10 +308,10 @@ def _stored_name(tensor: str, weights: WeightFiles) -> str:
     tail = tensor
     while "." in tail:
         tail = tail.partition(".")[2]
-        found = [name for name in weights.headers if name == tail or name.endswith(f".{tail}")]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        alike = [name for name in weights.headers if name == tail or name.endswith(f".{tail}")]
+        if len(alike) == 1:
+            return alike[0]
+        if alike:
             break
     return tensor
 
@@ -328,6 +328,7 @@ def _is_zero(tensor: str, weights: WeightFiles) -> bool:
     return file is not None and not bool(file.read(tensor).any())
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are, for a message."""
     more = f", {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

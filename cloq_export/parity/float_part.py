@@ -13,7 +13,9 @@ from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import tie_entries
 from cloq_export.artifact.provenance import TokenizerRecord
 from cloq_export.errors import CloqError
-from cloq_export.models.source import NO_CODE, LoadedModel, quiet_transformers, read_tokenizer
+from cloq_export.models.library_calls import NO_CODE, quiet_transformers
+from cloq_export.models.source import LoadedModel
+from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in

@@ -8,16 +8,8 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.provenance import (
-    AdapterRecord,
-    BaseRecord,
-    PairRecord,
-    TokenizerRecord,
-    pair_digest,
-    pairs_digest,
-    record_pairs,
-    seal_of,
-)
+from cloq_export.artifact.pair_record import PairRecord, pair_digest, pairs_digest, record_pairs
+from cloq_export.artifact.provenance import AdapterRecord, BaseRecord, TokenizerRecord, seal_of
 from cloq_export.types import LoraPair
 
 PROVEN = "proven"

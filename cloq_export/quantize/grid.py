@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cloq_export.errors import NonFiniteError
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels.dispatch import triton_takes_groups
 from cloq_export.types import QuantSpec
 
 # The search judges a grid by the sum of |error|^2.5: between the mean square, which lets rare large weights pass,
@@ -112,7 +112,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             f"{LARGEST_SCALE:.0f}); leave this layer in float with --override 'MODULE:skip=true'."
         )
     shape = (out_features, spec.group_count(in_features))
-    if method == "searched" and groups.shape[1] <= triton_kernels.MOST_COLUMNS and triton_kernels.usable_for(weight):
+    if method == "searched" and triton_takes_groups(groups.shape[1], weight):
         from cloq_export.kernels.triton.grid import search_grid
 
         scales, zeros = search_grid(
@@ -120,8 +120,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             spec.max_code,
             SEARCH_RANGE_FRACTIONS,
             SEARCH_REFINEMENT,
-            SMALLEST_SCALE,
-            LARGEST_SCALE,
+            (SMALLEST_SCALE, LARGEST_SCALE),
             symmetric=spec.symmetric,
         )
         return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels.dispatch import triton_takes_groups
 
 # Newton settles in about five steps; only a wide group whose magnitudes crowd around the level takes a dozen or more.
 _PROJECTION_STEPS = 64
@@ -64,7 +64,7 @@ def shrink_infinity_norm(groups: torch.Tensor, amount: float) -> torch.Tensor:
 
 def _shrink_from(groups: torch.Tensor, amount: float, level: torch.Tensor) -> torch.Tensor:
     """Return `shrink_infinity_norm`, starting from levels near the sought ones, (n, 1), that are then those found."""
-    if groups.shape[1] <= triton_kernels.MOST_COLUMNS and triton_kernels.usable_for(groups, level):
+    if triton_takes_groups(groups.shape[1], groups, level):
         from cloq_export.kernels.triton.prox import clip_groups
 
         return clip_groups(groups.contiguous(), amount, level)

@@ -1,6 +1,5 @@
 """From solved layers to better ones: what they hold is trained together on what the block or the model puts out."""
 
-from cloq_export.refine.clipped_layer import ClippedLayer
 from cloq_export.refine.trained_layer import BLOCK_RATES, MODEL_RATES, Rates, TrainedLayer
 from cloq_export.refine.training import (
     JUDGEMENTS,
@@ -24,7 +23,6 @@ __all__ = [
     "BLOCK_RATES",
     "JUDGEMENTS",
     "MODEL_RATES",
-    "ClippedLayer",
     "Objective",
     "OutputObjective",
     "Rates",

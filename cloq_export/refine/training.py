@@ -38,7 +38,7 @@ class TrainableLayer(Protocol):
         """Return the layer as it would be stored now, on its device."""
 
 
-Solution = dict[str, tuple[QuantizedLayer, LoraPair | None]]
+StoredLayers = dict[str, tuple[QuantizedLayer, LoraPair | None]]
 
 
 class Objective(Protocol):
@@ -105,7 +105,7 @@ class Refinement:
         diverged: the error turned NaN or Inf on the way.
     """
 
-    layers: Solution | None
+    layers: StoredLayers | None
     error_before: float
     error_after: float
     best_step: int
@@ -255,7 +255,7 @@ def train_layers(
     trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    kept: Solution | None = None
+    kept: StoredLayers | None = None
     standing = record.load() if record is not None else None
     if record is None or standing is None:
         before = objective.error(held_out)
@@ -292,7 +292,7 @@ def train_layers(
     return Refinement(kept, error_before, best, best_step, step, diverged)
 
 
-def _results(layers: Mapping[str, TrainableLayer]) -> Solution:
+def _results(layers: Mapping[str, TrainableLayer]) -> StoredLayers:
     return {name: layer.result() for name, layer in layers.items()}
 
 

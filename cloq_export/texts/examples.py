@@ -194,7 +194,7 @@ def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
                 "or take it out."
             )
     form = next(iter(forms_of(row, where)), ())
-    if form in ((field,) for field in _CHAT_FIELDS):
+    if len(form) == 1 and form[0] in _CHAT_FIELDS:
         return _chat_of(row, form[0], where)
     if form == ("text",):
         return Example(None, text_of(row, "text", where))

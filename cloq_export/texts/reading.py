@@ -191,15 +191,15 @@ def _is_json(line: bytes) -> bool:
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a row, refusing halves of surrogate pairs: JSON can name them, and neither UTF-8 nor a tokenizer can."""
-    for field, value in row.items():
-        waiting = [field, value]
+    for field, content in row.items():
+        waiting = [field, content]
         while waiting:
-            found = waiting.pop()
-            if isinstance(found, dict):
-                waiting += [*found, *found.values()]
-            elif isinstance(found, list):
-                waiting += found
-            elif isinstance(found, str) and _HALF_PAIR.search(found):
+            value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += [*value, *value.values()]
+            elif isinstance(value, list):
+                waiting += value
+            elif isinstance(value, str) and _HALF_PAIR.search(value):
                 raise DataError(
                     f"{where}: {field!r} holds half of a surrogate pair, which is no text; mend the line, or delete it."
                 )

@@ -60,7 +60,7 @@ class TextTokens:
         Returns:
             (ids of each piece, borders that a token would have straddled).
         """
-        found: list[list[int]] = []
+        ids_of_pieces: list[list[int]] = []
         before: list[int] = []
         text, straddled = "", 0
         for piece in pieces:
@@ -71,9 +71,9 @@ class TextTokens:
             else:
                 own = self._ids_behind(piece)
                 straddled += 1
-            found.append(own)
+            ids_of_pieces.append(own)
             before = before + own
-        return found, straddled
+        return ids_of_pieces, straddled
 
     def completion_ids(self, prompt: str, completion: str) -> tuple[list[int], list[int], bool]:
         """Return the ids of a prompt, and those of its completion with one end token behind it.

@@ -76,5 +76,5 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        found, ctx.gradient = ctx.gradient, None
-        return None if found is None else found.mul_(gradients[0]), None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        return None if gradient is None else gradient.mul_(gradients[0]), None, None

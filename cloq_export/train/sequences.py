@@ -75,7 +75,7 @@ def make_sequences(
     """Return the sequences of examples.
 
     Plain texts are joined, with the end-of-text token between two, and cut into sequences of exactly `seqlen` tokens.
-    A prompt with its completion is one sequence, of which the completion and the end-of-text token behind it are
+    A prompt with its completion is one sequence, of which the completion and the end-of-text token after it are
     learned. A chat is what the tokenizer's chat template makes of it, of which the assistant's turns are learned. What
     is asked has the ids that it is asked with; see `TextTokens`.
 
@@ -88,7 +88,7 @@ def make_sequences(
         origin: where the examples are from, for messages.
 
     Returns:
-        Sequences, in the order of the examples, those of plain text behind the others.
+        Sequences, in the order of the examples, those of plain text after the others.
 
     Raises:
         DataError: no sequence came of them, or there are chats and the tokenizer has no chat template, or one that
@@ -119,8 +119,8 @@ def make_sequences(
             prompt, completion, straddled = tokens.completion_ids(example.prompt or "", example.completion)
             pieces = [(prompt, False), (completion, True)]
         apart += straddled
-        ids = [token for found, _ in pieces for token in found]
-        labels = [token if learned else NOT_LEARNED for found, learned in pieces for token in found]
+        ids = [token for piece, _ in pieces for token in piece]
+        labels = [token if learned else NOT_LEARNED for piece, learned in pieces for token in piece]
         longer = len(ids) > seqlen
         ids, labels = ids[:seqlen], labels[:seqlen]
         # The first token is never predicted, so a label there is none.
@@ -138,7 +138,7 @@ def make_sequences(
     if not rows:
         raise DataError(
             f"{origin} gives no sequence of {seqlen} tokens: {total} examples, {dropped} left out as too long, "
-            f"{len(plain)} tokens of plain text. Choose another --seqlen, --too-long truncate, or more data."
+            f"{len(plain)} tokens of plain text. Choose another `seqlen`, `too_long=truncate`, or more data."
         )
     return Sequences(rows, counts)
 
@@ -167,7 +167,7 @@ Pieces = list[tuple[list[int], bool]]
 
 
 class _RefusedError(Exception):
-    """A chat template does not write a chat; in its own words."""
+    """A chat template refuses a chat; the message is the template's own."""
 
 
 def _windows(plain: list[int], begin: Sequence[int], seqlen: int) -> tuple[list[dict[str, torch.Tensor]], int]:
@@ -211,13 +211,13 @@ def _chat_pieces(example: ChatExample, tokens: TextTokens, where: str) -> tuple[
             )
     pieces = list(_cut(whole, spans))
     ids, straddled = tokens.joined_ids([text for text, _ in pieces], begin=False)
-    return [(found, learned) for found, (_, learned) in zip(ids, pieces, strict=True)], left_out, bool(straddled)
+    return [(piece, learned) for piece, (_, learned) in zip(ids, pieces, strict=True)], left_out, bool(straddled)
 
 
 def _answer_span(
     tokenizer: Any, messages: Sequence[dict[str, str]], turn: int, whole: str, start: int
 ) -> tuple[int, int] | None:
-    """Return where an answer stands in the text of a chat: from behind what asks for it to its end.
+    """Return where an answer stands in the text of a chat: from the end of what asks for it to its own end.
 
     Args:
         tokenizer: with the chat template.
@@ -232,8 +232,8 @@ def _answer_span(
     after = _rendered_or_none(tokenizer, messages[: turn + 1])
     if after is None or not whole.startswith(after):
         return None
-    # Nobody can be asked with no message at all, and some templates want a user's first; the answer is then found
-    # behind what the template writes wherever it asks for one.
+    # A template may refuse to ask for an answer to no message, or before a user's first. The answer is then searched
+    # for after the words with which the template asks elsewhere.
     before = _rendered_or_none(tokenizer, messages[:turn], add_generation_prompt=True) if turn else None
     if before is not None:
         return (len(before), len(after)) if whole.startswith(before) and len(before) < len(after) else None
@@ -249,7 +249,7 @@ def _answer_span(
 
 
 def _asking_text(tokenizer: Any, messages: Sequence[dict[str, str]], turn: int) -> str:
-    """Return what the template writes to ask for an answer: later in the chat, or behind some user's turn."""
+    """Return what the template writes to ask for an answer, later in the chat or after a user's turn."""
     later = [messages[:place] for place in range(turn + 1, len(messages)) if messages[place]["role"] == "assistant"]
     for asked in (*later, [{"role": "user", "content": "a"}]):
         without = _rendered_or_none(tokenizer, asked)

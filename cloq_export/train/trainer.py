@@ -1,7 +1,7 @@
 """Train the adapter of a model whose base is frozen, with transformers' trainer: the best one is kept.
 
-What is added to that trainer: only A and B are saved, a checkpoint that a kill left unfinished is never continued from,
-and a loss that is no number ends the training.
+Added to that trainer: only A and B are saved, a checkpoint that was not written to its end is never continued from, and
+a loss that is NaN or Inf ends the training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,15 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cloq_export.errors import DivergedError, FormatError, UsageError
-from cloq_export.files.atomic import write_json, write_safetensors
+from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import FineTuneRecipe
+from cloq_export.train.data import TrainingData
+from cloq_export.train.launched import Placement
 from cloq_export.train.loss import next_token_loss
-from cloq_export.train.sequences import Sequences, pad_batch
+from cloq_export.train.sequences import pad_batch
 
 WEIGHTS_NAME = "trained.safetensors"
 # Written last; a checkpoint without it, or whose files differ from it, was cut off.
@@ -35,7 +38,25 @@ COMPLETE_NAME = "complete.json"
 # The newest checkpoint and the one before it, which must outlive the writing of the newest.
 _KEPT_CHECKPOINTS = 2
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """One optimizer step."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationPoint:
+    """One evaluation; step 0 is before the first step."""
+
+    step: int
+    epoch: float
+    loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +64,15 @@ class TrainingCurve:
     """What a training did, step by step; equal trainings give equal curves, interrupted or not.
 
     Args:
-        losses: of every step: "step", "epoch", "loss", "learning_rate", "gradient_norm".
-        evaluations: "step", "epoch" and "loss" of every evaluation; step 0 is before the first step.
+        losses: of every step.
+        evaluations: in order.
         steps: optimizer steps in all.
         kept_step: the step whose adapter was kept.
         kept_loss: its evaluation loss, or None if nothing was evaluated.
     """
 
-    losses: tuple[Mapping[str, float], ...]
-    evaluations: tuple[Mapping[str, float], ...]
+    losses: tuple[TrainingStep, ...]
+    evaluations: tuple[EvaluationPoint, ...]
     steps: int
     kept_step: int
     kept_loss: float | None
@@ -72,13 +93,10 @@ class Training:
 
 def train_adapter(
     model: nn.Module,
-    sequences: Sequences,
-    evaluation: Sequences | None,
+    data: TrainingData,
     recipe: FineTuneRecipe,
     folder: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    placement: Placement,
     progress: Callable[[int, int], None] | None = None,
 ) -> Training:
     """Train the parameters of a model that ask for gradients, continuing from the newest whole checkpoint.
@@ -89,12 +107,10 @@ def train_adapter(
 
     Args:
         model: a transformers model on any device; A and B ask for gradients, nothing else does.
-        sequences: to learn.
-        evaluation: to evaluate on, or None.
+        data: what is learned, and what it is evaluated on.
         recipe: every option; its data, name and start are not looked at.
         folder: for checkpoints.
-        device: CPU or CUDA; a launcher with several processes gives each of them its own.
-        dtype: arithmetic of the activations.
+        placement: device and precision.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -105,22 +121,23 @@ def train_adapter(
         UsageError: float16 on a CPU.
         FormatError: a checkpoint belongs to another model.
     """
-    if dtype is torch.float16 and device.type == "cpu":
-        raise UsageError("float16 cannot be trained on a CPU; choose --precision bfloat16 or float32.")
+    if placement.dtype is torch.float16 and placement.device.type == "cpu":
+        raise UsageError("float16 cannot be trained on a CPU; choose `precision=bfloat16` or float32.")
+    learned, evaluated = data.learned, data.evaluated
     cast(Any, model).loss_function = next_token_loss
     trainer = AdapterTrainer(
         model=model,
-        args=_arguments(recipe, len(sequences.rows), evaluation is not None, folder, device, dtype),
-        train_dataset=sequences.rows,
-        eval_dataset=evaluation.rows if evaluation is not None else None,
+        args=_arguments(recipe, len(learned.rows), evaluated is not None, folder, placement),
+        train_dataset=learned.rows,
+        eval_dataset=evaluated.rows if evaluated is not None else None,
         data_collator=pad_batch,
-        callbacks=[_Milestones(progress, evaluates=evaluation is not None)],
+        callbacks=[_Milestones(progress, evaluates=evaluated is not None)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     resumed = newest_checkpoint(folder)
     if trainer.is_world_process_zero():
         _remove_unfinished(folder)
-    if resumed is None and evaluation is not None:
+    if resumed is None and evaluated is not None:
         trainer.args.eval_on_start = True
     with _quiet():
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -131,7 +148,7 @@ def train_adapter(
 
 
 class AdapterTrainer(transformers.Trainer):
-    """Transformers' trainer, saving the trained parameters alone, and stopping at a loss that is no number."""
+    """Transformers' trainer, saving the trained parameters alone, and stopping at a loss that is NaN or Inf."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Do one forward and backward pass.
@@ -209,7 +226,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class _Milestones(transformers.TrainerCallback):
-    """Shows progress, and evaluates after the last step whatever the interval is."""
+    """Shows progress, and evaluates after the last step even where the interval does not."""
 
     def __init__(self, progress: Callable[[int, int], None] | None, *, evaluates: bool) -> None:
         self._progress = progress
@@ -231,7 +248,7 @@ class _Milestones(transformers.TrainerCallback):
 
 
 def _arguments(
-    recipe: FineTuneRecipe, rows: int, evaluates: bool, folder: Path, device: torch.device, dtype: torch.dtype
+    recipe: FineTuneRecipe, rows: int, evaluates: bool, folder: Path, placement: Placement
 ) -> transformers.TrainingArguments:
     interval: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch" if evaluates else "no"}
     if recipe.eval_every:
@@ -251,9 +268,9 @@ def _arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         optim="adamw_torch",
         max_grad_norm=1.0,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        use_cpu=device.type == "cpu",
+        bf16=placement.dtype is torch.bfloat16,
+        fp16=placement.dtype is torch.float16,
+        use_cpu=placement.device.type == "cpu",
         seed=recipe.seed,
         logging_strategy="steps",
         logging_steps=1,
@@ -263,7 +280,7 @@ def _arguments(
         save_total_limit=_KEPT_CHECKPOINTS,
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=placement.device.type == "cuda",
         # Packed codes are the same everywhere and never change.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
@@ -281,22 +298,24 @@ def _arguments(
 
 
 def _curve(state: Any) -> TrainingCurve:
-    losses, evaluations = [], []
-    for entry in state.log_history:
-        if "loss" in entry:
-            named = {"loss": entry["loss"], "learning_rate": entry["learning_rate"]}
-            losses.append(
-                {"step": entry["step"], "epoch": entry["epoch"], **named, "gradient_norm": entry["grad_norm"]}
-            )
-        elif "eval_loss" in entry:
-            evaluations.append({"step": entry["step"], "epoch": entry.get("epoch", 0.0), "loss": entry["eval_loss"]})
+    history = state.log_history
+    losses = tuple(
+        TrainingStep(each["step"], each["epoch"], each["loss"], each["learning_rate"], each["grad_norm"])
+        for each in history
+        if "loss" in each
+    )
+    evaluations = tuple(
+        EvaluationPoint(each["step"], each.get("epoch", 0.0), each["eval_loss"])
+        for each in history
+        if "eval_loss" in each
+    )
     kept = state.best_global_step or state.global_step
-    return TrainingCurve(tuple(losses), tuple(evaluations), state.global_step, kept, state.best_metric)
+    return TrainingCurve(losses, evaluations, state.global_step, kept, state.best_metric)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ()
-    return [path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
+    paths = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ()
+    return [path for path in paths if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -324,7 +343,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep advice of the libraries below away from people who cannot follow it."""
+    """Hide warnings of the libraries that a user of this package can do nothing about."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", FutureWarning)

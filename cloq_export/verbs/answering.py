@@ -46,11 +46,10 @@ def read_questions(asked: Mapping[str, str | None], count: int | None, shots: in
     Raises:
         CloqError: questions cannot be found or read.
     """
-    found = {}
-    for name, file in asked.items():
-        task = find_task(name)
-        found[name] = (task, load_questions(task, file, count=count, shots=shots))
-    return found
+    tasks = {name: find_task(name) for name in asked}
+    return {
+        name: (tasks[name], load_questions(tasks[name], file, count=count, shots=shots)) for name, file in asked.items()
+    }
 
 
 def answer_tasks(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloq_export.artifact.certificate import read_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.pair_record import pair_digest, record_pairs
 from cloq_export.artifact.provenance import (
     LARGEST_PRODUCT_ERROR,
     AdapterRecord,
@@ -17,9 +18,7 @@ from cloq_export.artifact.provenance import (
     ProbeRecord,
     TokenizerRecord,
     adapter_record,
-    pair_digest,
     read_base_record,
-    record_pairs,
 )
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import CloqError, FormatError
@@ -245,6 +244,9 @@ class MadeBefore:
         if loaded.source.fingerprint == made_from:
             return [Finding("reference", PROVEN), *findings]
         reason = f"{loaded.source.name} is not the revision of {self.base.model} that the run was made from"
+        added = loaded.source.added_files(made_from)
+        if added:
+            reason += f": {loaded.source.folder} holds {' and '.join(added)}, which was not there then"
         if other:
             # It was asked for; what differs is judged by its tensors and its tokenizer.
             return [Finding("reference", NOT_PROVEN, reason)]
@@ -291,7 +293,7 @@ class MadeBefore:
         ]
         for name, adapter in self.adapters.items():
             what = f"adapter {name} beside the run"
-            if name not in run.adapters():
+            if name not in run.adapters.folders:
                 findings.append(Finding(what, NOT_PROVEN, f"{run.path} has no adapter of this name"))
                 continue
             held = read_adapter(run.adapter_path(name))
@@ -342,7 +344,7 @@ def _attempt(unread: list[Finding], what: str, read: Callable[[], Any]) -> Any:
 def _promises_record(export: Path) -> bool:
     """Return whether the certificate of an export says that it carries a record."""
     try:
-        return bool(read_certificate(export).get("provenance"))
+        return bool(read_certificate(export).facts.get("provenance"))
     except CloqError:
         return False
 

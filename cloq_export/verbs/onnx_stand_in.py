@@ -7,39 +7,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from cloq_export.artifact.checkpoint import ADAPTERS_NAME
+from cloq_export.artifact.adapters import ADAPTERS_NAME, read_bound_adapter
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
-from cloq_export.errors import BindingError, FormatError
 from cloq_export.files.fingerprint import base_fingerprint
-from cloq_export.formats.onnx.adapter import is_onnx_adapter, read_onnx_adapter, require_fit
+from cloq_export.formats.onnx.adapter import require_fit
 from cloq_export.formats.onnx.reading import OnnxExport
-from cloq_export.formats.onnx.record import ADAPTER_NAME
-from cloq_export.formats.peft import Adapter, read_adapter, write_adapter
-from cloq_export.formats.peft.codec import is_adapter
+from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.source import LoadedModel
 
 
-def find_adapter(export: Path, place: str) -> Path:
-    """Return the folder of an adapter of an ONNX export.
-
-    Args:
-        export: the export.
-        place: the name of an adapter in it, or a folder of an ONNX adapter or a PEFT one.
-
-    Raises:
-        FormatError: there is none.
-    """
-    inside = export / ADAPTERS_NAME / place
-    for folder in (*([inside] if Path(place).name == place else []), Path(place)):
-        if is_onnx_adapter(folder) or is_adapter(folder):
-            return folder
-    raise FormatError(
-        f"{place} is no adapter in {export} and no adapter folder; give a name in its {ADAPTERS_NAME}/, or the folder "
-        f"that holds {ADAPTER_NAME} or adapter_config.json."
-    )
-
-
-def read_bound_adapter(folder: Path, export: OnnxExport, *, force: bool) -> Adapter:
+def read_fitting_adapter(folder: Path, export: OnnxExport, *, force: bool) -> Adapter:
     """Return the adapter of a folder, refusing one that the graph cannot serve as meant.
 
     Args:
@@ -51,12 +28,7 @@ def read_bound_adapter(folder: Path, export: OnnxExport, *, force: bool) -> Adap
         BindingError: it is bound to another base, or to none, or the graph has no inputs for it.
         FormatError: a file is missing or damaged.
     """
-    read = read_onnx_adapter(folder) if is_onnx_adapter(folder) else read_adapter(folder)
-    if read.base_fingerprint != export.fingerprint and not force:
-        raise BindingError(
-            f"{folder} is bound to {read.base_fingerprint or 'no base'}, but {export.folder} is {export.fingerprint}; "
-            "an adapter is wrong on any other quantization. Make one for this base with `cloq adapt`."
-        )
+    read = read_bound_adapter(folder, export, force=force)
     require_fit(read.pairs, export.shapes, str(folder))
     return read
 

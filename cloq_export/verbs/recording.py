@@ -1,4 +1,4 @@
-"""Write down what a run or a training has made when it makes it; `verify` compares what is served with it."""
+"""Records of what a run or a training has made, written when it is made; `verify` compares what is served with them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
@@ -21,7 +21,6 @@ from cloq_export.artifact.provenance import (
     TrainingRecord,
     adapter_record,
     probe_record,
-    record_pairs,
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory
@@ -123,8 +122,7 @@ def export_record(
 ) -> BaseRecord | None:
     """Return the record that an export carries: the run's, with the adapters that the export is written with.
 
-    What the run recorded is carried as it stands, whatever the layers are by now: `verify` tells the two apart. A
-    difference is noted here already.
+    The record is carried unchanged even if the layers have changed since, which is noted here and found by `verify`.
 
     Args:
         session: of the call; differences are noted in it.
@@ -162,17 +160,3 @@ def read_adapter_record(session: Session, name: str, extra: Mapping[str, Any], f
     except FormatError as error:
         session.notes.append(f"the provenance of the adapter {name} is not carried: {error}")
         return None
-
-
-def place_pairs(model: nn.Module, pairs: Mapping[str, LoraPair]) -> None:
-    """Put pairs, as they are stored, into a model that PEFT wrapped under the name "default".
-
-    Args:
-        model: with its adapter.
-        pairs: full module name -> pair.
-    """
-    with torch.no_grad():
-        for name, pair in pairs.items():
-            layer: Any = model.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(pair.lora_A)
-            layer.lora_B["default"].weight.copy_(pair.lora_B)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, carried_note, read_bound_adapter
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.certificate import verify_certificate, verify_run
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.merged import is_merged
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.decoding import end_tokens
@@ -30,7 +30,6 @@ from cloq_export.files.atomic import make_folder
 from cloq_export.files.versions import environment
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
-from cloq_export.formats.onnx.record import is_onnx_export
 from cloq_export.formats.peft import Adapter, write_adapter
 from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel, open_model
@@ -65,10 +64,9 @@ from cloq_export.parity.tasks import (
     load_questions,
     task_entry,
 )
-from cloq_export.recipe import CHOICES, Recipe
+from cloq_export.recipe import CHOICES
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
-from cloq_export.verbs.exporting import adapters_in
 from cloq_export.verbs.made_before import MadeBefore, compare_float_part
 
 if TYPE_CHECKING:
@@ -175,7 +173,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
     _check_engine(plan)
     if options.out is not None:
         make_folder(options.out)
-    session = Session(Recipe(), console or Console(stderr=True))
+    session = Session(console or Console(stderr=True))
     report = _Verification(plan, session).run()
     if options.out is not None:
         report["files"] = write_report(options.out, report)
@@ -211,11 +209,14 @@ class _Plan:
     def make(cls, export: Path, options: VerifyOptions) -> _Plan:
         chosen = {} if options.gate is None else read_gate_file(options.gate)
         _check_options(options)
-        if is_merged(export):
+        artifact = Artifact.open(export)
+        if artifact.kind == "merged export":
             raise UsageError(
                 f"{export} is a merged export, which has no codes and no adapter to verify; give the quantized export."
             )
-        checkpoint, folders, adapters = (_read_onnx if is_onnx_export(export) else _read_checkpoint)(export, options)
+        checkpoint, folders, adapters = (_read_onnx if artifact.kind == "onnx export" else _read_checkpoint)(
+            artifact, options
+        )
         made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
             options.dtype,
@@ -240,12 +241,12 @@ class _Plan:
 
 
 def _read_checkpoint(
-    export: Path, options: VerifyOptions
+    artifact: Artifact, options: VerifyOptions
 ) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
     if options.runtime == "onnx":
-        raise UsageError(f"{export} is no ONNX export; make one with: cloq export RUN --format onnx")
-    checkpoint = Checkpoint.open(export)
-    folders = _adapter_folders(export, options.adapters, find_adapter)
+        raise UsageError(f"{artifact.path} is no ONNX export; make one with: cloq export RUN --format onnx")
+    checkpoint = artifact.checkpoint
+    folders = _adapter_folders(artifact.adapters, options.adapters)
     return (
         checkpoint,
         folders,
@@ -254,21 +255,21 @@ def _read_checkpoint(
 
 
 def _read_onnx(
-    export: Path, options: VerifyOptions
+    artifact: Artifact, options: VerifyOptions
 ) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
     if options.runtime != "onnx" or options.dtype != "float32":
         raise UsageError(
-            f"{export} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and without "
-            "--dtype."
+            f"{artifact.path} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and "
+            "without --dtype."
         )
     require_packages()
     from cloq_export.formats.onnx.reading import OnnxExport
     from cloq_export.verbs import onnx_stand_in
 
-    opened = OnnxExport.open(export)
-    folders = _adapter_folders(export, options.adapters, onnx_stand_in.find_adapter)
+    opened = OnnxExport.open(artifact.path)
+    folders = _adapter_folders(artifact.adapters, options.adapters)
     adapters = {
-        name: onnx_stand_in.read_bound_adapter(path, opened, force=options.force) for name, path in folders.items()
+        name: onnx_stand_in.read_fitting_adapter(path, opened, force=options.force) for name, path in folders.items()
     }
     return opened, folders, adapters
 
@@ -401,12 +402,12 @@ class _Verification:
             repeated = verify_certificate(self.plan.export) if run is None else verify_run(run)
         except FormatError as error:
             return {"passed": False, "files": None, "modules": None, "not_covered": [], "reason": str(error)}
-        self.digests = repeated["digests"]
+        self.digests = dict(repeated.digests)
         return {
             "passed": True,
-            "files": repeated["files"],
-            "modules": repeated["modules"],
-            "not_covered": repeated["not_covered"],
+            "files": repeated.files,
+            "modules": repeated.modules,
+            "not_covered": list(repeated.not_covered),
             "reason": None,
         }
 
@@ -851,6 +852,10 @@ class _Verification:
                 notes.append(
                     f"the adapter {name} is bound to {read.base_fingerprint or 'no base'}; it was taken by force"
                 )
+        shelf = AdapterShelf.of(plan.export)
+        notes += shelf.notes if not options.adapters else ()
+        outside = {name: folder for name, folder in plan.folders.items() if folder not in shelf.folders.values()}
+        notes += filter(None, (carried_note(name, folder) for name, folder in outside.items()))
         notes += [
             f"not proven: {each.what}: {each.reason}"
             for each in [*self.findings, *self.float_part]
@@ -1003,11 +1008,10 @@ def _check_options(options: VerifyOptions) -> None:
         raise UsageError(f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu.")
 
 
-def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, str], Path]) -> dict[str, Path]:
+def _adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
     """Return name -> folder of the adapters that are to be served."""
     if not asked:
-        names = RunDirectory.open(export).adapters() if RunDirectory.is_run(export) else adapters_in(export)
-        return {name: find(export, name) for name in names}
+        return dict(shelf.folders)
     folders: dict[str, Path] = {}
     for text in asked:
         name, separator, place = text.partition("=")
@@ -1021,7 +1025,7 @@ def _adapter_folders(export: Path, asked: Sequence[str], find: Callable[[Path, s
             )
         if name in folders:
             raise UsageError(f"two adapters have the name {name!r}; give one another with --adapter NAME=FOLDER.")
-        folders[name] = find(export, place)
+        folders[name] = shelf.find(place)
     return folders
 
 

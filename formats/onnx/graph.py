@@ -6,80 +6,22 @@ All graph work is onnx_ir's, all checking onnx's own checker's. Weights are read
 from __future__ import annotations
 
 import collections
-import dataclasses
-import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
-from cloq_export.errors import FormatError, UsageError
-from cloq_export.files.atomic import tensor_bytes
+from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8, BlockGrid, Style, TwoBit, choose_blocks, pack_blocks
-from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphRecord, ModuleRecord
-from cloq_export.types import QuantizedLayer, QuantSpec
+from cloq_export.formats.onnx.matching import FloatLinear, GraphLayers, match_linears
+from cloq_export.formats.onnx.opset import CODE_TYPES, MICROSOFT, check_graph, needed_opset, set_opset
+from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphOptions, GraphRecord, ModuleRecord, Progress
 
-MICROSOFT = "com.microsoft"
 FINGERPRINT_KEY = "cloq_base_fingerprint"
 PARTS = ("codes", "scales", "zeros")
-
-# Type of a code in a DequantizeLinear -> the first opset that knows it there with blocks.
-_CODE_TYPES = {2: (ir.DataType.UINT2, 25), 4: (ir.DataType.UINT4, 21), 8: (ir.DataType.UINT8, 21)}
-# Opset -> the first version of the file format that may import it, where that is more than exporters write by default.
-_IR_VERSIONS = ((25, 13), (24, 12), (23, 11), (21, 10))
-# ONNX Runtime registers these in the standard domain, where onnx's checker does not know them.
-_RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
-
-Progress = Callable[[int, int], None]
-
-
-class UnmatchedLinearError(FormatError):
-    """The float graph does not compute a module by a MatMul of its own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphLayers:
-    """The quantized layers that go into a graph, read one at a time.
-
-    Args:
-        specs: full module name -> its grid.
-        shapes: full module name -> (out, in).
-        read: gives one layer.
-    """
-
-    specs: Mapping[str, QuantSpec]
-    shapes: Mapping[str, tuple[int, int]]
-    read: Callable[[str], QuantizedLayer]
-
-
-@dataclasses.dataclass(frozen=True)
-class _FloatLinear:
-    """A MatMul with a constant weight: (in, out), or (out, in) behind a Transpose."""
-
-    node: ir.Node
-    weight: ir.Value
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (out, in)."""
-        assert self.weight.const_value is not None
-        rows, columns = (int(size) for size in self.weight.const_value.shape)
-        return (rows, columns) if self.transposed else (columns, rows)
-
-    def digest(self) -> str:
-        """Return the hash of the weight as (out, in) float32."""
-        tensor = self.weight.const_value
-        assert tensor is not None
-        found = _digest(np.ascontiguousarray(tensor.numpy() if self.transposed else tensor.numpy().T).data)
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
-        return found
 
 
 def plan_blocks(
@@ -112,24 +54,8 @@ def plan_blocks(
     return modules, tuple(_notes(modules.values(), style))
 
 
-def needed_opset(modules: Mapping[str, ModuleRecord], style: Style) -> int:
-    """Return the least opset that has the types of a graph's linears; 1 if only ONNX Runtime's own are used."""
-    if style == "matmulnbits":
-        return 1
-    return max(_CODE_TYPES[module.blocks.bits][1] for module in modules.values())
-
-
 def quantize_graph(
-    source: Path,
-    folder: Path,
-    layers: GraphLayers,
-    *,
-    style: Style,
-    two_bit: TwoBit,
-    opset: int | None,
-    base_fingerprint: str,
-    exporter: str,
-    progress: Progress | None = None,
+    source: Path, folder: Path, layers: GraphLayers, options: GraphOptions, *, base_fingerprint: str, exporter: str
 ) -> GraphRecord:
     """Write a decoder graph whose linears carry the integers of layers, and inputs for LoRA pairs.
 
@@ -140,12 +66,9 @@ def quantize_graph(
         source: the float graph.
         folder: where model.onnx and model.onnx.data are written.
         layers: the quantized layers.
-        style: "matmulnbits" or "qdq".
-        two_bit: how 2-bit codes are stored.
-        opset: of the standard operators; None takes the least that works, at least that of the float graph.
+        options: how the graph is written.
         base_fingerprint: of the layers, noted in the graph.
         exporter: what made the float graph.
-        progress: called with (tensors written, tensors in all).
 
     Returns:
         What was written; the record itself is not written.
@@ -156,10 +79,11 @@ def quantize_graph(
         UnmatchedLinearError: a module is no MatMul of the float graph.
         FormatError: the result does not pass onnx's checker.
     """
+    style, two_bit = options.style, options.two_bit
     modules, notes = plan_blocks(layers, style=style, two_bit=two_bit)
     model = ir.load(source)
-    chosen = _set_opset(model, needed_opset(modules, style), opset)
-    linears = _match(model.graph, layers)
+    chosen = set_opset(model, needed_opset(modules, style), options.opset)
+    linears = match_linears(model.graph, layers)
     model.opset_imports.setdefault(MICROSOFT, 1)
     last: dict[str, tuple[torch.Tensor, ...]] = {}
 
@@ -173,7 +97,7 @@ def quantize_graph(
         _replace(model.graph, module, modules[module], linear, packed)
     model.metadata_props[FINGERPRINT_KEY] = base_fingerprint
     model.graph.sort()
-    _save(model, folder, progress)
+    _save(model, folder, options.progress)
     check_graph(folder)
     return GraphRecord(base_fingerprint, style, two_bit, chosen, exporter, modules, notes)
 
@@ -181,31 +105,6 @@ def quantize_graph(
 def lora_names(module: str) -> tuple[str, str]:
     """Return the names of the graph inputs that take a module's A (in, rank) and its scaled B (rank, out)."""
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def check_graph(folder: Path) -> None:
-    """Let onnx's checker read a graph from disk.
-
-    Operators that ONNX Runtime registers in the standard domain are looked at as its own, which the checker leaves
-    alone; the loader of ONNX Runtime knows them.
-
-    Raises:
-        FormatError: the checker refuses it.
-    """
-    model = onnx.load(str(folder / GRAPH_NAME), load_external_data=False)
-    for node in model.graph.node:
-        if not node.domain and node.op_type in _RUNTIME_OPERATORS:
-            node.domain = MICROSOFT
-    # Beside the original, because the checker looks for the external data there.
-    place = folder / f".{GRAPH_NAME}.checked"
-    try:
-        onnx.save(model, str(place))
-        onnx.checker.check_model(str(place))
-    except (onnx.checker.ValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FormatError(f"onnx's checker refuses {folder / GRAPH_NAME}: {reason}") from None
-    finally:
-        place.unlink(missing_ok=True)
 
 
 def _notes(modules: Any, style: Style) -> Iterator[str]:
@@ -244,114 +143,11 @@ def _notes(modules: Any, style: Style) -> Iterator[str]:
         )
 
 
-def _set_opset(model: ir.Model, needed: int, wanted: int | None) -> int:
-    """Let the graph import an opset in which its operators mean the same, and return it."""
-    present = model.opset_imports.get("", 1)
-    chosen = max(needed, present) if wanted is None else wanted
-    newest = onnx.defs.onnx_opset_version()
-    if chosen < needed:
-        raise UsageError(
-            f"opset {chosen} has no DequantizeLinear for these codes; {needed} is the least: choose --opset {needed} "
-            "or more, or --style matmulnbits."
-        )
-    if not 1 <= chosen <= newest:
-        raise UsageError(f"opset {chosen} is unknown to the installed onnx; it knows 1 to {newest}.")
-    if chosen != present:
-        used = {node.op_type for node in model.graph.all_nodes() if not node.domain} - _RUNTIME_OPERATORS
-        for operator in sorted(used):
-            if not _means_the_same(operator, present, chosen):
-                raise UsageError(
-                    f"{operator} is another operator in opset {chosen} than in {present}, which the float graph was "
-                    f"exported with; choose --opset {present}, or leave it out."
-                )
-        model.opset_imports[""] = chosen
-        least = next((version for opset, version in _IR_VERSIONS if chosen >= opset), 0)
-        model.ir_version = max(model.ir_version, least)
-    return chosen
-
-
-def _means_the_same(operator: str, first: int, second: int) -> bool:
-    """Return whether an operator of two opsets differs at most by what types it takes, and takes more in the later."""
-    try:
-        older, newer = (onnx.defs.get_schema(operator, opset) for opset in sorted((first, second)))
-    except onnx.defs.SchemaError:
-        return False
-    if older.since_version == newer.since_version:
-        return True
-    if second < first:
-        return False  # the graph may use a type that only the later one takes
-
-    def signature(schema: Any) -> Any:
-        return (
-            [(item.name, item.option, item.type_str) for item in (*schema.inputs, *schema.outputs)],
-            sorted(
-                (name, attribute.type, attribute.required, attribute.default_value.SerializeToString())
-                for name, attribute in schema.attributes.items()
-            ),
-        )
-
-    types = [{item.type_param_str: set(item.allowed_type_strs) for item in s.type_constraints} for s in (older, newer)]
-    wider = types[0].keys() == types[1].keys() and all(types[0][key] <= types[1][key] for key in types[0])
-    return wider and signature(older) == signature(newer)
-
-
-def _match(graph: ir.Graph, layers: GraphLayers) -> dict[str, _FloatLinear]:
-    """Return the MatMul that computes each module, found by the bytes of its weight."""
-    wanted = set(layers.shapes.values())
-    found: dict[str, list[_FloatLinear]] = collections.defaultdict(list)
-    for linear in _float_linears(graph):
-        if linear.shape in wanted:
-            found[linear.digest()].append(linear)
-    modules: dict[str, list[str]] = collections.defaultdict(list)
-    for module in layers.specs:
-        modules[_digest(tensor_bytes(layers.read(module).dequantize()))].append(module)
-    matched: dict[str, _FloatLinear] = {}
-    for digest, names in modules.items():
-        linears = found.get(digest, [])
-        for module in names:
-            # Equal weights at several places are told apart by name.
-            own = linears if len(names) == len(linears) == 1 else [each for each in linears if _named(each, module)]
-            if len(own) != 1:
-                what = "no MatMul" if not own else f"{len(own)} MatMuls"
-                raise UnmatchedLinearError(
-                    f"the float graph has {what} with the weight of {module}; it computes that module in another way."
-                )
-            matched[module] = own[0]
-    return {module: matched[module] for module in layers.specs}
-
-
-def _float_linears(graph: ir.Graph) -> Iterator[_FloatLinear]:
-    for node in graph:
-        if node.op_type != "MatMul" or node.domain:
-            continue
-        weight, transposed = node.inputs[1], False
-        producer = weight.producer() if weight is not None else None
-        if producer is not None and producer.op_type == "Transpose" and list(_permutation(producer)) == [1, 0]:
-            weight, transposed = producer.inputs[0], True
-        if weight is None or weight.is_graph_input() or weight.const_value is None:
-            continue
-        tensor = weight.const_value
-        if len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT:
-            yield _FloatLinear(node, weight, transposed)
-
-
-def _permutation(node: ir.Node) -> Sequence[int]:
-    attribute = node.attributes.get("perm")
-    return [1, 0] if attribute is None else attribute.as_ints()
-
-
-def _named(linear: _FloatLinear, module: str) -> bool:
-    """Return whether a node's name and a module's agree in their numbers and the module's last word."""
-    name = linear.node.name or ""
-    same_numbers = re.findall(r"\d+", name) == re.findall(r"\d+", module)
-    return same_numbers and module.rpartition(".")[2] in re.split(r"[/.]", name)
-
-
 def _replace(
     graph: ir.Graph,
     module: str,
     record: ModuleRecord,
-    linear: _FloatLinear,
+    linear: FloatLinear,
     packed: Callable[[str], tuple[torch.Tensor, ...]],
 ) -> None:
     """Put a quantized linear with inputs for a LoRA pair into the place of a float one."""
@@ -438,7 +234,7 @@ def part_headers(grid: BlockGrid, shape: tuple[int, int]) -> dict[str, tuple[ir.
     """
     out_features, in_features = shape
     if grid.style == "qdq":
-        dtype = _CODE_TYPES[grid.bits][0]
+        dtype = CODE_TYPES[grid.bits][0]
         blocks = (grid.blocks, out_features)
         return {
             "codes": (dtype, (in_features, out_features)),
@@ -474,7 +270,3 @@ def _save(model: ir.Model, folder: Path, progress: Progress | None) -> None:
             progress(info.index + 1, info.total)
 
     ir.save(model, folder / GRAPH_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, callback=report)
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()

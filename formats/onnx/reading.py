@@ -17,7 +17,8 @@ from cloq_export.errors import FormatError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.formats.onnx.blocks import unpack_blocks
-from cloq_export.formats.onnx.graph import FINGERPRINT_KEY, MICROSOFT, PARTS, part_headers
+from cloq_export.formats.onnx.graph import FINGERPRINT_KEY, PARTS, part_headers
+from cloq_export.formats.onnx.opset import MICROSOFT
 from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphRecord, ModuleRecord, read_record
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -110,9 +111,7 @@ class OnnxExport:
         if entry.blocks.style == "matmulnbits":
             codes, zeros = codes.view(headers["codes"][1]), zeros.view(headers["zeros"][1])
         return unpack_blocks(
-            codes,
-            scales.view(headers["scales"][1]),
-            zeros,
+            (codes, scales.view(headers["scales"][1]), zeros),
             entry.blocks,
             entry.spec,
             entry.shape,

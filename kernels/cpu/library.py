@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 # Imported first so that torch's OpenMP runtime is in the process when the library looks for one; see threads.cpp.
-import torch
 
 # Another build, for the sanitizers.
 LIBRARY_VARIABLE = "CLOQ_EXPORT_CPU_LIBRARY"
@@ -178,13 +177,3 @@ def select_isa(name: str) -> Iterator[None]:
         yield
     finally:
         library.cloq_select_isa(before)
-
-
-def usable_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """Return the library if all tensors lie in plain CPU memory, else None.
-
-    Tensors of other devices, fake tensors and tensors of subclasses that only look like memory are left to torch.
-    """
-    if all(tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
-        return load()
-    return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from cloq_export.kernels.reference.lora import Adapters
+
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """Return Q, (out, in), in the dtype of the scales."""
@@ -25,10 +27,7 @@ def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    lora_a: torch.Tensor | None = None,
-    lora_b: torch.Tensor | None = None,
-    scaling: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    adapters: Adapters | None = None,
     *,
     int8_activations: bool = False,
 ) -> torch.Tensor:
@@ -38,10 +37,7 @@ def lora_linear(
         x: (..., in).
         weight: Q, (out, in).
         bias: (out), or None.
-        lora_a: (adapters, rank, in), or None.
-        lora_b: (adapters, out, rank); with `lora_a`.
-        scaling: (adapters); with `lora_a`.
-        index: one adapter per token, of the leading shape of x, -1 for none; None means adapter 0 for all.
+        adapters: the pairs, and which of them each token gets; or None.
         int8_activations: meet Q with rounded activations; the low-rank term takes them as they are.
 
     Returns:
@@ -51,10 +47,11 @@ def lora_linear(
     y = (round_activations(rows) if int8_activations else rows) @ weight.t()
     if bias is not None:
         y = y + bias.to(weight.dtype)
-    if lora_a is not None and lora_b is not None and scaling is not None:
+    if adapters is not None:
+        index = adapters.index
         which = torch.zeros(rows.shape[0], dtype=torch.int64) if index is None else index.reshape(-1)
-        for adapter in range(lora_a.shape[0]):
-            a, b = lora_a[adapter].to(weight.dtype), lora_b[adapter].to(weight.dtype)
-            term = rows @ a.t() @ b.t() * scaling[adapter].to(weight.dtype)
+        for adapter in range(adapters.a.shape[0]):
+            a, b = adapters.a[adapter].to(weight.dtype), adapters.b[adapter].to(weight.dtype)
+            term = rows @ a.t() @ b.t() * adapters.scaling[adapter].to(weight.dtype)
             y = y + torch.where((which == adapter).unsqueeze(-1), term, 0)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -58,25 +58,19 @@ def _dequantize(
 
 @on_its_device
 def dequantize_into(
-    result: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    bits: int,
-    first: int,
-    last: int,
+    result: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor], bits: int, first: int, last: int
 ) -> None:
     """Write `Q[first:last]`, computed in float32 and rounded once.
 
     Args:
         result: (last - first, in), float32, bfloat16 or float16, any strides.
-        qweight: (in * bits / 32, out) int32, contiguous.
-        qzeros: (groups, out * bits / 32) int32, contiguous.
-        scales: (groups, out) float, contiguous.
+        layer: qweight (in * bits / 32, out) int32, qzeros (groups, out * bits / 32) int32 and scales (groups, out)
+            float, contiguous.
         bits: 2, 3, 4 or 8.
         first: output channel of the first row.
         last: output channel behind the last row.
     """
+    qweight, qzeros, scales = layer
     groups, out_features = scales.shape
     in_features = result.shape[1]
     units = tile_units(in_features, groups)
@@ -106,5 +100,5 @@ def dequantize(
     out_features = scales.shape[1]
     in_features = qweight.shape[0] * UNIT // bits
     result = torch.empty(out_features, in_features, dtype=dtype, device=qweight.device)
-    dequantize_into(result, qweight, qzeros, scales, bits, 0, out_features)
+    dequantize_into(result, (qweight, qzeros, scales), bits, 0, out_features)
     return result

@@ -14,13 +14,21 @@ import pytest
 import torch
 
 import cloq_export.artifact.certificate as certificate_module
-from cloq_export.artifact.certificate import CERTIFICATE_NAME, certify_checkpoint, same_bits, verify_certificate
+from cloq_export.artifact.certificate import (
+    CERTIFICATE_NAME,
+    certify_checkpoint,
+    same_bits,
+    verify_certificate,
+    verify_run,
+)
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
+from cloq_export.artifact.covered_files import FileEntry
 from cloq_export.artifact.hub import is_left_out
+from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.fingerprint import layer_digest
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import QuantSpec
 
@@ -39,20 +47,20 @@ def certified(write_quantized, folder, layout="gptq_v2", **options):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_it_names_every_layer_and_file_and_can_be_repeated(tmp_path, write_quantized, layout, bits):
     written, certificate = certified(write_quantized, tmp_path, layout, spec=QuantSpec(bits, 32))
-    assert json.loads((written.folder / CERTIFICATE_NAME).read_text()) == certificate
-    assert certificate["layout"] == layout
-    assert certificate["base_fingerprint"] == written.fingerprint
-    assert certificate["forced"] == []
-    assert {name: entry["sha256"] for name, entry in certificate["modules"].items()} == {
+    assert json.loads((written.folder / CERTIFICATE_NAME).read_text()) == certificate.to_json()
+    assert certificate.layout == layout
+    assert certificate.base_fingerprint == written.fingerprint
+    assert certificate.facts["forced"] == []
+    assert {name: entry["sha256"] for name, entry in certificate.modules.items()} == {
         name: layer_digest(layer) for name, layer in written.layers.items()
     }
-    assert set(certificate["files"]) == {path.name for path in written.folder.iterdir()} - {CERTIFICATE_NAME}
+    assert set(certificate.files) == {path.name for path in written.folder.iterdir()} - {CERTIFICATE_NAME}
     schema = Path(certificate_module.__file__).with_name("certificate.schema.json")
-    jsonschema.validate(certificate, json.loads(schema.read_text()))
+    jsonschema.validate(certificate.to_json(), json.loads(schema.read_text()))
     repeated = verify_certificate(written.folder)
-    assert repeated["modules"] == len(written.layers)
-    assert repeated["files"] == len(certificate["files"])
-    assert repeated["not_covered"] == []
+    assert repeated.modules == len(written.layers)
+    assert repeated.files == len(certificate.files)
+    assert repeated.not_covered == ()
 
 
 @pytest.mark.parametrize("field", ["codes", "scales", "zeros"])
@@ -94,7 +102,8 @@ def test_missing_modules_and_other_fingerprints_are_refused(tmp_path, write_quan
 
 
 def test_every_change_is_noticed(tmp_path, write_quantized):
-    written, honest = certified(write_quantized, tmp_path)
+    written, certificate_of_it = certified(write_quantized, tmp_path)
+    honest = certificate_of_it.to_json()
     name = next(iter(written.layers))
 
     def changed(change, message):
@@ -114,10 +123,8 @@ def test_every_change_is_noticed(tmp_path, write_quantized):
         write_safetensors(folder / "model.safetensors", held, metadata)
 
     def other_code_and_hash(folder):
-        from cloq_export.artifact.certificate import _file_entry
-
         other_code(folder)
-        files = {**honest["files"], "model.safetensors": _file_entry(folder / "model.safetensors")}
+        files = {**honest["files"], "model.safetensors": dataclasses.asdict(FileEntry.of(folder / "model.safetensors"))}
         certificate(files=files)(folder)
 
     changed(lambda folder: (folder / CERTIFICATE_NAME).unlink(), "has no cloq_certificate.json, so nothing says")
@@ -162,7 +169,7 @@ def test_the_card_may_be_edited_and_empty_folders_lie_there(tmp_path, write_quan
     written, _ = certified(write_quantized, tmp_path)
     (written.folder / "README.md").write_text("edited")
     (written.folder / "empty" / "folder").mkdir(parents=True)
-    assert verify_certificate(written.folder)["not_covered"] == []
+    assert verify_certificate(written.folder).not_covered == ()
 
 
 def test_files_of_the_hub_are_told_from_others_by_what_they_hold(tmp_path, write_quantized):
@@ -172,8 +179,8 @@ def test_files_of_the_hub_are_told_from_others_by_what_they_hold(tmp_path, write
     record = written.folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
     record.parent.mkdir(parents=True)
     record.write_text("0\n1\n2\n")
-    noted = [".cache/huggingface/download/config.json.metadata", ".gitattributes"]
-    assert verify_certificate(written.folder)["not_covered"] == noted
+    noted = (".cache/huggingface/download/config.json.metadata", ".gitattributes")
+    assert verify_certificate(written.folder).not_covered == noted
     attributes.write_text("import os\n")
     with pytest.raises(FormatError, match=r"\.gitattributes is a file in the export and not in its certificate"):
         verify_certificate(written.folder)
@@ -186,7 +193,7 @@ def test_what_an_upload_leaves_out_may_lie_there(tmp_path, write_quantized):
         (written.folder / name).write_text("")
     with pytest.raises(FormatError, match=r"\.DS_Store is a file in the export"):
         verify_certificate(written.folder)
-    assert verify_certificate(written.folder, left_out=is_left_out)["not_covered"] == []
+    assert verify_certificate(written.folder, left_out=is_left_out).not_covered == ()
     (written.folder / "more.py").write_text("")
     with pytest.raises(FormatError, match=r"more\.py is a file in the export"):
         verify_certificate(written.folder, left_out=is_left_out)
@@ -215,7 +222,7 @@ def test_links_and_devices_are_no_files_of_an_export(tmp_path, write_quantized):
     with pytest.raises(FormatError, match="pipe is a device, pipe or socket in the export"):
         verify_certificate(written.folder)
     (written.folder / "pipe").unlink()
-    assert verify_certificate(written.folder)["not_covered"] == []
+    assert verify_certificate(written.folder).not_covered == ()
 
 
 def test_a_certified_file_that_became_a_link_is_refused(tmp_path, write_quantized):
@@ -233,10 +240,11 @@ def test_a_certified_file_that_became_a_link_is_refused(tmp_path, write_quantize
 
 
 def test_names_in_another_normal_form_are_other_names(tmp_path, write_quantized):
-    written, honest = certified(write_quantized, tmp_path)
+    written, certificate = certified(write_quantized, tmp_path)
     composed, apart = "caf\u00e9.json", "cafe\u0301.json"
     (written.folder / composed).write_text("{}")
     entry = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    honest = certificate.to_json()
     files = {**honest["files"], composed: entry}
     (written.folder / CERTIFICATE_NAME).write_text(json.dumps({**honest, "files": files}))
     verify_certificate(written.folder)
@@ -257,7 +265,7 @@ def test_a_snapshot_of_the_hub_holds_links_into_its_blobs(tmp_path, write_quanti
     for number, path in enumerate(sorted(written.folder.iterdir())):
         shutil.copy(path, home / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert verify_certificate(snapshot)["not_covered"] == []
+    assert verify_certificate(snapshot).not_covered == ()
     (home / "blobs" / "other").write_text("{}")
     (snapshot / "more.json").symlink_to("../../blobs/other")
     with pytest.raises(FormatError, match=r"more\.json is a link to a file in the export and not in its certificate"):
@@ -284,12 +292,12 @@ def test_files_in_folders_are_certified_like_the_others(tmp_path, write_quantize
     template.write_text("{{ messages }}")
     layers = LayerSource.of_mapping(written.layers)
     certificate = certify_checkpoint(written.folder, layers, None, base_fingerprint=written.fingerprint)
-    assert "additional_chat_templates/tool_use.jinja" in certificate["files"]
+    assert "additional_chat_templates/tool_use.jinja" in certificate.files
     template.write_text("{{ others }}")
     with pytest.raises(FormatError, match=r"tool_use\.jinja is not the file that was certified"):
         verify_certificate(written.folder)
     template.write_text("{{ messages }}")
-    assert verify_certificate(written.folder)["not_covered"] == []
+    assert verify_certificate(written.folder).not_covered == ()
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "qwen.tiktoken", "additional_chat_templates/late.jinja", "LICENSE.txt"])
@@ -299,3 +307,17 @@ def test_a_file_that_would_travel_may_not_be_added(tmp_path, write_quantized, na
     (written.folder / name).write_text("added")
     with pytest.raises(FormatError, match="is a file in the export and not in its certificate"):
         verify_certificate(written.folder)
+
+
+def test_what_lies_beside_the_checkpoint_of_a_run_is_named(tmp_path, write_quantized):
+    written, _ = certified(write_quantized, tmp_path)
+    with RunDirectory.create_or_resume(tmp_path / "run", {"model": "m"}, "sha256:1", {}) as run:
+        for name, layer in written.layers.items():
+            run.write_layer(name, layer)
+        shutil.copytree(written.folder, run.checkpoint_path)
+    assert verify_run(run).digests == run.digests()
+    (run.checkpoint_path / "more.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"checkpoint/more\.json is a file in the export and not in its certificate"):
+        verify_run(run)
+    (run.checkpoint_path / CERTIFICATE_NAME).unlink()
+    assert verify_run(run).modules == len(written.layers)

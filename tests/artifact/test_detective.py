@@ -161,7 +161,7 @@ def test_the_mean_of_codes_less_zeros_tells_the_version(tmp_path, bits, version,
         assert suspicion.finding == f"the label says {found.label}, but the content is {content} (likely)"
         assert suspicion.remedy == f"read it with: cloq convert --read-as {content}"
         assert "mean" in suspicion.evidence
-    json.dumps(found.facts(), allow_nan=False)
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -455,7 +455,7 @@ def test_formats_that_are_not_read_are_named(tmp_path, method, labelled):
     assert (found.content, found.readable, found.reading) == (method, False, None)
     assert UNREAD_METHODS[method][0] in found.refusal
     assert only(found, "not-read").remedy
-    json.dumps(found.facts(), allow_nan=False)
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_unknown_methods_and_mislabelled_files(tmp_path):

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 
-from cloq_export.artifact.inspection import describe, stored_sizes
+from cloq_export.artifact.inspection import describe
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.types import QuantSpec
 
 
@@ -32,26 +33,26 @@ def test_sizes_count_every_stored_byte(tmp_path, write_quantized, spec):
     weights = sum(layer.codes.numel() for layer in written.layers.values())
     stored_bits = sum(layer.stored_bits for layer in written.layers.values())
     adapter_bytes = sum(2 * (pair.lora_A.numel() + pair.lora_B.numel()) for pair in written.pairs.values())
-    assert sizes["quantized_weights"] == weights
-    assert sizes["code_bytes"] == weights * spec.bits // 8
-    assert sizes["bits_per_weight"] == pytest.approx(stored_bits / weights)
-    assert sizes["adapter_bytes"] == adapter_bytes
-    assert sizes["bits_per_weight_with_adapter"] == pytest.approx((stored_bits + 8 * adapter_bytes) / weights)
-    assert sizes["float_bytes"] == 4 * sum(p.numel() for p in written.source.parameters())
+    assert sizes.quantized_weights == weights
+    assert sizes.code_bytes == weights * spec.bits // 8
+    assert sizes.bits_per_weight == pytest.approx(stored_bits / weights)
+    assert sizes.adapter_bytes == adapter_bytes
+    assert sizes.bits_per_weight_with_adapter == pytest.approx((stored_bits + 8 * adapter_bytes) / weights)
+    assert sizes.float_bytes == 4 * sum(p.numel() for p in written.source.parameters())
 
     held = read_safetensors(written.folder / "model.safetensors")[0]
-    assert sizes["checkpoint_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    assert sizes.checkpoint_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held.values())
     without = stored_sizes(written.folder)
-    assert without["adapter_bytes"] is None
-    assert without["bits_per_weight_with_adapter"] is None
+    assert without.adapter_bytes is None
+    assert without.bits_per_weight_with_adapter is None
 
 
 def test_bits_per_weight_of_mixed_grids(tmp_path, write_quantized):
     written = write_quantized(tmp_path, overrides={"q_proj": QuantSpec(8, -1), "up_proj": None})
     stored_bits = sum(layer.stored_bits for layer in written.layers.values())
     weights = sum(layer.codes.numel() for layer in written.layers.values())
-    assert stored_sizes(written.folder)["bits_per_weight"] == pytest.approx(stored_bits / weights)
-    facts = describe(written.folder)
+    assert stored_sizes(written.folder).bits_per_weight == pytest.approx(stored_bits / weights)
+    facts = describe(written.folder).to_json()
     assert facts["grids"] == [
         {"bits": 2, "group_size": 32, "symmetric": False, "modules": 10},
         {"bits": 8, "group_size": -1, "symmetric": False, "modules": 2},
@@ -59,7 +60,7 @@ def test_bits_per_weight_of_mixed_grids(tmp_path, write_quantized):
 
 
 def test_checkpoint(written):
-    facts = describe(written.folder)
+    facts = describe(written.folder).to_json()
     assert json.loads(json.dumps(facts)) == facts
     expected = {
         "kind": "checkpoint",
@@ -75,7 +76,7 @@ def test_checkpoint(written):
     }
     assert {name: facts[name] for name in expected} == expected
     assert "verified" not in facts
-    assert describe(written.folder, verify=True)["verified"] is True
+    assert describe(written.folder, verify=True).to_json()["verified"] is True
 
 
 def test_verify_finds_a_changed_code(tmp_path, written):
@@ -89,7 +90,7 @@ def test_verify_finds_a_changed_code(tmp_path, written):
 
 
 def test_adapter(written):
-    facts = describe(written.adapter)
+    facts = describe(written.adapter).to_json()
     assert facts["kind"] == "adapter"
     assert facts["ours"] is True
     assert facts["base_fingerprint"] == written.fingerprint
@@ -101,7 +102,7 @@ def test_adapter(written):
 
 def test_run(tmp_path, written):
     run = make_run(written, tmp_path / "run")
-    facts = describe(run, verify=True)
+    facts = describe(run, verify=True).to_json()
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["kind"], facts["state"], facts["model"], facts["finished_layers"]) == ("run", "done", "random", 14)
     assert facts["checkpoint"]["base_fingerprint"] == written.fingerprint
@@ -109,9 +110,9 @@ def test_run(tmp_path, written):
     (adapter,) = facts["adapters"]
     assert adapter["name"] == "cloq"
     assert adapter["bound_to_this_base"] is True
-    expected = stored_sizes(written.folder, written.adapter)["bits_per_weight_with_adapter"]
+    expected = stored_sizes(written.folder, written.adapter).bits_per_weight_with_adapter
     assert adapter["bits_per_weight_with_adapter"] == expected
-    assert stored_sizes(run, "cloq")["bits_per_weight_with_adapter"] == expected
+    assert stored_sizes(run, "cloq").bits_per_weight_with_adapter == expected
 
 
 def test_an_unfinished_run_is_described_too(tmp_path, written):
@@ -119,7 +120,7 @@ def test_an_unfinished_run_is_described_too(tmp_path, written):
     with RunDirectory.create_or_resume(tmp_path / "run", {"model": "m"}, "sha256:1", {}) as run:
         run.write_layer(name, layer)
         (run.path / "layers" / "other.safetensors").write_bytes(b"cut")
-    facts = describe(tmp_path / "run")
+    facts = describe(tmp_path / "run").to_json()
     assert facts["checkpoint"] is None
     assert facts["adapters"] == []
     assert facts["finished_layers"] == 1
@@ -131,11 +132,11 @@ def test_a_foreign_checkpoint_is_recognised(tmp_path, written):
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]["cloq"]
     (folder / "config.json").write_text(json.dumps(config))
-    facts = describe(folder)
+    facts = describe(folder).to_json()
     assert facts["ours"] is False
     assert facts["base_fingerprint"] is None
     assert facts["quantized_modules"] == 14
-    assert describe(folder, verify=True)["base_fingerprint"] == written.fingerprint
+    assert describe(folder, verify=True).to_json()["base_fingerprint"] == written.fingerprint
     assert facts["examination"]["reading"] == "gptq_v2"
     assert facts["examination"]["readable"] is True
 
@@ -145,7 +146,7 @@ def test_a_checkpoint_that_is_not_read_is_examined_all_the_same(tmp_path, writte
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps(config))
-    facts = describe(folder)
+    facts = describe(folder).to_json()
     assert facts["examination"]["readable"] is False
     assert facts["examination"]["refusal"]
     with pytest.raises(FormatError, match=r"awq|AWQ"):

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloq_export.artifact.run_directory import RunDirectory, natural_order
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import natural_order
 from cloq_export.artifact.run_manifest import recipe_difference
 from cloq_export.errors import FormatError, RunDirectoryError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.fingerprint import base_fingerprint, layer_digest
 from cloq_export.files.safe_tensors import TensorFile, read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer, QuantSpec
 
@@ -399,9 +400,10 @@ def test_names_that_are_no_file_names(tmp_path: Path, name: str) -> None:
 def test_paths_and_adapters(tmp_path: Path) -> None:
     with start(tmp_path) as run:
         assert run.checkpoint_path == tmp_path / "checkpoint"
-        assert run.adapters() == []
+        assert run.adapters.names == []
         run.adapter_path("cloq").mkdir(parents=True)
-        assert run.adapters() == ["cloq"]
+        (run.adapter_path("cloq") / "adapter_config.json").write_text("{}")
+        assert run.adapters.names == ["cloq"]
         assert run.adapter_path("cloq") == tmp_path / "adapters" / "cloq"
 
 

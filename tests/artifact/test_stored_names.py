@@ -23,7 +23,7 @@ from cloq_export.artifact.stored_names import names_in_memory, stored_names
 from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.source import refuse_part_of_wrapper
+from cloq_export.models.loaded_weights import refuse_part_of_wrapper
 from cloq_export.types import QuantSpec
 
 TEXT = {
@@ -113,7 +113,7 @@ def test_a_checkpoint_keeps_the_names_of_the_models_own_files(
     assert set(checkpoint.specs) == set(layers)
     assert checkpoint.stored_module(IN_MEMORY) == IN_FILES
     assert checkpoint.computed_fingerprint() == checkpoint.noted_fingerprint
-    assert verify_certificate(out)["modules"] == len(layers)
+    assert verify_certificate(out).modules == len(layers)
     # What stays float is named as either kind of reader looks for it.
     said = json.dumps(checkpoint.config["quantization_config"]).replace("\\", "")
     assert all(name in said for name in ("model.vision_tower.", '"vision_tower.' if layout != "gptq_v2" else "^vision"))
@@ -122,7 +122,7 @@ def test_a_checkpoint_keeps_the_names_of_the_models_own_files(
     )
     merged = tmp_path / "merged"
     source = LayerSource.of_checkpoint(checkpoint)
-    floats = float_part(checkpoint, save_files=lambda to: shutil.copy(out / "config.json", to))
+    floats = float_part(checkpoint)
     export_merged(merged, source, floats, {}, dtype=torch.float32)
     assert set(load_file(merged / "model.safetensors")) == set(load_file(files / "model.safetensors"))
     plain, report = transformers.AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)

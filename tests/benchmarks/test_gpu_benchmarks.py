@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not triton_kernels.available(), reason="Triton exists for Linux only")
+@pytest.mark.skipif(not dispatch.has_triton(), reason="Triton exists for Linux only")
 def test_one_command_runs_every_benchmark_and_names_the_hardware(tmp_path):
     result = tmp_path / "gpu.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_all.py"), "--smoke", "--json", str(result)]

@@ -1,23 +1,32 @@
-"""The command line against a pipeline that only records how it was called."""
+"""What is typed reaches the verbs, and what they say is printed; tests/cli/test_real_verbs.py runs them."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cloq_export
+from cloq_export.artifact.inspection_result import CheckpointInspection, GridCount
+from cloq_export.artifact.stored_sizes import StoredSizes
 from cloq_export.cli import VERBS, main
 from cloq_export.errors import SourceError
+from cloq_export.process.host_memory import MemoryUse
 from cloq_export.recipe import Recipe
+from cloq_export.verbs.evaluate import Evaluation
+from cloq_export.verbs.export_adapters import PreparedAdapter
+from cloq_export.verbs.export_job import ExportResult
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
+from cloq_export.verbs.summary import LayersSummary, RunSummary
 
 PERPLEXITY = {
     "float": {"perplexity": 29.5, "standard_error": 0.5},
@@ -29,36 +38,47 @@ PERPLEXITY = {
 }
 
 
-def summary_of(recipe: Recipe, out: Path) -> dict[str, Any]:
-    return {
-        "run": str(out),
-        "model": recipe.model,
-        "bits": recipe.bits,
-        "group_size": recipe.group_size,
-        "rank": recipe.rank,
-        "preset": recipe.preset_name,
-        "perplexity": PERPLEXITY,
-        "seconds": {"calibrate": 1.25, "quantize": 2.0},
-        "peak_memory_bytes": 1_500_000_000,
-        "stored": {
+def summary_of(recipe: Recipe, out: Path, perplexity: dict[str, Any]) -> RunSummary:
+    return RunSummary(
+        run=str(out),
+        recipe=recipe,
+        perplexity=perplexity,
+        seconds={"calibrate": 1.25, "quantize": 2.0},
+        memory=MemoryUse(peak=1_500_000_000, beyond_start=300_000_000),
+        stored={
             "bits_per_weight_base": 2.28125,
             "bits_per_weight_with_adapter": 5.5,
             "checkpoint_bytes": 60_000_000,
             "adapter_bytes": 20_000_000,
             "float_bytes": 500_000_000,
         },
-        "layers": {
-            "count": 210,
-            "worst_error_adapted": 0.25,
-            "worst_module": "model.layers.0.mlp.down_proj",
-            "bits": {"2": 200, "4": 10},
-            "rank": {"64": 210},
-            "warnings": ["few tokens [red]here[/red]"],
-        },
-        "files": {"checkpoint": f"{out}/checkpoint", "adapter": f"{out}/adapters/cloq"},
-        "next": [f"cloq eval {out}"],
-        "notes": ["calibrated on the embedded text"],
-    }
+        layers=LayersSummary(
+            count=210,
+            worst_error_adapted=0.25,
+            worst_module="model.layers.0.mlp.down_proj",
+            bits={"2": 200, "4": 10},
+            group_size={"64": 210},
+            rank={"64": 210},
+            warnings=("few tokens [red]here[/red]",),
+        ),
+        files={"checkpoint": f"{out}/checkpoint", "adapter": f"{out}/adapters/cloq"},
+        next=[f"cloq eval {out}"],
+        notes=["calibrated on the embedded text"],
+    )
+
+
+def export_of(options: ExportOptions) -> ExportResult:
+    return ExportResult(
+        folder=options.out or Path("x/exports/gptq_v2"),
+        format=options.format or "gptq_v2",
+        target=options.target,
+        devices=None,
+        max_lora_rank=None,
+        base_fingerprint="sha256:0",
+        adapters=(PreparedAdapter("a", {}, {"rank": 4}, None),),
+        seconds={},
+        notes=[],
+    )
 
 
 ANSWERED = {
@@ -73,98 +93,89 @@ ANSWERED = {
 }
 
 
-class RecordingPipeline(types.ModuleType):
-    """Stands in for cloq_export.verbs; prints to standard output, as careless libraries do."""
+class RecordedVerbs:
+    """Stands in for the verbs: notes how they were called, which the real ones must allow, and gives real results.
+
+    It prints to standard output, as careless libraries do.
+    """
 
     def __init__(self) -> None:
-        super().__init__("cloq_export.verbs")
         self.calls: list[tuple[Any, ...]] = []
         self.raises: BaseException | None = None
         self.perplexity: dict[str, Any] = PERPLEXITY
 
-    def _record(self, *call: Any) -> None:
-        print("noise")
-        self.calls.append(call)
-        if self.raises is not None:
-            raise self.raises
+    def replace(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        """Put the method of this name in the verb's place; a call that the verb would refuse fails."""
+        module = importlib.import_module(f"cloq_export.verbs.{name}")
+        verb, stand_in = getattr(module, name), getattr(self, name)
 
-    def run(self, recipe: Recipe, out: Path, *, demo: bool, console: Any) -> dict[str, Any]:
-        console.print("progress")
-        self._record("run", recipe, out, demo)
-        return {**summary_of(recipe, out), "perplexity": self.perplexity}
+        def called(*arguments: Any, **named: Any) -> Any:
+            bound = inspect.signature(verb).bind(*arguments, **named)
+            bound.apply_defaults()
+            given = {key: value for key, value in bound.arguments.items() if key not in ("console", "check")}
+            if bound.arguments.get("console") is not None:
+                bound.arguments["console"].print("progress")
+            print("noise")
+            self.calls.append((name, *given.values()))
+            if self.raises is not None:
+                raise self.raises
+            return stand_in(*given.values())
 
-    def quantize(self, recipe: Recipe, out: Path, *, demo: bool, console: Any) -> dict[str, Any]:
-        self._record("quantize", recipe, out, demo)
-        return {"run": str(out), "model": recipe.model, "bits": recipe.bits}
+        monkeypatch.setattr(module, name, called)
 
-    def adapt(self, run_path: Path, changes: dict[str, Any], *, console: Any) -> Any:
-        self._record("adapt", run_path, changes)
-        return types.SimpleNamespace(to_mapping=lambda: {"run": str(run_path), **changes})
+    def run(self, recipe: Recipe, out: Path, demo: bool) -> RunSummary:
+        return summary_of(recipe, out, self.perplexity)
 
-    def adapt_checkpoint(self, checkpoint: Path, recipe: Recipe, out: Path, *, console: Any) -> dict[str, Any]:
-        self._record("adapt_checkpoint", checkpoint, recipe, out)
-        return {"run": str(out)}
+    def quantize(self, recipe: Recipe, out: Path, demo: bool) -> RunSummary:
+        return summary_of(recipe, out, self.perplexity)
 
-    def ExportOptions(self, **named: Any) -> dict[str, Any]:  # noqa: N802: the name of a class
-        return named
+    def adapt(self, run_path: Path, changes: dict[str, Any]) -> RunSummary:
+        known = {name: value for name, value in changes.items() if name != "damping"}
+        return summary_of(Recipe.from_mapping(known), run_path, self.perplexity)
 
-    def export(self, run_path: Path, options: dict[str, Any], *, console: Any) -> dict[str, Any]:
-        self._record("export", run_path, options)
-        return {"format": options["format"], "files": {"export": str(options["out"])}, "adapters": [{"name": "a"}]}
+    def adapt_checkpoint(self, checkpoint: Path, recipe: Recipe, out: Path) -> RunSummary:
+        return summary_of(recipe, out, self.perplexity)
 
-    def convert(self, source: Path, options: dict[str, Any], *, read_as: str | None, console: Any) -> dict[str, Any]:
-        self._record("convert", source, options, read_as)
-        return {"format": options["format"], "files": {"export": str(options["out"])}}
+    def export(self, run_path: Path, options: ExportOptions) -> ExportResult:
+        return export_of(options)
 
-    def push(
-        self, folder: Path, repo_id: str, *, private: bool, token: str | None, revision: str | None
-    ) -> dict[str, Any]:
-        self._record("push", folder, repo_id, private, token, revision)
+    def convert(self, path: Path, options: ExportOptions, read_as: str | None) -> ExportResult:
+        return export_of(options)
+
+    def push(self, folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> Any:
         return {"url": f"hub/{repo_id}"}
 
-    def evaluate(
-        self,
-        path: Path,
-        text: str,
-        window: int,
-        windows: int,
-        reference: str | None,
-        *,
-        bos: str | None,
-        adapter: str | None,
-        force: bool,
-        tasks: tuple[str, ...],
-        problems: int | None,
-        shots: int,
-        out: Path | None,
-        console: Any,
-    ) -> dict[str, Any]:
-        self._record("evaluate", path, text, window, windows, reference, adapter, force)
-        if tasks != ("ppl",):
-            self._record("tasks", tasks, problems, shots, out)
-            return {"tasks": {tasks[0]: ANSWERED}, "means": {"arithmetic": {"float": 0.25}}}
-        return self.perplexity
+    def evaluate(self, path: Path, options: EvaluateOptions) -> Evaluation:
+        if options.tasks == ("ppl",):
+            return Evaluation(self.perplexity, {}, {}, ())
+        return Evaluation({}, {options.tasks[0]: ANSWERED}, {"arithmetic": {"float": 0.25}}, ())
 
-    def inspect(self, path: Path, verify: bool, *, adapter: str | None, force: bool) -> dict[str, Any]:
-        self._record("inspect", path, verify, adapter, force)
-        return {
-            "kind": "checkpoint",
-            "bits": 2,
-            "sizes": {"checkpoint_bytes": 1234567},
-            "layers": [{"module": "a", "bits": 2}, {"module": "b", "bits": 4}],
-            "bits_per_weight": 2.28125,
-        }
+    def inspect(self, path: Path, verify: bool, adapter: str | None, force: bool) -> CheckpointInspection:
+        grids = tuple(GridCount(bits=bits, group_size=64, symmetric=False, modules=1) for bits in (2, 4))
+        return CheckpointInspection(
+            path=str(path),
+            architecture="LlamaForCausalLM",
+            layout="gptq_v2",
+            main=grids[0],
+            grids=grids,
+            base_fingerprint="sha256:0",
+            files=("model.safetensors",),
+            companions=(),
+            sizes=StoredSizes(100, 1, 2, 3, 4, 5, 1234567, None, 7, 2.28125, None),
+        )
 
 
 @pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch) -> RecordingPipeline:
-    fake = RecordingPipeline()
-    monkeypatch.setitem(sys.modules, "cloq_export.verbs", fake)
-    return fake
+def verbs(monkeypatch: pytest.MonkeyPatch) -> RecordedVerbs:
+    recorded = RecordedVerbs()
+    names = ("run", "quantize", "adapt", "adapt_checkpoint", "export", "convert", "push", "evaluate", "inspect")
+    for name in names:
+        recorded.replace(monkeypatch, name)
+    return recorded
 
 
-def recipe_of(pipeline: RecordingPipeline) -> Recipe:
-    return pipeline.calls[-1][1]
+def recipe_of(verbs: RecordedVerbs) -> Recipe:
+    return verbs.calls[-1][1]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -230,15 +241,15 @@ def test_every_verb_has_its_help(capsys):
         (["run", "--demo", "--rank", "0", "--gate", "adapter=3"], "needs an adapter, and rank is 0"),
     ],
 )
-def test_misuse_ends_with_two_and_says_what_is_wrong(pipeline, capsys, arguments, message):
+def test_misuse_ends_with_two_and_says_what_is_wrong(verbs, capsys, arguments, message):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err + (captured.out if not arguments else "")
     assert "Traceback" not in captured.err
-    assert pipeline.calls == []
+    assert verbs.calls == []
 
 
-def test_options_beat_the_file_beats_the_demo_beats_the_preset(pipeline, tmp_path):
+def test_options_beat_the_file_beats_the_demo_beats_the_preset(verbs, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("bits: 3\nsamples: 7\nmethod: rtn\nmodel: from-file\n")
     arguments = [
@@ -254,27 +265,27 @@ def test_options_beat_the_file_beats_the_demo_beats_the_preset(pipeline, tmp_pat
         str(tmp_path / "r"),
     ]
     assert main(arguments) == 0
-    recipe = recipe_of(pipeline)
+    recipe = recipe_of(verbs)
     assert recipe.bits == 4  # typed
     assert (recipe.samples, recipe.model) == (7, "from-file")  # the file, over the demo
     assert recipe.method == "rtn"  # the file, over the preset
     assert recipe.seqlen == 1024  # the demo
     assert recipe.grid == "minmax"  # the preset
     assert recipe.rank == Recipe().rank
-    assert pipeline.calls[-1][3] is True
+    assert verbs.calls[-1][3] is True
 
 
-def test_the_preset_of_a_file_holds_unless_another_is_typed(pipeline, tmp_path):
+def test_the_preset_of_a_file_holds_unless_another_is_typed(verbs, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("preset: paper\n")
     base = ["quantize", "m", "--out", "x", "--recipe", str(path)]
     assert main(base) == 0
-    assert recipe_of(pipeline).preset_name == "paper"
+    assert recipe_of(verbs).preset_name == "paper"
     assert main([*base, "--preset", "default"]) == 0
-    assert recipe_of(pipeline).preset_name == "default"
+    assert recipe_of(verbs).preset_name == "default"
 
 
-def test_every_option_reaches_its_field(pipeline):
+def test_every_option_reaches_its_field(verbs):
     arguments = (
         "run some/model --bits 3 --group-size -1 --symmetric --method magr --grid minmax --rank 8 --split balanced "
         "--calibration text.txt --samples 5 --seqlen 64 --seed 9 --device cpu --precision bfloat16 --error-aware 0.5 "
@@ -282,7 +293,7 @@ def test_every_option_reaches_its_field(pipeline):
         "--set adapter-name=mine --override *.q_proj:bits=8 --override *.o_proj:skip --out here"
     )
     assert main(arguments.split()) == 0
-    verb, recipe, out, demo = pipeline.calls[-1]
+    verb, recipe, out, demo = verbs.calls[-1]
     assert (verb, out, demo) == ("run", Path("here"), False)
     assert recipe == Recipe(
         model="some/model",
@@ -310,30 +321,30 @@ def test_every_option_reaches_its_field(pipeline):
     )
 
 
-def test_asymmetric_can_be_typed_over_a_file(pipeline, tmp_path):
+def test_asymmetric_can_be_typed_over_a_file(verbs, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("symmetric: true\n")
     assert main(["run", "m", "--out", "x", "--recipe", str(path), "--asymmetric"]) == 0
-    assert recipe_of(pipeline).symmetric is False
+    assert recipe_of(verbs).symmetric is False
 
 
-def test_typed_overrides_stand_before_those_of_the_file(pipeline, tmp_path):
+def test_typed_overrides_stand_before_those_of_the_file(verbs, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text('overrides:\n  "*": {rank: 4}\n  "*.q": {bits: 8}\n')
     assert main(["run", "m", "--out", "x", "--recipe", str(path), "--override", "*.q:bits=3"]) == 0
-    assert list(recipe_of(pipeline).overrides.items()) == [("*.q", {"bits": 3}), ("*", {"rank": 4})]
+    assert list(recipe_of(verbs).overrides.items()) == [("*.q", {"bits": 3}), ("*", {"rank": 4})]
 
 
-def test_the_demo_chooses_model_and_run_directory(pipeline):
+def test_the_demo_chooses_model_and_run_directory(verbs):
     assert main(["run", "--demo"]) == 0
-    _, recipe, out, demo = pipeline.calls[-1]
+    _, recipe, out, demo = verbs.calls[-1]
     assert (recipe.model, recipe.bits, recipe.group_size, recipe.rank) == ("smollm2-demo", 2, 64, 64)
     assert (out, demo) == (Path("runs/demo-int2"), True)
     assert main(["run", "--demo", "--bits", "3"]) == 0
-    assert pipeline.calls[-1][2] == Path("runs/demo-int3")
+    assert verbs.calls[-1][2] == Path("runs/demo-int3")
 
 
-def test_json_is_one_object_and_everything_else_goes_to_standard_error(pipeline, capsys):
+def test_json_is_one_object_and_everything_else_goes_to_standard_error(verbs, capsys):
     assert main(["run", "--demo", "--json", "--gate", "ratio=2"]) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
@@ -343,19 +354,19 @@ def test_json_is_one_object_and_everything_else_goes_to_standard_error(pipeline,
     assert "progress" in captured.err
 
 
-def test_eval_json_has_the_fields_of_the_issue(pipeline, capsys):
+def test_eval_json_has_the_fields_of_the_issue(verbs, capsys):
     assert main(["eval", "x", "--text", "embedded", "--windows", "3", "--reference", "m", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PERPLEXITY
-    assert pipeline.calls[-1] == ("evaluate", Path("x"), "embedded", 512, 3, "m", None, False)
+    assert verbs.calls[-1] == ("evaluate", Path("x"), EvaluateOptions(text="embedded", windows=3, reference="m"))
 
 
-def test_what_is_not_a_number_becomes_null(pipeline, capsys):
-    pipeline.perplexity = {"float": {"perplexity": float("inf"), "standard_error": float("nan")}, "tokens": 3}
+def test_what_is_not_a_number_becomes_null(verbs, capsys):
+    verbs.perplexity = {"float": {"perplexity": float("inf"), "standard_error": float("nan")}, "tokens": 3}
     assert main(["eval", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["float"] == {"perplexity": None, "standard_error": None}
 
 
-def test_the_summary_for_people(pipeline, capsys, monkeypatch):
+def test_the_summary_for_people(verbs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     long_run = "/very/long/" + "folder/" * 12 + "run"
     assert main(["run", "--demo", "--out", long_run]) == 0
@@ -371,57 +382,51 @@ def test_the_summary_for_people(pipeline, capsys, monkeypatch):
     assert f"  cloq eval {long_run}\n" in shown
 
 
-def test_adapt_export_and_inspect(pipeline, capsys):
+def test_adapt_export_and_inspect(verbs, capsys):
     assert main(["adapt", "x", "--rank", "16", "--split", "balanced", "--set", "damping=0.5", "--json"]) == 0
-    assert pipeline.calls[-1] == ("adapt", Path("x"), {"rank": 16, "split": "balanced", "damping": 0.5})
+    assert verbs.calls[-1] == ("adapt", Path("x"), {"rank": 16, "split": "balanced", "damping": 0.5})
     assert json.loads(capsys.readouterr().out)["rank"] == 16
 
     assert main(["adapt", "x", "--original", "m", "--out", "r", "--rank", "8", "--calibration", "embedded"]) == 0
     recipe = Recipe.from_mapping({"model": "m", "rank": 8, "calibration": "embedded"})
-    assert pipeline.calls[-1] == ("adapt_checkpoint", Path("x"), recipe, Path("r"))
+    assert verbs.calls[-1] == ("adapt_checkpoint", Path("x"), recipe, Path("r"))
 
     capsys.readouterr()
     assert main(["inspect", "x", "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert pipeline.calls[-1] == ("inspect", Path("x"), True, None, False)
-    for expected in ("checkpoint", "2.28125", "1.23 MB", "layers", "bits per weight"):
+    assert verbs.calls[-1] == ("inspect", Path("x"), True, None, False)
+    for expected in ("checkpoint", "2.28125", "1.23 MB", "grids", "bits per weight"):
         assert expected in shown
     assert main(["inspect", "x", "--adapter", "y", "--force", "--json"]) == 0
-    assert pipeline.calls[-1] == ("inspect", Path("x"), False, "y", True)
+    assert verbs.calls[-1] == ("inspect", Path("x"), False, "y", True)
     assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
 
 
-def test_export_convert_and_push(pipeline, capsys):
-    unsaid = {
-        "format": None,
-        "target": None,
-        "device": "any",
-        "adapters": (),
-        "split": "stored",
-        "pad_rank": None,
-        "dtype": "bfloat16",
-        "style": None,
-        "two_bit": None,
-        "opset": None,
-        "force": False,
-        "out": None,
-    }
+def test_export_convert_and_push(verbs, capsys):
     assert main(["export", "x"]) == 0
-    assert pipeline.calls[-1] == ("export", Path("x"), unsaid)
+    assert verbs.calls[-1] == ("export", Path("x"), ExportOptions())
     words = "export x --format gptq --out there --target vllm==0.33 --device cpu --adapter a --adapter b"
     assert main([*words.split(), "--split", "balanced", "--pad-rank", "16", "--dtype", "float16", "--force"]) == 0
-    said = {"format": "gptq", "target": "vllm==0.33", "device": "cpu", "adapters": ("a", "b"), "split": "balanced"}
-    said |= {"pad_rank": 16, "dtype": "float16", "force": True, "out": Path("there")}
-    said |= {"style": None, "two_bit": None, "opset": None}
-    assert pipeline.calls[-1] == ("export", Path("x"), said)
+    said = ExportOptions(
+        format="gptq",
+        target="vllm==0.33",
+        device="cpu",
+        adapters=("a", "b"),
+        split="balanced",
+        pad_rank=16,
+        dtype="float16",
+        force=True,
+        out=Path("there"),
+    )
+    assert verbs.calls[-1] == ("export", Path("x"), said)
     assert "export  there\n" in capsys.readouterr().out
     words = "convert x --format compressed_tensors --out there --read-as gptq --json"
     assert main(words.split()) == 0
-    said = {**unsaid, "format": "compressed_tensors", "out": Path("there")}
-    assert pipeline.calls[-1] == ("convert", Path("x"), said, "gptq")
+    said = ExportOptions(format="compressed_tensors", out=Path("there"))
+    assert verbs.calls[-1] == ("convert", Path("x"), said, "gptq")
     assert json.loads(capsys.readouterr().out)["files"] == {"export": "there"}
     assert main(["push", "x", "me/model", "--private", "--revision", "r", "--token", "t"]) == 0
-    assert pipeline.calls[-1] == ("push", Path("x"), "me/model", True, "t", "r")
+    assert verbs.calls[-1] == ("push", Path("x"), "me/model", True, "t", "r")
     assert "hub/me/model" in capsys.readouterr().out
 
 
@@ -434,7 +439,7 @@ def test_export_convert_and_push(pipeline, capsys):
         (["ratio=1.6", "quantized_perplexity=10"], 3, "quantized_perplexity is 90.25, at most 10.0 is allowed"),
     ],
 )
-def test_gates(pipeline, capsys, gates, code, message):
+def test_gates(verbs, capsys, gates, code, message):
     options = [part for gate in gates for part in ("--gate", gate)]
     for verb in (["run", "--demo"], ["eval", "x"]):
         assert main([*verb, *options]) == code
@@ -447,30 +452,30 @@ def test_gates(pipeline, capsys, gates, code, message):
     "perplexity",
     [{"float": {"perplexity": 29.5}}, {}, {"adapter": {"perplexity": None}}, {"adapter": {"perplexity": float("nan")}}],
 )
-def test_a_missing_metric_misses_its_gate(pipeline, capsys, perplexity):
-    pipeline.perplexity = perplexity
+def test_a_missing_metric_misses_its_gate(verbs, capsys, perplexity):
+    verbs.perplexity = perplexity
     assert main(["eval", "x", "--gate", "adapter_perplexity=1e9", "--json"]) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("noise\nerror: gate missed: adapter_perplexity ")
+    assert captured.err.startswith("progress\nnoise\nerror: gate missed: adapter_perplexity ")
     assert json.loads(captured.out)["gates"][0]["passed"] is False
 
 
-def test_without_an_adapter_the_ratio_is_that_of_the_codes(pipeline, capsys):
-    pipeline.perplexity = {"float": {"perplexity": 10.0}, "quantized": {"perplexity": 15.0}}
+def test_without_an_adapter_the_ratio_is_that_of_the_codes(verbs, capsys):
+    verbs.perplexity = {"float": {"perplexity": 10.0}, "quantized": {"perplexity": 15.0}}
     assert main(["eval", "x", "--gate", "ratio=1.5"]) == 0
     assert main(["eval", "x", "--gate", "ratio=1.49"]) == 3
 
 
-def test_an_error_of_ours_is_one_line(pipeline, capsys):
-    pipeline.raises = SourceError("model.safetensors is truncated;\n  fetch it again")
+def test_an_error_of_ours_is_one_line(verbs, capsys):
+    verbs.raises = SourceError("model.safetensors is truncated;\n  fetch it again")
     assert main(["run", "--demo", "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "error: model.safetensors is truncated; fetch it again"
     assert captured.out == ""
 
 
-def test_an_unexpected_error_keeps_its_traceback(pipeline):
-    pipeline.raises = ZeroDivisionError("a mistake of ours")
+def test_an_unexpected_error_keeps_its_traceback(verbs):
+    verbs.raises = ZeroDivisionError("a mistake of ours")
     with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
         main(["run", "--demo"])
 
@@ -489,10 +494,11 @@ def test_word_problems_as_a_file(capsys, tmp_path):
     assert "most_steps of word problems is 9; allowed is 1 to 4" in capsys.readouterr().err
 
 
-def test_tasks_of_eval(pipeline, capsys, tmp_path):
+def test_tasks_of_eval(verbs, capsys, tmp_path):
     options = ["--tasks", "svamp=a.json, gsm8k,gsm8k", "--problems", "2", "--shots", "1", "--out", str(tmp_path)]
     assert main(["eval", "x", *options]) == 0
-    assert pipeline.calls[-1][1:] == (("svamp=a.json", "gsm8k"), 2, 1, tmp_path)
+    said = EvaluateOptions(tasks=("svamp=a.json", "gsm8k"), problems=2, shots=1, out=tmp_path)
+    assert verbs.calls[-1] == ("evaluate", Path("x"), said)
     printed = capsys.readouterr().out
     assert "50.0%" in printed
     assert "float and adapter: 50.0% of the answers equal, McNemar's p 1 (1 against 0)" in printed
@@ -510,8 +516,8 @@ def test_tasks_of_eval(pipeline, capsys, tmp_path):
         (["eval", "x", "--out", "y"], "interrupted: the same command continues where it stopped."),
     ],
 )
-def test_an_interrupt_says_how_to_go_on(pipeline, capsys, arguments, message):
-    pipeline.raises = KeyboardInterrupt()
+def test_an_interrupt_says_how_to_go_on(verbs, capsys, arguments, message):
+    verbs.raises = KeyboardInterrupt()
     assert main(arguments) == 130
     assert message in capsys.readouterr().err
 
@@ -532,13 +538,13 @@ def test_the_entry_point_returns_the_exit_code():
         (errno.ENAMETOOLONG, "error: /tmp/x: File name too long; choose a shorter name."),
     ],
 )
-def test_what_the_system_refuses_is_one_line(pipeline, capsys, number, message):
-    pipeline.raises = OSError(number, os.strerror(number), "/tmp/x")
+def test_what_the_system_refuses_is_one_line(verbs, capsys, number, message):
+    verbs.raises = OSError(number, os.strerror(number), "/tmp/x")
     assert main(["eval", "x"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == message
 
 
-def test_a_tilde_behind_an_equals_sign(pipeline, capsys, monkeypatch, tmp_path):
+def test_a_tilde_behind_an_equals_sign(verbs, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["export", "x", "--out=~/export"]) == 0
-    assert pipeline.calls[-1][2]["out"] == tmp_path / "export"
+    assert verbs.calls[-1][2].out == tmp_path / "export"

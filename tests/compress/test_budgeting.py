@@ -11,15 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from cloq_export.artifact.inspection import stored_sizes
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress import budgeting
+from cloq_export.artifact.stored_sizes import stored_sizes
+from cloq_export.compress import budgeting, costs
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import Recipe, load_recipe
-from cloq_export.verbs import quantize, run
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run
 
 BUDGET = 7.0
 
@@ -37,7 +38,7 @@ def budgeted(
 def test_it_is_kept_and_spent(budgeted: tuple[Recipe, pathlib.Path]) -> None:
     _, folder = budgeted
     report = RunDirectory.open(folder).read_report("budget")
-    stored = stored_sizes(folder, "cloq")["bits_per_weight_with_adapter"]
+    stored = stored_sizes(folder, "cloq").bits_per_weight_with_adapter
     assert stored == pytest.approx(report["stored_bits_per_weight"])
     assert BUDGET - 0.5 < stored <= BUDGET
     assert len({(layer["bits"], layer["group_size"], layer["rank"]) for layer in report["layers"]}) > 1
@@ -74,7 +75,7 @@ def test_the_choice_is_a_recipe_that_makes_the_same_bytes(
 def test_the_same_command_goes_on_with_the_same_choice(budgeted: tuple[Recipe, pathlib.Path], silent: Console) -> None:
     recipe, folder = budgeted
     before = (folder / "run.json").read_bytes()
-    assert run(recipe, folder, console=silent)["perplexity"]
+    assert run(recipe, folder, console=silent).perplexity
     assert (folder / "run.json").read_bytes() == before
 
 
@@ -89,7 +90,7 @@ def test_it_continues_where_it_was_stopped(
 ) -> None:
     recipe, folder = budgeted
     measured: list[int] = []
-    original = budgeting._log_probabilities
+    original = costs._log_probabilities
 
     def stop_at_third(*args: Any) -> torch.Tensor:
         measured.append(1)
@@ -97,7 +98,7 @@ def test_it_continues_where_it_was_stopped(
             raise stop
         return original(*args)
 
-    monkeypatch.setattr(budgeting, "_log_probabilities", stop_at_third)
+    monkeypatch.setattr(costs, "_log_probabilities", stop_at_third)
     with pytest.raises((KeyboardInterrupt, CloqError)):
         run(recipe, tmp_path / "run", console=silent)
     solved: list[str] = []
@@ -119,7 +120,7 @@ def test_a_larger_budget_is_estimated_to_cost_less(
     more = RunDirectory.open(budgeted[1]).read_report("budget")
     assert 0 < more["estimated_divergence"] < less["estimated_divergence"]
     assert {layer["rank"] for layer in less["layers"]} == {0}
-    assert stored_sizes(tmp_path / "codes", None)["bits_per_weight"] <= 3.0
+    assert stored_sizes(tmp_path / "codes", None).bits_per_weight <= 3.0
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_an_override_is_left_as_it_is(
     fixed = {"*.down_proj": {"bits": 4, "group_size": 32, "rank": 2}, "*.0.self_attn.o_proj": {"skip": True}}
     quantize(recipe_for(budget=3.5, overrides=fixed), tmp_path / "codes", console=silent)
     directory = RunDirectory.open(tmp_path / "codes")
-    assert stored_sizes(tmp_path / "codes", None)["bits_per_weight"] <= 3.5
+    assert stored_sizes(tmp_path / "codes", None).bits_per_weight <= 3.5
     names = {layer["module"].rpartition(".")[2] for layer in directory.read_report("budget")["layers"]}
     assert "down_proj" not in names
     assert all(c.bits == 4 for c in directory.certificates() if c.module.endswith("down_proj"))
@@ -168,7 +169,7 @@ def test_the_smallest_that_is_named_can_be_met(
     assert named is not None
     smallest = float(named[1])
     quantize(recipe_for(budget=smallest), tmp_path / "run", console=silent)
-    stored = stored_sizes(tmp_path / "run", None)["bits_per_weight"]
+    stored = stored_sizes(tmp_path / "run", None).bits_per_weight
     assert smallest - 0.001 <= stored <= smallest
 
 

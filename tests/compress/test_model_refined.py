@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.model_refined import ModelObjective
 from cloq_export.errors import UsageError
@@ -22,6 +21,8 @@ from cloq_export.quantize.grid import fit_grid, round_to_grid
 from cloq_export.recipe import Recipe
 from cloq_export.refine import TrainedLayer
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.run import run as make_run
 
 RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
@@ -30,7 +31,7 @@ SMALL: dict[str, Any] = {"bits": 2, "samples": 16, "refine": "model", "refine_st
 
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_STEP", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_STEP", 64)
 
 
 def _rounded(parameter: nn.Parameter) -> TrainedLayer:
@@ -87,14 +88,14 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, whole, stopped = recipe_for("llama", **SMALL), tmp_path / "whole", tmp_path / "stopped"
-    summary = verbs.run(recipe, whole, console=silent)
+    summary = make_run(recipe, whole, console=silent)
     certificates = RunDirectory.open(whole).certificates()
     assert len(certificates) == 14
     assert len({(c.refined_error_before, c.refined_error_after, c.refined_step) for c in certificates}) == 1
     assert certificates[0].refined_error_after < certificates[0].refined_error_before  # type: ignore[operator]
     assert not any(c.notes for c in certificates)
-    assert summary["seconds"]["refine"] > 0
-    assert summary["seconds"]["refine the model"] > 0
+    assert summary.seconds["refine"] > 0
+    assert summary.seconds["refine the model"] > 0
     assert not (whole / "work").exists()
 
     gradients, steps_of_last = ModelObjective.gradients, 0
@@ -131,11 +132,11 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
             patch.setattr(ModelObjective, "gradients", counted)
             patch.setattr(place, name, stop)
             with told:
-                verbs.run(recipe, stopped, console=silent)
+                make_run(recipe, stopped, console=silent)
         assert (stopped / "work" / "solved" / "layers").is_dir()
     # Stopped in the fifth step, it went on from the fourth: a judgement comes every second one.
     assert steps_of_last == 16
-    notes = verbs.run(recipe, stopped, console=silent)["notes"]
+    notes = make_run(recipe, stopped, console=silent).notes
     assert "continued a refinement that had 14 of 14 layers solved" in notes
     assert contents(stopped) == contents(whole)
     assert not (stopped / "work").exists()
@@ -144,9 +145,9 @@ def test_a_run_gets_better_and_ends_with_the_same_bytes_wherever_it_was_stopped(
 def test_a_divergence_that_is_no_number_keeps_the_refined_blocks(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verbs.run(recipe_for("llama", **{**SMALL, "refine": "block"}), tmp_path / "blocks", console=silent)
+    make_run(recipe_for("llama", **{**SMALL, "refine": "block"}), tmp_path / "blocks", console=silent)
     monkeypatch.setattr("cloq_export.compress.model_refined.divergence", lambda _, wanted: wanted.sum() * torch.nan)
-    verbs.run(recipe_for("llama", **SMALL), tmp_path / "run", console=silent)
+    make_run(recipe_for("llama", **SMALL), tmp_path / "run", console=silent)
     kept, blocks = (RunDirectory.open(tmp_path / name) for name in ("run", "blocks"))
     for certificate in kept.certificates():
         assert certificate.notes[-1] == (
@@ -164,8 +165,8 @@ def test_a_divergence_that_is_no_number_keeps_the_refined_blocks(
 def test_codes_of_blocks_stay_and_the_rest_is_trained(
     rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
-    verbs.run(recipe_for("llama", **{**SMALL, "refine": "block", "rank": rank}), tmp_path / "start", console=silent)
-    verbs.run(recipe_for("llama", **{**SMALL, "rank": rank}), tmp_path / "run", console=silent)
+    make_run(recipe_for("llama", **{**SMALL, "refine": "block", "rank": rank}), tmp_path / "start", console=silent)
+    make_run(recipe_for("llama", **{**SMALL, "rank": rank}), tmp_path / "run", console=silent)
     start, run = (RunDirectory.open(tmp_path / name) for name in ("start", "run"))
     for name in run.completed_modules():
         before, after = start.read_layer(name), run.read_layer(name)
@@ -178,10 +179,10 @@ def test_codes_of_blocks_stay_and_the_rest_is_trained(
 def test_an_adapter_for_codes_that_stand_is_trained_alone(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
-    verbs.run(recipe_for("llama", **{**SMALL, "refine": "none"}), tmp_path / "run", console=silent)
+    make_run(recipe_for("llama", **{**SMALL, "refine": "none"}), tmp_path / "run", console=silent)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "layers").iterdir()}
     changes = {"rank": 2, "adapter_name": "small", "refine": "model", "refine_steps": 20}
-    verbs.adapt(tmp_path / "run", changes, console=silent)
+    adapt(tmp_path / "run", changes, console=silent)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "layers").iterdir()} == before
     report = RunDirectory.open(tmp_path / "run").read_report("adapter-small")["layers"]
     assert all(layer["refined_error_after"] < layer["refined_error_before"] for layer in report)
@@ -189,7 +190,7 @@ def test_an_adapter_for_codes_that_stand_is_trained_alone(
 
 def test_experts_that_no_token_reaches_stand_still(tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
     recipe = recipe_for("plain-experts", **{**SMALL, "refine_steps": 4, "samples": 4})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     unreached = [c for c in RunDirectory.open(tmp_path / "run").certificates() if c.tokens == 0]
     assert unreached
     assert all(c.method == "rtn" for c in unreached)

@@ -14,22 +14,27 @@ from rich.console import Console
 from torch import nn
 
 import cloq_export
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
+from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.plan import ModulePlan, make_plan
 from cloq_export.compress.rescaling import rescale_neighbours
-from cloq_export.compress.solve import solve_group
+from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.source import open_model
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerStats, QuantSpec
-from cloq_export.verbs.exporting import ExportOptions
-from cloq_export.verbs.finetuned_run import run_and_finetune
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.adapt_checkpoint import adapt_checkpoint
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.run_and_finetune import run_and_finetune
 
 RecipeFor = Callable[..., Recipe]
 VALUE, OUT, UP, DOWN = "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"
@@ -100,14 +105,14 @@ def test_a_factor_between_neighbours_changes_no_code(
 ) -> None:
     options = {"bits": bits, "group_size": 16, "samples": 2}
     plain = recipe_for(**options)
-    verbs.run(plain, tmp_path / "plain", console=silent)
+    make_run(plain, tmp_path / "plain", console=silent)
     recipe = plain.changed({"model": changed("llama", change)})
-    summary = verbs.run(recipe, tmp_path / "run", console=silent)
+    summary = make_run(recipe, tmp_path / "run", console=silent)
     expected, found = codes_of(tmp_path / "plain"), codes_of(tmp_path / "run")
     assert expected.keys() == found.keys()
     for name, codes in expected.items():
         assert torch.equal(found[name], codes), name
-    (note,) = (note for note in summary["notes"] if f"cannot hold {first} of 2 layers" in note)
+    (note,) = (note for note in summary.notes if f"cannot hold {first} of 2 layers" in note)
     assert "powers of two" in note
     assert "model.layers.0." in note
     served = (log_probabilities(cloq_export.load(tmp_path / name, adapter="cloq")) for name in ("plain", "run"))
@@ -120,10 +125,10 @@ def test_what_has_no_neighbour_stays_float_and_that_is_said(
     """Qwen 2 has a bias behind v, which stays float, and so does v; nothing takes k's factor over."""
     model = changed("qwen2", times({VALUE: -15, OUT: 15, "self_attn.k_proj": 18}))
     recipe = recipe_for(bits=4, samples=2, rank=0).changed({"model": model})
-    summary = verbs.quantize(recipe, tmp_path / "run", console=silent)
+    summary = quantize(recipe, tmp_path / "run", console=silent)
     unfit = {f"model.layers.{n}.self_attn.{part}" for n in range(2) for part in ("k_proj", "v_proj")}
-    assert summary["layers"]["count"] == 10
-    said = [note for note in summary["notes"] if " stays float: " in note]
+    assert summary.layers.count == 10
+    said = [note for note in summary.notes if " stays float: " in note]
     assert {note.split()[0] for note in said} == unfit
     assert any("are too small for 4 bits" in note for note in said)
     assert any("hold them safely up to 32752" in note for note in said)
@@ -136,10 +141,10 @@ def test_what_has_no_neighbour_stays_float_and_that_is_said(
     for name in unfit:
         assert torch.equal(served.get_submodule(name).weight, source.get_submodule(name).weight)
     # Later steps find the same plan.
-    made = verbs.adapt(run.path, {"rank": 4}, console=silent)
-    assert made["layers"]["count"] == 10
-    exported = verbs.export(run.path, ExportOptions(format="compressed_tensors"), console=silent)
-    config = json.loads((Path(exported["files"]["export"]) / "config.json").read_text())
+    made = adapt(run.path, {"rank": 4}, console=silent)
+    assert made.layers.count == 10
+    exported = write_export(run.path, ExportOptions(format="compressed_tensors"), console=silent)
+    config = json.loads((exported.folder / "config.json").read_text())
     assert unfit <= set(config["quantization_config"]["ignore"])
 
 
@@ -150,7 +155,7 @@ def test_a_model_of_which_nothing_can_be_held_is_refused(
     with pytest.raises(
         RecipeError, match=r"no linear layer can be quantized; of model\.layers\.0\.self_attn\.q_proj, "
     ):
-        verbs.run(recipe_for().changed({"model": model}), tmp_path / "run", console=silent)
+        make_run(recipe_for().changed({"model": model}), tmp_path / "run", console=silent)
     assert not (tmp_path / "run").exists()
 
 
@@ -162,10 +167,10 @@ def test_dead_rows_are_ordinary(changed: Any, recipe_for: RecipeFor, tmp_path: P
         return tensor
 
     recipe = recipe_for().changed({"model": changed("llama", change)})
-    summary = verbs.run(recipe, tmp_path / "run", console=silent)
-    assert summary["notes"] == []
-    assert summary["layers"]["count"] == 14
-    assert sum("3 of 96 outputs have weights too small" in line for line in summary["layers"]["warnings"]) == 2
+    summary = make_run(recipe, tmp_path / "run", console=silent)
+    assert summary.notes == []
+    assert summary.layers.count == 14
+    assert sum("3 of 96 outputs have weights too small" in line for line in summary.layers.warnings) == 2
 
 
 class _Between(nn.Module):
@@ -236,20 +241,22 @@ def test_inputs_that_carry_much_through_tiny_weights_are_said(recipe_for: Recipe
     gram = torch.diag(torch.cat([torch.full((16,), 1e9), torch.full((16,), 0.1)]))
     recipe = recipe_for(bits=4, rank=2, damping=0.0)
     plan = ModulePlan("some.layer", QuantSpec(4, 16), 2)
-    solved = solve_group([plan], {"some.layer": weight}, LayerStats(gram, 64), recipe)["some.layer"]
+    solved = solve_group(
+        SolveRequest((plan,), {"some.layer": weight}, LayerStats(gram, 64), recipe, initialisation_of(recipe))
+    )["some.layer"]
     notes = [note for note in solved.certificate.notes if "comes from weights too small" in note]
     assert len(notes) == 1
     assert "--override 'some.layer:skip=true'" in notes[0]
 
 
 @pytest.mark.parametrize("method", ["rtn", "optq", "magr"])
-@pytest.mark.parametrize("init", ["cloq", "loftq"])
+@pytest.mark.parametrize("init", ["cloq", "svd"])
 def test_one_sided_weights_fit_version_1(
     method: str, init: str, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
 ) -> None:
     model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
     recipe = recipe_for(bits=3, format="gptq", method=method, init=init, samples=2).changed({"model": model})
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     run = RunDirectory.open(tmp_path / "run")
     assert all(int(run.read_layer(name).quantized.zeros.min()) >= 1 for name in run.completed_modules())
     assert run.state == "done"
@@ -293,8 +300,8 @@ def test_any_width_is_loaded_and_measured(
 ) -> None:
     recipe = recipe_for(samples=2, **{"format": "compressed_tensors", **options})
     recipe = recipe.changed({"model": str(odd_model(width))})
-    summary = verbs.run(recipe, tmp_path / "run", console=silent)
-    assert summary["perplexity"]["quantized"]["perplexity"] > 1
+    summary = make_run(recipe, tmp_path / "run", console=silent)
+    assert summary.perplexity["quantized"]["perplexity"] > 1
     adapter = "cloq" if recipe.rank else None
     served = cloq_export.load(tmp_path / "run", adapter=adapter)
     dense = cloq_export.dequantized_model(tmp_path / "run", adapter, merged=False)
@@ -315,9 +322,9 @@ def test_any_width_is_loaded_and_measured(
     with pytest.raises(
         ShapeError, match=r"whole 32-bit words.* choose a layout that holds them: --set format=compress"
     ):
-        verbs.adapt_checkpoint(foreign, again, tmp_path / "adapted", console=silent)
+        adapt_checkpoint(foreign, again, tmp_path / "adapted", console=silent)
     assert not (tmp_path / "adapted").exists()
-    verbs.adapt_checkpoint(foreign, again.changed({"format": recipe.format}), tmp_path / "adapted", console=silent)
+    adapt_checkpoint(foreign, again.changed({"format": recipe.format}), tmp_path / "adapted", console=silent)
     assert RunDirectory.open(tmp_path / "adapted").state == "done"
 
 
@@ -326,10 +333,10 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
 ) -> None:
     model = changed("llama", lambda name, tensor: tensor.abs() + 0.05 if f".{UP}." in name else tensor)
     recipe = recipe_for(bits=4, rank=0, samples=2).changed({"model": model})
-    verbs.run(recipe, tmp_path / "run", console=silent)
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
+    make_run(recipe, tmp_path / "run", console=silent)
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(cloq_export.errors.CloqError, match=r"up_proj has a zero of 0, which the layout gptq"):
-        verbs.adapt_checkpoint(
+        adapt_checkpoint(
             tmp_path / "run" / "checkpoint",
             recipe.changed({"rank": 2, "format": "gptq"}),
             tmp_path / "x",
@@ -341,10 +348,10 @@ def test_codes_that_the_layout_has_no_room_for_are_refused_before_the_work(
 def test_names_that_a_layout_cannot_write_are_refused_before_the_work(
     layout: str, recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
-    monkeypatch.setattr("cloq_export.compress.session.linears_beside", lambda *_: ("model.odd name",))
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.opening.linears_beside", lambda *_: ("model.odd name",))
     with pytest.raises(cloq_export.errors.FormatError, match=r"the module name 'model\.odd name' "):
-        verbs.run(recipe_for(format=layout), tmp_path / "run", console=silent)
+        make_run(recipe_for(format=layout), tmp_path / "run", console=silent)
     assert not (tmp_path / "run").exists()
 
 
@@ -355,10 +362,10 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(RunDirectoryError, match=r"has room for 0\.10 MB, and this run writes at least .* MB there"):
-        verbs.run(recipe, tmp_path / "run", console=silent)
+        make_run(recipe, tmp_path / "run", console=silent)
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     written = sum(
         path.stat().st_size
         for folder in ("layers", "checkpoint", "adapters")
@@ -367,15 +374,15 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(
     # What was counted is what was written, but for headers.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(0.8 * written)))
     with pytest.raises(RunDirectoryError, match="has room for"):
-        verbs.run(recipe, tmp_path / "other", console=silent)
+        make_run(recipe, tmp_path / "other", console=silent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written))
-    verbs.run(recipe, tmp_path / "other", console=silent)
+    make_run(recipe, tmp_path / "other", console=silent)
 
 
 def test_what_a_fine_tuning_behind_a_run_needs_is_found_before_the_run(
     recipe_for: RecipeFor, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.compress.job.finish_layers", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr("cloq_export.compress.job.make_layers", lambda *_: pytest.fail("the work was begun"))
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2 w3"}\n{"texts": "w1"}\n')
     whole = str(tmp_path / "whole.jsonl")

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from cloq_export.errors import FormatError, SourceError
-from cloq_export.files.fingerprint import base_fingerprint, combine_digests, file_fingerprint, layer_digest
+from cloq_export.files.fingerprint import (
+    added_files,
+    base_fingerprint,
+    combine_digests,
+    file_digests,
+    file_fingerprint,
+    layer_digest,
+)
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 
@@ -72,13 +79,24 @@ def test_files(tmp_path: Path) -> None:
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     one.write_bytes(b"1" * 5_000_000)
     two.write_bytes(b"2")
-    first = file_fingerprint([one, two])
-    assert first == file_fingerprint([two, one])
+    first = file_fingerprint(file_digests([one, two]))
+    assert first == file_fingerprint(file_digests([two, one]))
     assert first.startswith("sha256:")
     other = tmp_path / "moved"
     other.mkdir()
-    assert file_fingerprint([one.rename(other / one.name), two.rename(other / two.name)]) == first
+    assert file_fingerprint(file_digests([one.rename(other / one.name), two.rename(other / two.name)])) == first
     (other / two.name).write_bytes(b"3")
-    assert file_fingerprint([other / one.name, other / two.name]) != first
+    assert file_fingerprint(file_digests([other / one.name, other / two.name])) != first
     with pytest.raises(SourceError, match=r"a\.safetensors cannot be read: No such file or directory"):
-        file_fingerprint([one])
+        file_fingerprint(file_digests([one]))
+
+
+def test_files_that_were_not_there_before_are_named(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c", "d")]
+    for path in paths:
+        path.write_text(path.name)
+    digests = file_digests(paths)
+    assert added_files(digests, file_fingerprint(digests[:3])) == ("d",)
+    assert added_files(digests, file_fingerprint([digests[0], digests[2]])) == ("b", "d")
+    assert added_files(digests, file_fingerprint(digests[:1])) == ()
+    assert added_files(digests, "sha256:0") == ()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cloq_export.errors import FormatError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header, require_tensor
+from cloq_export.files.tensor_writer import write_safetensors
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from cloq_export.errors import FormatError, RunDirectoryError, ShapeError
-from cloq_export.files.atomic import TensorFileWriter, tensor_header, write_safetensors
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.shards import ShardWriter
+from cloq_export.files.tensor_writer import TensorFileWriter, tensor_header, write_safetensors
 
 TENSORS = {
     "a.codes": torch.arange(24, dtype=torch.int32).view(4, 6),

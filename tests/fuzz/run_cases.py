@@ -165,7 +165,7 @@ def run_checkpoint(case: Case, folder: pathlib.Path, untouched: pathlib.Path, co
         counts["checkpoints refused"] += 1
     found, _ = attempt(examine, folder)
     if found is not None:
-        json.dumps(found.facts(), allow_nan=False)
+        json.dumps(found.to_json(), allow_nan=False)
         if found.readable and layers is None and "read_layer" not in str(refusal):
             counts["readable by sample, refused in whole"] += 1
         if not found.readable and layers is not None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloq_export.kernels import bitpack, cpu
+from cloq_export.kernels import bitpack, cpu, dispatch
 
 # Packing has no code of its own beyond AVX2.
 pytestmark = pytest.mark.parametrize(
@@ -216,4 +216,4 @@ def test_fake_tensors_stay_with_torch(isa):
 
     with FakeTensorMode():
         codes = torch.zeros(4, 64, dtype=torch.uint8)
-        assert cpu.library.usable_for(codes) is None
+        assert dispatch.native_library(codes) is None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_layers import DTYPES, SHAPES, assert_as_good_as_torch, make_layer, make_lora, random_input
 
 from cloq_export.kernels import cpu
 from cloq_export.kernels.cpu import linear as kernel
+from cloq_export.kernels.cpu import lora as cpu_lora
+from cloq_export.kernels.cpu import weight as cpu_weight
 from cloq_export.kernels.reference import canonical
+from cloq_export.kernels.reference.lora import Adapters
 
 pytestmark = [
     pytest.mark.parametrize("isa", cpu.runnable_isas(), indirect=True),
@@ -15,88 +19,29 @@ pytestmark = [
 ]
 
 BITS = (2, 3, 4, 8)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (out, in, group): whole blocks and units, blocks and groups that need padding, one group, groups of odd size.
-SHAPES = [
-    (48, 64, 32),
-    (17, 128, 64),
-    (100, 384, 128),
-    (33, 72, 24),
-    (160, 200, 200),
-    (1, 40, 8),
-    (300, 544, 32),
-    (16, 7, 7),
-]
-
-
-@pytest.fixture
-def _nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every new tensor with ones, which is NaN in floats, so that what is not written shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if tensor.numel():
-            tensor.view(torch.uint8).fill_(0xFF)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def make_layer(out: int, columns: int, group: int, bits: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Return codes, scales, zeros and Q in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(out, columns // group, generator=generator) * 0.1 + 0.01).to(torch.float16)
-    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.uint8, generator=generator)
-    return codes, scales, zeros, canonical.dequantize(codes, scales.to(torch.float64), zeros)
-
-
-def make_lora(adapters: int, rank: int, out: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(adapters)
-    a = torch.randn(adapters, rank, columns, generator=generator) / columns**0.5
-    b = torch.randn(adapters, out, rank, generator=generator)
-    return a.to(dtype), b.to(dtype), torch.linspace(0.5, 2.0, adapters)
-
-
-def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_as_good_as_torch(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, largest: float) -> None:
-    """The error is at most twice that of torch in the same dtype, both against float64.
-
-    The slack is for float32: sums in another order may differ by some units in the last place of what was summed.
-    """
-    assert result.dtype == plain.dtype
-    assert result.shape == plain.shape
-    if not result.numel():
-        return
-    error, allowed = ((value.to(torch.float64) - truth).square().mean().sqrt() for value in (result, plain))
-    assert error <= 2 * allowed + 1e-6 * largest, (float(error), float(allowed))
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_layout_comes_back_and_dequantizes_exactly(isa, shape, bits):
     codes, scales, zeros, q = make_layer(*shape, bits)
-    weight = kernel.pack_weight(codes, scales, zeros, bits)
-    for given, back in zip((codes, scales, zeros), kernel.unpack_weight(weight), strict=True):
+    weight = cpu_weight.pack_weight(codes, scales, zeros, bits)
+    for given, back in zip((codes, scales, zeros), cpu_weight.unpack_weight(weight), strict=True):
         assert back.is_contiguous()
         assert torch.equal(given, back)
     # A code of at most 8 bits times an 11-bit mantissa fits float32: no rounding at all.
-    assert torch.equal(kernel.dequantize(weight).to(torch.float64), q)
+    assert torch.equal(cpu_weight.dequantize(weight).to(torch.float64), q)
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(kernel.dequantize(weight, dtype), q.to(torch.float32).to(dtype))
+        assert torch.equal(cpu_weight.dequantize(weight, dtype), q.to(torch.float32).to(dtype))
     if shape[0] > 32:
-        assert torch.equal(kernel.dequantize(weight, first_row=16, rows=17).to(torch.float64), q[16:33])
+        assert torch.equal(cpu_weight.dequantize(weight, first_row=16, rows=17).to(torch.float64), q[16:33])
 
 
 def test_the_layout_is_the_one_that_the_header_describes(isa):
     """One output channel at a time, from the words of cloq_cpu.h's text."""
     for bits in BITS:
         codes, scales, zeros, _ = make_layer(3, 64, 64, bits, seed=bits)
-        weight = kernel.pack_weight(codes, scales, zeros, bits)
+        weight = cpu_weight.pack_weight(codes, scales, zeros, bits)
         slots = 2 if bits == 3 else 8 // bits
         for row in range(3):
             for unit in range(2):
@@ -116,7 +61,7 @@ def test_the_layout_is_the_one_that_the_header_describes(isa):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(isa, shape, bits, dtype):
     codes, scales, zeros, q = make_layer(*shape, bits)
-    weight = kernel.pack_weight(codes, scales, zeros, bits)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, bits)
     bias = random_input(shape[0], dtype=dtype, seed=2)
     for leading in [(), (2,), (0,), (2, 3), (13,), (33,)]:
         x = random_input(*leading, shape[1], dtype=dtype)
@@ -129,7 +74,7 @@ def test_linear(isa, shape, bits, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_tokens_than_one_pass(isa, dtype):
     codes, scales, zeros, q = make_layer(40, 96, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
     x = random_input(1024 + 37, 96, dtype=dtype)
     plain = torch.nn.functional.linear(x, q.to(dtype))
     assert_as_good_as_torch(kernel.linear(x, weight), plain, canonical.lora_linear(x, q), 10.0)
@@ -139,7 +84,7 @@ def test_more_tokens_than_one_pass(isa, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_activations_are_rounded_activations(isa, shape, bits):
     codes, scales, zeros, q = make_layer(*shape, bits)
-    weight = kernel.pack_weight(codes, scales, zeros, bits)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, bits)
     for tokens in (1, 2, 3, 7, 12, 29):
         x = random_input(tokens, shape[1])
         x[tokens // 2] *= 100.0
@@ -147,7 +92,8 @@ def test_int8_activations_are_rounded_activations(isa, shape, bits):
         met = q.to(torch.bfloat16).to(torch.float64) if isa == "amx" and tokens > 4 else q
         truth = canonical.lora_linear(x, met, int8_activations=True)
         result = kernel.linear(x, weight, precision="int8")
-        # Activations that lie at the middle of two steps may go either way in float32 and float64.
+        # Activations that lie at the middle of two steps may go either way in float32 and float64; few of them do, so
+        # the mean stays far below one step.
         step = float(x.abs().max()) / 127 * float(q.abs().max())
         torch.testing.assert_close(result.to(torch.float64), truth, rtol=1e-4, atol=1.01 * step)
         assert float((result - truth).square().mean().sqrt()) <= 0.1 * step
@@ -162,21 +108,27 @@ def test_int8_activations_are_rounded_activations(isa, shape, bits):
 @pytest.mark.parametrize(("shape", "rank"), [((33, 72, 24), 5), ((17, 128, 64), 64)])
 def test_lora(isa, shape, rank, dtype, adapter_dtype, precision):
     codes, scales, zeros, q = make_layer(*shape, 2)
-    weight = kernel.pack_weight(codes, scales, zeros, 2)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 2)
     a, b, scaling = make_lora(3, rank, shape[0], shape[1], adapter_dtype)
-    lora = kernel.pack_lora(a, b, scaling)
+    lora = cpu_lora.pack_lora(a, b, scaling)
     bias = random_input(shape[0], seed=2)
     for tokens in (1, 2, 9, 40):
         x = random_input(tokens, shape[1], dtype=dtype)
         mixed = torch.randint(-1, 3, (tokens,), dtype=torch.int32, generator=torch.Generator().manual_seed(tokens))
         runs = torch.arange(tokens, dtype=torch.int32) // 17 - 1  # whole tiles of one adapter, and mixed ones
         for index in (None, mixed, runs, torch.full((tokens,), -1, dtype=torch.int32)):
-            truth = canonical.lora_linear(x, q, bias, a, b, scaling, index, int8_activations=precision == "int8")
+            truth = canonical.lora_linear(
+                x, q, bias, Adapters(a, b, scaling, index), int8_activations=precision == "int8"
+            )
             result = kernel.lora_linear(x, weight, bias, lora, index, precision=precision)
-            tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-            if precision == "int8":
-                # On AMX the weights and factors that several tokens meet are bfloat16.
-                tolerance = max(tolerance, 1e-2) if isa == "amx" and tokens > 4 else tolerance + 3e-3
+            if precision == "exact":
+                narrow = Adapters(a.to(dtype), b.to(dtype), scaling, index)
+                plain = canonical.lora_linear(x, q.to(dtype), bias, narrow)
+                assert_as_good_as_torch(result, plain, truth, 10.0)
+                continue
+            # Half a unit in the last place of the result, and an activation between two steps that goes the other way;
+            # on AMX the weights and factors that several tokens meet are bfloat16.
+            tolerance = torch.finfo(torch.bfloat16 if isa == "amx" and tokens > 4 else dtype).eps + 3e-3
             torch.testing.assert_close(
                 result.to(torch.float64), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max())
             )
@@ -190,8 +142,10 @@ def test_a_low_rank_term_meets_a_huge_output_once(isa, tokens):
     x = torch.zeros(tokens, 128)
     x[:, 5], x[:, 6] = 2.0**20, 30.0  # makes the output huge, and is what the adapter sees
     index = torch.zeros(tokens, dtype=torch.int32)
-    truth = canonical.lora_linear(x, q, None, a, b, scaling, index)
-    result = kernel.lora_linear(x, kernel.pack_weight(codes, scales, zeros, 2), None, kernel.pack_lora(a, b, scaling))
+    truth = canonical.lora_linear(x, q, None, Adapters(a, b, scaling, index))
+    result = kernel.lora_linear(
+        x, cpu_weight.pack_weight(codes, scales, zeros, 2), None, cpu_lora.pack_lora(a, b, scaling)
+    )
     # The base and the sum of both are rounded, by half a unit in the last place each.
     allowed = 2.0**-23 * truth.abs() + 1e-4
     assert ((result - truth).abs() <= allowed).all()
@@ -218,8 +172,8 @@ def sliced_truth(x, q, bias, outputs, adapters, scaling, index):
     for number, out in enumerate(outputs):
         for token, adapter in enumerate(index.tolist()):
             if adapter >= 0 and adapters[adapter][number] is not None:
-                a, b = (factor.to(torch.float64) for factor in adapters[adapter][number])
-                y[token, first : first + out] += scaling[adapter] * (b @ (a @ x[token].to(torch.float64)))
+                a, b = (factor.to(q.dtype) for factor in adapters[adapter][number])
+                y[token, first : first + out] += scaling[adapter] * (b @ (a @ x[token].to(q.dtype)))
         first += out
     return y
 
@@ -228,17 +182,17 @@ def sliced_truth(x, q, bias, outputs, adapters, scaling, index):
 @pytest.mark.parametrize("outputs", [(48, 16, 16), (16, 96), (320, 37)])
 def test_slices_have_adapters_of_their_own(isa, outputs, dtype):
     codes, scales, zeros, q = make_layer(sum(outputs), 72, 24, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
     bias = random_input(sum(outputs), seed=2)
     ranks = [[5, 0, 70][: len(outputs)], [33, 16, 8][: len(outputs)], [0, 0, 0][: len(outputs)]]
     adapters = make_slices(outputs, 72, ranks, dtype)
-    lora = kernel.allocate_lora(3, 72, 72, outputs, dtype)
+    lora = cpu_lora.allocate_lora(3, 72, 72, outputs, dtype)
     # What an adapter that was there before left behind must not be looked at.
     lora.a.fill_(float("nan"))
     lora.b.fill_(float("nan"))
     scaling = [0.5, 2.0, 1.0]
     for adapter, pairs in enumerate(adapters):
-        kernel.place_adapter(lora, adapter, pairs, scaling[adapter])
+        cpu_lora.place_adapter(lora, adapter, pairs, scaling[adapter])
     assert lora.ranks.tolist() == ranks
     for tokens in (1, 4, 9, 40):
         x = random_input(tokens, 72, dtype=dtype)
@@ -247,22 +201,20 @@ def test_slices_have_adapters_of_their_own(isa, outputs, dtype):
         for index in (mixed, runs):
             truth = sliced_truth(x, q, bias, outputs, adapters, scaling, index)
             result = kernel.lora_linear(x, weight, bias, lora, index)
-            tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-            torch.testing.assert_close(
-                result.to(torch.float64), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max())
-            )
+            plain = sliced_truth(x, q.to(dtype), bias, outputs, adapters, scaling, index)
+            assert_as_good_as_torch(result, plain, truth, float(truth.abs().max()))
 
 
 def test_an_adapter_is_replaced_and_taken_away(isa):
     codes, scales, zeros, q = make_layer(48, 64, 32, 2)
-    weight = kernel.pack_weight(codes, scales, zeros, 2)
-    lora = kernel.allocate_lora(2, 16, 64, (32, 16), torch.float32)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 2)
+    lora = cpu_lora.allocate_lora(2, 16, 64, (32, 16), torch.float32)
     x, index = random_input(3, 64), torch.tensor([1, -1, 0], dtype=torch.int32)
     base = kernel.linear(x, weight)
     assert torch.equal(kernel.lora_linear(x, weight, None, lora, index), base)
     for ranks in ([16, 4], [3, 0], [0, 0]):
         pairs = make_slices((32, 16), 64, [ranks], torch.float32)[0]
-        kernel.place_adapter(lora, 1, pairs)
+        cpu_lora.place_adapter(lora, 1, pairs)
         truth = sliced_truth(x, q, None, (32, 16), [None, pairs], [1.0, 1.0], torch.tensor([1, -1, -1]))
         result = kernel.lora_linear(x, weight, None, lora, index)
         torch.testing.assert_close(result.to(torch.float64), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
@@ -270,14 +222,14 @@ def test_an_adapter_is_replaced_and_taken_away(isa):
     # Ranks beyond the adapter's own, which engines fill with zeros, cost nothing.
     a, b = make_slices((32, 16), 64, [[4, 4]], torch.float32)[0][0]
     padded = torch.nn.functional.pad(a, (0, 0, 0, 9)), torch.nn.functional.pad(b, (0, 9))
-    kernel.place_adapter(lora, 0, [padded, None])
+    cpu_lora.place_adapter(lora, 0, [padded, None])
     assert lora.ranks.tolist() == [[4, 0], [0, 0]]
 
 
 def test_tokens_without_an_adapter_get_the_base(isa):
     codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-    lora = kernel.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
+    lora = cpu_lora.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
     x = random_input(6, 64)
     index = torch.tensor([-1, 0, -1, 1, 1, -1], dtype=torch.int32)
     result, base = kernel.lora_linear(x, weight, None, lora, index), kernel.linear(x, weight)
@@ -288,8 +240,8 @@ def test_tokens_without_an_adapter_get_the_base(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_nothing(isa, dtype):
     codes, scales, zeros, _ = make_layer(330, 256, 64, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-    lora = kernel.pack_lora(*make_lora(2, 8, 330, 256, torch.bfloat16))
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
+    lora = cpu_lora.pack_lora(*make_lora(2, 8, 330, 256, torch.bfloat16))
     before = torch.get_num_threads()
     try:
         for tokens in (1, 6, 300):
@@ -306,29 +258,29 @@ def test_threads_change_nothing(isa, dtype):
 
 def test_what_one_instruction_set_packed_another_reads(isa):
     codes, scales, zeros, q = make_layer(50, 96, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 3)
     x = random_input(3, 96)
     for other in cpu.runnable_isas():
         with cpu.select_isa(other):
-            assert torch.equal(kernel.unpack_weight(weight)[0], codes)
+            assert torch.equal(cpu_weight.unpack_weight(weight)[0], codes)
             torch.testing.assert_close(kernel.linear(x, weight), (x.to(torch.float64) @ q.t()).to(torch.float32))
 
 
 def test_inputs_need_not_be_contiguous_or_aligned(isa):
     codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
-    weight = kernel.pack_weight(codes, scales, zeros, 4)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 4)
     x = random_input(5, 64)
     expected = kernel.linear(x, weight)
     assert torch.equal(kernel.linear(x.t().contiguous().t(), weight), expected)
     shifted = torch.zeros(5 * 64 + 1)[1:].view(5, 64).copy_(x)
     assert torch.equal(kernel.linear(shifted, weight), expected)
-    transposed = kernel.pack_weight(codes.t().contiguous().t(), scales, zeros, 4)
+    transposed = cpu_weight.pack_weight(codes.t().contiguous().t(), scales, zeros, 4)
     assert torch.equal(transposed.words, weight.words)
 
 
 def test_not_a_number_stays_with_its_token(isa):
     codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
-    weight = kernel.pack_weight(codes, scales, zeros, 4)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 4)
     for dtype in DTYPES:
         for tokens in (3, 20, 40):
             x = random_input(tokens, 64, dtype=dtype)
@@ -338,115 +290,6 @@ def test_not_a_number_stays_with_its_token(isa):
             assert bool(result[1].isnan().all())
             kept = torch.arange(tokens) != 1
             assert torch.equal(result[kept], clean[kept])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_input_gradients(isa, shape, dtype):
-    codes, scales, zeros, q = make_layer(*shape, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-    layer = (weight.words, weight.scales, weight.zeros, 3, weight.out_features, weight.in_features)
-    for leading in [(0,), (1,), (2, 3), (33,), *([(530,)] if shape[0] == 48 else [])]:
-        grad = random_input(*leading, shape[0], dtype=dtype)
-        result = kernel.cpu_linear_input_grad_op(grad, *layer, *[None] * 6)
-        truth, plain = grad.to(torch.float64) @ q, grad @ q.to(dtype)
-        largest = float((grad.to(torch.float64).abs() @ q.abs()).max()) if grad.numel() else 0.0
-        assert_as_good_as_torch(result, plain, truth, largest)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_gradient(isa, dtype):
-    codes, scales, zeros, _ = make_layer(330, 256, 64, 3)
-    w = kernel.pack_weight(codes, scales, zeros, 3)
-    grad = random_input(70, 330, dtype=dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            layer = (w.words, w.scales, w.zeros, 3, 330, 256)
-            results.append(kernel.cpu_linear_input_grad_op(grad, *layer, *[None] * 6))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(isa, dtype):
-    codes, scales, zeros, q = make_layer(100, 96, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-    a, b, scaling = make_lora(2, 8, 100, 96, torch.float32)
-    lora = kernel.pack_lora(a, b, scaling)
-    index = torch.tensor([[0, -1, 1], [1, 1, 0]], dtype=torch.int32)
-    x = random_input(2, 3, 96, dtype=dtype).requires_grad_()
-    bias = torch.zeros(100, dtype=dtype, requires_grad=True)
-    upstream = random_input(2, 3, 100, dtype=dtype, seed=5)
-    kernel.lora_linear(x, weight, bias, lora, index).backward(upstream)
-    dense_x = x.detach().to(torch.float64).requires_grad_()
-    dense_bias = bias.detach().to(torch.float64).requires_grad_()
-    canonical.lora_linear(dense_x, q, dense_bias, a, b, scaling, index).backward(upstream.to(torch.float64))
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    for ours, theirs in ((x.grad, dense_x.grad), (bias.grad, dense_bias.grad)):
-        assert ours is not None
-        assert theirs is not None
-        atol = tolerance * float(theirs.abs().max())
-        torch.testing.assert_close(ours.to(torch.float64), theirs, rtol=tolerance, atol=atol)
-    with pytest.raises(RuntimeError, match="8-bit activations have no gradient"):
-        kernel.linear(x, weight, precision="int8")
-
-
-@pytest.mark.slow
-def test_operators_satisfy_the_rules_of_torch(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    w = kernel.pack_weight(codes, scales, zeros, 3)
-    lora = kernel.pack_lora(*make_lora(2, 4, 48, 64, torch.float32))
-    index = torch.tensor([0, -1], dtype=torch.int32)
-    layer = (w.words, w.scales, w.zeros, 3, 48, 64)
-    x = torch.randn(2, 64, requires_grad=True)
-    bias = torch.randn(48, requires_grad=True)
-    adapters = (lora.a, lora.b, lora.scaling, lora.ranks, lora.ends, index)
-    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, bias, *adapters, False))
-    torch.library.opcheck(kernel.cpu_linear_op, (x, *layer, *[None] * 7, False))
-    torch.library.opcheck(kernel.cpu_linear_input_grad_op, (torch.randn(2, 48), *layer, *adapters))
-
-
-@pytest.mark.slow
-def test_compiled_layers_compute_and_train(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-    lora = kernel.pack_lora(*make_lora(1, 4, 48, 64, torch.float32))
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(kernel.lora_linear(x, weight, None, lora))
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        x = random_input(3, 64).requires_grad_()
-        y = function(x)
-        y.sum().backward()
-        results.append((y.detach(), x.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
-
-
-def test_export_holds_the_operator(isa):
-    if isa != cpu.runnable_isas()[-1]:
-        pytest.skip("one instruction set is enough for the registration")
-    codes, scales, zeros, _ = make_layer(48, 64, 32, 3)
-    weight = kernel.pack_weight(codes, scales, zeros, 3)
-
-    class Layer(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return kernel.linear(x, weight)
-
-    x = torch.randn(3, 64)
-    program = torch.export.export(Layer(), (x,))
-    assert "cloq_export.cpu_linear" in str(program.graph)
-    assert torch.equal(program.module()(x), kernel.linear(x, weight))
 
 
 @pytest.mark.parametrize(
@@ -470,13 +313,13 @@ def test_a_layer_that_cannot_be_is_refused(isa, change, error, message):
         "bits": 3,
     }
     with pytest.raises(error, match=message):
-        kernel.pack_weight(**(parts | change))
+        cpu_weight.pack_weight(**(parts | change))
 
 
 def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
     codes, scales, zeros, _ = make_layer(20, 64, 32, 4)
-    weight = kernel.pack_weight(codes, scales, zeros, 4)
-    lora = kernel.pack_lora(*make_lora(2, 4, 20, 64, torch.float32))
+    weight = cpu_weight.pack_weight(codes, scales, zeros, 4)
+    lora = cpu_lora.pack_lora(*make_lora(2, 4, 20, 64, torch.float32))
     x = random_input(3, 64)
     with pytest.raises(ValueError, match=r"the input is \(3, 63\) .*; this layer takes \(\.\.\., 64\)"):
         kernel.linear(x[:, :63], weight)
@@ -484,9 +327,8 @@ def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
         kernel.linear(x.to(torch.float64), weight)
     with pytest.raises(ValueError, match=r"the bias is \(19,\) torch.float32; this layer takes \(20,\)"):
         kernel.linear(x, weight, torch.zeros(19))
-    layer = (weight.words, weight.scales, weight.zeros, 4, 20, 64)
     with pytest.raises(ValueError, match=r"the gradient is \(3, 19\) .*; this layer takes \(\.\.\., 20\)"):
-        kernel.cpu_linear_input_grad_op(x[:, :19], *layer, *[None] * 6)
+        kernel.cpu_linear_input_grad_op(x[:, :19], *weight.operands(), [])
     with pytest.raises(ValueError, match="the precision is 'fast'; allowed are"):
         kernel.linear(x, weight, precision="fast")
     with pytest.raises(ValueError, match="names 2; there are 2 adapters"):
@@ -496,14 +338,14 @@ def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
     with pytest.raises(ValueError, match="an adapter index was given, but no adapters"):
         kernel.lora_linear(x, weight, None, None, torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"this layer has 64 inputs and 2 blocks"):
-        kernel.lora_linear(x, weight, None, kernel.pack_lora(*make_lora(1, 4, 40, 64, torch.float32)))
+        kernel.lora_linear(x, weight, None, cpu_lora.pack_lora(*make_lora(1, 4, 40, 64, torch.float32)))
     with pytest.raises(ValueError, match="disagree about the rank or the dtype"):
-        kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 5), torch.ones(1))
+        cpu_lora.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 5), torch.ones(1))
     with pytest.raises(ValueError, match=r"scaling is \(2,\) torch.float32; allowed is \(1,\)"):
-        kernel.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 4), torch.ones(2))
+        cpu_lora.pack_lora(torch.zeros(1, 4, 64), torch.zeros(1, 20, 4), torch.ones(2))
     with pytest.raises(ValueError, match=r"slices of \(8, 12\) outputs are not possible"):
-        kernel.allocate_lora(2, 4, 64, (8, 12), torch.float32)
-    room = kernel.allocate_lora(2, 4, 64, (16, 4), torch.float32)
+        cpu_lora.allocate_lora(2, 4, 64, (8, 12), torch.float32)
+    room = cpu_lora.allocate_lora(2, 4, 64, (16, 4), torch.float32)
     a, b = torch.ones(5, 64), torch.ones(16, 5)
     for pairs, place, message in (
         ([(a, b), None], 0, "the adapter has rank 5; there is room for 4"),
@@ -514,23 +356,23 @@ def test_tensors_that_do_not_belong_together_never_reach_the_library(isa):
         ([None, None], 2, "adapter 2 with 2 pairs was given"),
     ):
         with pytest.raises(ValueError, match=message):
-            kernel.place_adapter(room, place, pairs)
+            cpu_lora.place_adapter(room, place, pairs)
     with pytest.raises(ValueError, match=r"the slices end at the blocks \[2, 1\]"):
-        kernel.CpuLora(room.a, room.b, room.scaling, room.ranks, torch.tensor([2, 1], dtype=torch.int32))
+        cpu_lora.CpuLora(room.a, room.b, room.scaling, room.ranks, torch.tensor([2, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match="allowed are 0 to 4"):
-        kernel.CpuLora(room.a, room.b, room.scaling, room.ranks + 5, room.ends)
+        cpu_lora.CpuLora(room.a, room.b, room.scaling, room.ranks + 5, room.ends)
     with pytest.raises(ValueError, match=r"words are \(1, 4, 16\) torch.int32; this layer has contiguous \(2, 8, 16\)"):
-        kernel.CpuWeight(weight.words[:1, :4], weight.scales, weight.zeros, 4, 20, 64)
+        cpu_weight.CpuWeight(weight.words[:1, :4], weight.scales, weight.zeros, 4, 20, 64)
     with pytest.raises(
         ValueError, match="rows 8 to 12 were asked for; allowed are a first row that is a multiple of 16"
     ):
-        kernel.dequantize(weight, first_row=8, rows=4)
+        cpu_weight.dequantize(weight, first_row=8, rows=4)
     with pytest.raises(ValueError, match=r"Q is made in float32, bfloat16 or float16; got torch.float64"):
-        kernel.dequantize(weight, torch.float64)
+        cpu_weight.dequantize(weight, torch.float64)
 
 
 def test_without_a_library_packing_says_so(isa, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu.library, "load", lambda: None)
     codes, scales, zeros, _ = make_layer(4, 32, 32, 2)
     with pytest.raises(RuntimeError, match="CPU kernels: "):
-        kernel.pack_weight(codes, scales, zeros, 2)
+        cpu_weight.pack_weight(codes, scales, zeros, 2)

@@ -7,7 +7,7 @@ import torch
 
 from cloq_export import kernels
 from cloq_export.engines.packed_linear import PackedLinear
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def packed_layer(bits: int = 3, columns: int = 512, out: int = 384) -> tuple[tor
 
 
 def test_the_line_about_kernels_names_the_gpu():
-    assert triton_kernels.describe().startswith("GPU kernels: Triton ")
+    assert dispatch.describe_gpu().startswith("GPU kernels: Triton ")
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 200])

@@ -24,8 +24,8 @@ def layer_and_adapters() -> dict[str, torch.Tensor]:
 
 def compute(x: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     layer = [parts[name] for name in ("qweight", "qzeros", "scales")]
-    rest = [parts[name] for name in ("bias", "lora_a", "lora_b", "scaling", "index")]
-    return kernels.packed_lora_linear(x, *layer, 3, *rest)
+    adapters = kernels.Adapters(*(parts[name] for name in ("lora_a", "lora_b", "scaling", "index")))
+    return kernels.packed_lora_linear(x, layer, 3, parts["bias"], adapters)
 
 
 def test_every_token_meets_its_own_merged_weight_and_so_do_gradients():
@@ -50,9 +50,9 @@ def test_every_token_meets_its_own_merged_weight_and_so_do_gradients():
 def test_the_operator_satisfies_the_rules_of_torch():
     parts = layer_and_adapters()
     x = torch.randn(2, 3, 64, requires_grad=True)
-    operands = (x, *(parts[name] for name in ("qweight", "qzeros", "scales")), 3, None)
-    adapters = tuple(parts[name] for name in ("lora_a", "lora_b", "scaling", "index"))
-    torch.library.opcheck(kernels.packed_lora_linear_op, (*operands, *adapters))
+    layer = [parts[name] for name in ("qweight", "qzeros", "scales")]
+    adapters = [parts[name] for name in ("lora_a", "lora_b", "scaling", "index")]
+    torch.library.opcheck(kernels.packed_lora_linear_op, (x, layer, 3, None, adapters))
 
 
 @pytest.mark.parametrize(

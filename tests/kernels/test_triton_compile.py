@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch
 
 PROBE = Path(__file__).parent / "probes" / "compile_triton.py"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not triton_kernels.available() or platform.machine() != "x86_64", reason="Triton's compiler for NVIDIA GPUs"
+    not dispatch.has_triton() or platform.machine() != "x86_64", reason="Triton's compiler for NVIDIA GPUs"
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_without_spilling(capability, tmp_path):

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from cloq_export import kernels
-from cloq_export.kernels import dispatch
-from cloq_export.kernels import triton as triton_kernels
+from cloq_export.kernels import dispatch, operators
 from cloq_export.kernels.reference import linear as reference
-from cloq_export.kernels.reference.lora import compute_packed_lora_linear
+from cloq_export.kernels.reference.lora import Adapters, compute_packed_lora_linear
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not triton_kernels.available(), reason="Triton exists for Linux only"),
+    pytest.mark.skipif(not dispatch.has_triton(), reason="Triton exists for Linux only"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,10 +32,10 @@ FAST = {
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels take CPU tensors under the interpreter; outputs that nobody writes are NaN."""
-    from cloq_export.kernels.triton import dequantize, linear
+    from cloq_export.kernels.triton import dequantize, linear_kernels
 
-    monkeypatch.setattr(triton_kernels, "DEVICE_TYPES", {DEVICE})
-    for kernel in (dequantize._dequantize, linear._vector_product, linear._matrix_product):
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {DEVICE})
+    for kernel in (dequantize._dequantize, linear_kernels.vector_product, linear_kernels.matrix_product):
         # Any shape must give right results; trying all would compile for minutes on a GPU.
         monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
     empty = torch.empty
@@ -107,7 +106,7 @@ def test_few_tokens_are_no_worse_than_torch(case, dtype, tokens):
     x, bias = random_tensor(tokens, in_features, dtype=dtype), random_tensor(out_features, seed=1)
     weight = reference.dequantize(*layer, bits)
     truth = x.to(torch.float64) @ weight.to(torch.float64).t() + bias.to(torch.float64)
-    result = dispatch.packed_linear_on_gpu(x, *layer, bits, bias)
+    result = operators.packed_linear_on_gpu(x, *layer, bits, bias)
     assert result.dtype == dtype
     assert_no_worse_than_torch(result, x, weight, truth)
 
@@ -121,7 +120,7 @@ def test_any_split_of_the_inputs_gives_the_same_sums(bits, tokens, splits):
     layer = packed_layer(bits, 160, 32, 5)
     x, bias = random_tensor(tokens, 160), random_tensor(32, seed=1)
     expected = reference.compute_packed_linear(x, *layer, bits, bias)
-    results = [lora_linear(x, *layer, bits, bias, splits=splits) for _ in range(2)]
+    results = [lora_linear(x, layer, bits, bias, splits=splits) for _ in range(2)]
     torch.testing.assert_close(results[0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert torch.equal(*results)
 
@@ -130,15 +129,15 @@ def test_any_split_of_the_inputs_gives_the_same_sums(bits, tokens, splits):
 @pytest.mark.parametrize(("tokens", "most"), [(17, 64), (64, 64), (65, 64), (0, 64)])
 @pytest.mark.parametrize(("bits", "in_features", "out_features", "groups"), CASES[1:4])
 def test_many_tokens_and_blocks(bits, in_features, out_features, groups, tokens, most, monkeypatch):
-    monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(operators, "BLOCK_ELEMENTS", 1000)
     layer = packed_layer(bits, in_features, out_features, groups)
     x, bias = random_tensor(2, tokens, in_features)[:1], random_tensor(out_features, seed=1)
-    result = dispatch.packed_linear_on_gpu(x, *layer, bits, bias)
+    result = operators.packed_linear_on_gpu(x, *layer, bits, bias)
     assert result.shape == (1, tokens, out_features)
     expected = reference.compute_packed_linear(x, *layer, bits, bias)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * float(1 + expected.abs().sum()))
     grad = random_tensor(1, tokens, out_features, seed=2)
-    back = dispatch.packed_linear_input_grad_on_gpu(grad, *layer, bits)
+    back = operators.packed_linear_input_grad_on_gpu(grad, *layer, bits)
     expected = reference.compute_packed_linear_input_grad(grad, *layer, bits)
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-4)
 
@@ -146,10 +145,10 @@ def test_many_tokens_and_blocks(bits, in_features, out_features, groups, tokens,
 @pytest.mark.parametrize("block", [1 << 25, 1000])
 @pytest.mark.parametrize(("bits", "in_features", "out_features", "groups"), CASES)
 def test_gradients_match_the_reference_in_any_blocks(bits, in_features, out_features, groups, block, monkeypatch):
-    monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(operators, "BLOCK_ELEMENTS", block)
     layer = packed_layer(bits, in_features, out_features, groups)
     grad = random_tensor(3, out_features)
-    result = dispatch.packed_linear_input_grad_on_gpu(grad, *layer, bits)
+    result = operators.packed_linear_input_grad_on_gpu(grad, *layer, bits)
     expected = reference.compute_packed_linear_input_grad(grad, *layer, bits)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
@@ -175,29 +174,29 @@ def test_every_token_gets_its_own_adapter(tokens, index, dtype):
     lora_b = random_tensor(adapters, out_features, rank, dtype=torch.bfloat16, seed=3)
     scaling = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
     which = None if index is None else torch.tensor(index, dtype=torch.int32, device=DEVICE)
-    adapted = (x, *layer, bits, bias, lora_a, lora_b, scaling, which)
+    adapted = (x, layer, bits, bias, Adapters(lora_a, lora_b, scaling, which).operands())
     expected = compute_packed_lora_linear(x.to(torch.float64).float(), *adapted[1:])
-    result = dispatch.packed_lora_linear_on_gpu(*adapted)
+    result = operators.packed_lora_linear_on_gpu(*adapted)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
-    assert torch.equal(result, dispatch.packed_lora_linear_on_gpu(*adapted))
+    assert torch.equal(result, operators.packed_lora_linear_on_gpu(*adapted))
 
 
 def test_groups_that_are_no_multiple_of_32_go_to_the_reference():
     layer = packed_layer(2, 48, 16, 3)
     x = random_tensor(2, 48)
     assert torch.equal(
-        dispatch.packed_linear_on_gpu(x, *layer, 2, None), reference.compute_packed_linear(x, *layer, 2, None)
+        operators.packed_linear_on_gpu(x, *layer, 2, None), reference.compute_packed_linear(x, *layer, 2, None)
     )
     assert torch.equal(kernels.dequantize(*layer, 2), reference.dequantize(*layer, 2))
 
 
 def test_tensors_of_no_gpu_are_left_to_the_reference(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "DEVICE_TYPES", {"cuda"})
-    assert not triton_kernels.usable_for(torch.zeros(2))
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
+    assert not dispatch.triton_takes(torch.zeros(2))
     fake = torch._subclasses.FakeTensorMode()
     with fake:
-        assert not triton_kernels.usable_for(torch.zeros(2, device="cuda"))
+        assert not dispatch.triton_takes(torch.zeros(2, device="cuda"))
 
 
 def test_an_operator_takes_fake_tensors_of_a_gpu():

@@ -18,7 +18,9 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
 from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.lab import comparing
-from cloq_export.lab.comparing import STARTS, Comparison, compare, comparison_table
+from cloq_export.lab.comparing import compare
+from cloq_export.lab.comparison import STARTS, Comparison
+from cloq_export.lab.comparison_report import comparison_table
 from cloq_export.recipe import Recipe
 
 
@@ -75,12 +77,12 @@ def test_rows_means_and_files(
         result["files"]
     )
     # What served to choose a rate is gone; what was trained stays, bound to its base.
-    assert RunDirectory.open(out / "bases" / "int2").adapters() == ["cloq", "cloq-text-seed0", "cloq-text-seed1"]
+    assert RunDirectory.open(out / "bases" / "int2").adapters.names == ["cloq", "cloq-text-seed0", "cloq-text-seed1"]
 
     def measured_again(*_: Any) -> None:
         raise AssertionError("a row was measured twice")
 
-    monkeypatch.setattr(comparing._Work, "measure", measured_again)
+    monkeypatch.setattr(comparing.ComparisonFolder, "measure", measured_again)
     assert compare(comparison, out, console=silent)["rows"] == result["rows"]
     other = Comparison.read(str(recipe_file(rate_steps=2)))
     with pytest.raises(UsageError, match=r"holds another comparison \(rate_steps differ\)"):
@@ -123,7 +125,7 @@ def test_a_start_whose_library_is_missing_says_so_in_its_row(
 def test_what_a_task_needs_is_read_before_a_base_is_made(
     recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(comparing._Work, "measure", lambda *_: pytest.fail("a base was made"))
+    monkeypatch.setattr(comparing.ComparisonFolder, "measure", lambda *_: pytest.fail("a base was made"))
     task = yaml.safe_load(recipe_file().read_text())["tasks"]["text"]
     broken = tmp_path / "gsm8k" / "test.jsonl"
     broken.parent.mkdir()

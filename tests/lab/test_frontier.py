@@ -20,18 +20,13 @@ from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.files.versions import environment
 from cloq_export.lab import frontier as module
 from cloq_export.lab import peers, row_folder
-from cloq_export.lab.frontier import (
-    MEAN,
-    METHODS,
-    Frontier,
-    frontier_plots,
-    frontier_table,
-    measure_frontier,
-)
+from cloq_export.lab.frontier import measure_frontier
+from cloq_export.lab.frontier_recipe import METHODS, Frontier
+from cloq_export.lab.frontier_report import MEAN, frontier_plots, frontier_table
 from cloq_export.lab.peers import PEERS, PeerError, run_peer
 from cloq_export.process.hardware import describe_hardware
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.verbs import run
+from cloq_export.verbs.run import run
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
 
 @pytest.fixture(autouse=True)
 def _measured_on_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_windows": 1, "eval_window": 16})
+    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_text": "embedded", "eval_windows": 1, "eval_window": 16})
 
 
 @pytest.mark.slow
@@ -285,7 +280,7 @@ def test_rows_name_the_machine_that_they_were_measured_on(
         cost = {"stored_bits_per_weight": 2.5, "seconds": 7.0, "memory_beyond_model_bytes": None}
         return {"perplexity": judged, **cost, "versions": {"auto-round": f"9.{case.seed}"}}
 
-    monkeypatch.setattr(module._Work, "_of_peer", made)
+    monkeypatch.setattr(module.FrontierFolder, "_of_peer", made)
     monkeypatch.setattr(row_folder, "describe_hardware", lambda: {**machine, "cpu": "Fast CPU", "cores": 8})
     both = measure_frontier(frontier, out, console=silent)
     assert [row["environment"] for row in both["rows"] if row["seed"] != MEAN] == ["1", "2", "2"]

@@ -9,7 +9,7 @@ import pytest
 
 import cloq_export.models.companions as companions_module
 from cloq_export.errors import FormatError, SourceError
-from cloq_export.files.fingerprint import file_fingerprint
+from cloq_export.files.fingerprint import file_digests, file_fingerprint
 from cloq_export.models.companions import companion_files, copy_companions, hub_patterns, is_companion, is_legal
 
 TRAVEL = [
@@ -124,9 +124,9 @@ def test_a_folder_of_links_to_one_model_and_the_hubs_cache_are_fine(folder: Path
 def test_a_fingerprint_tells_where_in_the_folder_a_file_lies(folder: Path) -> None:
     one, other = folder / "vocab.txt", folder / "decoder_tokenizer" / "vocab.txt"
     other.write_text(one.read_text())
-    assert file_fingerprint([one]) == file_fingerprint([other])
-    assert file_fingerprint([one], home=folder) == file_fingerprint([one])
-    assert file_fingerprint([other], home=folder) != file_fingerprint([one], home=folder)
+    assert file_fingerprint(file_digests([one])) == file_fingerprint(file_digests([other]))
+    assert file_fingerprint(file_digests([one], home=folder)) == file_fingerprint(file_digests([one]))
+    assert file_fingerprint(file_digests([other], home=folder)) != file_fingerprint(file_digests([one], home=folder))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from cloq_export.errors import SourceError, UnsupportedModelError
-from cloq_export.models.source import open_model, save_plain
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
 
 WIDTH, INNER, LAYERS, WORDS = 32, 64, 2, 96
 KEYS: Mapping[str, Any] = {

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from cloq_export.errors import SourceError, UnsupportedModelError
-from cloq_export.models.source import NO_CODE, open_model, read_tokenizer
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.source import open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 
 # Readers of transformers, and of libraries built on it, that look for the code of a model.
 READERS = {"from_pretrained", "from_config"}

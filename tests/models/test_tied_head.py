@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, GPT2Config, LlamaConfig
 
 from cloq_export.errors import SourceError
-from cloq_export.models.source import open_model, save_plain
+from cloq_export.models.saving import save_plain
+from cloq_export.models.source import open_model
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -15,15 +15,19 @@ import torch
 import transformers
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import ExportOptions, VerifyOptions, verification, verify
+from cloq_export.verbs import verification
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
 
 BITS = 2
 CONTEXT = 64
@@ -78,9 +82,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, float_folder: Path, text:
     small = {"group_size": 16, "rank": 4, "samples": 4, "seqlen": 32, "precision": "float32", "eval_windows": 2}
     texts = {"calibration": str(text), "eval_text": str(text), "eval_window": 16, "error_aware": 0.0}
     recipe = Recipe.from_mapping({"model": str(float_folder), "bits": BITS, **small, **texts})
-    verbs.run(recipe, run, console=SILENT)
-    verbs.adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=SILENT)
-    verbs.export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "e"), console=SILENT)
+    make_run(recipe, run, console=SILENT)
+    adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=SILENT)
+    write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "e"), console=SILENT)
     return run / "exports" / "e"
 
 
@@ -423,7 +427,7 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
     worst = report["scales"]["candidates"][0]
     assert worst["module"] == name
     assert worst["error"] == pytest.approx(0.01, abs=0.003)
-    assert f"the scale of {name} is off by +" in str(verbs.missed_gates(report))
+    assert f"the scale of {name} is off by +" in str(missed_gates(report))
 
 
 def test_a_zero_that_is_off_by_one_in_one_group_is_found(

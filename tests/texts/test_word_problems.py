@@ -11,7 +11,8 @@ from fractions import Fraction
 import pytest
 
 from cloq_export.errors import UsageError
-from cloq_export.texts.word_problems import SPLITS, TEMPLATES, WordProblem, generate, split_of
+from cloq_export.texts.word_problem_templates import TEMPLATES
+from cloq_export.texts.word_problems import SPLITS, WordProblem, generate, split_of
 
 _MARK = re.compile(r"<<([^=>]*)=([^>]*)>>(\S+)")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}

@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.engines.transformers.served import TransformersModel
 from cloq_export.errors import BindingError, DataError, FormatError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import answers
-from cloq_export.verbs import ExportOptions, answering
+from cloq_export.verbs import answering
 from cloq_export.verbs.answering import group_means
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
+from cloq_export.verbs.run import run as make_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Console) -> Path:
     folder = tmp_path_factory.mktemp("answering") / "run"
-    verbs.run(recipe_for("llama", bits=2), folder, console=silent)
+    make_run(recipe_for("llama", bits=2), folder, console=silent)
     return folder
 
 
@@ -36,13 +39,14 @@ def tasks(tmp_path: Path) -> tuple[str, ...]:
     return f"boolq:instruction={tmp_path / 'boolq.jsonl'}", f"piqa={tmp_path / 'piqa.json'}"
 
 
-def evaluate(run: Path, tasks: tuple[str, ...], silent: Console, **options: Any) -> dict[str, Any]:
-    return verbs.evaluate(run, "wikitext2", 8, 1, tasks=tasks, console=silent, **options)
+def answer(run: Path, tasks: tuple[str, ...], silent: Console, **options: Any) -> dict[str, Any]:
+    asked = EvaluateOptions(text="wikitext2", window=8, windows=1, tasks=tasks, **options)
+    return evaluate(run, asked, console=silent).to_json()
 
 
 def test_every_model_answers(run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = evaluate(run, tasks, silent, problems=10, out=out)
+    result = answer(run, tasks, silent, problems=10, out=out)
     assert list(result["tasks"]) == ["boolq:instruction", "piqa"]
     assert "float" not in result  # perplexity was not asked for
     for entry in result["tasks"].values():
@@ -66,7 +70,7 @@ def test_a_killed_call_goes_on(
     run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "_CHUNK", 32)
-    whole = evaluate(run, tasks, silent)
+    whole = answer(run, tasks, silent)
     asked: list[int] = []
     generate = TransformersModel.generate
 
@@ -79,39 +83,39 @@ def test_a_killed_call_goes_on(
     monkeypatch.setattr(TransformersModel, "generate", killed)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(run, tasks, silent, out=out)
+        answer(run, tasks, silent, out=out)
     held = json.loads((out / "answers-boolq-instruction-float.json").read_text())
     assert len(held["answers"]) == 32
-    resumed = evaluate(run, tasks, silent, out=out)
+    resumed = answer(run, tasks, silent, out=out)
     assert asked == [32, 8, 8, *[32, 8] * 2]
     assert resumed["tasks"] == whole["tasks"]
     with pytest.raises(RunDirectoryError, match="holds answers that were given under another questions; choose"):
-        evaluate(run, tasks, silent, out=out, problems=5)
+        answer(run, tasks, silent, out=out, problems=5)
 
 
 def test_bad_input_is_found_before_a_model_is_read(
     run: Path, tasks: tuple[str, ...], silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.verbs.verbs.open_model", lambda *_, **__: pytest.fail("a model was read"))
+    monkeypatch.setattr("cloq_export.verbs.evaluate.open_model", lambda *_, **__: pytest.fail("a model was read"))
     (tmp_path / "a.jsonl").write_text('{"instruction": "w1", "answer": 1}\n{"instruction": "w1", "answer": "none"}\n')
     with pytest.raises(DataError, match=r"line 2 of .*a.jsonl: no answer can be read out of 'none'"):
-        evaluate(run, (f"svamp={tmp_path / 'a.jsonl'}",), silent)
+        answer(run, (f"svamp={tmp_path / 'a.jsonl'}",), silent)
     with pytest.raises(UsageError, match="--tasks is 'svmp'"):
-        evaluate(run, ("svmp",), silent)
+        answer(run, ("svmp",), silent)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
-        evaluate(run, tasks, silent, out=tmp_path / "file")
+        answer(run, tasks, silent, out=tmp_path / "file")
     with pytest.raises(RunDirectoryError, match="run has no adapter 'another'; it has cloq"):
-        evaluate(run, tasks, silent, adapter="another")
+        answer(run, tasks, silent, adapter="another")
     read = read_adapter(run / "adapters" / "cloq")
     write_adapter(tmp_path / "other", read.pairs, base_model="m", base_fingerprint="sha256:" + "0" * 64)
     with pytest.raises(BindingError, match="is bound to the base sha256:000"):
-        evaluate(run, tasks, silent, adapter=str(tmp_path / "other"))
-    verbs.export(run, ExportOptions(format="merged", out=tmp_path / "merged"), console=silent)
-    with pytest.raises(UsageError, match="merged is a merged export and takes no adapter; leave --adapter out"):
-        evaluate(tmp_path / "merged", tasks, silent, adapter="cloq")
+        answer(run, tasks, silent, adapter=str(tmp_path / "other"))
+    write_export(run, ExportOptions(format="merged", out=tmp_path / "merged"), console=silent)
+    with pytest.raises(UsageError, match="merged is a merged export and takes no adapter; leave `adapter` out"):
+        answer(tmp_path / "merged", tasks, silent, adapter="cloq")
     with pytest.raises(FormatError, match="nothing does not exist; give a run directory or a checkpoint folder"):
-        evaluate(tmp_path / "nothing", tasks, silent)
+        answer(tmp_path / "nothing", tasks, silent)
 
 
 def test_groups_have_a_mean() -> None:

@@ -15,8 +15,8 @@ import transformers
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.recipe import Recipe
 
 FAILED, MISUSE = 1, 2
@@ -265,7 +265,7 @@ def test_a_model_that_overflows(tmp_path: Path, refused: Callable[..., str], bro
     run = RunDirectory.open(out)
     assert run.state == "running"
     assert len(run.completed_modules()) == 7
-    assert run.adapters() == []
+    assert run.adapters.names == []
     assert not run.checkpoint_path.exists()
 
 

@@ -19,7 +19,6 @@ from rich.console import Console
 
 import cloq_export
 import cloq_export.formats.merged
-from cloq_export import verbs
 from cloq_export.artifact.certificate import verify_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
@@ -37,7 +36,14 @@ from cloq_export.files.safe_tensors import read_safetensors_header
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import LoraPair
-from cloq_export.verbs import ExportOptions
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.adapt_checkpoint import adapt_checkpoint
+from cloq_export.verbs.convert import convert
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.inspect import inspect as inspect_folder
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
+from cloq_export.verbs.run import run as make_run
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Cons
         key = (family, *sorted((name, repr(value)) for name, value in options.items()))
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("made") / "run"
-            verbs.run(recipe_for(family, **options), runs[key], console=silent)
+            make_run(recipe_for(family, **options), runs[key], console=silent)
         return runs[key]
 
     return run_of
@@ -82,16 +88,16 @@ def test_every_layout_holds_the_same_integers(
     run = made(bits=bits, symmetric=symmetric)
     if layout == "gptq" and not symmetric and any(int(layer.zeros.min()) == 0 for layer in integers(run).values()):
         with pytest.raises(FormatError, match=r"has a zero of 0, which the layout gptq \(version 1\) cannot hold"):
-            verbs.export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
+            write_export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
         assert not (tmp_path / "out").exists()
         return
-    summary = verbs.export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
+    summary = write_export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
     out = tmp_path / "out"
-    assert summary["files"] == {"export": str(out)}
-    assert summary["base_fingerprint"] == Checkpoint.open(run).fingerprint == Checkpoint.open(out).fingerprint
+    assert summary.folder == out
+    assert summary.base_fingerprint == Checkpoint.open(run).fingerprint == Checkpoint.open(out).fingerprint
     assert_same_integers(run, out)
     assert torch.equal(logits(cloq_export.load(out, "cloq")), logits(cloq_export.load(run, "cloq")))
-    repeated = verbs.inspect(out, True, adapter="cloq")
+    repeated = inspect_folder(out, verify=True, adapter="cloq").to_json()
     assert repeated["layout"] == layout
     assert repeated["certificate"]["layout"] == layout
     assert repeated["certificate"]["not_covered"] == []
@@ -99,7 +105,7 @@ def test_every_layout_holds_the_same_integers(
     header = metadata_load(out / "README.md")
     assert header["base_model_relation"] == "quantized" if "base_model" in header else True
     card = (out / "README.md").read_text()
-    for expected in (f"{bits}", layout, "perplexity", "cloq_export.load", summary["base_fingerprint"][:20]):
+    for expected in (f"{bits}", layout, "perplexity", "cloq_export.load", summary.base_fingerprint[:20]):
         assert expected in card
 
 
@@ -108,13 +114,13 @@ def test_an_export_needs_the_run_alone_and_is_the_same_every_time(
 ) -> None:
     shutil.copytree(recipe_for("llama").model, tmp_path / "model")
     recipe = recipe_for("llama", model=str(tmp_path / "model"), max_shard_size="20KB")
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     shutil.rmtree(tmp_path / "model")
     for name in ("a", "b"):
         options = ExportOptions(format="compressed_tensors", out=tmp_path / name)
-        verbs.export(tmp_path / "run", options, console=silent)
+        write_export(tmp_path / "run", options, console=silent)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    verbs.export(tmp_path / "run", options, console=silent)  # over an earlier export
+    write_export(tmp_path / "run", options, console=silent)  # over an earlier export
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 2
     assert (tmp_path / "a" / "tokenizer.json").exists()
@@ -125,7 +131,7 @@ def test_nothing_of_this_machine_is_published(
 ) -> None:
     """Folders of the person who exports are nobody else's business; versions and figures are."""
     for format in ("gptq_v2", "merged", "peft"):
-        verbs.export(made(), ExportOptions(format=format, out=tmp_path / format), console=silent)
+        write_export(made(), ExportOptions(format=format, out=tmp_path / format), console=silent)
         for path in (tmp_path / format).rglob("*"):
             if path.suffix in (".json", ".md"):
                 content = path.read_text()
@@ -140,7 +146,7 @@ def test_a_run_keeps_other_peoples_files(tmp_path: Path, made: Any, silent: Cons
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for format in ("gptq_v2", "merged", "peft"):
         with pytest.raises(RunDirectoryError, match=r"holds (other )?files"):
-            verbs.export(made(), ExportOptions(format=format, out=tmp_path / "mine"), console=silent)
+            write_export(made(), ExportOptions(format=format, out=tmp_path / "mine"), console=silent)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -152,7 +158,7 @@ def test_merged_weights_are_those_that_are_served(
     tmp_path: Path, made: Any, silent: Console, texts: dict[str, str], dtype: str
 ) -> None:
     run, out = made(bits=3), tmp_path / "out"
-    verbs.export(run, ExportOptions(format="merged", dtype=dtype, out=out), console=silent)
+    write_export(run, ExportOptions(format="merged", dtype=dtype, out=out), console=silent)
     plain = transformers.AutoModelForCausalLM.from_pretrained(out)
     expected = dequantized_model(run, "cloq")
     wanted = getattr(torch, dtype)
@@ -161,31 +167,33 @@ def test_merged_weights_are_those_that_are_served(
         assert torch.equal(plain.get_submodule(name).weight, expected.get_submodule(name).weight.to(wanted)), name
     schema = Path(cloq_export.formats.merged.__file__).with_name("schema.json")
     jsonschema.validate(json.loads((out / "cloq_merged.json").read_text()), json.loads(schema.read_text()))
-    described = verbs.inspect(out, True)
+    described = inspect_folder(out, verify=True).to_json()
     assert described["kind"] == "merged export"
     assert described["verified"] is True
     assert described["certificate"]["layout"] == "merged"
-    measured = verbs.evaluate(out, texts["eval_text"], 16, 4, reference=None, console=silent)
-    served = verbs.evaluate(run, texts["eval_text"], 16, 4, console=silent)
-    assert measured["merged"]["perplexity"] == pytest.approx(served["adapter"]["perplexity"], rel=2e-2)
+    measured = evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
+    served = evaluate(run, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
+    assert measured.perplexity["merged"]["perplexity"] == pytest.approx(
+        served.perplexity["adapter"]["perplexity"], rel=2e-2
+    )
     with pytest.raises(UsageError, match="is a merged export and takes no adapter"):
-        verbs.evaluate(out, texts["eval_text"], 16, 4, adapter="cloq", console=silent)
+        evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4, adapter="cloq"), console=silent)
 
 
 def test_an_adapter_alone_balanced_and_padded(tmp_path: Path, made: Any, silent: Console) -> None:
     run, out = made(bits=2), tmp_path / "out"
     options = ExportOptions(format="peft", split="balanced", pad_rank=8, out=out)
-    summary = verbs.export(run, options, console=silent)
-    assert summary["adapters"][0]["rank"] == 8
-    assert 0 < summary["adapters"][0]["largest_product_error"] < 2e-3
+    summary = write_export(run, options, console=silent)
+    assert summary.adapters[0].record["rank"] == 8
+    assert 0 < summary.adapters[0].record["largest_product_error"] < 2e-3
     read, original = read_adapter(out), read_adapter(run / "adapters" / "cloq")
     assert read.extra["split"] == "balanced"
     assert read.extra["padded_to"] == 8
     for name, pair in read.pairs.items():
         assert pair.rank == 8
         torch.testing.assert_close(pair.product(), original.pairs[name].product(), rtol=5e-3, atol=5e-3)
-    assert verbs.inspect(out, True)["certificate"]["layout"] == "peft"
-    verbs.export(run, options, console=silent)  # over an earlier export
+    assert inspect_folder(out, verify=True).to_json()["certificate"]["layout"] == "peft"
+    write_export(run, options, console=silent)  # over an earlier export
     torch.testing.assert_close(
         logits(cloq_export.load(run, out)), logits(cloq_export.load(run, "cloq")), rtol=2e-2, atol=2e-2
     )
@@ -193,19 +201,19 @@ def test_an_adapter_alone_balanced_and_padded(tmp_path: Path, made: Any, silent:
 
 def test_several_adapters(tmp_path: Path, recipe_for: Any, silent: Console) -> None:
     run = tmp_path / "run"
-    verbs.run(recipe_for("llama", bits=2), run, console=silent)
-    verbs.adapt(run, {"rank": 8, "adapter_name": "wide"}, console=silent)
-    summary = verbs.export(run, ExportOptions(), console=silent)
-    out = Path(summary["files"]["export"])
+    make_run(recipe_for("llama", bits=2), run, console=silent)
+    adapt(run, {"rank": 8, "adapter_name": "wide"}, console=silent)
+    summary = write_export(run, ExportOptions(), console=silent)
+    out = summary.folder
     assert out == run / "exports" / "gptq_v2"
-    assert [adapter["name"] for adapter in summary["adapters"]] == ["cloq", "wide"]
+    assert [adapter.name for adapter in summary.adapters] == ["cloq", "wide"]
     for name in ("cloq", "wide"):
         assert torch.equal(logits(cloq_export.load(out, name)), logits(cloq_export.load(run, name)))
-    assert [entry["name"] for entry in verbs.inspect(out)["adapters"]] == ["cloq", "wide"]
+    assert [entry["name"] for entry in inspect_folder(out).to_json()["adapters"]] == ["cloq", "wide"]
     with pytest.raises(UsageError, match="a merged export holds one adapter, and there are 2: cloq, wide"):
-        verbs.export(run, ExportOptions(format="merged", adapters=("cloq", "wide")), console=silent)
-    verbs.export(run, ExportOptions(format="merged"), console=silent)  # the recipe's own
-    verbs.export(run, ExportOptions(format="peft", out=tmp_path / "both"), console=silent)
+        write_export(run, ExportOptions(format="merged", adapters=("cloq", "wide")), console=silent)
+    write_export(run, ExportOptions(format="merged"), console=silent)  # the recipe's own
+    write_export(run, ExportOptions(format="peft", out=tmp_path / "both"), console=silent)
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["cloq", "wide"]
 
 
@@ -222,20 +230,22 @@ def test_an_adapter_of_another_base_is_refused_and_force_is_recorded(
     with pytest.raises(BindingError, match=both):
         cloq_export.load(run, foreign)
     with pytest.raises(BindingError, match=both):
-        verbs.inspect(run, adapter=str(foreign))
+        inspect_folder(run, adapter=str(foreign))
     with pytest.raises(BindingError, match=both):
-        verbs.evaluate(run, texts["eval_text"], 16, 1, adapter=str(foreign), console=silent)
+        evaluate(run, EvaluateOptions(texts["eval_text"], 16, 1, adapter=str(foreign)), console=silent)
     options = ExportOptions(adapters=(str(foreign),), out=tmp_path / "out")
     with pytest.raises(BindingError, match=both):
-        verbs.export(run, options, console=silent)
+        write_export(run, options, console=silent)
     assert not (tmp_path / "out").exists()
 
-    assert verbs.inspect(run, adapter=str(foreign), force=True)["checked_adapter"]["forced"] is True
-    measured = verbs.evaluate(run, texts["eval_text"], 16, 1, adapter=str(foreign), force=True, console=silent)
-    assert any("taken by force" in note for note in measured["notes"])
-    summary = verbs.export(run, dataclasses.replace(options, force=True), console=silent)
-    assert any(f"bound to {theirs}" in note for note in summary["notes"])
-    assert verbs.inspect(tmp_path / "out", True)["certificate"]["forced"] == ["cloq"]
+    assert inspect_folder(run, adapter=str(foreign), force=True).to_json()["checked_adapter"]["forced"] is True
+    measured = evaluate(
+        run, EvaluateOptions(texts["eval_text"], 16, 1, adapter=str(foreign), force=True), console=silent
+    )
+    assert any("taken by force" in note for note in measured.notes)
+    summary = write_export(run, dataclasses.replace(options, force=True), console=silent)
+    assert any(f"bound to {theirs}" in note for note in summary.notes)
+    assert inspect_folder(tmp_path / "out", verify=True).to_json()["certificate"]["forced"] == ["cloq"]
     assert read_adapter(tmp_path / "out" / "adapters" / "cloq").extra["bound_to"] == theirs
     assert "taken by force" in (tmp_path / "out" / "README.md").read_text()
 
@@ -251,7 +261,7 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path, made: Any, sil
     weights = tmp_path / "plain" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
     with pytest.raises(BindingError, match="does not say which quantized base it belongs to"):
-        verbs.export(run, ExportOptions(adapters=(str(tmp_path / "plain"),), out=tmp_path / "o"), console=silent)
+        write_export(run, ExportOptions(adapters=(str(tmp_path / "plain"),), out=tmp_path / "o"), console=silent)
 
 
 # Targets.
@@ -259,27 +269,27 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path, made: Any, sil
 
 def test_a_target_chooses_the_layout_or_refuses_with_what_works(tmp_path: Path, made: Any, silent: Console) -> None:
     run = made(bits=4)
-    summary = verbs.export(run, ExportOptions(target="vllm==0.32", out=tmp_path / "a"), console=silent)
-    assert summary["format"] == "compressed_tensors"
-    assert summary["target"] == "vllm==0.32"
-    assert summary["max_lora_rank"] == 8
-    low = verbs.export(made(bits=2), ExportOptions(target="vllm", device="cpu", out=tmp_path / "c"), console=silent)
-    assert any("needs cloq-export installed in the same environment as vLLM" in note for note in low["notes"])
+    summary = write_export(run, ExportOptions(target="vllm==0.32", out=tmp_path / "a"), console=silent)
+    assert summary.format == "compressed_tensors"
+    assert summary.target == "vllm==0.32"
+    assert summary.max_lora_rank == 8
+    low = write_export(made(bits=2), ExportOptions(target="vllm", device="cpu", out=tmp_path / "c"), console=silent)
+    assert any("needs cloq-export installed in the same environment as vLLM" in note for note in low.notes)
     with pytest.raises(UsageError, match=r"the nearest that works: --format gptq,"):
-        verbs.export(run, ExportOptions(target="sglang", format="gptq_v2", out=tmp_path / "b"), console=silent)
+        write_export(run, ExportOptions(target="sglang", format="gptq_v2", out=tmp_path / "b"), console=silent)
     with pytest.raises(UsageError, match=r"has no kernel for 2 bits in .* the nearest that works"):
-        verbs.export(made(bits=2), ExportOptions(target="sglang", out=tmp_path / "b"), console=silent)
+        write_export(made(bits=2), ExportOptions(target="sglang", out=tmp_path / "b"), console=silent)
     with pytest.raises(UsageError, match=r"target 'vlm' is unknown; .* Did you mean vllm"):
-        verbs.export(run, ExportOptions(target="vlm", out=tmp_path / "b"), console=silent)
+        write_export(run, ExportOptions(target="vlm", out=tmp_path / "b"), console=silent)
     assert not (tmp_path / "b").exists()
 
 
 def test_an_engine_without_patterns_gets_one_rank(tmp_path: Path, made: Any, silent: Console) -> None:
     run = made(bits=4, symmetric=True, overrides={"*.o_proj": {"rank": 2}})
     options = ExportOptions(target="sglang", out=tmp_path / "out")
-    summary = verbs.export(run, options, console=silent)
-    assert summary["adapters"][0]["rank"] == 4
-    assert any("was brought to rank 4 by zeros" in note for note in summary["notes"])
+    summary = write_export(run, options, console=silent)
+    assert summary.adapters[0].record["rank"] == 4
+    assert any("was brought to rank 4 by zeros" in note for note in summary.notes)
     config = json.loads((tmp_path / "out" / "adapters" / "cloq" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {} == config["alpha_pattern"]
     assert torch.equal(logits(cloq_export.load(tmp_path / "out", "cloq")), logits(cloq_export.load(run, "cloq")))
@@ -295,30 +305,30 @@ def test_an_engine_without_patterns_gets_one_rank(tmp_path: Path, made: Any, sil
 )
 def test_options_that_mean_nothing(made: Any, silent: Console, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        verbs.export(made(), ExportOptions(**options), console=silent)
+        write_export(made(), ExportOptions(**options), console=silent)
 
 
 def test_what_cannot_be_exported(tmp_path: Path, made: Any, recipe_for: Any, silent: Console) -> None:
     with pytest.raises(ShapeError, match="a pair of rank 4 cannot be padded to rank 2"):
-        verbs.export(made(), ExportOptions(pad_rank=2, out=tmp_path / "o"), console=silent)
+        write_export(made(), ExportOptions(pad_rank=2, out=tmp_path / "o"), console=silent)
     with pytest.raises(RunDirectoryError, match="has no adapter 'ghost'; it has cloq"):
-        verbs.export(made(), ExportOptions(adapters=("ghost",), out=tmp_path / "o"), console=silent)
+        write_export(made(), ExportOptions(adapters=("ghost",), out=tmp_path / "o"), console=silent)
     bare = tmp_path / "bare"
-    verbs.run(recipe_for("llama", rank=0), bare, console=silent)
+    make_run(recipe_for("llama", rank=0), bare, console=silent)
     with pytest.raises(UsageError, match="there is no adapter to export; make one with `cloq adapt`"):
-        verbs.export(bare, ExportOptions(format="peft"), console=silent)
+        write_export(bare, ExportOptions(format="peft"), console=silent)
 
 
 def test_a_run_whose_checkpoint_is_of_other_layers_gets_a_new_one(
     tmp_path: Path, recipe_for: Any, silent: Console, contents: Any
 ) -> None:
-    verbs.run(recipe_for("llama", bits=2), tmp_path / "run", console=silent)
-    verbs.run(recipe_for("llama", bits=3), tmp_path / "other", console=silent)
+    make_run(recipe_for("llama", bits=2), tmp_path / "run", console=silent)
+    make_run(recipe_for("llama", bits=3), tmp_path / "other", console=silent)
     honest = contents(tmp_path / "run" / "checkpoint")
     shutil.rmtree(tmp_path / "run" / "checkpoint")
     shutil.copytree(tmp_path / "other" / "checkpoint", tmp_path / "run" / "checkpoint")
-    summary = verbs.export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
-    assert any("was of other layers, so it was written anew" in note for note in summary["notes"])
+    summary = write_export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
+    assert any("was of other layers, so it was written anew" in note for note in summary.notes)
     assert contents(tmp_path / "run" / "checkpoint") == honest
 
 
@@ -331,12 +341,12 @@ def test_a_checkpoint_goes_round_through_every_layout(
 ) -> None:
     run = made("qwen2", bits=3, overrides={"*.o_proj": {"skip": True}, "*.down_proj": {"bits": 4}})
     first, there, back = tmp_path / "first", tmp_path / "there", tmp_path / "back"
-    verbs.export(run, ExportOptions(out=first), console=silent)
-    verbs.convert(first, ExportOptions(format=layout, out=there), console=silent)
+    write_export(run, ExportOptions(out=first), console=silent)
+    convert(first, ExportOptions(format=layout, out=there), console=silent)
     assert_same_integers(first, there)
-    assert verify_certificate(there)["not_covered"] == []
+    assert verify_certificate(there).not_covered == ()
     assert torch.equal(logits(cloq_export.load(there, "cloq")), logits(cloq_export.load(run, "cloq")))
-    verbs.convert(there, ExportOptions(format="gptq_v2", out=back), console=silent)
+    convert(there, ExportOptions(format="gptq_v2", out=back), console=silent)
     one, other = contents(first), contents(back)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "adapters/cloq/adapter_model.safetensors"):
         assert one[name] == other[name], name
@@ -350,27 +360,27 @@ def test_a_wrong_label_is_overruled(tmp_path: Path, made: Any, silent: Console) 
     del config["quantization_config"]["cloq"]
     (wrong / "config.json").write_text(json.dumps(config))
     options = ExportOptions(format="gptq_v2", out=tmp_path / "right")
-    summary = verbs.convert(wrong, options, read_as="gptq_v2", console=silent)
-    assert "read as gptq_v2, whatever its config says" in summary["notes"]
+    summary = convert(wrong, options, read_as="gptq_v2", console=silent)
+    assert "read as gptq_v2, whatever its config says" in summary.notes
     assert_same_integers(run, tmp_path / "right")
     with pytest.raises(FormatError, match="cannot be read as 'compressed_tensors'; allowed are gptq_v2, gptq"):
-        verbs.convert(wrong, options, read_as="compressed_tensors", console=silent)
+        convert(wrong, options, read_as="compressed_tensors", console=silent)
 
 
 def test_what_convert_refuses(tmp_path: Path, made: Any, silent: Console) -> None:
     run = made(bits=4)
-    with pytest.raises(UsageError, match="no folder was given; say where the checkpoint is written with --out"):
-        verbs.convert(run, ExportOptions(format="gptq"), console=silent)
+    with pytest.raises(UsageError, match="no folder was given; say where the checkpoint is written with `out=FOLDER`"):
+        convert(run, ExportOptions(format="gptq"), console=silent)
     with pytest.raises(UsageError, match="cannot be converted in place"):
-        verbs.convert(run, ExportOptions(format="gptq", out=run), console=silent)
+        convert(run, ExportOptions(format="gptq", out=run), console=silent)
     with pytest.raises(FormatError, match="does not exist"):
-        verbs.convert(tmp_path / "nowhere", ExportOptions(format="gptq", out=tmp_path / "o"), console=silent)
+        convert(tmp_path / "nowhere", ExportOptions(format="gptq", out=tmp_path / "o"), console=silent)
     leaky = tmp_path / "leaky"
     shutil.copytree(run / "checkpoint", leaky)
     (tmp_path / "secret").write_text("key")
     (leaky / "tokenizer_extra.json").symlink_to(tmp_path / "secret")
     with pytest.raises(FormatError, match="is a link that leads out of"):
-        verbs.convert(leaky, ExportOptions(format="gptq_v2", out=tmp_path / "o"), console=silent)
+        convert(leaky, ExportOptions(format="gptq_v2", out=tmp_path / "o"), console=silent)
     assert not (tmp_path / "o").exists()
 
 
@@ -395,19 +405,19 @@ def test_a_foreign_checkpoint_gets_an_adapter(
     run = made(bits=2, format=format, overrides={"*.up_proj": {"bits": 4}})
     checkpoint = foreign(run, tmp_path / "foreign")
     recipe = recipe_for("llama", rank=8, bits=8)  # what the recipe says of grids does not matter
-    summary = verbs.adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
-    assert summary["bits"] == 2
+    summary = adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
+    assert summary.recipe.bits == 2
     assert_same_integers(tmp_path / "run", checkpoint)
-    measured = summary["perplexity"]
+    measured = summary.perplexity
     assert measured["adapter"]["perplexity"] < measured["quantized"]["perplexity"]
     assert RunDirectory.open(tmp_path / "run").recipe["codes_from"] == str(checkpoint)
     # It is a run like any other.
     before = contents(tmp_path / "run")
-    verbs.adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
+    adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
     assert contents(tmp_path / "run") == before
-    verbs.adapt(tmp_path / "run", {"rank": 2, "adapter_name": "thin"}, console=silent)
-    verbs.export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
-    assert verbs.inspect(tmp_path / "out", True)["certificate"]["modules"] == 14
+    adapt(tmp_path / "run", {"rank": 2, "adapter_name": "thin"}, console=silent)
+    write_export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
+    assert inspect_folder(tmp_path / "out", verify=True).to_json()["certificate"]["modules"] == 14
 
 
 def test_what_a_foreign_checkpoint_may_not_be(
@@ -416,14 +426,14 @@ def test_what_a_foreign_checkpoint_may_not_be(
     checkpoint = foreign(made(bits=2), tmp_path / "foreign")
 
     def adapted(recipe: Any) -> None:
-        verbs.adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
+        adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
 
     with pytest.raises(FormatError, match=r"belong to (another|different) model"):
         adapted(recipe_for("gpt-neox"))
     with pytest.raises(RecipeError, match=r"the override of bits for .* would change the codes"):
         adapted(recipe_for("llama", overrides={"*.q_proj": {"bits": 4}}))
     with pytest.raises(FormatError, match="is not a quantized checkpoint"):
-        verbs.adapt_checkpoint(model_folder("llama"), recipe_for("llama"), tmp_path / "run", console=silent)
+        adapt_checkpoint(model_folder("llama"), recipe_for("llama"), tmp_path / "run", console=silent)
     assert not (tmp_path / "run").exists()
     adapted(recipe_for("llama"))
     other = foreign(made(bits=3), tmp_path / "other")
@@ -460,13 +470,13 @@ def test_a_wrappers_export_has_its_files_and_its_names(
 ) -> None:
     run = made("gemma3", model=str(wrapper), bits=4)
     out = tmp_path / "out"
-    verbs.export(run, ExportOptions(format=format, out=out), console=silent)
+    write_export(run, ExportOptions(format=format, out=out), console=silent)
     for name, text in TRAVELS.items():
         assert (out / name).read_text() == text
     assert not any((out / name).exists() for name in STAYS)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
-    assert set(TRAVELS) <= set(verify_certificate(out)["certificate"]["files"])
+    assert set(TRAVELS) <= set(verify_certificate(out).certificate.files)
     names = {name.rpartition(".")[0] for name in cloq_tensors(out)}
     assert names == {name.rpartition(".")[0] for name in cloq_tensors(wrapper)}
     if format == "merged":
@@ -486,19 +496,19 @@ def test_an_adapter_for_a_foreign_wrapper_fits_its_checkpoint(
 ) -> None:
     run = made("gemma3", model=str(wrapper), bits=4)
     foreign = tmp_path / "foreign"
-    verbs.export(run, ExportOptions(format="compressed_tensors", out=foreign), console=silent)
+    write_export(run, ExportOptions(format="compressed_tensors", out=foreign), console=silent)
     shutil.rmtree(foreign / "adapters")
     (foreign / "cloq_certificate.json").unlink()
     config = json.loads((foreign / "config.json").read_text())
     del config["quantization_config"]["cloq"]
     (foreign / "config.json").write_text(json.dumps(config))
     recipe = recipe_for("gemma3", model=str(wrapper), codes_from=str(foreign))
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     assert_same_integers(tmp_path / "run", foreign)
     served = logits(cloq_export.load(foreign, tmp_path / "run" / "adapters" / "cloq"))
     torch.testing.assert_close(served, logits(cloq_export.load(tmp_path / "run", "cloq")))
     converted = tmp_path / "converted"
-    verbs.convert(foreign, ExportOptions(format="gptq_v2", out=converted), console=silent)
+    convert(foreign, ExportOptions(format="gptq_v2", out=converted), console=silent)
     assert_same_integers(converted, foreign)
     assert (converted / "processor_config.json").is_file()
 
@@ -509,7 +519,7 @@ def test_a_wrapper_is_no_decoder_graph(tmp_path: Path, made: Any, wrapper: Path,
     with pytest.raises(
         UnsupportedModelError, match=r"is a wrapper of the type gemma3, and an ONNX export is a decoder"
     ):
-        verbs.export(run, ExportOptions(format="onnx", out=tmp_path / "out"), console=silent)
+        write_export(run, ExportOptions(format="onnx", out=tmp_path / "out"), console=silent)
     assert not (tmp_path / "out").exists()
 
 
@@ -520,12 +530,12 @@ def test_a_merged_export_writes_a_tied_head_with_a_pair_apart(tmp_path: Path, ma
     adapter = tmp_path / "adapter"
     write_adapter(adapter, {"lm_head": pair}, base_model="", base_fingerprint=Checkpoint.open(run).fingerprint)
     options = ExportOptions(format="merged", adapters=(str(adapter),), out=tmp_path / "out")
-    summary = verbs.export(run, options, console=silent)
-    assert "lm_head.weight has a pair, so it is written apart from model.embed_tokens.weight" in summary["notes"]
+    summary = write_export(run, options, console=silent)
+    assert "lm_head.weight has a pair, so it is written apart from model.embed_tokens.weight" in summary.notes
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").float().eval()
     assert not model.config.tie_word_embeddings
     expected = logits(dequantized_model(run, adapter))
     assert float((logits(model) - expected).abs().max() / expected.abs().max()) < 0.02
     if importlib.util.find_spec("onnxruntime_genai") is not None:
         with pytest.raises(BindingError, match=r"adapts lm_head .*the graph has no inputs for it"):
-            verbs.export(run, dataclasses.replace(options, format="onnx", out=tmp_path / "onnx"), console=silent)
+            write_export(run, dataclasses.replace(options, format="onnx", out=tmp_path / "onnx"), console=silent)

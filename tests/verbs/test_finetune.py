@@ -22,7 +22,6 @@ import transformers
 from rich.console import Console
 
 import cloq_export
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
 from cloq_export.engines.transformers.loading import dequantized_model
@@ -31,9 +30,13 @@ from cloq_export.files.atomic import write_json
 from cloq_export.formats.peft import read_adapter
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.train import trainer
+from cloq_export.train.pairs import zero_pairs
 from cloq_export.train.trainer import COMPLETE_NAME, AdapterTrainer, newest_checkpoint
-from cloq_export.verbs.finetuned_run import run_and_finetune
-from cloq_export.verbs.finetuning import finetune, zero_pairs
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.finetune import finetune
+from cloq_export.verbs.options import EvaluateOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.run_and_finetune import run_and_finetune
 
 RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
@@ -55,7 +58,7 @@ SMALL: dict[str, Any] = {
 def made(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeFor, silent: Console) -> Path:
     """Return a finished 2-bit run; it must only be read."""
     out = tmp_path_factory.mktemp("made") / "run"
-    verbs.run(recipe_for("llama", bits=2, adapter_dtype="float32"), out, console=silent)
+    make_run(recipe_for("llama", bits=2, adapter_dtype="float32"), out, console=silent)
     return out
 
 
@@ -117,7 +120,7 @@ def test_training_changes_the_adapter_alone_and_helps(trained: Trained, contents
     new |= {f"adapters/{NAME}/cloq_adapter.json", f"reports/finetune-{NAME}.json", f"reports/finetune-{NAME}.svg"}
     assert set(after) - set(before) == new
     assert {name: after[name] for name in before} == before
-    assert summary["loss"]["held_out_kept"] < summary["loss"]["held_out_before"]
+    assert summary.training.curve.kept_loss < summary.loss_before
     report = RunDirectory.open(run).read_report(f"finetune-{NAME}")
     assert [entry["step"] for entry in report["losses"]] == list(range(1, 9))
     assert [entry["step"] for entry in report["evaluations"]] == [0, 3, 6, 8]
@@ -172,8 +175,8 @@ def test_interrupted_training_ends_with_the_same_curve_and_bytes(
     assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-3"
     assert (checkpoints / "checkpoint-6").is_dir()
     summary = finetune(run, recipe, console=silent)
-    assert "continued from step 3" in summary["notes"]
-    assert summary["steps"] > 8
+    assert "continued from step 3" in summary.notes
+    assert summary.training.curve.steps > 8
     assert contents(run) == contents(undisturbed)
 
 
@@ -187,7 +190,7 @@ def test_killed_training_ends_with_the_same_bytes(
         code = f"arguments, at = {arguments!r}, {step}\n{_KILLED}"
         killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert "continued from step 6" in finetune(run, options(), console=silent)["notes"]
+    assert "continued from step 6" in finetune(run, options(), console=silent).notes
     assert contents(run) == contents(trained[0])
 
 
@@ -255,7 +258,7 @@ def test_a_changed_base_is_refused(run: Path, recipe_for: RecipeFor, options: An
     with pytest.raises(DivergedError):
         finetune(run, options(learning_rate=1e30), console=silent)
     other = run.parent / "other"
-    verbs.run(recipe_for("llama", bits=2, seed=5, adapter_dtype="float32"), other, console=silent)
+    make_run(recipe_for("llama", bits=2, seed=5, adapter_dtype="float32"), other, console=silent)
     for part in ("checkpoint", "adapters", "layers"):
         shutil.rmtree(run / part)
         shutil.copytree(other / part, run / part)
@@ -293,9 +296,9 @@ def test_prompts_are_not_learned_and_nothing_is_held_out_of_one_example(
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"prompt": "w1 w2 w3", "completion": "w4 w5"}) + "\n")
     summary = finetune(run, options(data=str(data), steps=2, gradient_checkpointing=True), console=silent)
-    assert any("nothing was evaluated" in note for note in summary["notes"])
-    assert summary["kept_step"] == 2
-    assert summary["held_out_perplexity"]["kept"] is None
+    assert any("nothing was evaluated" in note for note in summary.notes)
+    assert summary.training.curve.kept_step == 2
+    assert summary.to_json()["held_out_perplexity"]["kept"] is None
 
 
 def test_zero_changes_nothing_at_first_and_depends_on_the_seed(run: Path, options: Any, silent: Console) -> None:
@@ -390,21 +393,22 @@ def test_a_begin_token_begins_every_window(
     tokenizer.save_pretrained(folder)
     recipe = recipe_for("llama", bits=4, adapter_dtype="float32", model=str(folder))
     section = {**SMALL, "data": texts["calibration"], "steps": 1, "eval_every": 1}
-    summary = run_and_finetune(recipe.changed({"finetune": section}), tmp_path / "run", console=silent)
-    assert (summary["perplexity"]["bos"], summary["perplexity"]["begin_tokens"]) == ("auto", [1])
-    report = json.loads(Path(summary["verified"]["files"]["json"]).read_text())
+    whole = run_and_finetune(recipe.changed({"finetune": section}), tmp_path / "run", console=silent)
+    summary = whole.summary
+    assert (summary.perplexity["bos"], summary.perplexity["begin_tokens"]) == ("auto", [1])
+    report = json.loads(Path(whole.report["files"]["json"]).read_text())
     assert (report["passed"], report["conditions"]["bos"], report["conditions"]["begin_tokens"]) == (True, "auto", [1])
     perplexity = {
-        bos: verbs.evaluate(tmp_path / "run", texts["eval_text"], 16, 4, bos=bos, console=silent)
+        bos: evaluate(tmp_path / "run", EvaluateOptions(texts["eval_text"], 16, 4, bos), console=silent).perplexity
         for bos in (None, "never")
     }
-    assert perplexity[None]["float"] == summary["perplexity"]["float"]
+    assert perplexity[None]["float"] == summary.perplexity["float"]
     assert (perplexity["never"]["bos"], perplexity["never"]["begin_tokens"]) == ("never", [])
-    assert perplexity["never"]["float"] != summary["perplexity"]["float"]
+    assert perplexity["never"]["float"] != summary.perplexity["float"]
     # Calibration begins its windows so, too.
-    other = verbs.run(recipe.changed({"bos": "never"}), tmp_path / "other", console=silent)
-    assert other["perplexity"]["float"] == perplexity["never"]["float"]
-    assert other["layers"]["worst_error_adapted"] != summary["layers"]["worst_error_adapted"]
+    other = make_run(recipe.changed({"bos": "never"}), tmp_path / "other", console=silent)
+    assert other.perplexity["float"] == perplexity["never"]["float"]
+    assert other.layers.worst_error_adapted != summary.layers.worst_error_adapted
 
 
 def test_examples_that_cannot_be_learned_are_found_before_anything_is_quantized(

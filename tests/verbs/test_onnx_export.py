@@ -15,7 +15,6 @@ import torch
 import transformers
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.artifact.certificate import verify_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.cli import main
@@ -26,7 +25,11 @@ from cloq_export.formats.onnx.adapter import ADAPTER_NAME
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import GRAPH_NAME, read_record
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import ExportOptions, VerifyOptions, verify
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification import VerifyOptions, verify
 
 pytestmark = pytest.mark.slow
 
@@ -55,18 +58,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, recipe_for: Any, silent: Console) -> Path:
     """Return a 3-bit run with two adapters."""
     folder = tmp_path_factory.mktemp("onnx") / "run"
-    verbs.run(recipe_for("llama", bits=3, model=str(tiny)), folder, console=silent)
-    verbs.adapt(folder, {"rank": 6, "adapter_name": "second"}, console=silent)
+    make_run(recipe_for("llama", bits=3, model=str(tiny)), folder, console=silent)
+    adapt(folder, {"rank": 6, "adapter_name": "second"}, console=silent)
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(run: Path, silent: Console) -> Path:
     """Return the run's ONNX export."""
-    summary = verbs.export(run, ExportOptions(format="onnx"), console=silent)
-    assert summary["files"] == {"export": str(run / "exports" / "onnx")}
-    assert any("float graph of onnxruntime-genai" in note for note in summary["notes"])
-    assert any("3-bit codes lie in 4-bit containers" in note for note in summary["notes"])
+    summary = write_export(run, ExportOptions(format="onnx"), console=silent)
+    assert summary.folder == run / "exports" / "onnx"
+    assert any("float graph of onnxruntime-genai" in note for note in summary.notes)
+    assert any("3-bit codes lie in 4-bit containers" in note for note in summary.notes)
     return run / "exports" / "onnx"
 
 
@@ -90,7 +93,7 @@ def test_the_graph_holds_the_runs_integers(run: Path, exported: Path) -> None:
         assert layer.spec == meant[name].spec
         for field in ("codes", "scales", "zeros"):
             assert torch.equal(getattr(layer, field), getattr(meant[name], field))
-    assert verify_certificate(exported)["modules"] == len(meant)
+    assert verify_certificate(exported).modules == len(meant)
 
 
 def test_plain_onnx_runtime_serves_it_with_its_adapters_in_turn(run: Path, exported: Path) -> None:
@@ -145,7 +148,7 @@ def test_the_gate_passes_and_an_edited_graph_misses_it(
 
 def test_adapters_alone_are_written_and_bound(run: Path, exported: Path, tmp_path: Path, silent: Console) -> None:
     options = ExportOptions(format="onnx-adapter", adapters=("second",), out=tmp_path / "alone")
-    verbs.export(run, options, console=silent)
+    write_export(run, options, console=silent)
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {
         ADAPTER_NAME,
         "cloq_adapter.json",
@@ -155,7 +158,7 @@ def test_adapters_alone_are_written_and_bound(run: Path, exported: Path, tmp_pat
     model = OnnxModel(exported, {"alone": tmp_path / "alone"})
     wanted = reference_logits(run, "second", PROMPT)
     assert np.abs(model.logits(PROMPT, "alone") - wanted).max() < LOGITS
-    assert verify_certificate(tmp_path / "alone")["certificate"]["layout"] == "onnx-adapter"
+    assert verify_certificate(tmp_path / "alone").certificate.layout == "onnx-adapter"
 
 
 def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_path: Path, silent: Console) -> None:
@@ -176,24 +179,24 @@ def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_pat
         (ExportOptions(format="onnx", style="qdq", opset=20), "opset 20 has no DequantizeLinear"),
     ):
         with pytest.raises(UsageError, match=message):
-            verbs.export(run, options, console=silent)
+            write_export(run, options, console=silent)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(
     run: Path, tiny: Path, tmp_path: Path, recipe_for: Any, silent: Console
 ) -> None:
-    verbs.run(recipe_for("llama", bits=4, model=str(tiny)), tmp_path / "other", console=silent)
+    make_run(recipe_for("llama", bits=4, model=str(tiny)), tmp_path / "other", console=silent)
     options = ExportOptions(format="onnx", adapters=(str(tmp_path / "other" / "adapters" / "cloq"),))
     with pytest.raises(BindingError, match=r"is bound to the base sha256:.*cloq adapt"):
-        verbs.export(run, options, console=silent)
+        write_export(run, options, console=silent)
 
 
 def test_an_architecture_that_the_builder_lacks_is_traced(tmp_path: Path, recipe_for: Any, silent: Console) -> None:
     run = tmp_path / "run"
-    verbs.run(recipe_for("gpt-neox", bits=4), run, console=silent)
-    summary = verbs.export(run, ExportOptions(format="onnx", style="qdq", out=tmp_path / "out"), console=silent)
-    assert any("does not know GPTNeoXForCausalLM. The float graph was traced" in note for note in summary["notes"])
+    make_run(recipe_for("gpt-neox", bits=4), run, console=silent)
+    summary = write_export(run, ExportOptions(format="onnx", style="qdq", out=tmp_path / "out"), console=silent)
+    assert any("does not know GPTNeoXForCausalLM. The float graph was traced" in note for note in summary.notes)
     assert "traced" in read_record(tmp_path / "out").exporter
     model = OnnxModel(tmp_path / "out", {"cloq": tmp_path / "out" / "adapters" / "cloq"})
     for adapter in (None, "cloq"):
@@ -216,8 +219,8 @@ def test_smollm2_with_four_bits_is_served_as_trained(tmp_path: Path) -> None:
     }
     more = {"calibration": "embedded", "eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
     run = tmp_path / "run"
-    verbs.run(Recipe.from_mapping({**small, **more}), run, console=silent)
-    verbs.export(run, ExportOptions(format="onnx", out=tmp_path / "out"), console=silent)
+    make_run(Recipe.from_mapping({**small, **more}), run, console=silent)
+    write_export(run, ExportOptions(format="onnx", out=tmp_path / "out"), console=silent)
     assert (tmp_path / "out" / GRAPH_NAME).stat().st_size < 1 << 20
     model = OnnxModel(tmp_path / "out", {"cloq": tmp_path / "out" / "adapters" / "cloq"})
     # Text, because on tokens that no text holds in such order the base alone amplifies rounding beyond the bound.

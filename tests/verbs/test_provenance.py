@@ -16,16 +16,20 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from cloq_export import verbs
 from cloq_export.artifact.certificate import read_certificate, write_certificate
-from cloq_export.artifact.provenance import PROVENANCE_NAME, PairRecord, pair_digest
+from cloq_export.artifact.pair_record import PairRecord, pair_digest
+from cloq_export.artifact.provenance import PROVENANCE_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity.report import schema
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.types import LoraPair
-from cloq_export.verbs import ExportOptions, VerifyOptions, missed_gates, verify
-from cloq_export.verbs.finetuning import finetune
+from cloq_export.verbs.convert import convert
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.finetune import finetune
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
 
 Fault = Callable[[Path], None]
 
@@ -35,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Conso
     """Return a run with its own adapter and two that were trained, on other data and from another seed."""
     folder = tmp_path_factory.mktemp("made")
     run = folder / "run"
-    verbs.run(recipe_for("qwen3", bits=3), run, console=silent)
+    make_run(recipe_for("qwen3", bits=3), run, console=silent)
     for name, shift, seed in (("one", 0, 0), ("two", 7, 1)):
         rows = [
             json.dumps({"prompt": f"w{n} w{n + 1}", "completion": f" w{(n + shift) % 90} w{n + 2}"}) for n in range(24)
@@ -60,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Conso
 
 @pytest.fixture(scope="module")
 def exported(run: Path, silent: Console) -> Path:
-    verbs.export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "all"), console=silent)
+    write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "all"), console=silent)
     return run / "exports" / "all"
 
 
@@ -85,8 +89,8 @@ def copy(tmp_path: Path, exported: Path) -> Path:
 def certify_again(folder: Path) -> None:
     """Give a folder a fresh certificate, as an exporter that made the fault would have."""
     kept = read_certificate(folder)
-    facts = {key: kept[key] for key in ("adapters", "forced", "provenance") if key in kept}
-    write_certificate(folder, kept["layout"], kept["base_fingerprint"], kept["modules"], facts)
+    facts = dict(kept.facts)
+    write_certificate(folder, kept.layout, kept.base_fingerprint, kept.modules, facts)
 
 
 def missed(report: Mapping[str, Any]) -> set[str]:
@@ -142,9 +146,9 @@ def test_other_forms_of_the_same_product_are_proven(
         "one": ExportOptions(format="gptq_v2", adapters=("one",), out=out),
     }
     if form == "converted":
-        verbs.convert(exported, ExportOptions(format="compressed_tensors", out=out), console=silent)
+        convert(exported, ExportOptions(format="compressed_tensors", out=out), console=silent)
     else:
-        verbs.export(run, asked[form], console=silent)
+        write_export(run, asked[form], console=silent)
     report = verify(out, options, console=silent)
     assert report["passed"], missed_gates(report)
 
@@ -417,8 +421,8 @@ def test_codes_ruined_before_the_export_are_caught(
         stored = directory.read_layer(module)
         ruined_layer = dataclasses.replace(stored.quantized, codes=stored.quantized.codes.roll(1, 0))
         directory.write_layer(module, ruined_layer, stored.lora, stored.certificate)
-    result = verbs.export(ruined, ExportOptions(format="gptq_v2", out=tmp_path / "export", force=True), console=silent)
-    assert any("1 layers are not those that the run recorded" in note for note in result["notes"])
+    result = write_export(ruined, ExportOptions(format="gptq_v2", out=tmp_path / "export", force=True), console=silent)
+    assert any("1 layers are not those that the run recorded" in note for note in result.notes)
     report = verify(tmp_path / "export", dataclasses.replace(options, force=True), console=silent)
     assert "provenance" in missed(report)
     assert f"codes: {module} hold other codes" in str(missed_gates(report))
@@ -534,7 +538,7 @@ def test_an_export_of_before_records_verifies_and_says_what_it_cannot_prove(
     for name in ("cloq", "one", "two"):
         edit_json(copy / "adapters" / name / "cloq_adapter.json", lambda content: content.pop("extra"))
     kept = read_certificate(copy)
-    write_certificate(copy, kept["layout"], kept["base_fingerprint"], kept["modules"], {"adapters": kept["adapters"]})
+    write_certificate(copy, kept.layout, kept.base_fingerprint, kept.modules, {"adapters": kept.facts["adapters"]})
     report = verify(copy, options, console=silent)
     assert report["passed"], missed_gates(report)
     assert "provenance" not in {verdict["gate"] for verdict in report["gates"]}

@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
 from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files import atomic
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import ExportOptions
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run as make_run
 
 INDEPENDENT, ERROR_AWARE = {"error_aware": 0.0}, {"error_aware": 0.5}
 modes = pytest.mark.parametrize("mode", [INDEPENDENT, ERROR_AWARE], ids=["independent", "error-aware"])
@@ -34,7 +38,7 @@ Contents = Callable[[Path], dict[str, str]]
 
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_BATCH", 64)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def uninterrupted(
         key = (family, *mode.values())
         if key not in made:
             made[key] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            verbs.run(recipe_for(family, bits=3, **mode), made[key], console=silent)
+            make_run(recipe_for(family, bits=3, **mode), made[key], console=silent)
         return made[key]
 
     return run
@@ -63,13 +67,13 @@ def test_two_runs_write_the_same_bytes(
     contents: Contents,
     uninterrupted: Any,
 ) -> None:
-    verbs.run(recipe_for("llama", bits=3, **mode), tmp_path / "somewhere" / "else", console=silent)
+    make_run(recipe_for("llama", bits=3, **mode), tmp_path / "somewhere" / "else", console=silent)
     expected = contents(uninterrupted("llama", mode))
     assert contents(tmp_path / "somewhere" / "else") == expected
     assert len(expected) > 20
     assert not [name for name in expected if name.endswith(".partial")]
     # Running it once more measures again and changes nothing.
-    verbs.run(recipe_for("llama", bits=3, **mode), tmp_path / "somewhere" / "else", console=silent)
+    make_run(recipe_for("llama", bits=3, **mode), tmp_path / "somewhere" / "else", console=silent)
     assert contents(tmp_path / "somewhere" / "else") == expected
 
 
@@ -97,7 +101,7 @@ def test_whatever_is_missing_is_made_again(
             damaged = next(path for path in layers if path.exists())
             damaged.write_bytes(damaged.read_bytes()[:-7])
             shutil.rmtree(tmp_path / "run" / "checkpoint")
-        verbs.run(recipe_for(family, bits=3, **mode), tmp_path / "run", console=silent)
+        make_run(recipe_for(family, bits=3, **mode), tmp_path / "run", console=silent)
         assert contents(tmp_path / "run") == expected
 
 
@@ -106,13 +110,13 @@ def test_whatever_is_missing_is_made_again(
 # Runs in a process of its own: `main(arguments)`, killed by the system at the first matching operation, before it.
 _KILLED = """
 import os, signal, sys
-import cloq_export.compress.walk
+import cloq_export.compress.strategies
 from cloq_export.cli import main
 def watch(event, details):
     if event == kill_event and any(kill_text in str(detail) for detail in details[:2]):
         os.kill(os.getpid(), signal.SIGKILL)
 sys.stderr = open(os.devnull, "w")
-cloq_export.compress.walk.TOKENS_PER_BATCH = 64
+cloq_export.compress.strategies.TOKENS_PER_BATCH = 64
 sys.addaudithook(watch)
 sys.exit(main(arguments))
 """
@@ -197,7 +201,7 @@ def test_killed_while_it_adapts(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Contents, uninterrupted: Any, forks: Any
 ) -> None:
     recipe, out = recipe_for("llama", bits=3, **INDEPENDENT), tmp_path / "run"
-    verbs.quantize(recipe, out, console=silent)
+    quantize(recipe, out, console=silent)
     arguments = ["adapt", str(out), "--rank", "4"]
     for event, text in (
         ("os.rename", "/model.layers.1.self_attn.v_proj.safetensors"),
@@ -285,7 +289,7 @@ def test_a_full_disk_keeps_what_was_done(
     # Each try has a little more space than the last: it fails in the first file, in layers, adapter and checkpoint.
     for space in (100, 30_000, 60_000, 40_000, 20_000, 30_000, 45_000):
         with full_at(space), pytest.raises(RunDirectoryError, match="the disk is full while writing") as error:
-            verbs.run(recipe, out, console=silent)
+            make_run(recipe, out, console=silent)
         assert "free some space and run the same command again" in str(error.value)
         assert not [name for name in contents(out) if name.endswith(".partial")] if out.exists() else True
         completed = len(RunDirectory.open(out).completed_modules()) if RunDirectory.is_run(out) else 0
@@ -294,7 +298,7 @@ def test_a_full_disk_keeps_what_was_done(
         if completed:
             assert RunDirectory.open(out).state == "running"
     assert done == 14
-    verbs.run(recipe, out, console=silent)
+    make_run(recipe, out, console=silent)
     assert contents(out) == contents(uninterrupted("llama", mode))
 
 
@@ -309,20 +313,20 @@ def test_a_disk_that_fills_up_while_the_tokenizer_is_copied(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", fail)
         with pytest.raises(RunDirectoryError, match=r"the disk is full while writing .*checkpoint"):
-            verbs.run(recipe, out, console=silent)
+            make_run(recipe, out, console=silent)
     assert not (out / "checkpoint").exists()
     with pytest.raises(FormatError, match="is a run without a checkpoint yet; write it with: cloq export"):
-        verbs.evaluate(out, recipe.eval_text, 16, 1, console=silent)
-    made = verbs.export(out, ExportOptions(), console=silent)
+        evaluate(out, EvaluateOptions(recipe.eval_text, 16, 1), console=silent)
+    made = write_export(out, ExportOptions(), console=silent)
     assert (out / "checkpoint" / "tokenizer.json").exists()
-    assert (Path(made["files"]["export"]) / "tokenizer.json").exists()
+    assert (made.folder / "tokenizer.json").exists()
 
 
 def test_a_disk_that_cannot_be_written(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, full_at: Callable[..., Any]
 ) -> None:
     with full_at(50_000, errno.EROFS), pytest.raises(RunDirectoryError, match="cannot be written: Read-only file sys"):
-        verbs.run(recipe_for("llama"), tmp_path / "run", console=silent)
+        make_run(recipe_for("llama"), tmp_path / "run", console=silent)
     assert RunDirectory.open(tmp_path / "run").completed_modules()
 
 
@@ -342,10 +346,10 @@ def test_another_recipe_is_refused_and_the_difference_said(
     ]
     for changes, message in refused:
         with pytest.raises(RunDirectoryError, match=message):
-            verbs.run(recipe_for("llama", **{"bits": 3, **INDEPENDENT, **changes}), tmp_path / "run", console=silent)
+            make_run(recipe_for("llama", **{"bits": 3, **INDEPENDENT, **changes}), tmp_path / "run", console=silent)
     assert contents(tmp_path / "run") == before
     # What only says how it is measured or cut into files may change.
-    verbs.run(
+    make_run(
         recipe_for("llama", bits=3, eval_windows=2, max_shard_size="20KB", **INDEPENDENT),
         tmp_path / "run",
         console=silent,
@@ -360,7 +364,7 @@ def test_another_source_or_text_under_the_same_name_is_refused(
     shutil.copytree(recipe_for("llama").model, tmp_path / "model")
     shutil.copy(recipe_for("llama").calibration, tmp_path / "text.txt")
     recipe = recipe_for("llama", model=str(tmp_path / "model"), calibration=str(tmp_path / "text.txt"))
-    verbs.run(recipe, tmp_path / "run", console=silent)
+    make_run(recipe, tmp_path / "run", console=silent)
     before = contents(tmp_path / "run")
     text = (tmp_path / "text.txt").read_text()
     (tmp_path / "text.txt").write_text(text.replace("w1 ", "w2 "))
@@ -368,9 +372,9 @@ def test_another_source_or_text_under_the_same_name_is_refused(
         r"calibrated on another text: .*text\.txt \(sha256 \w{12}…\) in the run, .*text\.txt \(sha256 \w{12}…\) now"
     )
     with pytest.raises(RunDirectoryError, match=message):
-        verbs.run(recipe, tmp_path / "run", console=silent)
+        make_run(recipe, tmp_path / "run", console=silent)
     with pytest.raises(RunDirectoryError, match=message):
-        verbs.adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent)
+        adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent)
     (tmp_path / "text.txt").write_text(text)
 
     weights = tmp_path / "model" / "model.safetensors"
@@ -378,15 +382,15 @@ def test_another_source_or_text_under_the_same_name_is_refused(
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
     atomic.write_safetensors(weights, tensors, metadata)
     with pytest.raises(RunDirectoryError, match=r"source model: sha256:\w{12}… in the run, sha256:\w{12}… asked"):
-        verbs.run(recipe, tmp_path / "run", console=silent)
+        make_run(recipe, tmp_path / "run", console=silent)
     with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):
-        verbs.adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent)
+        adapt(tmp_path / "run", {"rank": 2, "adapter_name": "second"}, console=silent)
     # An export takes everything from the run; only a checkpoint that is lost has to be made from the source again.
-    verbs.export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
+    write_export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
     kept = tmp_path / "kept"
     (tmp_path / "run" / "checkpoint").rename(kept)
     with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):
-        verbs.export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
+        write_export(tmp_path / "run", ExportOptions(out=tmp_path / "export"), console=silent)
     kept.rename(tmp_path / "run" / "checkpoint")
     after = contents(tmp_path / "run")
     assert {name: digest for name, digest in after.items() if not name.startswith("work/")} == before
@@ -401,10 +405,10 @@ def test_a_run_in_use_and_a_run_that_is_not_finished(
     with RunDirectory.open(out) as held:
         held.set_state("running")
         with pytest.raises(RunDirectoryError, match=f"is in use by process {os.getpid()}; wait until it ends"):
-            verbs.run(recipe, out, console=silent)
+            make_run(recipe, out, console=silent)
     (out / "layers" / "model.layers.1.mlp.gate_proj.safetensors").unlink()
     message = r"lacks 1 of 14 layers, the first model\.layers\.1\.mlp\.gate_proj; finish it with the command"
     with pytest.raises(RunDirectoryError, match=message):
-        verbs.export(out, ExportOptions(), console=silent)
+        write_export(out, ExportOptions(), console=silent)
     with pytest.raises(RunDirectoryError, match=message):
-        verbs.adapt(out, {"adapter_name": "second"}, console=silent)
+        adapt(out, {"adapter_name": "second"}, console=silent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +17,8 @@ from rich.console import Console
 from torch import nn
 
 import cloq_export
-from cloq_export import verbs
-from cloq_export.artifact.run_directory import RunDirectory, StoredLayer
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
@@ -26,6 +27,13 @@ from cloq_export.models.source import open_model
 from cloq_export.quantize.grid import fit_grid, round_to_grid
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import sample_windows, tokenize_text
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.evaluate import evaluate
+from cloq_export.verbs.inspect import inspect as inspect_folder
+from cloq_export.verbs.options import EvaluateOptions
+from cloq_export.verbs.quantize import quantize
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.summary import RunSummary
 
 TOLERANCE = 1e-4  # of a log-probability, what the project promises in float32
 INDEPENDENT, ERROR_AWARE = {"error_aware": 0.0}, {"error_aware": 0.5}
@@ -48,13 +56,13 @@ RecipeFor = Callable[..., Recipe]
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut four windows of 32 tokens into two batches, as real calibration sets are."""
-    monkeypatch.setattr("cloq_export.compress.walk.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_BATCH", 64)
 
 
 @pytest.fixture
-def run_recipe(tmp_path: Path, silent: Console) -> Callable[..., tuple[RunDirectory, dict[str, Any]]]:
-    def run(recipe: Recipe, name: str = "run") -> tuple[RunDirectory, dict[str, Any]]:
-        summary = verbs.run(recipe, tmp_path / name, console=silent)
+def run_recipe(tmp_path: Path, silent: Console) -> Callable[..., tuple[RunDirectory, RunSummary]]:
+    def run(recipe: Recipe, name: str = "run") -> tuple[RunDirectory, RunSummary]:
+        summary = make_run(recipe, tmp_path / name, console=silent)
         return RunDirectory.open(tmp_path / name), summary
 
     return run
@@ -126,9 +134,9 @@ def test_what_is_loaded_is_what_was_computed(
     upstream = peft.PeftModel.from_pretrained(plain, run.adapter_path("cloq"))
     assert_close(upstream, served)
 
-    assert summary["layers"]["count"] == len(layers)
-    assert summary["perplexity"] == run.read_report("evaluation")
-    assert summary["perplexity"]["tokens"] == 4 * 15
+    assert summary.layers.count == len(layers)
+    assert summary.perplexity == run.read_report("evaluation")
+    assert summary.perplexity["tokens"] == 4 * 15
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.checkpoint_path)
     assert (
         tokenizer("w1 w2")["input_ids"]
@@ -254,9 +262,9 @@ def test_overrides_choose_bits_groups_ranks_and_what_stays_float(
     layers = stored_layers(run)
     source = open_model(recipe.model).model
     assert block_linears(source) - set(layers) == {"model.layers.1.mlp.down_proj"}
-    assert summary["layers"]["bits"] == {"2": 10, "3": 2, "4": 1}
-    assert summary["layers"]["group_size"] == {"-1": 1, "32": 12}
-    assert summary["layers"]["rank"] == {"0": 2, "4": 9, "8": 2}
+    assert summary.layers.bits == {"2": 10, "3": 2, "4": 1}
+    assert summary.layers.group_size == {"-1": 1, "32": 12}
+    assert summary.layers.rank == {"0": 2, "4": 9, "8": 2}
     for module, layer in layers.items():
         kind = module.rpartition(".")[2]
         spec = layer.quantized.spec
@@ -273,7 +281,7 @@ def test_overrides_choose_bits_groups_ranks_and_what_stays_float(
     assert type(served.model.layers[1].mlp.down_proj) is nn.Linear
     assert torch.equal(served.model.layers[1].mlp.down_proj.weight, source.model.layers[1].mlp.down_proj.weight)
     assert_close(served, reference_model(recipe, layers, adapted=True))
-    described = verbs.inspect(run.path, verify=True)
+    described = inspect_folder(run.path, verify=True).to_json()
     assert described["kind"] == "run"
 
 
@@ -281,9 +289,9 @@ def test_a_pattern_that_matches_nothing_and_a_model_that_is_all_skipped(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
     with pytest.raises(RecipeError, match=r"'\*\.out_proj' matches no linear layer; names look like 'model\.layers\.0"):
-        verbs.run(recipe_for("llama", overrides={"*.out_proj": {"bits": 4}}), tmp_path / "one", console=silent)
+        make_run(recipe_for("llama", overrides={"*.out_proj": {"bits": 4}}), tmp_path / "one", console=silent)
     with pytest.raises(RecipeError, match="every linear layer is skipped"):
-        verbs.run(recipe_for("llama", overrides={"*": {"skip": True}}), tmp_path / "two", console=silent)
+        make_run(recipe_for("llama", overrides={"*": {"skip": True}}), tmp_path / "two", console=silent)
 
 
 @modes
@@ -315,7 +323,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_says_so(
     reached = [layers[f"model.layers.0.mlp.experts.{number}.up_proj"].certificate for number in range(3)]
     assert sum(certificate.tokens for certificate in reached if certificate is not None) == 4 * 32
     assert all(certificate is not None and certificate.method == "optq" for certificate in reached)
-    assert "and" in summary["layers"]["warnings"][-1]
+    assert "and" in summary.layers.warnings[-1]
     notes = [note for entry in run.read_report("layers")["layers"] for note in entry["notes"]]
     assert sum("no calibration token" in note for note in notes) == 6
     assert sum("H has at most rank" in note for note in notes) > 0
@@ -375,9 +383,9 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_statistics(
 def test_rank_0_makes_no_adapter(recipe_for: RecipeFor, run_recipe: Any) -> None:
     recipe = recipe_for("llama", rank=0)
     run, summary = run_recipe(recipe)
-    assert run.adapters() == []
-    assert set(summary["perplexity"]) >= {"float", "quantized"}
-    assert "adapter" not in summary["perplexity"]
+    assert run.adapters.names == []
+    assert set(summary.perplexity) >= {"float", "quantized"}
+    assert "adapter" not in summary.perplexity
     assert_close(cloq_export.load(run.path), reference_model(recipe, stored_layers(run), adapted=False))
 
 
@@ -398,7 +406,7 @@ def test_the_version_1_layout_serves_the_same(recipe_for: RecipeFor, run_recipe:
 
 def test_few_tokens_for_the_width_are_said(recipe_for: RecipeFor, run_recipe: Any) -> None:
     run, summary = run_recipe(recipe_for("llama", samples=1, seqlen=24))
-    assert any("24 calibration tokens are fewer than the 96 inputs of the widest layer" in n for n in summary["notes"])
+    assert any("24 calibration tokens are fewer than the 96 inputs of the widest layer" in n for n in summary.notes)
     notes = {note for certificate in run.certificates() for note in certificate.notes}
     assert "24 calibration tokens for 64 inputs: H has at most rank 24, damping decides the rest" in notes
 
@@ -413,15 +421,15 @@ def test_quantize_then_adapt_is_run(
     """In the independent mode the codes do not know of adapters, so both ways end with the same bytes."""
     overrides = {"*.o_proj": {"bits": 3}, "model.layers.0.mlp.up_proj": {"skip": True}}
     recipe = recipe_for("llama", bits=2, rank=rank, overrides=overrides)
-    verbs.run(recipe, tmp_path / "whole", console=silent)
-    summary = verbs.quantize(recipe, tmp_path / "steps", console=silent)
+    make_run(recipe, tmp_path / "whole", console=silent)
+    summary = quantize(recipe, tmp_path / "steps", console=silent)
     steps = RunDirectory.open(tmp_path / "steps")
     assert steps.state == "quantized"
-    assert steps.adapters() == []
+    assert steps.adapters.names == []
     assert contents(steps.checkpoint_path)
-    assert summary["perplexity"] is None
-    assert summary["next"][0] == f"cloq adapt {tmp_path / 'steps'} --rank {rank}"
-    verbs.adapt(tmp_path / "steps", {"rank": rank}, console=silent)
+    assert summary.perplexity is None
+    assert summary.next[0] == f"cloq adapt {tmp_path / 'steps'} --rank {rank}"
+    adapt(tmp_path / "steps", {"rank": rank}, console=silent)
 
     whole = RunDirectory.open(tmp_path / "whole")
     for module, layer in stored_layers(whole).items():
@@ -442,9 +450,9 @@ def test_a_second_adapter_for_the_same_codes(
     recipe = recipe_for("llama", bits=2, **mode)
     run, _ = run_recipe(recipe)
     first = {module: layer.lora for module, layer in stored_layers(run).items()}
-    summary = verbs.adapt(run.path, {"rank": 16, "adapter_name": "wide"}, console=silent)
-    assert run.adapters() == ["cloq", "wide"]
-    assert summary["files"]["adapter wide"] == str(run.adapter_path("wide"))
+    summary = adapt(run.path, {"rank": 16, "adapter_name": "wide"}, console=silent)
+    assert run.adapters.names == ["cloq", "wide"]
+    assert summary.files["adapter wide"] == str(run.adapter_path("wide"))
     layers = stored_layers(run)
     assert all(torch.equal(layers[m].lora.lora_A, lora.lora_A) for m, lora in first.items())  # type: ignore[union-attr]
     wide, cloq = cloq_export.load(run.path, adapter="wide"), cloq_export.load(run.path, adapter="cloq")
@@ -463,20 +471,20 @@ def test_what_adapt_refuses(
     run, _ = run_recipe(recipe_for("llama"))
     before = contents(run.path)
     with pytest.raises(UsageError, match="bits would change the codes, and adapt keeps them; allowed are rank, init"):
-        verbs.adapt(run.path, {"bits": 3}, console=silent)
+        adapt(run.path, {"bits": 3}, console=silent)
     with pytest.raises(UsageError, match="the rank is 0"):
-        verbs.adapt(run.path, {"rank": 0}, console=silent)
+        adapt(run.path, {"rank": 0}, console=silent)
     with pytest.raises(UsageError, match="'cloq' was made together with the codes; give the new one another name"):
-        verbs.adapt(run.path, {"rank": 8}, console=silent)
+        adapt(run.path, {"rank": 8}, console=silent)
     with pytest.raises(ShapeError, match=r"rank 100 is above 32, the smaller side of this 32 x 64 layer"):
-        verbs.adapt(run.path, {"rank": 100, "adapter_name": "wide"}, console=silent)
+        adapt(run.path, {"rank": 100, "adapter_name": "wide"}, console=silent)
     with pytest.raises(RunDirectoryError, match="does not exist, so it is not a run"):
-        verbs.adapt(tmp_path / "nowhere", {"rank": 8}, console=silent)
+        adapt(tmp_path / "nowhere", {"rank": 8}, console=silent)
     after = contents(run.path)
     assert {name: digest for name, digest in after.items() if not name.startswith("work/")} == before
     # A mistake is no obstacle to the right command.
-    verbs.adapt(run.path, {"rank": 8, "adapter_name": "wide"}, console=silent)
-    assert run.adapters() == ["cloq", "wide"]
+    adapt(run.path, {"rank": 8, "adapter_name": "wide"}, console=silent)
+    assert run.adapters.names == ["cloq", "wide"]
 
 
 def test_evaluate_gives_what_run_measured(
@@ -484,33 +492,34 @@ def test_evaluate_gives_what_run_measured(
 ) -> None:
     recipe = recipe_for("llama", bits=3)
     run, summary = run_recipe(recipe)
-    measured = verbs.evaluate(run.path, texts["eval_text"], 16, 4, console=silent)
-    assert measured == summary["perplexity"]
-    alone = verbs.evaluate(run.checkpoint_path, texts["eval_text"], 16, 4, console=silent)
-    assert alone["quantized"]["perplexity"] == measured["quantized"]["perplexity"]
-    assert "float" not in alone
-    assert alone["notes"] == ["the float model was not measured: name it with --reference"]
-    beside = verbs.evaluate(run.checkpoint_path, texts["eval_text"], 16, 4, recipe.model, console=silent)
-    assert beside["float"] == measured["float"]
+    options = EvaluateOptions(texts["eval_text"], 16, 4)
+    measured = evaluate(run.path, options, console=silent)
+    assert measured.to_json() == summary.perplexity
+    alone = evaluate(run.checkpoint_path, options, console=silent)
+    assert alone.perplexity["quantized"]["perplexity"] == measured.perplexity["quantized"]["perplexity"]
+    assert "float" not in alone.perplexity
+    assert alone.notes == ("the float model was not measured: name it with `reference`",)
+    beside = evaluate(run.checkpoint_path, dataclasses.replace(options, reference=recipe.model), console=silent)
+    assert beside.perplexity["float"] == measured.perplexity["float"]
     for name in ("float", "quantized", "adapter"):
-        assert math.isfinite(measured[name]["standard_error"])
+        assert math.isfinite(measured.perplexity[name]["standard_error"])
 
 
 def test_the_summary_says_where_things_are_and_what_they_take(recipe_for: RecipeFor, run_recipe: Any) -> None:
     recipe = recipe_for("llama", bits=3)
     run, summary = run_recipe(recipe)
-    assert json.loads(json.dumps(summary, allow_nan=False))["bits"] == 3
-    assert summary["preset"] == recipe.preset_name
-    for path in summary["files"].values():
+    assert json.loads(json.dumps(summary.to_json(), allow_nan=False))["bits"] == 3
+    assert summary.recipe.preset_name == recipe.preset_name
+    for path in summary.files.values():
         assert Path(path).exists()
     weights = sum(layer.quantized.codes.numel() for layer in stored_layers(run).values())
     stored = sum(layer.quantized.stored_bits for layer in stored_layers(run).values())
-    assert summary["stored"]["bits_per_weight_base"] == pytest.approx(stored / weights)
-    assert summary["stored"]["bits_per_weight_with_adapter"] > summary["stored"]["bits_per_weight_base"]
+    assert summary.stored["bits_per_weight_base"] == pytest.approx(stored / weights)
+    assert summary.stored["bits_per_weight_with_adapter"] > summary.stored["bits_per_weight_base"]
     worst = max(run.certificates(), key=lambda certificate: certificate.error_adapted)
-    assert summary["layers"]["worst_module"] == worst.module
-    assert set(summary["seconds"]) == {"read model", "forward and statistics", "solve", "write", "measure"}
-    assert summary["peak_memory_bytes"] > 0
+    assert summary.layers.worst_module == worst.module
+    assert set(summary.seconds) == {"read model", "forward and statistics", "solve", "write", "measure"}
+    assert summary.to_json()["peak_memory_bytes"] > 0
 
 
 # Texts.
@@ -530,11 +539,11 @@ def test_the_demo_falls_back_to_the_embedded_text_and_says_so(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:
     recipe = recipe_for("llama", calibration="wikitext2", eval_text="wikitext2")
-    summary = verbs.run(recipe, tmp_path / "run", demo=True, console=silent)
-    assert "calibrates on the first four fifths of the text embedded in Python" in summary["notes"][0]
-    assert summary["perplexity"]["text"].endswith("last fifth")
+    summary = make_run(recipe, tmp_path / "run", demo=True, console=silent)
+    assert "calibrates on the first four fifths of the text embedded in Python" in summary.notes[0]
+    assert summary.perplexity["text"].endswith("last fifth")
     with pytest.raises(cloq_export.CloqError, match=r"wikitext.*(--calibration|CLOQ_DATA)"):
-        verbs.run(recipe, tmp_path / "other", console=silent)
+        make_run(recipe, tmp_path / "other", console=silent)
     assert not (tmp_path / "other").exists()
 
 
@@ -543,7 +552,7 @@ def test_adapt_uses_the_text_that_the_demo_fell_back_to(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Callable[[Path], dict[str, str]]
 ) -> None:
     recipe = recipe_for("llama", calibration="wikitext2", eval_text="wikitext2")
-    verbs.run(recipe, tmp_path / "whole", demo=True, console=silent)
-    verbs.quantize(recipe, tmp_path / "steps", demo=True, console=silent)
-    verbs.adapt(tmp_path / "steps", {"rank": 4}, console=silent)
+    make_run(recipe, tmp_path / "whole", demo=True, console=silent)
+    quantize(recipe, tmp_path / "steps", demo=True, console=silent)
+    adapt(tmp_path / "steps", {"rank": 4}, console=silent)
     assert contents(tmp_path / "whole" / "adapters") == contents(tmp_path / "steps" / "adapters")

@@ -18,7 +18,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from cloq_export import verbs
 from cloq_export.cli import main
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.served import packed_model
@@ -36,15 +35,20 @@ from cloq_export.errors import (
     RunDirectoryError,
     UsageError,
 )
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
 from cloq_export.parity.gate import GATES
 from cloq_export.parity.questions import question_hash
 from cloq_export.parity.report import schema
 from cloq_export.types import LoraPair
-from cloq_export.verbs import ExportOptions, VerifyOptions, missed_gates, planned_gates, verification, verify
+from cloq_export.verbs import verification
+from cloq_export.verbs.adapt import adapt
+from cloq_export.verbs.export import export as write_export
+from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification import VerifyOptions, missed_gates, planned_gates, verify
 
 DEAD = "model.layers.1.mlp.up_proj"
 
@@ -53,9 +57,9 @@ DEAD = "model.layers.1.mlp.up_proj"
 def exported(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Console) -> Path:
     """Return a 3-bit export with two adapters."""
     run = tmp_path_factory.mktemp("verified") / "run"
-    verbs.run(recipe_for("llama", bits=3), run, console=silent)
-    verbs.adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=silent)
-    verbs.export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "gptq_v2"), console=silent)
+    make_run(recipe_for("llama", bits=3), run, console=silent)
+    adapt(run, {"rank": 6, "adapter_name": "second", "split": "balanced"}, console=silent)
+    write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "gptq_v2"), console=silent)
     return run / "exports" / "gptq_v2"
 
 

@@ -17,11 +17,12 @@ from cloq_export.engines.vllm import plan as vllm_plan
 from cloq_export.engines.vllm.facts import EngineFacts, engine_facts
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
 from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, SourceError, UsageError
-from cloq_export.files.atomic import write_safetensors
 from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.types import LoraPair, QuantSpec
-from cloq_export.verbs.serving import ServeOptions, plan_serving, served_adapters
+from cloq_export.verbs.options import ServeOptions
+from cloq_export.verbs.serve import plan_serving, served_adapters
 
 
 @pytest.fixture

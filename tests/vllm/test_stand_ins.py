@@ -20,7 +20,8 @@ from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.engines.vllm.plan import ServerPlan
 from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError
-from cloq_export.verbs.serving import ServeOptions, plan_serving, serve
+from cloq_export.verbs.options import ServeOptions
+from cloq_export.verbs.serve import plan_serving, serve
 
 
 def stand_in(path: pathlib.Path, body: str) -> pathlib.Path:
@@ -117,7 +118,7 @@ def test_an_answer_that_does_not_come_is_given_up(plan: ServerPlan) -> None:
 def test_a_server_that_ends_while_it_serves_is_told_of(
     plan: ServerPlan, export: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloq_export.verbs.serving.plan_serving", lambda *_: healthy(plan, "dies"))
+    monkeypatch.setattr("cloq_export.verbs.serve.plan_serving", lambda *_: healthy(plan, "dies"))
     with pytest.raises(
         EngineError, match=r"ended by itself \(exit code 9\); its last lines:\nthe device is lost|did not"
     ):

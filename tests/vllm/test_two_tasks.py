@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cloq_export import verbs
 from cloq_export.cli import main
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.models.source import DEMO_MODEL
@@ -17,7 +16,7 @@ from cloq_export.parity.answers import INVALID, score_continuations
 from cloq_export.parity.tasks import WrittenTask, find_task, load_questions
 from cloq_export.texts.corpora import EMBEDDED, evaluation_text
 from cloq_export.texts.examples import question_prompt
-from cloq_export.verbs import VerifyOptions
+from cloq_export.verbs.verification import VerifyOptions, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 
@@ -84,7 +83,7 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
         python=Path(engine_python),
         out=tmp_path / "parity",
     )
-    report = verbs.verify(served, options)
+    report = verify(served, options)
     assert report["passed"], (report["gates"], report["missing"])
     assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"words", "text"}
     assert report["isolation"]["max"] <= 1e-4

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cloq_export import verbs
 from cloq_export.models.source import DEMO_MODEL
 from cloq_export.parity.gate import GATES
 from cloq_export.recipe import DEMO, Recipe
-from cloq_export.verbs import VerifyOptions
+from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification import VerifyOptions, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 
@@ -39,7 +39,7 @@ def test_over_http(
         python=pathlib.Path(engine_python),
         out=tmp_path / "parity",
     )
-    report = verbs.verify(export.folder, options)
+    report = verify(export.folder, options)
     assert report["passed"], (report["gates"], report["missing"])
     assert report["missing"] == []
     assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"one", "two"}
@@ -53,7 +53,7 @@ def test_a_real_model(engine_python: str, tmp_path: pathlib.Path) -> None:
     parity = importlib.import_module("served_parity")
     texts = {"calibration": "embedded", "eval_text": "embedded", "eval_window": 64, "eval_windows": 1}
     quick = {"bits": 3, "method": "rtn", "rank": 8, "samples": 2, "seqlen": 128}
-    verbs.run(Recipe.from_mapping({**DEMO, **texts, **quick}), tmp_path / "run", demo=True)
+    make_run(Recipe.from_mapping({**DEMO, **texts, **quick}), tmp_path / "run", demo=True)
     row = parity.measure(
         tmp_path / "run",
         DEMO_MODEL,

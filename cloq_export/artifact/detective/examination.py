@@ -9,13 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloq_export.artifact.checkpoint import (
-    CONFIG_NAME,
-    Checkpoint,
-    checkpoint_folder,
-    find_quantization,
-    read_headers,
-)
+from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
 from cloq_export.artifact.detective.case import (
     LAYER_BYTES,
     Case,
@@ -34,7 +28,9 @@ from cloq_export.artifact.detective.foreign import (
 )
 from cloq_export.artifact.detective.gptq import examine_gptq, gptq_label, has_gptq_shape
 from cloq_export.artifact.detective.packed import examine_packed
+from cloq_export.artifact.quantization_description import CONFIG_NAME, find_quantization
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.weight_headers import read_headers
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
@@ -83,7 +79,7 @@ class Examination:
     suspicions: tuple[Suspicion, ...]
     figures: Mapping[str, Any]
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the examination as a JSON object."""
         return dataclasses.asdict(self)
 

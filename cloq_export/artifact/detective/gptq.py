@@ -31,7 +31,7 @@ from cloq_export.artifact.detective.case import (
     shown,
 )
 from cloq_export.artifact.detective.foreign import UNREAD_GPTQ_FORMATS
-from cloq_export.artifact.run_directory import natural_order
+from cloq_export.artifact.run_layers import natural_order
 from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
 from cloq_export.formats.layout import Headers
 from cloq_export.kernels.bitpack import unpack_columns, unpack_rows

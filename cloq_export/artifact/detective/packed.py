@@ -28,7 +28,7 @@ from cloq_export.artifact.detective.case import (
     shown,
     whole_number,
 )
-from cloq_export.artifact.run_directory import natural_order
+from cloq_export.artifact.run_layers import natural_order
 from cloq_export.formats.compressed_tensors.codec import word_count
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS

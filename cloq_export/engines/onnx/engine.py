@@ -13,20 +13,18 @@ import numpy as np
 import onnxruntime
 import torch
 
+from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.engines.onnx.export import ACCURACY_OPTION
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG
-from cloq_export.errors import BindingError, FormatError, NonFiniteError, UsageError
+from cloq_export.errors import FormatError, NonFiniteError, UsageError
 from cloq_export.files.safe_json import read_json
 from cloq_export.formats.onnx.adapter import (
     is_onnx_adapter,
-    read_onnx_adapter,
     require_fit,
     save_adapter,
 )
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import ADAPTER_NAME, GRAPH_NAME
-from cloq_export.formats.peft import read_adapter
-from cloq_export.formats.peft.codec import Adapter
 
 _PROVIDERS = ("CPUExecutionProvider",)
 
@@ -181,12 +179,10 @@ class OnnxModel:
 
     def _load_adapter(self, folder: Path, *, force: bool) -> onnxruntime.LoraAdapter:
         """Return an adapter of this base, from its own file or made from a PEFT adapter."""
-        ready = is_onnx_adapter(folder)
-        read = read_onnx_adapter(folder) if ready else read_adapter(folder)
-        self._refuse_foreign(read, folder, force=force)
+        read = read_bound_adapter(folder, self.export, force=force)
         require_fit(read.pairs, self.export.shapes, str(folder))
         adapter = onnxruntime.LoraAdapter()
-        if ready:
+        if is_onnx_adapter(folder):
             adapter.Load(str(folder / ADAPTER_NAME))
             return adapter
         with tempfile.TemporaryDirectory(prefix="cloq-onnx-") as place:
@@ -194,14 +190,6 @@ class OnnxModel:
             save_adapter(path, read.pairs, self.export.fingerprint)
             adapter.Load(str(path))
         return adapter
-
-    def _refuse_foreign(self, read: Adapter, folder: Path, *, force: bool) -> None:
-        base = self.export.fingerprint
-        if read.base_fingerprint != base and not force:
-            raise BindingError(
-                f"{folder} is bound to {read.base_fingerprint or 'no base'}, but {self.export.folder} is {base}; an "
-                "adapter is wrong on any other quantization. Make one for this base with `cloq adapt`."
-            )
 
 
 def _decoder_of(config: Any, folder: Path) -> dict[str, Any]:

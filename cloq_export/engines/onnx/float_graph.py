@@ -21,7 +21,7 @@ from typing import Any
 from cloq_export.errors import FormatError, MissingPackageError, UnsupportedModelError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
-from cloq_export.models.source import NO_CODE
+from cloq_export.models.library_calls import NO_CODE
 
 GENAI_CONFIG = "genai_config.json"
 BUILDER = "onnxruntime-genai"

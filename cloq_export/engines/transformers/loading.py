@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cloq_export.artifact.adapters import find_adapter, read_bound_adapter
+from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
-from cloq_export.formats.peft.codec import Adapter, adapter_config
+from cloq_export.formats.peft.codec import Adapter
+from cloq_export.formats.peft.config import adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
-from cloq_export.models.source import NO_CODE, quiet_transformers
+from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
 
@@ -66,7 +67,7 @@ def load(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else find_adapter(path, adapter)
+    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     _report_labels(checkpoint)
     model = _build_model(checkpoint, dtype, _place_packed)
@@ -113,7 +114,7 @@ def dequantized_model(
         RunDirectoryError: the run has no adapter of that name.
     """
     checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else find_adapter(path, adapter)
+    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cloq_export.artifact.checkpoint import CONFIG_NAME, Checkpoint
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.empty_model import tie_entries
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.vllm.plugin import adapters as adapter_rules
 from cloq_export.errors import FormatError, UsageError
 

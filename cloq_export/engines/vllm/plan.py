@@ -19,8 +19,8 @@ from cloq_export.engines.vllm.options import EngineSettings, engine_options
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, ServingPolicy, check_name, derived_name
 from cloq_export.engines.vllm.process import engine_environment
 from cloq_export.errors import UsageError
-from cloq_export.files.atomic import header_bytes
-from cloq_export.models.source import require_tokenizer
+from cloq_export.files.tensor_writer import header_bytes
+from cloq_export.models.tokenizer_files import require_tokenizer
 
 # Options of vLLM that would make what is printed, checked or promised here untrue.
 _RESERVED = {

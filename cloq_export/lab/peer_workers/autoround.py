@@ -40,9 +40,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
     # Its own format: what it writes as auto_gptq cannot hold a zero of 0.
     rounding.save_quantized(job["out"], format="auto_round", inplace=True)
-    found = sorted(path.parent for path in Path(job["out"]).rglob("config.json"))
+    written = sorted(path.parent for path in Path(job["out"]).rglob("config.json"))
     report = {
-        "checkpoint": str(found[0]),
+        "checkpoint": str(written[0]),
         "seconds": seconds,
         "memory_beyond_model_bytes": memory.beyond(),
         "versions": {name: importlib.metadata.version(name) for name in ("auto-round", "torch", "transformers")},

@@ -44,8 +44,8 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "torch", "transformers")},
     }
     if adapter is not None:
-        found = sorted(path.parent for path in Path(job["out"]).rglob("adapter_config.json"))
-        report["adapter"] = str(found[0])
+        adapters = sorted(path.parent for path in Path(job["out"]).rglob("adapter_config.json"))
+        report["adapter"] = str(adapters[0])
     Path(sys.argv[2]).write_text(json.dumps(report), encoding="utf-8")
 
 

@@ -74,6 +74,7 @@ launch = JITFunction.run
 JITFunction.run = compile_only
 Autotuner.run = compile_shapes
 
+from cloq_export.kernels.reference.lora import Adapters  # noqa: E402
 from cloq_export.kernels.triton import dequantize, gram, grid, linear, optq, prox  # noqa: E402
 
 IN, OUT, RANK = 4096, 11008, 64
@@ -83,21 +84,20 @@ for bits in (2, 3, 4, 8):
             torch.zeros(IN * bits // 32, OUT, dtype=torch.int32),
             torch.zeros(IN // 64, OUT * bits // 32, dtype=torch.int32),
             torch.zeros(IN // 64, OUT, dtype=torch.float16),
-            bits,
         )
-        dequantize.dequantize(*layer, dtype)
+        dequantize.dequantize(*layer, bits, dtype)
         lora = (torch.zeros(2, RANK, IN, dtype=dtype), torch.zeros(2, OUT, RANK, dtype=dtype), torch.ones(2))
         for tokens in (1, 16):
             x, index = torch.zeros(tokens, IN, dtype=dtype), torch.zeros(tokens, dtype=torch.int32)
-            linear.lora_linear(x, *layer, torch.zeros(OUT, dtype=dtype), splits=1)
+            linear.lora_linear(x, layer, bits, torch.zeros(OUT, dtype=dtype), splits=1)
             if bits in (2, 3):
-                linear.lora_linear(x, *layer, None, *lora, index)
+                linear.lora_linear(x, layer, bits, None, Adapters(*lora, index))
 for dtype in (torch.bfloat16, torch.float16):
     gram.add_gram(torch.zeros(512, 512), torch.zeros(64, 512, dtype=dtype))
 columns = torch.zeros(128, 4096)
-optq.walk_block(columns, columns, columns, torch.zeros(128, 128), 3, columns.to(torch.uint8), columns)
+optq.walk_block(columns, columns, columns, torch.zeros(128, 128), 3, (columns.to(torch.uint8), columns))
 for shape in ((4096, 64), (16, 11008)):
     for symmetric in (False, True):
-        grid.search_grid(torch.zeros(shape), 3, (1.0, 0.9), (0.1,), 1e-4, 6e4, symmetric=symmetric)
+        grid.search_grid(torch.zeros(shape), 3, (1.0, 0.9), (0.1,), (1e-4, 6e4), symmetric=symmetric)
     prox.clip_groups(torch.zeros(shape), 0.1, torch.zeros(shape[0]))
 print(json.dumps(found))

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.errors import BindingError, FormatError, ShapeError, UsageError
-from cloq_export.formats.peft.codec import CONFIG_NAME, Adapter, is_adapter, read_adapter
+from cloq_export.errors import FormatError, ShapeError, UsageError
+from cloq_export.formats.peft.codec import CONFIG_NAME, Adapter, is_adapter
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `--max-lora-rank` takes (vllm/config/lora.py: MaxLoRARanks)."""
@@ -118,9 +119,7 @@ def check_adapter(
     """
     if not is_adapter(folder):
         raise FormatError(f"{folder} is no adapter folder; give the folder that holds {CONFIG_NAME}.")
-    adapter = read_adapter(folder)
-    if not force:
-        check_binding(checkpoint, folder, adapter.base_fingerprint)
+    adapter = read_bound_adapter(folder, checkpoint, force=force)
     allowed = None if target_modules is None else set(target_modules)
     for module, pair in adapter.pairs.items():
         shape = _linear_shape(checkpoint, module)
@@ -145,31 +144,6 @@ def check_adapter(
                 "with a larger --max-lora-rank, or make an adapter of a lower rank."
             )
     return adapter
-
-
-def check_binding(checkpoint: Checkpoint, folder: Path, bound_to: str | None) -> None:
-    """Refuse an adapter of another base.
-
-    Args:
-        checkpoint: the base.
-        folder: of the adapter, for messages.
-        bound_to: the base fingerprint that the adapter carries, or None.
-
-    Raises:
-        BindingError: it is bound to another base, or to none.
-    """
-    base = checkpoint.fingerprint
-    if bound_to == base:
-        return
-    if bound_to is None:
-        raise BindingError(
-            f"{folder} does not say which quantized base it belongs to; {checkpoint.folder} is {base}. Only if it was "
-            "trained on this base, serve it with cloq serve --force."
-        )
-    raise BindingError(
-        f"{folder} is bound to the base {bound_to}, but {checkpoint.folder} is {base}; an adapter is wrong on any "
-        "other quantization. Make one for this base with `cloq adapt`, or serve it with cloq serve --force."
-    )
 
 
 def quantized_suffixes(checkpoint: Checkpoint) -> set[str]:

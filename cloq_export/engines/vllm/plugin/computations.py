@@ -18,9 +18,10 @@ from cloq_export import kernels
 from cloq_export.engines.vllm.plugin.parts import WORD_BITS, Fused
 from cloq_export.errors import FormatError
 from cloq_export.kernels import cpu
-from cloq_export.kernels import triton as triton_kernels
 from cloq_export.kernels.bitpack import pack_columns, pack_rows
 from cloq_export.kernels.cpu import linear as cpu_linear
+from cloq_export.kernels.cpu import weight as cpu_weight
+from cloq_export.kernels.dispatch import describe_gpu, native_takes_layer
 
 logger = init_logger("vllm.plugins.cloq_export")
 # bits -> the type of codes with stored zeros, and of codes whose zero is the middle.
@@ -54,15 +55,15 @@ class NativeComputation(Computation):
 
     def prepare(self, layer: Any, fused: Fused) -> None:
         """Bring codes, scales and zeros into the library's layout."""
-        self.weight = cpu_linear.pack_weight(fused.codes, fused.scales, fused.zeros, fused.bits)
+        self.weight = cpu_weight.pack_weight(fused.codes, fused.scales, fused.zeros, fused.bits)
         _keep(layer, qweight=self.weight.words, scales=self.weight.scales, qzeros=self.weight.zeros)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x Q^T + bias`, with float32 sums."""
         if not torch.compiler.is_compiling():
             return cpu_linear.linear(x, self.weight, bias)
-        size = self.weight.bits, self.weight.out_features, self.weight.in_features
-        return cpu_linear.cpu_linear_op(x, layer.qweight, layer.scales, layer.qzeros, *size, bias, *[None] * 6, False)
+        sizes = [self.weight.bits, self.weight.out_features, self.weight.in_features]
+        return cpu_linear.cpu_linear_op(x, [layer.qweight, layer.scales, layer.qzeros], sizes, bias, [], False)
 
 
 class ReferenceComputation(Computation):
@@ -94,7 +95,7 @@ class CpuComputation(Computation):
 
     def prepare(self, layer: Any, fused: Fused) -> None:
         """Choose by what is installed and by the scales."""
-        native = cpu.available() and fused.scales.dtype == torch.float16
+        native = native_takes_layer(fused.scales, fused.codes, fused.zeros)
         if not native:
             logger.warning_once("cloq-export computes with plain torch, slowly. %s", cpu.describe())
         self.chosen: Computation = NativeComputation() if native else ReferenceComputation()
@@ -163,7 +164,7 @@ def choose_computation(config: MPLinearLayerConfig, bits: int, *, symmetric: boo
         return CpuComputation()
     if config.act_type == torch.float32:
         # Some of vLLM's kernels do not ask for the activations' dtype and then fail on float32.
-        logger.warning_once("vLLM has no float32 kernel here: cloq-export computes. %s", triton_kernels.describe())
+        logger.warning_once("vLLM has no float32 kernel here: cloq-export computes. %s", describe_gpu())
         return ReferenceComputation()
     for width in sorted({bits, 4, 8}):
         if width < bits:
@@ -178,6 +179,6 @@ def choose_computation(config: MPLinearLayerConfig, bits: int, *, symmetric: boo
         "vLLM has no kernel for %s-bit codes in groups of %s here: cloq-export computes. %s",
         bits,
         config.group_size,
-        triton_kernels.describe(),
+        describe_gpu(),
     )
     return ReferenceComputation()

@@ -24,6 +24,8 @@ from vllm.platforms import current_platform
 
 from cloq_export.engines.vllm.plugin.linear import native_weight
 from cloq_export.kernels.cpu import linear as cpu_linear
+from cloq_export.kernels.cpu import lora as cpu_lora
+from cloq_export.kernels.cpu import weight as cpu_weight
 
 _KINDS = (
     layers.ColumnParallelLinearWithLoRA,
@@ -76,10 +78,10 @@ def fuse(layer: Any) -> bool:
     if weight is None:
         return False
     outputs = [stacked.shape[2] for stacked in layer.lora_b_stacked]
-    if not cpu_linear.can_slice(outputs) or sum(outputs) != weight.out_features:
+    if not cpu_lora.can_slice(outputs) or sum(outputs) != weight.out_features:
         return False
     slots, _, rank, in_features = layer.lora_a_stacked[0].shape
-    layer.adapters = cpu_linear.allocate_lora(slots, rank, in_features, outputs, layer.lora_a_stacked[0].dtype)
+    layer.adapters = cpu_lora.allocate_lora(slots, rank, in_features, outputs, layer.lora_a_stacked[0].dtype)
     layer.native = weight
     # Where vLLM writes an adapter, cut to this rank's share, before it goes to its slot in the library's layout. Such
     # room is shared by the layers of a shape.
@@ -110,8 +112,8 @@ class FusedLora:
         adapters: a slot for each that can be active.
     """
 
-    native: cpu_linear.CpuWeight
-    adapters: cpu_linear.CpuLora
+    native: cpu_weight.CpuWeight
+    adapters: cpu_lora.CpuLora
     lora_a_stacked: tuple[torch.Tensor, ...]
     lora_b_stacked: tuple[torch.Tensor, ...]
     punica_wrapper: Any
@@ -125,7 +127,7 @@ class FusedLora:
         """Put an adapter into a slot."""
         super().set_lora(index, *args, **kwargs)  # type: ignore[misc]
         pairs = zip(self.lora_a_stacked, self.lora_b_stacked, strict=True)
-        cpu_linear.place_adapter(self.adapters, index, [(a[index, 0], b[index, 0]) for a, b in pairs])
+        cpu_lora.place_adapter(self.adapters, index, [(a[index, 0], b[index, 0]) for a, b in pairs])
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return `x Q^T + bias` and every token's own `(x A^T) B^T`; vLLM has the scaling in B.

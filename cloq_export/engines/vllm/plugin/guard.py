@@ -14,12 +14,12 @@ from typing import Any
 
 from vllm.lora.worker_manager import WorkerLoRAManager
 
+from cloq_export.artifact.adapters import refuse_other_base
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.vllm.plugin.adapters import (
     LIFELINE_VARIABLE,
     ServingPolicy,
     check_adapter,
-    check_binding,
     check_name,
 )
 from cloq_export.engines.vllm.plugin.prefix_cache import files_signature
@@ -80,7 +80,7 @@ def _guard_workers() -> None:
         policy, base = ServingPolicy.from_environment(), _base(self.served_model)
         binding = Path(lora_request.lora_path) / BINDING_NAME
         if base is not None and binding.is_file() and not (policy and policy.force):
-            check_binding(base, binding.parent, str(read_json(binding).get("base_fingerprint")))
+            refuse_other_base(binding.parent, str(read_json(binding).get("base_fingerprint")), base)
         return stock_load(self, lora_request)
 
     load.of_cloq_export = True  # type: ignore[attr-defined]

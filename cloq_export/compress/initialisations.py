@@ -1,0 +1,129 @@
+"""How codes and a pair are first made for a layer: the choices of the recipe's `init`."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+
+from cloq_export.adapt import init_cloq, init_svd
+from cloq_export.compress.problem import ADAPTER_DTYPES, BestPair, Dequantized, LayerProblem, Solution
+from cloq_export.errors import NonFiniteError
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.quantize import QuantizeOptions, quantize_group
+from cloq_export.recipe import Recipe, registered_choice
+from cloq_export.types import LoraPair, QuantizedLayer
+
+
+class Initialisation(abc.ABC):
+    """Makes the first codes and pair of a layer, and the pair for codes that are fixed."""
+
+    # True if codes and pair are made together, for the float weight: there is no error-aware target then.
+    makes_codes = False
+
+    @abc.abstractmethod
+    def solve(self, problems: Sequence[LayerProblem], recipe: Recipe) -> Iterator[Solution]:
+        """Yield codes and pairs of layers that read one input, in their order."""
+
+    @abc.abstractmethod
+    def best_pair(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> BestPair:
+        """Return the pair for given codes of a layer, which are on the device of the solve."""
+
+    def solve_for(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> Solution:
+        """Return given codes of a layer with their pair."""
+        best = self.best_pair(problem, codes, recipe)
+        return Solution(problem, codes, best.pair, best)
+
+    @abc.abstractmethod
+    def method(self, problem: LayerProblem, recipe: Recipe) -> str:
+        """Return what a certificate says of how the codes were made."""
+
+
+class _CodesFirst(Initialisation):
+    """Makes codes as the recipe's `method` says, then a pair for them."""
+
+    def solve(self, problems: Sequence[LayerProblem], recipe: Recipe) -> Iterator[Solution]:
+        """Yield codes and pairs of layers that read one input, in their order."""
+        for problem, layer in _quantized(problems, recipe):
+            yield self.solve_for(problem, Dequantized(layer, layer.dequantize()), recipe)
+
+    def method(self, problem: LayerProblem, recipe: Recipe) -> str:
+        """Return what a certificate says of how the codes were made."""
+        return "rtn" if problem.damped is None else recipe.method
+
+
+class ClosedForm(_CodesFirst):
+    """CLoQ's closed form on the calibration inputs (Theorem 3.1)."""
+
+    def best_pair(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> BestPair:
+        """Return the pair for given codes of a layer, which are on the device of the solve."""
+        rank, dtype = problem.plan.rank, ADAPTER_DTYPES[recipe.adapter_dtype]
+        if not rank:
+            return BestPair(None)
+        if problem.root is None:
+            # Nothing is known about the inputs: a zero B leaves Q as it is and can still be trained.
+            out_features, in_features = problem.weight.shape
+            generator = torch.Generator().manual_seed(0)
+            start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+            return BestPair(LoraPair(start.to(dtype), torch.zeros(out_features, rank, dtype=dtype), float(rank)))
+        result = init_cloq(
+            problem.target, codes.weight, problem.root, rank, split=recipe.split, svd=recipe.svd, dtype=dtype
+        )
+        fell_back = result.svd_method == "full" and recipe.svd == "truncated"
+        notes = ("the truncated SVD did not settle: the full one was taken",) if fell_back else ()
+        return BestPair(result.pair, result.bound, (*notes, *wider_notes(result.pair, dtype)))
+
+
+class WeightError(_CodesFirst):
+    """The singular vectors of the weight error, without regard to the inputs."""
+
+    def best_pair(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> BestPair:
+        """Return the pair for given codes of a layer, which are on the device of the solve."""
+        if not problem.plan.rank:
+            return BestPair(None)
+        dtype = ADAPTER_DTYPES[recipe.adapter_dtype]
+        pair = init_svd(problem.weight, codes.weight, problem.plan.rank, dtype=dtype)
+        return BestPair(pair, notes=wider_notes(pair, dtype))
+
+
+CLOQ = "cloq"
+_OWN: dict[str, Initialisation] = {CLOQ: ClosedForm(), "svd": WeightError()}
+
+
+def initialisation_of(recipe: Recipe) -> Initialisation:
+    """Return the initialisation that a recipe names: one of this package, or one that was registered."""
+    return _OWN.get(recipe.init) or cast(Initialisation, registered_choice("init", recipe.init))
+
+
+def wider_notes(pair: LoraPair, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the note of a pair that its dtype could not hold."""
+    if pair.lora_A.dtype == dtype:
+        return ()
+    asked = str(dtype).removeprefix("torch.")
+    return (f"A and B are beyond the range of {asked}, so they are stored in float32",)
+
+
+def _quantized(problems: Sequence[LayerProblem], recipe: Recipe) -> list[tuple[LayerProblem, QuantizedLayer]]:
+    """Return each problem with its codes; layers of one grid are quantized together."""
+    options = QuantizeOptions(
+        method=recipe.method,
+        grid=recipe.grid,
+        magr_alpha=recipe.magr_alpha,
+        sweeps=recipe.sweeps,
+        refit=recipe.refit,
+        least_zero=LAYOUTS[recipe.format].least_zero,
+    )
+    codes: dict[str, tuple[LayerProblem, QuantizedLayer]] = {}
+    for spec in dict.fromkeys(problem.plan.spec for problem in problems):
+        same = [problem for problem in problems if problem.plan.spec == spec]
+        try:
+            group = quantize_group([problem.target for problem in same], spec, same[0].damped, options)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{' or '.join(problem.plan.name for problem in same)}: {error}") from None
+        for problem, layer in zip(same, group.layers, strict=True):
+            noted = dataclasses.replace(problem, notes=(*problem.notes, *group.notes))
+            codes[problem.plan.name] = noted, layer
+    return [codes[problem.plan.name] for problem in problems]

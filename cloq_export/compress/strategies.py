@@ -1,0 +1,150 @@
+"""How the layers of a run are made: the choices of the recipe's `refine`, each an object that is chosen once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.block_refined import BlockRefiner
+from cloq_export.compress.initialisations import Initialisation, initialisation_of
+from cloq_export.compress.model_refined import refine_model, refined_layers, refinement_batches
+from cloq_export.compress.opening import started_run
+from cloq_export.compress.session import Session
+from cloq_export.compress.walk import BlockWalk
+from cloq_export.compress.workers import workers_of
+from cloq_export.errors import UsageError
+from cloq_export.models.stream import BlockStream
+from cloq_export.recipe import Recipe, registered_choice
+
+if TYPE_CHECKING:
+    from cloq_export.compress.job import CompressJob
+
+# Tokens of one forward pass: enough to amortise casting the weights, few enough that temporaries stay small.
+TOKENS_PER_BATCH = 4096
+# With a refinement one step trains on one batch, and many small steps reach further than a few large ones.
+TOKENS_PER_STEP = 1024
+
+
+class Strategy:
+    """Makes the layers of a run; this one solves each of them and leaves it so."""
+
+    # True if layers are trained after the solve; the inputs of a block then come from the compressed blocks before it.
+    refines = False
+
+    def check(self, recipe: Recipe, *, keeps_codes: bool) -> None:
+        """Refuse a recipe that this strategy cannot follow.
+
+        Raises:
+            RecipeError: it cannot.
+        """
+
+    def initialisation(self, recipe: Recipe) -> Initialisation:
+        """Return what makes the first codes and pairs."""
+        return initialisation_of(recipe)
+
+    def windows_per_batch(self, recipe: Recipe) -> int:
+        """Return how many calibration windows go into one forward pass."""
+        return max(1, (TOKENS_PER_STEP if self.refines else TOKENS_PER_BATCH) // recipe.seqlen)
+
+    def refiner(self, job: CompressJob, dtype: torch.dtype) -> BlockRefiner | None:
+        """Return what trains the layers of a block, whose weights are multiplied in `dtype`; None trains nothing."""
+        return None
+
+    def make_layers(self, job: CompressJob, session: Session) -> None:
+        """Make the layers that are not yet in the directory, with fewer windows at once where memory runs out."""
+        windows = job.windows.drawn
+        workers = workers_of(job.recipe, job.device)
+        at_once = min(len(windows), self.windows_per_batch(job.recipe))
+        while True:
+            walk = None
+            try:
+                walk = BlockWalk(job, session.console, workers=workers, windows_per_batch=at_once)
+                walk.run()
+                break
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise UsageError(
+                        "memory ran out with one calibration window in a forward pass; what is finished is kept. "
+                        f"Choose a smaller --seqlen than {job.recipe.seqlen}, --device cpu, or a larger device."
+                    ) from None
+            # Finished layers are kept, so the walk only catches up.
+            at_once //= 2
+            session.notes.append(
+                f"memory ran out: from there on {at_once} calibration windows went into a forward pass, so sums "
+                "came in another order than with more memory"
+            )
+            session.say(session.notes[-1])
+        for stage, seconds in dataclasses.asdict(walk.seconds).items():
+            if self.refines or stage != "refine":
+                session.seconds[stage.replace("_", " ")] = seconds
+
+
+class BlockRefined(Strategy):
+    """Solves the layers of a block, then trains them together on the block's output."""
+
+    refines = True
+
+    def refiner(self, job: CompressJob, dtype: torch.dtype) -> BlockRefiner | None:
+        """Return what trains the layers of a block, whose weights are multiplied in `dtype`."""
+        return BlockRefiner(job, dtype)
+
+
+class ModelRefined(BlockRefined):
+    """Solves all layers and refines their blocks beside the run, then all together, and only then stores them in it."""
+
+    def make_layers(self, job: CompressJob, session: Session) -> None:
+        """Make the layers that are not yet in the directory."""
+        work = job.directory.path / "work"
+        # The folder holds the result of a block refinement, and its recipe says so.
+        of_blocks = job.recipe.changed({"refine": "block"})
+        with started_run(work / "solved", of_blocks, job.directory.source_fingerprint) as solved:
+            self._solve(job, solved, session)
+            self._refine(job, solved, session)
+        for done in (work / "solved", work / "refinement"):
+            shutil.rmtree(done, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another adapter may be in the making there
+            work.rmdir()
+
+    def _solve(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
+        already = solved.completed_modules()
+        if already:
+            session.notes.append(
+                f"continued a refinement that had {len(already)} of {len(job.plan.modules)} layers solved"
+            )
+        if not already.issuperset(job.plan.modules):
+            super().make_layers(dataclasses.replace(job, directory=solved), session)
+
+    def _refine(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
+        recipe, batch = job.recipe, self.windows_per_batch(job.recipe)
+        # Other windows than those of the solve, whose errors are already corrected: they would favour the start.
+        windows = job.windows.draw_others(batch * refinement_batches(recipe))
+        started = time.perf_counter()
+        try:
+            stream = BlockStream(
+                job.model, job.plan.blocks, windows, device=job.device, compute=job.compute, batch=batch
+            )
+            with session.progress("refine the model") as progress:
+                refinement = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
+                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
+                "--seqlen or with --refine block."
+            ) from None
+        session.seconds["refine the model"] = time.perf_counter() - started
+        for name, stored in refined_layers(refinement, job.plan, solved).items():
+            job.directory.write_layer(name, stored.quantized, stored.lora, stored.certificate)
+
+
+_OWN: dict[str, Strategy] = {"none": Strategy(), "block": BlockRefined(), "model": ModelRefined()}
+
+
+def strategy_of(recipe: Recipe) -> Strategy:
+    """Return the strategy that a recipe names: one of this package, or one that was registered."""
+    return _OWN.get(recipe.refine) or cast(Strategy, registered_choice("refine", recipe.refine))

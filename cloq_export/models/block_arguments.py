@@ -1,0 +1,129 @@
+"""What a model passes to its blocks and gets from them, beside the hidden states."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cloq_export.errors import UnsupportedModelError
+
+
+class BlockArguments:
+    """What a block receives beside the hidden states."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str | None) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.keyword = keyword
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockArguments]:
+        """Return (hidden states, the other arguments) of a call."""
+        if args:
+            return args[0], cls(args[1:], kwargs, None)
+        rest = dict(kwargs)
+        return rest.pop("hidden_states"), cls((), rest, "hidden_states")
+
+    def map(
+        self,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        dictionary: collections.UserDict[Any, Any] | None = None,
+    ) -> BlockArguments:
+        """Return the arguments with every tensor changed, and shared dictionaries replaced (by empty ones)."""
+        args, kwargs = _map_tensors((self.args, self.kwargs), change, dictionary)
+        return BlockArguments(args, kwargs, self.keyword)
+
+    def invoke(self, block: Callable[..., Any], states: torch.Tensor) -> Any:
+        """Call a block with hidden states and these arguments."""
+        if self.keyword is None:
+            return block(states, *self.args, **self.kwargs)
+        return block(**{self.keyword: states}, **self.kwargs)
+
+    def holds(self, kind: type) -> bool:
+        """Return whether an argument is of a type."""
+        return any(isinstance(value, kind) for value in (*self.args, *self.kwargs.values()))
+
+    def equals(self, other: BlockArguments) -> bool:
+        """Return whether two calls have the same arguments, tensors by their numbers."""
+        return _equal((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+class TensorPool:
+    """Replaces a tensor by an equal one that is already kept."""
+
+    def __init__(self, kept: list[torch.Tensor], *, grows: bool) -> None:
+        self._kept = kept
+        self._grows = grows
+        # Blocks of one call mostly receive the same object; this spares comparing it again. The tensors stand in the
+        # values so that their ids are not given to others meanwhile.
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that is kept for one, itself if there is none."""
+        if id(tensor) in self._seen:
+            return self._seen[id(tensor)][1]
+        shared = next((kept for kept in self._kept if _equal(kept, tensor)), None)
+        if shared is None:
+            shared = tensor
+            if self._grows:
+                self._kept.append(tensor)
+        self._seen[id(tensor)] = (tensor, shared)
+        return shared
+
+
+class HandedOn:
+    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on."""
+
+
+def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
+    """Return placeholders for what a block gives beside the hidden states, None if it gives the bare tensor."""
+    if isinstance(output, torch.Tensor):
+        return None
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        return tuple(None if value is None else HandedOn() for value in output[1:])
+    raise UnsupportedModelError(
+        f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
+        "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
+    )
+
+
+class WatchedDict(collections.UserDict[Any, Any]):
+    """The dictionary that some models hand to every block, to see whether a block needs what another one wrote."""
+
+    was_read = False
+
+    def __getitem__(self, key: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(key)
+
+
+def _map_tensors(
+    value: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    dictionary: collections.UserDict[Any, Any] | None,
+) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, collections.UserDict):
+        # A fresh one each time: what blocks write there is never read, and would keep their keys and values alive.
+        return collections.UserDict() if dictionary is None else dictionary
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change, dictionary) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change, dictionary) for item in value)
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one is other:
+            return True
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if type(one) in (tuple, list) and type(other) is type(one):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)

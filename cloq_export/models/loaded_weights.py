@@ -1,0 +1,124 @@
+"""Whether a model that transformers has loaded is the one that its files hold: complete, tied as it says, finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.errors import NonFiniteError, SourceError, UnsupportedModelError
+
+
+def refuse_gaps(name: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuse a model whose files do not fill it.
+
+    Args:
+        name: of the model, for messages.
+        model: as transformers loaded it.
+        report: what transformers says of the loading.
+
+    Raises:
+        SourceError: weights are missing, have other shapes, or could not be read.
+    """
+    kind = type(model).__name__
+    missing = sorted(report.get("missing_keys") or ())
+    ends = [
+        parameter_name
+        for parameter_name, parameter in model.named_parameters()
+        if any(
+            parameter is getattr(end(), "weight", None)
+            for end in (model.get_output_embeddings, model.get_input_embeddings)
+        )
+    ]
+    if len(missing) == 1 and missing[0] in ends:
+        raise SourceError(
+            f"{name} lacks {missing[0]}, and its config.json says that {kind} does not tie head and embeddings "
+            "(tie_word_embeddings: false, or the default of the class); it is incomplete, or the config is wrong. "
+            "Fetch it again, or, if the model ties them, set tie_word_embeddings to true."
+        )
+    if missing:
+        raise SourceError(
+            f"{name} lacks {len(missing)} weights of {kind}, {missing[0]} among them; it is "
+            "incomplete or belongs to another architecture than its config.json says. Fetch it again."
+        )
+    mismatched = sorted(str(entry[0]) for entry in report.get("mismatched_keys") or ())
+    if mismatched:
+        raise SourceError(
+            f"{name} holds {len(mismatched)} weights of other shapes than {kind} has, {mismatched[0]} among "
+            "them; its config.json is another model's. Fetch it again."
+        )
+    errors = list(report.get("error_msgs") or ())
+    if errors:
+        raise SourceError(
+            f"the weights of {name} cannot be read ({' '.join(str(errors[0]).split())[:200]}); fetch it again."
+        )
+
+
+def refuse_untied(name: str, model: Any) -> None:
+    """Refuse a folder whose config ties what its weights hold apart: every reader behind it would tie again.
+
+    Args:
+        name: of the model, for the message.
+        model: as transformers loaded it.
+
+    Raises:
+        SourceError: it does.
+    """
+    promised = model.get_expanded_tied_weights_keys(all_submodels=True)
+    apart = sorted(set(promised) - set(model.all_tied_weights_keys))
+    if apart:
+        raise SourceError(
+            f"{name} contradicts itself: its config.json, or the default of {type(model).__name__}, ties "
+            f"{apart[0]} to {promised[apart[0]]} (tie_word_embeddings), and its files hold two that differ. If both "
+            "were trained, set tie_word_embeddings to false in config.json; if not, delete the one that is not meant."
+        )
+
+
+def refuse_part_of_wrapper(name: str, config: Any) -> None:
+    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
+
+    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
+
+    Args:
+        name: of the model, for the message.
+        config: its configuration, as `AutoConfig` reads it.
+
+    Raises:
+        UnsupportedModelError: it is such a wrapper.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    opened = opened[0] if isinstance(opened, tuple) else opened
+    if opened is None or issubclass(type(config), opened.config_class):
+        return
+    raise UnsupportedModelError(
+        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
+        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
+        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
+    )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Check that no weight or buffer holds NaN or Inf.
+
+    Args:
+        model: any module.
+
+    Raises:
+        NonFiniteError: names the first tensor that does.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        # A sum is finite only if every term is; it is asked first because it makes no temporary tensor.
+        if bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
+                "save it again."
+            )

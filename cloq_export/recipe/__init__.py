@@ -1,0 +1,48 @@
+"""The recipe of a run: its options, the presets, and how they are read; it needs no torch."""
+
+from cloq_export.recipe.finetune import FINETUNE_CHOICES, FINETUNE_FIELDS, FINETUNE_PREFIX, FineTuneRecipe
+from cloq_export.recipe.options import (
+    CHOICES,
+    EXPORT_FORMATS,
+    FIELDS,
+    NOT_IN_THE_BYTES,
+    REFINE_STEPS,
+    SUPPORTED_BITS,
+    Recipe,
+    register_choice,
+    registered_choice,
+)
+from cloq_export.recipe.presets import DEMO, DEMO_FINETUNE, PRESETS
+from cloq_export.recipe.reading import (
+    load_recipe,
+    named_recipes,
+    parse_override,
+    parse_setting,
+    read_recipe,
+    read_recipe_file,
+)
+
+__all__ = [
+    "CHOICES",
+    "DEMO",
+    "DEMO_FINETUNE",
+    "EXPORT_FORMATS",
+    "FIELDS",
+    "FINETUNE_CHOICES",
+    "FINETUNE_FIELDS",
+    "FINETUNE_PREFIX",
+    "NOT_IN_THE_BYTES",
+    "PRESETS",
+    "REFINE_STEPS",
+    "SUPPORTED_BITS",
+    "FineTuneRecipe",
+    "Recipe",
+    "load_recipe",
+    "named_recipes",
+    "parse_override",
+    "parse_setting",
+    "read_recipe",
+    "read_recipe_file",
+    "register_choice",
+    "registered_choice",
+]

@@ -1,0 +1,165 @@
+"""One option with its default, its meaning and the values that it may have; and what is said of any other value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from cloq_export.errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value of the right type must be.
+
+    Args:
+        holds: tells whether it is.
+        wanted: in words, for a message.
+    """
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+def option(default: Any, text: str, *rules: Rule) -> Any:
+    """Return a field of a dataclass of options.
+
+    Args:
+        default: its value unless another is given.
+        text: its meaning, for people.
+        rules: what its values must be beside their type; the first that is broken is told.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "rules": rules})
+
+
+def at_least(least: int) -> Rule:
+    """Return the rule of a smallest value."""
+    return Rule(lambda value: bool(value >= least), f"it must be at least {least}")
+
+
+def between(least: float, most: float) -> Rule:
+    """Return the rule of a smallest and a largest value."""
+    return Rule(lambda value: bool(least <= value <= most), f"it must be between {least} and {most}")
+
+
+def below_power_of_two(exponent: int) -> Rule:
+    """Return the rule of a number that so many bits hold."""
+    return Rule(lambda value: bool(value < 2**exponent), f"it must be below 2**{exponent}")
+
+
+def matching(pattern: str, wanted: str) -> Rule:
+    """Return the rule of a text that a regular expression describes as a whole."""
+    return Rule(lambda value: re.fullmatch(pattern, value) is not None, wanted)
+
+
+ABOVE_ZERO = Rule(lambda value: bool(value > 0), "it must be above 0")
+SHARE = between(0, 1)
+FILE_NAME = matching(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
+)
+
+
+class Options:
+    """The options of one dataclass: their fields, and the values of those that allow only some.
+
+    Args:
+        owner: the dataclass; every field is an `option`, or has checks of its own.
+    """
+
+    def __init__(self, owner: type) -> None:
+        self.fields: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(owner)}
+        kinds = typing.get_type_hints(owner)
+        self.choices: dict[str, tuple[str, ...]] = {
+            name: typing.get_args(kind) for name, kind in kinds.items() if typing.get_origin(kind) is typing.Literal
+        }
+
+    def faults(self, name: str, value: Any) -> list[str]:
+        """Return what is wrong with one option, as clauses of a sentence."""
+        wanted = self._type_fault(name, value)
+        if not wanted:
+            rules: Iterable[Rule] = self.fields[name].metadata.get("rules", ())
+            wanted = next((rule.wanted for rule in rules if not rule.holds(value)), "")
+        return [f"{name} is {value!r}; {wanted}"] if wanted else []
+
+    def number_of(self, name: str, value: Any) -> Any:
+        """Return a value in the type of its option: whole numbers are numbers."""
+        return float(value) if self.fields[name].type == "float" else value
+
+    def parse(self, name: str, text: str, *, shown: str = "") -> Any:
+        """Return a text as the type of its option; other kinds than numbers and booleans stay text.
+
+        Args:
+            name: of the option.
+            text: its value.
+            shown: what a message calls it; the name unless given.
+
+        Raises:
+            RecipeError: the text is not of that type.
+        """
+        return parse_value(shown or name, self.fields[name].type, text)
+
+    def _type_fault(self, name: str, value: Any) -> str:
+        """Return what a value of the wrong type should have been, or an empty text."""
+        kind = self.fields[name].type
+        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            return "a whole number is needed"
+        if kind == "float" and (
+            not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)
+        ):
+            return "a number is needed"
+        if kind == "bool" and not isinstance(value, bool):
+            return "true or false is needed"
+        if name in self.choices and value not in self.choices[name]:
+            return f"allowed are {listed(self.choices[name])}{near(str(value), self.choices[name])}"
+        if kind == "str" and not isinstance(value, str):
+            return "a text is needed"
+        return ""
+
+
+def mapping_faults(name: str, value: Any, wanted: str) -> list[str]:
+    """Return what is wrong with an option that must be a mapping."""
+    return [] if isinstance(value, Mapping) else [f"{name} is {value!r}; a mapping of {wanted} is needed"]
+
+
+def parse_value(name: str, kind: Any, text: str) -> Any:
+    """Return a text as the type of its option; other kinds than numbers and booleans stay text."""
+    if kind == "bool":
+        lowered = text.lower()
+        if lowered in ("true", "yes", "on", "1"):
+            return True
+        if lowered in ("false", "no", "off", "0"):
+            return False
+        raise RecipeError(f"{name} is {text!r}; allowed are true and false.")
+    reader: Callable[[str], Any] | None = {"int": int, "float": float}.get(kind)
+    if reader is None:
+        return text
+    try:
+        return reader(text)
+    except ValueError:
+        wanted = "a whole number" if kind == "int" else "a number"
+        raise RecipeError(f"{name} is {text!r}; {wanted} is needed.") from None
+
+
+def recipe_error(faults: list[str]) -> RecipeError:
+    """Return the error that tells all faults at once."""
+    if len(faults) == 1:
+        return RecipeError(f"{faults[0]}.")
+    return RecipeError(
+        f"{len(faults)} faults: " + "; ".join(f"({i}) {fault}" for i, fault in enumerate(faults, 1)) + "."
+    )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like one, as a question in brackets, or an empty text."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as a message lists them."""
+    return ", ".join(names)

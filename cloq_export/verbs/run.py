@@ -1,0 +1,108 @@
+"""From a model to a measured checkpoint with its adapter."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.provenance import ProbeRecord, Quality
+from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
+from cloq_export.compress.job import compress_model
+from cloq_export.compress.session import Session
+from cloq_export.models.source import LoadedModel
+from cloq_export.parity.perplexity import check_windows
+from cloq_export.recipe import Recipe
+from cloq_export.verbs.adapt import refuse_codes_of_alternations
+from cloq_export.verbs.export_card import public_name
+from cloq_export.verbs.recording import CODES_ALONE, record_base
+from cloq_export.verbs.run_files import note_source, open_run, write_run_adapter, write_run_checkpoint
+from cloq_export.verbs.run_texts import bind_text, run_texts
+from cloq_export.verbs.stored_model import StoredModel, TextWindows, choose_adapter, measure_perplexity
+from cloq_export.verbs.summary import RunSummary, summarize_run
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    demo: bool = False,
+    console: Console | None = None,
+    check: Callable[[LoadedModel], None] | None = None,
+) -> RunSummary:
+    """Go from a model to a measured checkpoint with its adapter, continuing what an earlier call has done.
+
+    Args:
+        recipe: every option.
+        out: the run directory.
+        demo: without WikiText-2 at hand, calibrate and measure on the text that Python itself carries.
+        console: where progress goes; None is standard error.
+        check: called with the model before any work; refuses what a later step could not do.
+
+    Returns:
+        RunSummary: what was measured, where the files are, what to type next.
+
+    Raises:
+        CloqError: anything a user can mend, in one line.
+    """
+    if recipe.codes_from:
+        refuse_codes_of_alternations(recipe)
+    recipe = with_choices_of(out, _with_grid_of_codes(recipe))
+    session = Session(console or Console(stderr=True))
+    texts = run_texts(recipe, demo=demo)
+    session.notes.extend(texts.notes)
+    assert texts.evaluation is not None  # asked for
+    windows = TextWindows(texts.evaluation, recipe.eval_window, recipe.eval_windows, recipe.bos)
+
+    def check_all(loaded: LoadedModel) -> None:
+        check_windows(loaded.model, windows.tokens(loaded.tokenizer), window=windows.window, windows=windows.windows)
+        if check is not None:
+            check(loaded)
+
+    with open_run(session, out, recipe) as directory:
+        bind_text(directory, texts.calibration)
+        recipe = budgeted_recipe(session, directory, recipe, texts.calibration, check_all)
+        model = compress_model(session, directory, recipe, texts.calibration, check_all)
+        note_source(directory, model)
+        write_run_adapter(session, directory, recipe)
+        write_run_checkpoint(session, directory, model, recipe)
+        stored = StoredModel(out, choose_adapter(session, out, recipe.adapter_name))
+        probes: dict[str, ProbeRecord] = {}
+        perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))
+        directory.write_report("evaluation", perplexity)
+        record_base(
+            session,
+            directory,
+            model.tokenizer,
+            model_name=public_name(recipe.model),
+            probes=probes,
+            quality=_quality(recipe, perplexity),
+        )
+        directory.set_state("done")
+        return summarize_run(session, directory, recipe, perplexity=perplexity)
+
+
+def _with_grid_of_codes(recipe: Recipe) -> Recipe:
+    """Return the recipe with the grid that most layers of the checkpoint have whose codes it keeps."""
+    if not recipe.codes_from:
+        return recipe
+    grids = collections.Counter(Checkpoint.open(recipe.codes_from).specs.values())
+    spec = grids.most_common(1)[0][0]
+    return recipe.changed({"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric})
+
+
+def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
+    """Return what `verify` holds a served model's perplexity against."""
+    labels = {"quantized": CODES_ALONE, "adapter": recipe.adapter_name}
+    return Quality(
+        text=public_name(recipe.eval_text),
+        text_sha256=str(perplexity["text_sha256"]),
+        window=recipe.eval_window,
+        windows=recipe.eval_windows,
+        bos=recipe.bos,
+        ratio={name: perplexity[label]["ratio_to_float"] for label, name in labels.items() if label in perplexity},
+    )

@@ -1,0 +1,140 @@
+"""An export or a run as an OpenAI-compatible server, checked before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.artifact import Artifact
+from cloq_export.artifact.checkpoint import checkpoint_folder
+from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
+from cloq_export.engines.vllm.plugin.adapters import check_name
+from cloq_export.engines.vllm.server import VllmServer
+from cloq_export.errors import EngineError, UsageError
+from cloq_export.files.spelled_paths import expand_user
+from cloq_export.process.progress import show_waiting
+from cloq_export.process.termination import interrupted_by_termination
+from cloq_export.recipe import Recipe
+from cloq_export.verbs.options import ServeOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What a server that answers serves.
+
+    Args:
+        url: of the server.
+        name: the model's own name.
+        default: the adapter that answers to it; None if that is the quantized base itself.
+        base_name: the name of the base without an adapter.
+        models: every name that is answered to.
+        options: what vLLM was started with.
+        curl: a line to try it.
+        notes: what may surprise.
+    """
+
+    url: str
+    name: str
+    default: str | None
+    base_name: str
+    models: Sequence[str]
+    options: Mapping[str, Any]
+    curl: str
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+        """Return what a plan has become; `notes` are those on its adapters."""
+        if plan.default is None:
+            notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
+        options = dict(plan.options)
+        return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan), notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq serve --json` prints."""
+        return dataclasses.asdict(self)
+
+
+def serve(
+    export: Path,
+    options: ServeOptions,
+    *,
+    announce: Callable[[ServedModel], None],
+    console: Console | None = None,
+) -> None:
+    """Serve an export until the program is interrupted or told to end.
+
+    Args:
+        export: an export, a checkpoint folder, or a run directory.
+        options: what is asked.
+        announce: called once with what is served, when the server answers.
+        console: where progress goes; None is standard error.
+
+    Raises:
+        UsageError: options that cannot be meant, or a port that is taken.
+        BindingError: an adapter belongs to another base.
+        EngineError: the server did not start, or ended by itself; its last lines are in the message.
+        CloqError: anything else that a user can mend.
+    """
+    console = console or Console(stderr=True)
+    plan = plan_serving(export, options)
+    notes = adapter_notes(export, options)
+    with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
+        errors = sys.stderr  # a bar stands in for it while it is shown
+        what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
+        with show_waiting(what, console) as waiting:
+            early = errors if options.verbose else None
+            server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
+        with server:
+            announce(ServedModel.of(plan, server.models(), notes))
+            code = server.wait()
+            raise EngineError(
+                f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
+            )
+    console.print("stopped", markup=False)
+
+
+def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
+    """Return the server that `serve` would start, after all checks that need no engine.
+
+    Raises:
+        CloqError: as `serve`.
+    """
+    adapters = served_adapters(export)
+    default = options.default
+    for text in options.adapters:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise UsageError(f"the adapter {text!r:.80} is not of the form NAME=FOLDER.")
+        check_name(name, taken=adapters)
+        adapters[name] = Path(folder)
+    run = Artifact.open(export).run
+    if default is None and len(adapters) > 1 and run is not None:
+        own = Recipe.from_mapping(run.recipe).adapter_name
+        default = own if own in adapters else None
+    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
+    return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
+
+
+def served_adapters(export: Path) -> dict[str, Path]:
+    """Return name -> folder of the adapters that an export or a run holds, by name.
+
+    Raises:
+        FormatError: there is no checkpoint.
+    """
+    checkpoint_folder(export)
+    return dict(AdapterShelf.of(export).folders)
+
+
+def adapter_notes(export: Path, options: ServeOptions) -> list[str]:
+    """Return what is to be said of adapters: folders that are none, and folders outside that hold more than one."""
+    outside = dict(text.split("=", 1) for text in options.adapters)
+    carried = [carried_note(name, expand_user(folder)) for name, folder in outside.items()]
+    return [*AdapterShelf.of(export).notes, *filter(None, carried)]

@@ -1,0 +1,207 @@
+"""A model on disk, measured from its files: perplexity next to that of the float model, and answers to tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
+from cloq_export.artifact.artifact import Artifact
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.provenance import ProbeRecord
+from cloq_export.compress.session import Session
+from cloq_export.engines.transformers.loading import load
+from cloq_export.engines.transformers.served import float_model
+from cloq_export.errors import UsageError
+from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
+from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.parity.perplexity import evaluate as measure
+from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
+from cloq_export.texts.tokens import TextTokens
+from cloq_export.verbs.answering import Subject
+from cloq_export.verbs.recording import CODES_ALONE, probe_model
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """What lies in a folder, and the adapter that it is measured with.
+
+    Args:
+        path: a run directory, an export or a checkpoint folder.
+        adapter: name or folder; None measures the codes alone.
+        force: take an adapter of another base.
+    """
+
+    path: Path
+    adapter: str | None = None
+    force: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Return whether these are plain weights with the adapter in them."""
+        return Artifact.open(self.path).kind == "merged export"
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Return the folder of the adapter.
+
+        Raises:
+            RunDirectoryError, FormatError: there is none of this name.
+        """
+        return None if self.adapter is None else AdapterShelf.of(self.path).find(self.adapter)
+
+    def check(self) -> None:
+        """Refuse what is not there or does not fit, which is cheap, before anything is measured.
+
+        Raises:
+            UsageError: a merged export takes no adapter.
+            BindingError: the adapter belongs to another base.
+            FormatError: there is no checkpoint, or it is damaged.
+        """
+        if self.is_merged:
+            if self.adapter is not None:
+                raise UsageError(f"{self.path} is a merged export and takes no adapter; leave `adapter` out.")
+            return
+        checkpoint = Checkpoint.open(self.path)
+        if self.adapter_folder is not None:
+            read_bound_adapter(self.adapter_folder, checkpoint, force=self.force)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that lies beside the weights."""
+        return read_tokenizer(Artifact.open(self.path).checkpoint_folder)
+
+    def packed_model(self, session: Session) -> Any:
+        """Return the packed model with its adapter, noting an adapter that was taken by force."""
+        if self.adapter is not None and self.adapter_folder is not None and self.force:
+            bound_to = read_adapter(self.adapter_folder).base_fingerprint
+            note = forced_note(self.adapter, bound_to, Checkpoint.open(self.path))
+            session.notes += [note] if note else []
+        return load(self.path, self.adapter, dtype=torch.float32, force=self.force)
+
+    def merged_model(self) -> LoadedModel:
+        """Return the model of a merged export."""
+        return open_model(str(self.path), dtype=torch.float32, untie=True)
+
+
+def choose_adapter(session: Session, path: Path, own: str) -> str | None:
+    """Return the adapter to measure: the recipe's own if it is there, else the only one.
+
+    Args:
+        session: folders that hold no adapter are noted in it.
+        path: a run directory, an export or a checkpoint folder.
+        own: the name that the recipe gives.
+    """
+    shelf = AdapterShelf.of(path)
+    session.notes.extend(shelf.notes)
+    if own in shelf.folders:
+        return own
+    return shelf.names[0] if len(shelf.folders) == 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWindows:
+    """What perplexity is measured on.
+
+    Args:
+        text: the text.
+        window: tokens in a window.
+        windows: how many, from the start of the text.
+        bos: what each window begins with: "auto", "never" or "always".
+    """
+
+    text: CalibrationText
+    window: int
+    windows: int
+    bos: str
+
+    def tokens(self, tokenizer: Any) -> torch.Tensor:
+        """Return the token ids of the text, (tokens,) int64."""
+        return evaluation_tokens(tokenizer, self.text.text, self.window, self.bos)
+
+
+def measure_perplexity(
+    session: Session,
+    stored: StoredModel,
+    on: TextWindows,
+    loaded: LoadedModel | None,
+    probes: dict[str, ProbeRecord] | None = None,
+) -> dict[str, Any]:
+    """Return the perplexity of the float model, of the codes alone and of codes with adapter, on the same windows.
+
+    It is measured from the files on disk, so that what is reported is what was written.
+
+    Args:
+        session: where progress and notes go.
+        stored: what is measured.
+        on: the text.
+        loaded: the float model; None measures none.
+        probes: filled with what the model says, by name of the adapter.
+
+    Returns:
+        What `parity.perplexity.evaluate` gives, with "bos" and "begin_tokens" beside it.
+    """
+    merged = stored.is_merged
+    model = stored.merged_model().model if merged else stored.packed_model(session)
+    tokenizer = loaded.tokenizer if loaded is not None else stored.tokenizer()
+
+    def models() -> Iterator[tuple[str, nn.Module]]:
+        if loaded is not None:
+            yield "float", loaded.model
+        if merged:
+            yield "merged", model
+            return
+        if stored.adapter is not None:
+            model.disable_adapters()
+        if probes is not None:
+            probes[CODES_ALONE] = probe_model(model, tokenizer)
+        yield "quantized", model
+        if stored.adapter is not None:
+            model.enable_adapters()
+            if probes is not None:
+                probes[stored.adapter] = probe_model(model, tokenizer)
+            yield "adapter", model
+
+    table = measure(
+        models(),
+        on.tokens(tokenizer),
+        text=on.text.origin,
+        text_sha256=on.text.sha256,
+        window=on.window,
+        windows=on.windows,
+        console=session.console,
+    )
+    return table | {"bos": on.bos, "begin_tokens": list(TextTokens(tokenizer).window_begin(on.bos))}
+
+
+def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | None) -> Iterator[Subject]:
+    """Yield what answers: the float model, and what is on disk, without and with the adapter.
+
+    Args:
+        session: where notes go.
+        stored: what is on disk.
+        loaded: the float model, or None.
+    """
+    if loaded is not None:
+        yield Subject("float", float_model(loaded.model), None, loaded.source.fingerprint)
+    if stored.is_merged:
+        merged = stored.merged_model()
+        yield Subject("merged", float_model(merged.model), None, merged.source.fingerprint)
+        return
+    base = Checkpoint.open(stored.path).fingerprint
+    model = stored.packed_model(session)
+    if stored.adapter_folder is None:
+        yield Subject("quantized", float_model(model), None, base)
+        return
+    model.disable_adapters()
+    yield Subject("quantized", float_model(model), None, base)
+    model.enable_adapters()
+    # Its tensors too: an adapter that was trained on keeps its name.
+    weights = stored.adapter_folder / WEIGHTS_NAME
+    yield Subject("adapter", float_model(model), None, f"{base}+{hashlib.sha256(weights.read_bytes()).hexdigest()}")

@@ -1,0 +1,36 @@
+"""Option names in a message become what is typed."""
+
+from __future__ import annotations
+
+import pytest
+
+from cloq_export.cli.adapt import command as adapt
+from cloq_export.cli.export import command as export
+from cloq_export.cli.flags import notes_with_flags, with_flags
+from cloq_export.cli.run import command as run
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("choose a smaller `seqlen` than 512.", "choose a smaller --seqlen than 512."),
+        ("use `device=cpu`.", "use --device cpu."),
+        ("choose `refine_steps=20` or `damping`.", "choose --set refine_steps=20 or --set damping."),
+        ("name it with `finetune.data=NAME|FILE`.", "name it with --set finetune.data=NAME|FILE."),
+        # Commands, and words that are no option, stay.
+        ("make one with `cloq adapt`; the package `datasets`", "make one with `cloq adapt`; the package `datasets`"),
+    ],
+)
+def test_flags_of_run(message: str, typed: str) -> None:
+    assert with_flags(message, run) == typed
+
+
+def test_a_verb_has_its_own_flags() -> None:
+    assert with_flags("name one with `adapters`", export) == "name one with --adapter"
+    assert with_flags("another `adapter_name`, another `seqlen`", adapt) == "another --adapter-name, another --seqlen"
+    assert with_flags("`pad_rank`, `two_bit=exact`", export) == "--pad-rank, --two-bit exact"
+
+
+def test_notes_are_typed_too() -> None:
+    assert notes_with_flags({"notes": ["raise `samples`"], "bits": 2}, run) == {"notes": ["raise --samples"], "bits": 2}
+    assert notes_with_flags({"bits": 2}, run) == {"bits": 2}
