@@ -12,9 +12,9 @@ import torch
 from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.certificate import Certificate, certify_checkpoint, write_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.checkpoint_writer import LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import LayerSource, WriteSettings, export_checkpoint
 from cloq_export.artifact.empty_model import float_part, tied_head
-from cloq_export.artifact.merged import MergedReport, export_merged
+from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, write_model_card
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
 from cloq_export.compress.session import Session
@@ -101,10 +101,7 @@ def write_quantized(job: ExportJob) -> None:
                 job.layers,
                 floats,
                 layout=LAYOUTS[job.format],
-                max_shard_bytes=job.max_shard_bytes,
-                base_fingerprint=job.fingerprint,
-                finish=finish,
-                progress=progress,
+                settings=WriteSettings(job.max_shard_bytes, job.fingerprint, finish, progress),
             )
 
     job.session.timed("write and compare", write)
@@ -137,13 +134,9 @@ def write_merged(job: ExportJob) -> None:
                 job.out,
                 job.layers,
                 floats,
-                {} if adapter is None else adapter.pairs,
+                MergedAdapter() if adapter is None else MergedAdapter(adapter.pairs, adapter.name),
                 dtype=_MERGED_DTYPES[job.options.dtype],
-                max_shard_bytes=job.max_shard_bytes,
-                base_fingerprint=job.fingerprint,
-                adapter=None if adapter is None else adapter.name,
-                finish=finish,
-                progress=progress,
+                settings=WriteSettings(job.max_shard_bytes, job.fingerprint, finish, progress),
             )
 
     session.timed("write and compare", write)

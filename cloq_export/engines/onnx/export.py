@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.certificate import refuse_difference
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
-from cloq_export.artifact.merged import export_merged
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings
+from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
@@ -86,7 +86,8 @@ def export_onnx(
         scratch = filling / _SCRATCH
         scratch.mkdir()
         model = scratch / "model"
-        export_merged(model, layers, floats, {}, dtype=torch.float32, base_fingerprint=base_fingerprint)
+        settings: WriteSettings[MergedReport] = WriteSettings(base_fingerprint=base_fingerprint)
+        export_merged(model, layers, floats, MergedAdapter(), dtype=torch.float32, settings=settings)
 
         def quantize(graph: FloatGraph) -> tuple[FloatGraph, GraphRecord]:
             record = quantize_graph(
