@@ -83,7 +83,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
             spec = QuantSpec(
                 settings.get("bits", recipe.bits), settings.get("group_size", recipe.group_size), recipe.symmetric
             )
-            plan = ModulePlan(name, spec, settings.get("rank", recipe.rank))
+            plan = ModulePlan(name, spec, recipe.rank_for(name))
             try:
                 _check_fit(linear, plan, recipe.format)
             except CloqError as error:
@@ -137,7 +137,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
                 f"the override of {frozen[0]} for {name} would change the codes, and codes_from keeps them; only rank "
                 "can be overridden."
             )
-        modules[name] = ModulePlan(name, specs[name], settings.get("rank", recipe.rank))
+        modules[name] = ModulePlan(name, specs[name], recipe.rank_for(name))
         linear = linears[name]
         try:
             LAYOUTS[recipe.format].check_packable(linear.out_features, linear.in_features, specs[name], name=name)

@@ -13,7 +13,7 @@ from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.certificate import Certificate, certify_checkpoint, write_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource, WriteSettings, export_checkpoint
-from cloq_export.artifact.empty_model import float_part, tied_head
+from cloq_export.artifact.empty_model import float_part, refuse_single_experts, tied_head
 from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, write_model_card
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
@@ -110,6 +110,7 @@ def write_quantized(job: ExportJob) -> None:
 def write_merged(job: ExportJob) -> None:
     """Write plain 16-bit weights with one adapter, if there is one, in them."""
     session = job.session
+    refuse_single_experts(job.checkpoint)
     floats = float_part(job.checkpoint)
     adapter = job.adapters[0] if job.adapters else None
     untied = []

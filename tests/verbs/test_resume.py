@@ -77,7 +77,7 @@ def test_two_runs_write_the_same_bytes(
     assert contents(tmp_path / "somewhere" / "else") == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "plain-experts"])
+@pytest.mark.parametrize("family", ["llama", "plain-experts", "mixtral"])
 @modes
 def test_whatever_is_missing_is_made_again(
     mode: dict[str, float],
