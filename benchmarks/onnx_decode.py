@@ -36,7 +36,7 @@ from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.files.atomic import write_json
 from cloq_export.files.fingerprint import base_fingerprint
-from cloq_export.formats.onnx.record import ADAPTER_NAME
+from cloq_export.formats.onnx.record import ADAPTER_NAME, GraphOptions
 from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.saving import save_source_files
 from cloq_export.models.source import LoadedModel, open_model
@@ -128,7 +128,7 @@ def grid_case(loaded: LoadedModel, modules: Sequence[str], spec: QuantSpec, styl
     def write(out: Path) -> None:
         source = LayerSource.of_mapping(quantized())
         floats = FloatPart.of_model(loaded.model, source, save_files=lambda folder: save_source_files(loaded, folder))
-        export_onnx(out, source, floats, style=style, base_fingerprint=base_fingerprint(layers.items()))  # type: ignore[arg-type]
+        export_onnx(out, source, floats, GraphOptions(style=style), base_fingerprint=base_fingerprint(layers.items()))
 
     def reference(_adapter: str | None) -> Any:
         model = open_model(loaded.source.name).model

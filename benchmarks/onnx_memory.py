@@ -59,7 +59,7 @@ def make_float_graph(run: Path, place: Path) -> None:
     import torch
 
     from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
-    from cloq_export.artifact.merged import export_merged
+    from cloq_export.artifact.merged import MergedAdapter, export_merged
     from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.engines.onnx.float_graph import build_graph
     from cloq_export.files.fingerprint import base_fingerprint
@@ -71,7 +71,7 @@ def make_float_graph(run: Path, place: Path) -> None:
     loaded = open_model(directory.recipe["model"], dtype=torch.float32)
     floats = FloatPart.of_model(loaded.model, layers, save_files=lambda folder: save_source_files(loaded, folder))
     fingerprint = base_fingerprint((name, layers.read(name)) for name in layers.specs)
-    export_merged(place / "model", layers, floats, {}, dtype=torch.float32, base_fingerprint=fingerprint)
+    export_merged(place / "model", layers, floats, MergedAdapter(), dtype=torch.float32)
     graph = build_graph(place / "model", place, {shape[0] for shape in layers.shapes.values()})
     (place / "graph.json").write_text(json.dumps({"path": str(graph.path), "fingerprint": fingerprint}))
 
@@ -84,6 +84,7 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
     from cloq_export.artifact.run_directory import RunDirectory
     from cloq_export.formats.onnx.graph import quantize_graph
     from cloq_export.formats.onnx.matching import GraphLayers
+    from cloq_export.formats.onnx.record import GraphOptions
 
     made = json.loads((place / "graph.json").read_text())
     layers = LayerSource.of_run(RunDirectory.open(run))
@@ -95,9 +96,7 @@ def operate(run: Path, place: Path, style: str) -> dict[str, Any]:
             Path(made["path"]),
             out,
             GraphLayers(layers.specs, layers.shapes, layers.read),
-            style=style,  # type: ignore[arg-type]
-            two_bit="exact",
-            opset=None,
+            GraphOptions(style=style),  # type: ignore[arg-type]
             base_fingerprint=made["fingerprint"],
             exporter="builder",
         )

@@ -110,7 +110,8 @@ def _inputs_of_mlps(model: Any) -> Iterator[list[list[torch.Tensor]]]:
 
 def write_sliced(model: str, out: Path, experts: int, chosen: int | None, text: str) -> None:
     """Write the mixture of a dense model as a folder that `cloq run` takes."""
-    from cloq_export.models.source import open_model, save_source_files
+    from cloq_export.models.saving import save_source_files
+    from cloq_export.models.source import open_model
     from cloq_export.texts.corpora import load_text, tokenize_text
 
     loaded = open_model(model)

@@ -27,6 +27,7 @@ class Character:
     negated: bool = False
 
     def fits(self, character: str) -> bool:
+        """Return whether it is one of these characters."""
         inside = any(first <= character <= last for first, last in self.ranges) or any(
             in_class(character, letter) for letter in self.classes
         )
@@ -35,16 +36,22 @@ class Character:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequence:
+    """Parts that follow one another."""
+
     parts: tuple[Node, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
+    """Parts of which one stands there."""
+
     options: tuple[Node, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Repeat:
+    """A part that stands there several times; None means any number."""
+
     part: Node
     least: int
     most: int | None
@@ -77,6 +84,11 @@ class Parser:
         self._text, self._at = text, 0
 
     def parse(self) -> Node:
+        """Return the whole pattern.
+
+        Raises:
+            ValueError: it is none that is read; the message says why.
+        """
         node = self._choice(0)
         if self._at < len(self._text):
             raise ValueError(f"')' at {self._at} closes nothing")

@@ -124,8 +124,9 @@ def packed_lora_linear_on_gpu(
     adapters: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Compute `packed_lora_linear` with Triton for few tokens, by the reference over `packed_linear` for many."""
-    in_features = reference.check_packed(*layer, bits)
-    groups, out_features = layer[2].shape
+    qweight, qzeros, scales = (tensor.contiguous() for tensor in layer)
+    in_features = reference.check_packed(qweight, qzeros, scales, bits)
+    groups, out_features = scales.shape
     pairs = reference_lora.Adapters(*adapters)
     reference_lora.check_adapters(x, out_features, pairs)
     tokens = x.numel() // in_features
@@ -133,7 +134,6 @@ def packed_lora_linear_on_gpu(
         from cloq_export.kernels.triton import linear as few
 
         if tokens <= few.MOST_TOKENS:
-            qweight, qzeros, scales = (tensor.contiguous() for tensor in layer)
             lined_up = reference_lora.Adapters(
                 pairs.a.contiguous(),
                 pairs.b.contiguous(),

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int], None]
+_Written = TypeVar("_Written")
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteSettings(Generic[_Written]):
+    """How a checkpoint folder is written, whatever goes in.
+
+    Args:
+        max_shard_bytes: largest weight file; one layer or tensor that is larger has a file of its own.
+        base_fingerprint: of the layers, if known; another one than theirs is refused.
+        finish: called with the filled folder and what was written before the folder gets its name; what it raises
+            leaves nothing behind.
+        progress: called with (layers written, layers in all).
+    """
+
+    max_shard_bytes: int = 5 * 10**9
+    base_fingerprint: str | None = None
+    finish: Callable[[Path, _Written], Any] | None = None
+    progress: Progress | None = None
+
+    def refuse_other_layers(self, fingerprint: str) -> None:
+        """Refuse layers of another fingerprint than was promised.
+
+        Raises:
+            FormatError: they have one.
+        """
+        if self.base_fingerprint is not None and self.base_fingerprint != fingerprint:
+            raise FormatError(
+                f"the layers have the fingerprint {fingerprint}, but {self.base_fingerprint} was promised; they were "
+                "changed since: run the command again."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +188,7 @@ def export_checkpoint(
     floats: FloatPart,
     *,
     layout: Layout = GPTQ_V2,
-    max_shard_bytes: int = 5 * 10**9,
-    base_fingerprint: str | None = None,
-    finish: Callable[[Path, str], Any] | None = None,
-    progress: Progress | None = None,
+    settings: WriteSettings[str] | None = None,
 ) -> str:
     """Write a quantized checkpoint folder, whole or not at all, with one layer in memory at a time.
 
@@ -169,11 +197,7 @@ def export_checkpoint(
         layers: the quantized layers.
         floats: everything beside them.
         layout: how each layer is stored.
-        max_shard_bytes: largest weight file; one layer or tensor that is larger has a file of its own.
-        base_fingerprint: of the layers, if known; another one than theirs is refused.
-        finish: called with the filled folder and the fingerprint before the folder gets its name; what it raises leaves
-            nothing behind.
-        progress: called with (layers written, layers in all).
+        settings: how the folder is written; what is written is the fingerprint of the layers.
 
     Returns:
         The base fingerprint of the layers.
@@ -185,6 +209,7 @@ def export_checkpoint(
     """
     from cloq_export import __version__
 
+    settings = settings or WriteSettings()
     bundles: list[Mapping[str, tuple[str, tuple[int, ...]]]] = []
     for module, spec in layers.specs.items():
         out_features, in_features = layers.shapes[module]
@@ -194,22 +219,18 @@ def export_checkpoint(
     bundles += [{floats.name_in_files(name): header} for name, header in floats.headers.items()]
     digests: dict[str, str] = {}
     with write_folder(folder, owned=is_ours) as filling:
-        with ShardWriter(filling, bundles, max_shard_bytes) as shards:
+        with ShardWriter(filling, bundles, settings.max_shard_bytes) as shards:
             for done, module in enumerate(layers.specs, start=1):
                 layer = layers.read(module)
                 digests[module] = layer_digest(layer)
                 packed = layout.pack_layer(layer, name=module)
                 shards.write({floats.name_in_files(module, part): tensor for part, tensor in packed.items()})
-                if progress is not None:
-                    progress(done, len(layers.specs))
+                if settings.progress is not None:
+                    settings.progress(done, len(layers.specs))
             for name in floats.headers:
                 shards.write({floats.name_in_files(name): floats.read(name)})
         fingerprint = combine_digests(digests)
-        if base_fingerprint is not None and base_fingerprint != fingerprint:
-            raise FormatError(
-                f"the layers have the fingerprint {fingerprint}, but {base_fingerprint} was promised; they were "
-                "changed since: run the command again."
-            )
+        settings.refuse_other_layers(fingerprint)
         with translate_os_errors(Path(folder)):
             floats.save_files(filling)
         quantization = layout.quantization_config(
@@ -222,8 +243,8 @@ def export_checkpoint(
         config = {**read_json(filling / CONFIG_NAME), **floats.config}
         drop_private(config)
         write_json(filling / CONFIG_NAME, {**config, "quantization_config": quantization})
-        if finish is not None:
-            finish(filling, fingerprint)
+        if settings.finish is not None:
+            settings.finish(filling, fingerprint)
     return fingerprint
 
 

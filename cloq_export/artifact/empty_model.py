@@ -11,11 +11,12 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
+from cloq_export.artifact.expert_names import names_in_files
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.models.companions import companion_files, copy_companions
-from cloq_export.models.experts import split_experts
+from cloq_export.models.experts import SplitExperts, split_experts
 from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
 from cloq_export.models.tied_head import correct_config, corrected_entries
@@ -85,6 +86,28 @@ def float_part(checkpoint: Checkpoint) -> FloatPart:
         idle=idle,
         config=_tie_entries(checkpoint, model),
     )
+
+
+def refuse_single_experts(checkpoint: Checkpoint) -> None:
+    """Refuse to write the experts of a checkpoint as plain weights where their class reads them only fused.
+
+    Args:
+        checkpoint: quantized, its experts one by one.
+
+    Raises:
+        UnsupportedModelError: nothing could read the plain weights.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model = empty_model(checkpoint, None)
+    readable = names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
+    mixtures = [f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts)]
+    for module in checkpoint.specs:
+        if module.startswith(tuple(mixtures)) and module not in readable:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} reads experts fused in one tensor, and a merged export would hold them one by "
+                f"one, as {module}.weight; export the codes and the adapter apart, e.g. with --format gptq_v2."
+            )
 
 
 def tie_entries(checkpoint: Checkpoint) -> dict[str, Any]:

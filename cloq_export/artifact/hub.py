@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,49 @@ _LEFT_OUT_SUFFIXES = (".partial", ".lock", ".tmp", ".swp", "~")
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def push(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    revision: str | None = None,
-    verify: Callable[[Path], Any],
-    api: Any = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class HubPlace:
+    """Where an export goes on the hub.
+
+    Args:
+        repo_id: `owner/name`, or `name` for the owner of the token.
+        private: make a new repository private; one that exists keeps what it is.
+        token: of the hub; None takes the one that the machine is logged in with.
+        revision: branch to put it on, made if it is not there; None is the main branch.
+    """
+
+    repo_id: str
+    private: bool = False
+    token: str | None = None
+    revision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pushed:
+    """What was uploaded.
+
+    Args:
+        repo_id: of the repository, owner included.
+        url: of its page.
+        commit: page of the commit.
+        revision: branch.
+        files: names uploaded, sorted.
+        bytes: of all of them.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    revision: str
+    files: tuple[str, ...]
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq push --json` prints."""
+        return {**dataclasses.asdict(self), "files": list(self.files)}
+
+
+def push(folder: str | os.PathLike[str], place: HubPlace, *, verify: Callable[[Path], Any], api: Any = None) -> Pushed:
     """Upload an export as a model of the hub, after its certificate was repeated on the files as they lie here.
 
     The repository is made if it is not there; files of the same name are replaced, others are left alone. An upload
@@ -42,15 +76,12 @@ def push(
 
     Args:
         folder: the export.
-        repo_id: `owner/name`, or `name` for the owner of the token.
-        private: make a new repository private; one that exists keeps what it is.
-        token: of the hub; None takes the one that the machine is logged in with.
-        revision: branch to put it on, made if it is not there; None is the main branch.
+        place: where it goes.
         verify: repeats the certificate and raises a `CloqError` if it does not hold; called before anything is sent.
         api: an `HfApi`, or what behaves like one; None makes one.
 
     Returns:
-        dict: "repo_id", "url", "commit" (its page), "revision", "files" (names uploaded, sorted), "bytes".
+        What was uploaded.
 
     Raises:
         FormatError: the folder does not exist or is empty, a file in it is a link, or what `verify` raises.
@@ -59,7 +90,7 @@ def push(
     """
     import huggingface_hub
 
-    folder = Path(folder)
+    folder, repo_id, revision = Path(folder), place.repo_id, place.revision
     if not is_repo_id(repo_id):
         raise UsageError(
             f"{str(repo_id)[:120]!r} is no name of a hub repository; it reads owner/name, with letters, digits, '-', "
@@ -67,13 +98,13 @@ def push(
         )
     files = _files(folder)
     verify(folder)
-    token = token or huggingface_hub.get_token()
+    token = place.token or huggingface_hub.get_token()
     if not token:
         raise HubError(f"there is no token for the hub; {_LOGIN}.")
     if api is None:
         api = huggingface_hub.HfApi(token=token, library_name="cloq_export")
     try:
-        made = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True, token=token)
+        made = api.create_repo(repo_id, private=place.private, repo_type="model", exist_ok=True, token=token)
         full_id = str(getattr(made, "repo_id", repo_id))
         if revision is not None:
             api.create_branch(full_id, branch=revision, repo_type="model", exist_ok=True, token=token)
@@ -91,14 +122,14 @@ def push(
         raise
     except Exception as error:  # the library raises its own, its HTTP client's and the system's errors
         raise _translated(error, repo_id, revision, token) from None
-    return {
-        "repo_id": full_id,
-        "url": str(made),
-        "commit": str(getattr(commit, "commit_url", commit)),
-        "revision": revision or "main",
-        "files": sorted(files),
-        "bytes": sum(files.values()),
-    }
+    return Pushed(
+        repo_id=full_id,
+        url=str(made),
+        commit=str(getattr(commit, "commit_url", commit)),
+        revision=revision or "main",
+        files=tuple(sorted(files)),
+        bytes=sum(files.values()),
+    )
 
 
 def is_repo_id(name: Any) -> bool:

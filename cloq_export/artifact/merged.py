@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, Progress, drop_private
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, drop_private
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, NonFiniteError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
@@ -60,18 +60,28 @@ class MergedReport:
     rounding: Mapping[str, Rounding]
 
 
+@dataclasses.dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter on its way into the weights.
+
+    Args:
+        pairs: full module name -> LoRA pair, each read once; a linear that stayed float may have one too. Whoever made
+            it has checked that they belong to this base. Empty merges nothing.
+        name: for the record, or None.
+    """
+
+    pairs: Mapping[str, LoraPair] = dataclasses.field(default_factory=dict)
+    name: str | None = None
+
+
 def export_merged(
     folder: str | os.PathLike[str],
     layers: LayerSource,
     floats: FloatPart,
-    pairs: Mapping[str, LoraPair],
+    adapter: MergedAdapter,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = 5 * 10**9,
-    base_fingerprint: str | None = None,
-    adapter: str | None = None,
-    finish: Callable[[Path, MergedReport], Any] | None = None,
-    progress: Progress | None = None,
+    settings: WriteSettings[MergedReport] | None = None,
 ) -> MergedReport:
     """Write `W = Q + (alpha / rank) B A` as an ordinary float checkpoint, whole or not at all, one layer at a time.
 
@@ -87,14 +97,9 @@ def export_merged(
         folder: the folder to make; an earlier merged export of ours there is replaced.
         layers: the quantized layers.
         floats: everything beside them.
-        pairs: full module name -> LoRA pair, each read once; a linear that stayed float may have one too. Whoever
-            calls has checked that they belong to this base.
+        adapter: what is merged.
         dtype: bfloat16, float16 or float32.
-        max_shard_bytes: largest weight file; one tensor that is larger has a file of its own.
-        base_fingerprint: of the layers, if known; another one than theirs is refused.
-        adapter: name of the adapter, for the record.
-        finish: called with the filled folder and the report before the folder gets its name.
-        progress: called with (layers written, layers in all).
+        settings: how the folder is written; what is written is the report.
 
     Returns:
         The report.
@@ -108,6 +113,7 @@ def export_merged(
     if dtype not in MERGED_DTYPES:
         raise FormatError(f"a merged checkpoint is bfloat16, float16 or float32; {dtype} was asked for.")
     code = tensor_header("", torch.empty(0, dtype=dtype))[0]
+    settings, pairs = settings or WriteSettings(), adapter.pairs
     floats, untied = _with_tied(floats, pairs)
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module, weight_shape in layers.shapes.items():
@@ -124,7 +130,7 @@ def export_merged(
     writing = _Writing(dtype)
     layer_digests: dict[str, str] = {}
     with write_folder(folder, owned=is_merged) as filling:
-        with ShardWriter(filling, bundles, max_shard_bytes) as shards:
+        with ShardWriter(filling, bundles, settings.max_shard_bytes) as shards:
             for done, module in enumerate(layers.specs, start=1):
                 layer = layers.read(module)
                 layer_digests[module] = layer_digest(layer)
@@ -132,8 +138,8 @@ def export_merged(
                 name = f"{module}.weight"
                 merged = writing.cast(name, "merged", layers.shapes[module], merged_blocks(layer, pair), pair)
                 shards.write({in_files(name): merged})
-                if progress is not None:
-                    progress(done, len(layers.specs))
+                if settings.progress is not None:
+                    settings.progress(done, len(layers.specs))
             for name in floats.headers:
                 tensor = floats.read(name)
                 module = name.removesuffix(".weight")
@@ -145,20 +151,16 @@ def export_merged(
                     writing.note(name, tensor)
                 shards.write({in_files(name): tensor})
         fingerprint = combine_digests(layer_digests)
-        if base_fingerprint is not None and base_fingerprint != fingerprint:
-            raise FormatError(
-                f"the layers have the fingerprint {fingerprint}, but {base_fingerprint} was promised; they were "
-                "changed since: run the command again."
-            )
+        settings.refuse_other_layers(fingerprint)
         writing.compare(filling, in_files)
         with translate_os_errors(Path(folder)):
             floats.save_files(filling)
         _write_config(filling / CONFIG_NAME, floats, dtype, untied=untied)
         report = writing.report(fingerprint, layers, pairs)
-        taken = {"name": adapter, "sha256": report.adapter_sha256, "modules": sorted(pairs)} if pairs else None
+        taken = {"name": adapter.name, "sha256": report.adapter_sha256, "modules": sorted(pairs)} if pairs else None
         write_json(filling / MERGED_NAME, merged_record(fingerprint, dtype, report.modules, report.rounding, taken))
-        if finish is not None:
-            finish(filling, report)
+        if settings.finish is not None:
+            settings.finish(filling, report)
     return report
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import click
 
 from cloq_export import __version__
-from cloq_export.cli.flags import with_flags
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, refused_output, write_line
 from cloq_export.errors import CloqError
 from cloq_export.files.versions import require_versions
@@ -82,6 +81,8 @@ class _VerbGroup(click.Group):
         except CloqError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
+                from cloq_export.cli.flags import with_flags  # recipes are not needed for help
+
                 error.args = (with_flags(str(error), command),)
             raise
         except (KeyboardInterrupt, BrokenPipeError) as error:

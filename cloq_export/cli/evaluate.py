@@ -27,7 +27,8 @@ def command(path: Path, gate_texts: tuple[str, ...], as_json: bool, **named: Any
 
     with progress_console(as_json=as_json) as console:
         content = evaluate(path, EvaluateOptions(**named), console=console).to_json()
-    if gates:
-        content["gates"] = judge_gates(gates, content)
+    verdicts = judge_gates(gates, content)
+    if verdicts:
+        content["gates"] = [verdict.to_json() for verdict in verdicts]
     emit(content, render_evaluation, as_json=as_json)
-    raise_if_missed(content.get("gates", []))
+    raise_if_missed(verdicts)

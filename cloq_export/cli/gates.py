@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,24 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _MODELS = ("float", "quantized", "adapter")
 METRICS = (*(f"{model}_perplexity" for model in _MODELS), "ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class GateVerdict:
+    """A gate and what was measured: `limit` is the largest value allowed, `value` is None if there is none."""
+
+    metric: str
+    limit: float
+    value: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the value keeps the limit."""
+        return self.value is not None and self.value <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` prints of it."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
 
 
 def gate_option() -> Callable[[Decorated], Decorated]:
@@ -72,29 +91,23 @@ def measured_value(metric: str, perplexities: Mapping[str, Any]) -> float | None
     return None if served is None or not reference else served / reference
 
 
-def judge_gates(gates: Mapping[str, float], perplexities: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return metric, limit, value and verdict of each gate; missing and NaN fail, and nothing is rounded."""
-    verdicts = []
-    for metric, limit in gates.items():
-        value = measured_value(metric, perplexities)
-        verdicts.append(
-            {"metric": metric, "limit": limit, "value": value, "passed": value is not None and value <= limit}
-        )
-    return verdicts
+def judge_gates(gates: Mapping[str, float], perplexities: Mapping[str, Any]) -> list[GateVerdict]:
+    """Return the verdict of each gate; a missing value and NaN miss it, and nothing is rounded."""
+    return [GateVerdict(metric, limit, measured_value(metric, perplexities)) for metric, limit in gates.items()]
 
 
-def raise_if_missed(verdicts: Sequence[Mapping[str, Any]]) -> None:
+def raise_if_missed(verdicts: Sequence[GateVerdict]) -> None:
     """Raise if a gate was missed.
 
     Raises:
         GateMissedError: names every missed gate with its value and its limit.
     """
     missed = [
-        f"{verdict['metric']} was not measured (limit {verdict['limit']})"
-        if verdict["value"] is None
-        else f"{verdict['metric']} is {verdict['value']}, at most {verdict['limit']} is allowed"
+        f"{verdict.metric} was not measured (limit {verdict.limit})"
+        if verdict.value is None
+        else f"{verdict.metric} is {verdict.value}, at most {verdict.limit} is allowed"
         for verdict in verdicts
-        if not verdict["passed"]
+        if not verdict.passed
     ]
     if missed:
         raise GateMissedError(f"gate missed: {'; '.join(missed)}. The results stand; change the recipe or the gate.")

@@ -28,4 +28,4 @@ def command(
 
     with progress_console(as_json=as_json):
         result = push(folder, repository, private=private, token=token, revision=revision)
-    emit(result, render_facts, as_json=as_json)
+    emit(result.to_json(), render_facts, as_json=as_json)

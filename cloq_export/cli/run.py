@@ -43,9 +43,10 @@ def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **option
             content, missed = whole.to_json(), whole.missed
         else:
             content, missed = run(recipe, out, demo=options["demo"], console=console).to_json(), None
-    if gates:
-        content["gates"] = judge_gates(gates, content["perplexity"])
+    verdicts = judge_gates(gates, content["perplexity"])
+    if verdicts:
+        content["gates"] = [verdict.to_json() for verdict in verdicts]
     emit(content, render_summary, as_json=as_json)
-    raise_if_missed(content.get("gates", []))
+    raise_if_missed(verdicts)
     if missed:
         raise GateMissedError(f"gate missed: {missed}")

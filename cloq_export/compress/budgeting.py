@@ -225,7 +225,7 @@ def _ranked(
         spec = QuantSpec(grid["bits"], grid["group_size"], recipe.symmetric)
         layers = []
         for name in names:
-            ranks, none = candidate_ranks(recipe, shapes[name]), stored_bits(recipe, shapes[name], spec, 0)
+            ranks, none = candidate_ranks(recipe, name, shapes[name]), stored_bits(recipe, shapes[name], spec, 0)
             adapters = [stored_bits(recipe, shapes[name], spec, rank) - none for rank in ranks]
             losses = [factor * left for left in grid["left"][name]]
             layers.append(RankedLayer(name, none, ranks, adapters, losses))

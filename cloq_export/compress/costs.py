@@ -62,7 +62,7 @@ class CostMeter:
         self, request: SolveRequest, names: Sequence[str], cheapest: Mapping[str, SolvedLayer]
     ) -> dict[str, Any]:
         gram = request.stats.gram.to(self._device)
-        empty = request.stats.tokens == 0 or float(gram.diagonal().sum()) == 0.0
+        empty = request.stats.tokens + request.stats.lent_tokens == 0 or float(gram.diagonal().sum()) == 0.0
         damped = None if empty else damp_gram(gram, self._recipe.damping)
         recipe = self._recipe
         options = QuantizeOptions(recipe.method, recipe.grid, recipe.magr_alpha, recipe.sweeps, recipe.refit)
@@ -72,7 +72,7 @@ class CostMeter:
         for spec in candidate_grids(recipe, shapes):
             layers = quantize_group(weights, spec, damped, options).layers
             left = {
-                name: _left_by_rank(weight - layer.dequantize(), damped, candidate_ranks(recipe, shape))
+                name: _left_by_rank(weight - layer.dequantize(), damped, candidate_ranks(recipe, name, shape))
                 for name, weight, layer, shape in zip(names, weights, layers, shapes, strict=True)
             }
             grids.append({"bits": spec.bits, "group_size": spec.group_size, "left": left})
@@ -112,9 +112,9 @@ def candidate_grids(recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> list[Q
     return grids
 
 
-def candidate_ranks(recipe: Recipe, shape: tuple[int, ...]) -> list[int]:
+def candidate_ranks(recipe: Recipe, module: str, shape: tuple[int, ...]) -> list[int]:
     """Return the ranks that a layer of a shape, (out, in), can take: at most the recipe's."""
-    largest = min(recipe.rank, *shape)
+    largest = min(recipe.rank_for(module), *shape)
     return sorted({*(rank for rank in RANKS if rank <= largest), largest})
 
 

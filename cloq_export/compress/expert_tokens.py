@@ -19,15 +19,6 @@ from cloq_export.models.experts import DOWN, SplitExperts
 from cloq_export.types import LayerStats
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a linear layer stands among the experts of a block."""
-
-    mixture: str
-    number: int
-    projection: str
-
-
 class ExpertTokens:
     """A sample of the tokens that each mixture of one block is given, spread evenly over all batches.
 
@@ -81,21 +72,18 @@ class ExpertTokens:
             stats: of the layer's own tokens.
             accumulator: makes one like that of `stats`.
         """
-        place = self._place_of(layer)
+        mixture = self.mixture_of(layer)
         missing = stats.in_features - stats.tokens
-        if place is None or missing <= 0 or not self._kept[place.mixture]:
+        if not mixture or missing <= 0 or not self._kept[mixture] or self.mixtures[mixture].calls == "all":
             return stats
-        expert = self.mixtures[place.mixture][place.number]
-        tokens = torch.cat(self._kept[place.mixture])
+        number, _, projection = layer.removeprefix(f"{mixture}.").partition(".")
+        tokens = torch.cat(self._kept[mixture])
         block = accumulator()
         with torch.no_grad():
-            block.add(expert.activated(tokens) if place.projection == DOWN else tokens)
+            block.add(self.mixtures[mixture][int(number)].activated(tokens) if projection == DOWN else tokens)
         lent = block.stats()
         return dataclasses.replace(stats, gram=stats.gram + lent.gram * (missing / len(tokens)), lent_tokens=missing)
 
-    def _place_of(self, layer: str) -> _Place | None:
-        for mixture in self.mixtures:
-            if layer.startswith(f"{mixture}."):
-                number, _, projection = layer.removeprefix(f"{mixture}.").partition(".")
-                return _Place(mixture, int(number), projection)
-        return None
+    def mixture_of(self, layer: str) -> str:
+        """Return the name of the mixture that a layer belongs to; empty if it is no expert's."""
+        return next((mixture for mixture in self.mixtures if layer.startswith(f"{mixture}.")), "")

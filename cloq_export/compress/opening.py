@@ -25,7 +25,7 @@ from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import Recipe, is_expert
 
 # Notes about layers that stay float; the rest is counted.
 _SHOWN_UNFIT = 5
@@ -83,6 +83,9 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[str]]:
     notes = rescale_neighbours(model, blocks, plan.asked)
     if notes:
         plan = make_plan(blocks, recipe)
+    bare = sum(is_expert(name) and not planned.rank for name, planned in plan.modules.items())
+    if bare and recipe.rank:
+        notes.append(f"{bare} linear layers of experts get no adapter; --expert-rank gives them one")
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")

@@ -107,7 +107,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         spec = QuantSpec(
             settings.get("bits", recipe.bits), settings.get("group_size", recipe.group_size), recipe.symmetric
         )
-        plan = ModulePlan(name, spec, settings.get("rank", recipe.rank))
+        plan = ModulePlan(name, spec, recipe.rank_for(name))
         if plan.rank and (reason := SHARED if name in shared else adapter_fault(name, blocks)):
             plan, unadapted[name] = dataclasses.replace(plan, rank=0), reason
         if fault := layout_fault(name, linear, spec, recipe.format):

@@ -90,11 +90,17 @@ def _problems(request: SolveRequest) -> list[LayerProblem]:
     stats, recipe = request.stats, request.recipe
     notes: list[str] = []
     damped: DampedGram | None = None
-    if stats.tokens == 0 or float(stats.gram.diagonal().sum()) == 0.0:
+    if stats.tokens + stats.lent_tokens == 0 or float(stats.gram.diagonal().sum()) == 0.0:
         notes.append("no calibration token reached this layer: rounded to nearest, no adapter correction")
     else:
         damped = damp_gram(stats.gram, recipe.damping)
-        if stats.tokens < stats.in_features:
+        if stats.lent_tokens:
+            share = stats.lent_tokens / (stats.tokens + stats.lent_tokens)
+            notes.append(
+                f"{stats.tokens} calibration tokens reached this expert, too few for {stats.in_features} inputs: "
+                f"{share:.0%} of H is of other tokens of its block"
+            )
+        elif stats.tokens < stats.in_features:
             notes.append(
                 f"{stats.tokens} calibration tokens for {stats.in_features} inputs: H has at most rank {stats.tokens}, "
                 "damping decides the rest"

@@ -14,12 +14,14 @@ from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.block_refined import SolvedBlock
+from cloq_export.compress.expert_tokens import ExpertTokens
 from cloq_export.compress.plan import ModulePlan
 from cloq_export.compress.problem import SolvedLayer
 from cloq_export.compress.solve import SolveRequest, served_weight
 from cloq_export.compress.workers import LocalWorkers, Workers
 from cloq_export.errors import NonFiniteError
 from cloq_export.models.blocks import find_linears
+from cloq_export.models.experts import calling_experts
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
 from cloq_export.models.stream import BlockStream
@@ -108,7 +110,9 @@ class BlockWalk:
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
         self._stream.hidden.clear()
         shown = show_progress("calibrate, quantize, adapt", self._console, unit="blocks")
-        with shown as progress, torch.no_grad():
+        # Experts without a token are visited too, so that every block has all its groups, in one order.
+        calls = calling_experts(self._job.model, "all" if self._job.recipe.experts == "all" else "visited")
+        with shown as progress, torch.no_grad(), calls:
             progress(0, last + 1)
             for index in range(last + 1):
                 started, before = time.perf_counter(), self.seconds.beside_forward
@@ -126,7 +130,8 @@ class BlockWalk:
             self._done.difference_update(plans)  # its layers are refined together, so all are made again
         with self._stream.block_on_device(index):
             original = {name: linear.weight.data for name, linear in linears.items()}
-            block = _Block(index, linears, plans, original)
+            tokens = ExpertTokens(blocks.modules[index], blocks.prefix(index), self._stream.batches)
+            block = _Block(index, linears, plans, original, tokens)
             if not self._done.issuperset(plans):
                 sharing = self._groups(block, streams[FLOAT_STREAM][0])
                 planned = (tuple(name for name in group if name in plans) for group in sharing)
@@ -160,7 +165,7 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         if reached.issuperset(linears):
-            # Where experts were missed, another block may miss others.
+            # Where experts of a class that calls them itself were missed, another block may miss others.
             self._groups_of_build[build] = [[name.removeprefix(prefix) for name in group] for group in groups]
         return groups
 
@@ -173,7 +178,8 @@ class BlockWalk:
             for group, accumulator in zip(block.groups, accumulators, strict=True)
         ]
         try:
-            after = self._stream.forward_block(block.index, streams[FLOAT_STREAM])
+            with block.tokens.watching():
+                after = self._stream.forward_block(block.index, streams[FLOAT_STREAM])
         finally:
             for handle in handles:
                 handle.remove()
@@ -211,8 +217,14 @@ class BlockWalk:
             for name, linear in linears.items():
                 linear.weight.data = weights[name]
 
-        def visit(group_index: int, inputs: GroupInputs) -> None:
-            group = block.groups[group_index]
+        stops = block.stops()
+
+        def visit(stop: int, inputs: GroupInputs) -> None:
+            group = stops[stop].group
+            if stops[stop].mixture:
+                for _, tokens in sorted(inputs[COMPRESSED_STREAM].items()):
+                    block.tokens.keep(stops[stop].mixture, tokens)
+                return
             stats = self._paired_stats(group[0], block.width(group), inputs, streams[FLOAT_STREAM])
             for layers in self._solve([self._request(block, group, stats)], self._here):
                 if refiner:
@@ -224,8 +236,8 @@ class BlockWalk:
                     compressed[name] = self._installed(block, name, layer.weight)
             reached.update(group)
 
-        grouped = [[linears[name] for name in group] for group in block.groups]
-        after = run_in_lockstep(self._stream, block.index, streams, grouped, install, visit)
+        watched = [stop.modules for stop in stops]
+        after = run_in_lockstep(self._stream, block.index, streams, watched, install, visit)
         for group in block.groups:
             if not reached.issuperset(group):
                 # Experts that no token was routed to.
@@ -297,6 +309,8 @@ class BlockWalk:
 
     def _request(self, block: _Block, group: Sequence[str], stats: LayerStats) -> SolveRequest:
         keep = self._job.kept_codes
+        with self._stream.arithmetic():
+            stats = block.tokens.completed(group[0], stats, lambda: self._accumulator(block.width(group), drift=False))
         return SolveRequest(
             tuple(block.plans[name] for name in group),
             {name: block.original[name] for name in group},
@@ -327,6 +341,21 @@ class BlockWalk:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Stop:
+    """Where all batches wait for each other on their way through a block.
+
+    Args:
+        modules: whose inputs are waited for.
+        group: names of layers that share the input and are solved there.
+        mixture: name of a mixture whose experts follow, instead of a group.
+    """
+
+    modules: list[nn.Module]
+    group: tuple[str, ...] = ()
+    mixture: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Block:
     """One block while its layers are solved.
 
@@ -335,6 +364,7 @@ class _Block:
         linears: full module name -> layer.
         plans: full module name -> plan, of the layers that are quantized.
         original: full module name -> float weight.
+        tokens: what experts that saw too few are lent.
         groups: names of layers that share an input and are still to be solved.
     """
 
@@ -342,11 +372,22 @@ class _Block:
     linears: Mapping[str, nn.Linear]
     plans: Mapping[str, ModulePlan]
     original: Mapping[str, torch.Tensor]
+    tokens: ExpertTokens
     groups: tuple[tuple[str, ...], ...] = ()
 
     def width(self, group: Sequence[str]) -> int:
         """Return the number of inputs of a group's layers."""
         return self.linears[group[0]].in_features
+
+    def stops(self) -> list[_Stop]:
+        """Return the groups in order, and before the first group of a mixture's experts the mixture itself."""
+        stops: list[_Stop] = []
+        for group in self.groups:
+            mixture = self.tokens.mixture_of(group[0])
+            if mixture and all(stop.mixture != mixture for stop in stops):
+                stops.append(_Stop([self.tokens.mixtures[mixture]], mixture=mixture))
+            stops.append(_Stop([self.linears[name] for name in group], group))
+        return stops
 
 
 def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:

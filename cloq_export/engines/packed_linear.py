@@ -44,7 +44,6 @@ class PackedLinear(nn.Linear):
         scales: (groups, out) float16.
         bits: width of a code.
         features: (out, in) of a layer that is padded; None takes the words as they are.
-        bias: (out), or None.
         dtype: of the weight as others see it, and of the bias.
 
     Raises:
@@ -65,7 +64,6 @@ class PackedLinear(nn.Linear):
         *,
         bits: int,
         features: tuple[int, int] | None = None,
-        bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would make the dense weight
@@ -73,7 +71,8 @@ class PackedLinear(nn.Linear):
         self.compute_dtype = dtype
         self._features = features
         self._hold(qweight, qzeros, scales)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+        # Whoever places the layer gives it the bias of the linear that it replaces.
+        self.register_parameter("bias", None)
 
     @classmethod
     def of_layer(cls, layer: QuantizedLayer, *, dtype: torch.dtype = torch.float32) -> PackedLinear:

@@ -54,7 +54,7 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
             write_json(folder / "config.json", {**raw, **entries})
         return written
     config = loaded.config.to_diff_dict()
-    # The folder that this machine keeps the GGUF file in is nobody else's business.
+    # Where this machine keeps the GGUF file does not belong into a model folder.
     for private in ("quantization_config", "_name_or_path"):
         config.pop(private, None)
     config["architectures"] = [type(loaded.model).__name__]

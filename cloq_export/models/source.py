@@ -25,6 +25,7 @@ from cloq_export.files.versions import require_versions
 from cloq_export.models.companions import companion_files, hub_patterns
 from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
+from cloq_export.models.first_forward import require_forward
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
@@ -125,7 +126,6 @@ def open_model(
     name: str,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    show_progress: bool = False,
     untie: bool = False,
 ) -> LoadedModel:
     """Find and load a model; `find_source` and `load_source` in one.
@@ -133,7 +133,6 @@ def open_model(
     Args:
         name: as in `find_source`.
         dtype: as in `load_source`.
-        show_progress: as in `load_source`.
         untie: as in `load_source`.
 
     Returns:
@@ -145,16 +144,15 @@ def open_model(
         NonFiniteError: a weight is NaN or Inf.
         MissingPackageError: an optional package is needed.
     """
-    source = find_source(name, show_progress=show_progress)
-    return load_source(source, dtype=dtype, show_progress=show_progress, untie=untie)
+    source = find_source(name)
+    return load_source(source, dtype=dtype, untie=untie)
 
 
-def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
+def find_source(name: str) -> ModelSource:
     """Find a model's files and check that they are complete; a hub id is downloaded. No weight is loaded.
 
     Args:
         name: a folder, a GGUF file, a hub id, or "smollm2-demo" (SmolLM2-135M-Instruct, from an installed package).
-        show_progress: let the hub's own progress bars through.
 
     Returns:
         ModelSource: the files.
@@ -175,14 +173,13 @@ def find_source(name: str, *, show_progress: bool = False) -> ModelSource:
         return _gguf_source(name, path)
     if not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
         raise SourceError(f"there is no model at {name!r}; {_ALLOWED}. Check the path.")
-    return _folder_source(name, _download(name, show_progress=show_progress))
+    return _folder_source(name, _download(name))
 
 
 def load_source(
     source: ModelSource,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    show_progress: bool = False,
     untie: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
@@ -192,7 +189,6 @@ def load_source(
     Args:
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
-        show_progress: let the progress bars and log lines of transformers through.
         untie: go by the weights where config.json ties head and embeddings that differ, instead of refusing the model.
 
     Returns:
@@ -210,8 +206,7 @@ def load_source(
 
     gguf = None
     options: dict[str, Any]
-    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
-    with silence, told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
+    with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
             gguf = GgufFile.open(source.name, source.weights[0])
             refuse_other_files(gguf)
@@ -226,12 +221,12 @@ def load_source(
             source.folder,
             dtype=source.dtype if dtype == "auto" else dtype,
             output_loading_info=True,
+            # So that they come back with their names: `refuse_gaps` refuses them.
+            ignore_mismatched_sizes=True,
             **NO_CODE,
             **options,
         )
-    tokenizer = read_tokenizer(
-        source.folder, name=source.name, gguf_file=None if gguf is None else gguf.path.name, show_progress=show_progress
-    )
+    tokenizer = read_tokenizer(source.folder, name=source.name, gguf_file=None if gguf is None else gguf.path.name)
     refuse_gaps(source.name, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
     if gguf is not None:
@@ -244,6 +239,7 @@ def load_source(
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
     split_experts(model)
+    require_forward(model.eval(), source.name)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 
@@ -315,11 +311,11 @@ def _what_else(folder: Path) -> str:
     return f"; {_ALLOWED}. Check the path."
 
 
-def _download(name: str, *, show_progress: bool) -> Path:
+def _download(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
-    with contextlib.nullcontext() if show_progress else quiet_transformers():
+    with quiet_transformers():
         try:
             wanted, left = hub_patterns()
             files = [*_HUB_FILES, *wanted]

@@ -100,6 +100,10 @@ class BlockStream:
         """Return whether linear layers multiply their inputs rounded to bfloat16."""
         return self._precision == "bfloat16"
 
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """Compute for a while as the blocks do, for callers that run a part of a block by itself."""
+        return forward_precision(self._precision, self.device)
+
     def forward_block(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one block over batches of hidden states, from the first batch on.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ from cloq_export.models.library_calls import NO_CODE, quiet_transformers, told_i
 _VOCABULARIES = ("tokenizer.*", "vocab*", "*.vocab", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "tekken.json")
 
 
-def read_tokenizer(
-    folder: str | Path, *, name: str | None = None, gguf_file: str | None = None, show_progress: bool = False
-) -> Any:
+def read_tokenizer(folder: str | Path, *, name: str | None = None, gguf_file: str | None = None) -> Any:
     """Read the tokenizer of a model folder. Nothing is fetched, nothing is asked, and no code from there is run.
 
     Args:
         folder: the folder that holds its files.
         name: of the model, for messages; None is the folder.
         gguf_file: the name of the GGUF file in the folder that holds the tokenizer; None reads the folder's own files.
-        show_progress: let the log lines of transformers through.
 
     Returns:
         The tokenizer, as transformers makes it.
@@ -40,8 +36,7 @@ def read_tokenizer(
     if gguf_file is None:
         require_tokenizer(folder, name=name)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    silence = contextlib.nullcontext() if show_progress else quiet_transformers()
-    with silence, told_in_one_line(name, "tokenizer", gguf=gguf_file is not None):
+    with quiet_transformers(), told_in_one_line(name, "tokenizer", gguf=gguf_file is not None):
         return transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE, **options)
 
 

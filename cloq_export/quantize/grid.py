@@ -120,8 +120,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
             spec.max_code,
             SEARCH_RANGE_FRACTIONS,
             SEARCH_REFINEMENT,
-            SMALLEST_SCALE,
-            LARGEST_SCALE,
+            (SMALLEST_SCALE, LARGEST_SCALE),
             symmetric=spec.symmetric,
         )
         return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)

@@ -77,9 +77,8 @@ def optq_codes(
     for block in range(0, in_features, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, in_features)
         here = slice(block, block_end)
-        walk(
-            remaining[here], original[here], column_scales[here], moves[here, here], max_code, codes[here], errors[here]
-        )
+        results = (codes[here], errors[here])
+        walk(remaining[here], original[here], column_scales[here], moves[here, here], max_code, results)
         if block_end < in_features:
             remaining[block_end:].addmm_(moves[block:block_end, block_end:].t(), errors[block:block_end])
     result = torch.empty_like(codes)
@@ -93,10 +92,10 @@ def _walk_block(
     scales: torch.Tensor,
     moves: torch.Tensor,
     max_code: int,
-    codes: torch.Tensor,
-    errors: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Choose the codes of a block of columns, as `kernels.triton.optq.walk_block` does; `remaining` is used up."""
+    codes, errors = results
     width, out_features = remaining.shape
     found = torch.empty_like(remaining)
     # Row views made once: indexing a tensor costs as much as the arithmetic on a row.

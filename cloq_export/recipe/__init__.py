@@ -9,6 +9,7 @@ from cloq_export.recipe.options import (
     REFINE_STEPS,
     SUPPORTED_BITS,
     Recipe,
+    is_expert,
     register_choice,
     registered_choice,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "SUPPORTED_BITS",
     "FineTuneRecipe",
     "Recipe",
+    "is_expert",
     "load_recipe",
     "named_recipes",
     "parse_override",

@@ -57,9 +57,15 @@ _GROUP_SIZE = Rule(
     "allowed are -1 (one group per output channel) or a multiple of 8, usually 32, 64 or 128",
 )
 _DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "allowed are auto, cpu, cuda, cuda:N, xpu, mps")
+_OF_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _MODULE_PATH = matching(r"|\w+(\.\w+)*", "a dotted module path is needed, for example model.layers")
 _SHARD_SIZE = Rule(lambda value: bool(_bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
 _TEXT = Rule(lambda value: bool(value.strip()), "give wikitext2, gsm8k, embedded, a file or a hub id")
+
+
+def is_expert(module: str) -> bool:
+    """Return whether a full module name is that of one expert of a mixture, or of a layer in it."""
+    return _OF_EXPERT.search(module) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Recipe:
     sweeps: int = option(0, "COMQ coordinate sweeps over the codes after OPTQ; 0 is none.", at_least(0))
     refit: bool = option(False, "Refit the scales by least squares after OPTQ.")
     rank: int = option(64, "Rank of the LoRA adapter; 0 makes none.", at_least(0))
+    expert_rank: int = option(0, "Rank of the LoRA adapter of each expert of a mixture; 0 makes none.", at_least(0))
     init: Literal["cloq", "svd"] = option(
         "cloq",
         "How A and B are made: cloq (closed form on the calibration inputs) or svd (of the weight error alone); other "
@@ -121,6 +128,11 @@ class Recipe:
     )
     token_weighting: Literal["none", "inverse_norm"] = option(
         "none", "Weight of a token in H: equal, or the inverse of its norm."
+    )
+    experts: Literal["routed", "all"] = option(
+        "routed",
+        "Which tokens calibrate an expert of a mixture: those that the router sends it, or all; the mixture itself "
+        "computes the same.",
     )
     refine: Literal["none", "block", "model"] = option(
         "none",
@@ -272,6 +284,11 @@ class Recipe:
             if fnmatch.fnmatchcase(module, pattern):
                 return dict(settings)
         return {}
+
+    def rank_for(self, module: str) -> int:
+        """Return the rank of a layer's adapter, by its full module name."""
+        rank = self.expert_rank if is_expert(module) else self.rank
+        return int(self.override_for(module).get("rank", rank))
 
     @property
     def preset_name(self) -> str:

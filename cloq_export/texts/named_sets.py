@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from cloq_export.errors import DataError, UsageError
+from cloq_export.errors import DataError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.texts.data_sets import hub_rows, local_file
 from cloq_export.texts.examples import Example, ExampleSet, example_of, numbered_rows, question_prompt, read_examples
@@ -75,35 +74,48 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
 
 
 def set_names() -> tuple[str, ...]:
-    """Return the names that `load_named_set` knows."""
+    """Return the names that `load_examples` knows."""
     return (*NAMED_SETS, *WORD_PROBLEM_SETS)
 
 
-def load_named_set(name: str, split: str = "train", *, count: int | None = None) -> ExampleSet:
-    """Return a set by its name: from the data folder if it has it, else from the hub; word problems are generated.
+def load_examples(name: str) -> ExampleSet:
+    """Return examples by whatever a user names them by.
+
+    A set by name is read from the data folder if it has it, else from the hub; word problems are generated.
 
     Args:
-        name: one of `set_names()`.
-        split: one that the set has.
-        count: only so many examples, from the start; None takes all, and of the word problems 2000 for training and
-            500 for tests.
+        name: a named set `NAME[:SPLIT]`, a file, or a hub data set `ID[:CONFIG[:SPLIT]]`; the split is "train" unless
+            named.
 
     Raises:
-        DataError: there is no such set or split, or it is neither in the data folder nor reachable on the hub.
-        UsageError: less than one example is asked for.
+        DataError: it cannot be found or read, or a line of it is malformed.
         MissingPackageError: it is on the hub, and `datasets` is not installed.
     """
-    _check_count(count)
-    if name in WORD_PROBLEM_SETS:
-        return _word_problems(name, split, count)
-    if name not in NAMED_SETS:
-        raise DataError(f"there is no data set named {name!r}; there are {', '.join(set_names())}.")
+    first, _, rest = name.partition(":")
+    if first in WORD_PROBLEM_SETS:
+        return _word_problems(first, rest or "train")
+    if first in NAMED_SETS:
+        return _named_set(first, rest or "train")
+    path = expand_user(name)
+    if path.is_file():
+        return read_examples(path)
+    if path.exists() or path.suffix or "/" not in name or name.startswith((".", "/", "~")):
+        raise DataError(
+            f"{name!r} is no file and no data set that is known by name ({', '.join(set_names())}); check the path, or "
+            "name a data set of the hub as ORGANISATION/NAME."
+        )
+    config, _, split = rest.partition(":")
+    split = split or "train"
+    rows = hub_rows(first, config or None, split, remedy="Name a file instead.")
+    return _of_rows(rows, _hub_origin(first, config or None, split))
+
+
+def _named_set(name: str, split: str) -> ExampleSet:
     known = NAMED_SETS[name]
-    if split not in known.files:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(known.files)}.")
+    _check_split(name, split, known.files)
     path = local_file(*known.files[split])
     if path is not None:
-        return _first(read_examples(path), count)
+        return read_examples(path)
     rows = hub_rows(
         *known.hub,
         split,
@@ -114,63 +126,24 @@ def load_named_set(name: str, split: str = "train", *, count: int | None = None)
     if known.is_text:
         # The hub drops the blank that the original file has on empty lines.
         return ExampleSet.of([Example(None, "".join(row["text"] or " \n" for row in rows))], origin)
-    return _of_rows(rows, origin, count)
+    return _of_rows(rows, origin)
 
 
-def load_examples(name: str, split: str | None = None, *, count: int | None = None) -> ExampleSet:
-    """Return examples by whatever a user names them by.
-
-    Args:
-        name: a named set `NAME[:SPLIT]`, a file, or a hub data set `ID[:CONFIG[:SPLIT]]`.
-        split: of a set or a hub data set that names none; None is "train". A file has no splits.
-        count: only so many examples, from the start.
-
-    Raises:
-        DataError: it cannot be found or read, or a line of it is malformed.
-        UsageError: less than one example is asked for.
-        MissingPackageError: it is on the hub, and `datasets` is not installed.
-    """
-    _check_count(count)
-    first, _, rest = name.partition(":")
-    if first in set_names():
-        return load_named_set(first, rest or split or "train", count=count)
-    path = expand_user(name)
-    if path.is_file():
-        return _first(read_examples(path), count)
-    if path.exists() or path.suffix or "/" not in name or name.startswith((".", "/", "~")):
-        raise DataError(
-            f"{name!r} is no file and no data set that is known by name ({', '.join(set_names())}); check the path, or "
-            "name a data set of the hub as ORGANISATION/NAME."
-        )
-    config, _, own_split = rest.partition(":")
-    chosen = own_split or split or "train"
-    rows = hub_rows(first, config or None, chosen, remedy="Name a file instead.")
-    return _of_rows(rows, _hub_origin(first, config or None, chosen), count)
-
-
-def _word_problems(name: str, split: str, count: int | None) -> ExampleSet:
-    if split not in WORD_PROBLEM_COUNTS:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(WORD_PROBLEM_COUNTS)}.")
-    problems = generate(count or WORD_PROBLEM_COUNTS[split], split=split, most_steps=WORD_PROBLEM_SETS[name])
+def _word_problems(name: str, split: str) -> ExampleSet:
+    _check_split(name, split, WORD_PROBLEM_COUNTS)
+    problems = generate(WORD_PROBLEM_COUNTS[split], split=split, most_steps=WORD_PROBLEM_SETS[name])
     examples = [Example(question_prompt(problem.question), f" {problem.answer}") for problem in problems]
     return ExampleSet.of(examples, f"generated ({name}, {split})")
 
 
-def _of_rows(rows: Iterable[Mapping[str, Any]], origin: str, count: int | None) -> ExampleSet:
-    chosen = islice(numbered_rows(rows, origin), count)
-    return ExampleSet.of((example_of(row, where) for where, row in chosen), origin)
+def _check_split(name: str, split: str, splits: Mapping[str, object]) -> None:
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}.")
 
 
-def _first(whole: ExampleSet, count: int | None) -> ExampleSet:
-    if count is None or count >= len(whole.examples):
-        return whole
-    return ExampleSet.of(whole.examples[:count], whole.origin)
+def _of_rows(rows: Iterable[Mapping[str, Any]], origin: str) -> ExampleSet:
+    return ExampleSet.of((example_of(row, where) for where, row in numbered_rows(rows, origin)), origin)
 
 
 def _hub_origin(identifier: str, config: str | None, split: str) -> str:
     return ":".join(part for part in ("hub", identifier, config, split) if part)
-
-
-def _check_count(count: int | None) -> None:
-    if count is not None and count < 1:
-        raise UsageError(f"{count} examples were asked for; at least 1 is needed.")

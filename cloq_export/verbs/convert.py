@@ -9,6 +9,7 @@ from rich.console import Console
 from cloq_export.artifact.adapters import AdapterShelf
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.model_card import MadeFrom
 from cloq_export.artifact.provenance import read_base_record
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
@@ -52,7 +53,7 @@ def convert(
         checkpoint=checkpoint,
         layers=LayerSource.of_checkpoint(checkpoint),
         adapters=asked_adapters(session, AdapterShelf.of(path), options),
-        facts={"base_model": _base_model(checkpoint), "method": "codes of another checkpoint, unchanged"},
+        made_from=MadeFrom(_base_model(checkpoint), "codes of another checkpoint, unchanged"),
         record=noted_record(session, lambda: read_base_record(checkpoint.folder)),
         max_shard_bytes=recipe.max_shard_bytes,
     )

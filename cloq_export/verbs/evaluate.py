@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.files.atomic import make_folder
@@ -20,6 +20,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
 from cloq_export.verbs.answering import answer_tasks, group_means, read_questions
 from cloq_export.verbs.options import EvaluateOptions
+from cloq_export.verbs.recording import record_answers
 from cloq_export.verbs.stored_model import StoredModel, TextWindows, choose_adapter, measure_perplexity, subjects_of
 
 
@@ -62,7 +63,8 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     options = options or EvaluateOptions()
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
-    recipe = Recipe.from_mapping(RunDirectory.open(path).recipe) if RunDirectory.is_run(path) else Recipe()
+    own = Artifact.open(path).run
+    recipe = Recipe.from_mapping(own.recipe) if own is not None else Recipe()
     session = Session(console or Console(stderr=True))
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)
@@ -82,6 +84,8 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
         tokenizer = loaded.tokenizer if loaded is not None else stored.tokenizer()
         subjects = subjects_of(session, stored, loaded)
         tasks = answer_tasks(session, questions, subjects, tokenizer, stored.adapter, options.out)
+        if own is not None:
+            record_answers(session, own, stored.adapter, questions, tasks)
     if loaded is None:
         session.notes.append("the float model was not measured: name it with `reference`")
     return Evaluation(perplexity, tasks, group_means(tasks), tuple(dict.fromkeys(session.notes)))

@@ -54,7 +54,7 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
             checkpoint=checkpoint,
             layers=LayerSource.of_run(directory),
             adapters=names,
-            facts=facts_of_run(directory, recipe),
+            made_from=facts_of_run(directory, recipe),
             record=noted_record(session, lambda: run_record(directory)),
             max_shard_bytes=recipe.max_shard_bytes,
         )

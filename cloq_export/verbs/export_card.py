@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cloq_export import __version__
 from cloq_export.artifact.adapters import ADAPTERS_NAME
+from cloq_export.artifact.base_license import License, base_license
 from cloq_export.artifact.certificate import CERTIFICATE_NAME, Certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
-from cloq_export.artifact.model_card import base_license, write_model_card
+from cloq_export.artifact.model_card import CardFacts, EngineLines, Figure, MadeFrom, write_model_card
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.formats.targets.snippets import load_snippets
@@ -27,23 +29,23 @@ _PLACEHOLDER = "PATH/TO/EXPORT"
 _MODELS = {"float": "float model", "quantized": "codes alone", "adapter": "codes with adapter, before fine-tuning"}
 
 
-def facts_of_run(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+def facts_of_run(directory: RunDirectory, recipe: Recipe) -> MadeFrom:
     """Return what the card may say of a run: how it was made, and what was measured of it."""
-    facts: dict[str, Any] = {
-        "base_model": public_name(recipe.model),
-        "method": "codes of another checkpoint, unchanged, with a CLoQ adapter"
+    reports = directory.reports()
+    return MadeFrom(
+        base_model=public_name(recipe.model),
+        method="codes of another checkpoint, unchanged, with a CLoQ adapter"
         if recipe.codes_from
         else f"{recipe.method} with a CLoQ adapter (preset {recipe.preset_name})",
-        "rank": recipe.rank,
-    }
-    if SOURCE_REPORT in directory.reports():
-        facts |= directory.read_report(SOURCE_REPORT).get("license") or {}
-    if "evaluation" in directory.reports():
-        facts["figures"] = list(_figures(directory.read_report("evaluation"), recipe))
-    return facts
+        rank=recipe.rank,
+        license=License.from_json(directory.read_report(SOURCE_REPORT).get("license"))
+        if SOURCE_REPORT in reports
+        else None,
+        figures=tuple(_figures(directory.read_report("evaluation"), recipe)) if "evaluation" in reports else (),
+    )
 
 
-def _figures(report: Mapping[str, Any], recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _figures(report: Mapping[str, Any], recipe: Recipe) -> Iterator[Figure]:
     text = str(report.get("text"))
     if Path(text).is_absolute():
         text = public_name(recipe.eval_text)
@@ -53,19 +55,14 @@ def _figures(report: Mapping[str, Any], recipe: Recipe) -> Iterator[dict[str, An
     )
     for key, label in _MODELS.items():
         if isinstance(report.get(key), Mapping):
-            yield {
-                "name": "perplexity",
-                "of": label,
-                "value": report[key]["perplexity"],
-                "standard_error": report[key].get("standard_error"),
-                "conditions": conditions,
-            }
+            measured = report[key]
+            yield Figure("perplexity", measured["perplexity"], conditions, label, measured.get("standard_error"))
 
 
 def loading_lines(
     format: str, layers: LayerSource, adapters: Sequence[PreparedAdapter], *, merged: bool
-) -> list[dict[str, str]]:
-    """Return how each engine loads an export, ours first, as `model_card` takes it.
+) -> tuple[EngineLines, ...]:
+    """Return how each engine loads an export, ours first.
 
     Args:
         format: of the export; one that is a checkpoint.
@@ -76,42 +73,36 @@ def loading_lines(
     names = [adapter.name for adapter in adapters]
     ranks = [] if merged else [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
     inside = f"{_PLACEHOLDER}/{ADAPTERS_NAME}/{names[0]}" if names else _PLACEHOLDER
-    lines: list[dict[str, str]] = []
+    lines: list[EngineLines] = []
     if format in LAYOUTS:
         served = f'cloq_export.load("{_PLACEHOLDER}"' + (f', adapter="{names[0]}")' if names else ")")
-        lines.append(
-            {
-                "engine": "cloq_export",
-                "version": __version__,
-                "snippet": f"import cloq_export\n\nmodel = {served}",
-                "language": "python",
-                "note": "checks that the adapter belongs to this base",
-            }
-        )
+        note = "checks that the adapter belongs to this base"
+        lines.append(EngineLines("cloq_export", f"import cloq_export\n\nmodel = {served}", __version__, note))
     exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
     for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
-        needs = f"; needs {entry['needs']}" if entry["needs"] else ""
-        kept = {key: entry[key] for key in ("engine", "version", "snippet", "language")}
-        lines.append({**kept, "note": f"on {entry['device']}{needs}"})
-    return lines
+        note = f"on {entry['device']}" + (f"; needs {entry['needs']}" if entry["needs"] else "")
+        lines.append(EngineLines(entry["engine"], entry["snippet"], entry["version"], note, entry["language"]))
+    return tuple(lines)
 
 
-def write_card(folder: Path, facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def write_card(folder: Path, facts: CardFacts, checkpoint: Checkpoint) -> None:
     """Write the model card of an export.
 
     Args:
         folder: of the export.
         facts: what only this export knows.
-        checkpoint: what it was made of, which knows widths, groups and the licence.
+        checkpoint: what it was made of, which knows widths, groups and, if nothing else does, the licence.
     """
-    main = checkpoint.grids.default
-    of_checkpoint = {
-        "bits": sorted({spec.bits for spec in checkpoint.specs.values()}),
-        "group_size": main.group_size,
-        "symmetric": main.symmetric,
-        **base_license(checkpoint.folder),
-    }
-    write_model_card(folder, {**of_checkpoint, **facts})
+    made_from, main = facts.made_from, checkpoint.grids.default
+    stated = made_from.license or base_license(checkpoint.folder)
+    facts = dataclasses.replace(
+        facts,
+        made_from=dataclasses.replace(made_from, license=stated),
+        bits=tuple(sorted({spec.bits for spec in checkpoint.specs.values()})),
+        group_size=main.group_size,
+        symmetric=main.symmetric,
+    )
+    write_model_card(folder, facts)
 
 
 def certificate_row(certificate: Certificate) -> dict[str, Any]:
@@ -119,10 +110,10 @@ def certificate_row(certificate: Certificate) -> dict[str, Any]:
     return {"file": CERTIFICATE_NAME, "modules": len(certificate.modules), "files": len(certificate.files)}
 
 
-def license_of(source: ModelSource) -> dict[str, str]:
-    """Return the licence of a float model, as `model_card` takes it; empty if the model does not say."""
+def license_of(source: ModelSource) -> License | None:
+    """Return the licence of a float model, None if it does not say."""
     if source.kind == "gguf":
-        return {"license": source.gguf_license} if source.gguf_license else {}
+        return License(source.gguf_license) if source.gguf_license else None
     return base_license(source.folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.model_card import CardAdapter, CardFacts, MadeFrom
 from cloq_export.artifact.provenance import BaseRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError, UnsupportedModelError, UsageError
@@ -36,7 +37,7 @@ class ExportSource:
         checkpoint: its codes, and what is not quantized.
         layers: the codes, read one at a time.
         adapters: names in the source, or adapter folders.
-        facts: what the model card says of it.
+        made_from: what the model card says of the float model and the method.
         record: what it was made from; None if nothing recorded that.
         max_shard_bytes: largest weight file.
     """
@@ -45,7 +46,7 @@ class ExportSource:
     checkpoint: Checkpoint
     layers: LayerSource
     adapters: Sequence[str]
-    facts: Mapping[str, Any]
+    made_from: MadeFrom
     record: BaseRecord | None
     max_shard_bytes: int
 
@@ -130,7 +131,7 @@ def write_export(session: Session, source: ExportSource, options: ExportOptions)
         record = export_record(
             session, source.record, layers, {adapter.name: adapter.provenance for adapter in adapters}
         )
-    engines = [] if format in ADAPTERS_ALONE else loading_lines(format, layers, adapters, merged=format == MERGED)
+    engines = () if format in ADAPTERS_ALONE else loading_lines(format, layers, adapters, merged=format == MERGED)
     job = ExportJob(
         session=session,
         out=options.out or source.path / "exports" / format,
@@ -141,14 +142,14 @@ def write_export(session: Session, source: ExportSource, options: ExportOptions)
         options=options,
         record=record,
         max_shard_bytes=source.max_shard_bytes,
-        card={
-            **source.facts,
-            "layout": format,
-            "base_fingerprint": checkpoint.fingerprint,
-            "adapters": [adapter.to_json() for adapter in adapters],
-            "engines": engines,
-            "notes": list(session.notes),
-        },
+        card=CardFacts(
+            made_from=source.made_from,
+            layout=format,
+            base_fingerprint=checkpoint.fingerprint,
+            adapters=tuple(CardAdapter(adapter.name, adapter.record) for adapter in adapters),
+            engines=engines,
+            notes=tuple(session.notes),
+        ),
     )
     write = {PEFT: write_adapters_alone, ONNX_ADAPTER: write_adapters_alone, ONNX: write_onnx, MERGED: write_merged}
     write.get(format, write_quantized)(job)

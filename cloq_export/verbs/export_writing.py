@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +12,14 @@ import torch
 from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.certificate import Certificate, certify_checkpoint, write_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.checkpoint_writer import LayerSource, export_checkpoint
-from cloq_export.artifact.empty_model import float_part, tied_head
-from cloq_export.artifact.merged import MergedReport, export_merged
-from cloq_export.artifact.model_card import write_model_card
+from cloq_export.artifact.checkpoint_writer import LayerSource, WriteSettings, export_checkpoint
+from cloq_export.artifact.empty_model import float_part, refuse_single_experts, tied_head
+from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
+from cloq_export.artifact.model_card import CardAdapter, CardFacts, write_model_card
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
 from cloq_export.compress.session import Session
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
+from cloq_export.formats.onnx.record import GraphOptions
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.verbs.export_adapters import PreparedAdapter, place_adapter, place_onnx_adapter
 from cloq_export.verbs.export_card import certificate_row, write_card
@@ -53,17 +54,17 @@ class ExportJob:
     options: ExportOptions
     record: BaseRecord | None
     max_shard_bytes: int
-    card: Mapping[str, Any]
+    card: CardFacts
 
     @property
     def fingerprint(self) -> str:
         """Return the fingerprint of the codes."""
-        return str(self.card["base_fingerprint"])
+        return self.card.base_fingerprint
 
     @property
     def base_model(self) -> str:
         """Return what the export may say of the float model."""
-        return str(self.card["base_model"])
+        return self.card.made_from.base_model
 
     def certificate_facts(self) -> dict[str, Any]:
         """Return what the certificate says beside hashes."""
@@ -75,7 +76,8 @@ class ExportJob:
 
     def write_card(self, folder: Path, certificate: Certificate, **more: Any) -> None:
         """Write the model card, with what only became known in writing."""
-        write_card(folder, {**self.card, **more, "certificate": certificate_row(certificate)}, self.checkpoint)
+        card = dataclasses.replace(self.card, certificate=certificate_row(certificate), **more)
+        write_card(folder, card, self.checkpoint)
 
 
 def write_quantized(job: ExportJob) -> None:
@@ -99,10 +101,7 @@ def write_quantized(job: ExportJob) -> None:
                 job.layers,
                 floats,
                 layout=LAYOUTS[job.format],
-                max_shard_bytes=job.max_shard_bytes,
-                base_fingerprint=job.fingerprint,
-                finish=finish,
-                progress=progress,
+                settings=WriteSettings(job.max_shard_bytes, job.fingerprint, finish, progress),
             )
 
     job.session.timed("write and compare", write)
@@ -111,6 +110,7 @@ def write_quantized(job: ExportJob) -> None:
 def write_merged(job: ExportJob) -> None:
     """Write plain 16-bit weights with one adapter, if there is one, in them."""
     session = job.session
+    refuse_single_experts(job.checkpoint)
     floats = float_part(job.checkpoint)
     adapter = job.adapters[0] if job.adapters else None
     untied = []
@@ -127,7 +127,7 @@ def write_merged(job: ExportJob) -> None:
             f"Merging rounds each weight once more than serving codes and adapter apart does: at most {lost:.2e} of a "
             "weight matrix's norm here.",
         ]
-        job.write_card(folder, certificate, dtype=job.options.dtype, notes=notes)
+        job.write_card(folder, certificate, dtype=job.options.dtype, notes=tuple(notes))
 
     def write() -> None:
         with session.progress("merge") as progress:
@@ -135,13 +135,9 @@ def write_merged(job: ExportJob) -> None:
                 job.out,
                 job.layers,
                 floats,
-                {} if adapter is None else adapter.pairs,
+                MergedAdapter() if adapter is None else MergedAdapter(adapter.pairs, adapter.name),
                 dtype=_MERGED_DTYPES[job.options.dtype],
-                max_shard_bytes=job.max_shard_bytes,
-                base_fingerprint=job.fingerprint,
-                adapter=None if adapter is None else adapter.name,
-                finish=finish,
-                progress=progress,
+                settings=WriteSettings(job.max_shard_bytes, job.fingerprint, finish, progress),
             )
 
     session.timed("write and compare", write)
@@ -164,7 +160,7 @@ def write_onnx(job: ExportJob) -> None:
         )
         session.notes.extend(report.record.notes)
         certificate = write_certificate(folder, job.format, job.fingerprint, report.modules, job.certificate_facts())
-        job.write_card(folder, certificate, notes=list(session.notes))
+        job.write_card(folder, certificate, notes=tuple(session.notes))
 
     def write() -> None:
         session.say("export the float graph; the exporter holds the float model in memory")
@@ -173,12 +169,14 @@ def write_onnx(job: ExportJob) -> None:
                 job.out,
                 job.layers,
                 float_part(job.checkpoint),
-                style=cast(Style, options.style or STYLES[0]),
-                two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
-                opset=options.opset,
+                GraphOptions(
+                    style=cast(Style, options.style or STYLES[0]),
+                    two_bit=cast(TwoBit, options.two_bit or TWO_BIT[0]),
+                    opset=options.opset,
+                    progress=progress,
+                ),
                 base_fingerprint=job.fingerprint,
                 finish=finish,
-                progress=progress,
             )
 
     session.timed("write and compare", write)
@@ -197,13 +195,14 @@ def write_adapters_alone(job: ExportJob) -> None:
             place(folder, adapter, job.base_model, job.fingerprint)
             facts = dataclasses.replace(job, adapters=[adapter]).certificate_facts()
             certificate = write_certificate(folder, job.format, job.fingerprint, {}, facts)
-            own = {
-                "relation": "adapter",
-                "library_name": "peft" if peft else "onnxruntime",
-                "certificate": certificate_row(certificate),
-                "adapters": [adapter.to_json()],
-            }
-            write_model_card(folder, {**job.card, **own})
+            card = dataclasses.replace(
+                job.card,
+                relation="adapter",
+                library_name="peft" if peft else "onnxruntime",
+                certificate=certificate_row(certificate),
+                adapters=(CardAdapter(adapter.name, adapter.record),),
+            )
+            write_model_card(folder, card)
 
     job.session.timed("write and compare", write)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cloq_export.artifact.certificate import verify_certificate
-from cloq_export.artifact.hub import is_left_out
+from cloq_export.artifact.hub import HubPlace, Pushed, is_left_out
 from cloq_export.artifact.hub import push as upload
 
 
 def push(
     folder: Path, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
-) -> dict[str, Any]:
+) -> Pushed:
     """Upload an export to the model hub, after repeating its certificate on the files as they lie here.
 
     Args:
@@ -32,4 +31,4 @@ def push(
     def refuse_uncertified(path: Path) -> None:
         verify_certificate(path, left_out=is_left_out)
 
-    return upload(folder, repo_id, private=private, token=token, revision=revision, verify=refuse_uncertified)
+    return upload(folder, HubPlace(repo_id, private, token, revision), verify=refuse_uncertified)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from cloq_export.artifact.certificate import certify_checkpoint
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, export_checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
 from cloq_export.compress.opening import source_fingerprint, started_run
@@ -36,7 +36,8 @@ def open_run(session: Session, out: Path, recipe: Recipe) -> contextlib.Abstract
 
 def note_source(directory: RunDirectory, loaded: LoadedModel) -> None:
     """Note in the run what its exports must say of the float model."""
-    directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": license_of(loaded.source)})
+    stated = license_of(loaded.source)
+    directory.write_report(SOURCE_REPORT, {"name": loaded.source.name, "license": stated.to_json() if stated else {}})
 
 
 def write_run_adapter(
@@ -87,6 +88,10 @@ def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: Load
     floats = FloatPart.of_model(
         loaded.model, layers, dtype=loaded.source.dtype, save_files=lambda folder: save_source_files(loaded, folder)
     )
+
+    def certify(folder: Path, fingerprint: str) -> None:
+        certify_checkpoint(folder, layers, floats, base_fingerprint=fingerprint)
+
     session.timed(
         "write",
         lambda: export_checkpoint(
@@ -94,8 +99,7 @@ def write_run_checkpoint(session: Session, directory: RunDirectory, loaded: Load
             layers,
             floats,
             layout=LAYOUTS[recipe.format],
-            max_shard_bytes=recipe.max_shard_bytes,
-            finish=lambda folder, fingerprint: certify_checkpoint(folder, layers, floats, base_fingerprint=fingerprint),
+            settings=WriteSettings(recipe.max_shard_bytes, finish=certify),
         ),
     )
 

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import checkpoint_folder
-from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer
@@ -115,8 +115,9 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
             raise UsageError(f"the adapter {text!r:.80} is not of the form NAME=FOLDER.")
         check_name(name, taken=adapters)
         adapters[name] = Path(folder)
-    if default is None and len(adapters) > 1 and RunDirectory.is_run(export):
-        own = Recipe.from_mapping(RunDirectory.open(export).recipe).adapter_name
+    run = Artifact.open(export).run
+    if default is None and len(adapters) > 1 and run is not None:
+        own = Recipe.from_mapping(run.recipe).adapter_name
         default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
     return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))

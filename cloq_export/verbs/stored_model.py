@@ -13,7 +13,7 @@ from torch import nn
 
 from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
-from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.provenance import ProbeRecord
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
@@ -75,7 +75,7 @@ class StoredModel:
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that lies beside the weights."""
-        return read_tokenizer(checkpoint_folder(self.path))
+        return read_tokenizer(Artifact.open(self.path).checkpoint_folder)
 
     def packed_model(self, session: Session) -> Any:
         """Return the packed model with its adapter, noting an adapter that was taken by force."""
@@ -171,8 +171,7 @@ def measure_perplexity(
     table = measure(
         models(),
         on.tokens(tokenizer),
-        text=on.text.origin,
-        text_sha256=on.text.sha256,
+        text=on.text,
         window=on.window,
         windows=on.windows,
         console=session.console,

@@ -20,7 +20,7 @@ from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.formats.peft import write_adapter
 from cloq_export.formats.peft.codec import WEIGHTS_NAME
-from cloq_export.recipe import FineTuneRecipe, Recipe
+from cloq_export.recipe import FineTuneRecipe, Recipe, is_expert
 from cloq_export.train.data import TrainingData
 from cloq_export.train.pairs import trained_pairs, zero_pairs
 from cloq_export.train.trainer import load_parameters, newest_checkpoint, step_of
@@ -188,8 +188,10 @@ def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: Fi
     folder = work / _ZERO_ADAPTER
     if not folder.exists():
         run_recipe = Recipe.from_mapping(directory.recipe)
-        shapes = {name: directory.layer_file(name).shape for name in base.specs}
-        ranks = {name: run_recipe.override_for(name).get("rank", run_recipe.rank) or ZERO_RANK for name in shapes}
+        # Experts have an adapter only where the run gave them one.
+        adapted = [name for name in base.specs if run_recipe.rank_for(name) or not is_expert(name)]
+        shapes = {name: directory.layer_file(name).shape for name in adapted}
+        ranks = {name: run_recipe.rank_for(name) or ZERO_RANK for name in shapes}
         write_adapter(
             folder,
             zero_pairs(shapes, ranks, recipe.seed),

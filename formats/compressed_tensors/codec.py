@@ -130,7 +130,7 @@ def unpack_layer(
         raise FormatError(str(error)) from None
     groups, bits = spec.group_count(in_features), spec.bits
     _check_order(tensors.get("weight_g_idx"), in_features, spec, name)
-    _check_words("weight_packed", packed, packed.shape[1], in_features, bits, padded, name)
+    _check_words(f"{name}: weight_packed", packed, (packed.shape[1], in_features), bits, padded)
     scales = _float16_scales(require_tensor(tensors, "weight_scale", source=name, shape=(out_features, groups)), name)
     if spec.symmetric:
         if "weight_zero_point" in tensors:
@@ -141,7 +141,7 @@ def unpack_layer(
         zeros = torch.full((out_features, groups), 2 ** (bits - 1), dtype=torch.uint8, device=packed.device)
     else:
         stored = require_tensor(tensors, "weight_zero_point", source=name, dtype=torch.int32, ndim=2)
-        _check_words("weight_zero_point", stored, stored.shape[0], out_features, bits, padded, name)
+        _check_words(f"{name}: weight_zero_point", stored, (stored.shape[0], out_features), bits, padded)
         if stored.shape[1] != groups:
             raise FormatError(f"{name}: weight_zero_point has shape {tuple(stored.shape)}; it needs {groups} columns.")
         zeros = _unpack("weight_zero_point", stored.t(), out_features, bits, padded, name).t().contiguous()
@@ -164,8 +164,9 @@ def _check_order(index: torch.Tensor | None, in_features: int, spec: QuantSpec, 
         )
 
 
-def _check_words(part: str, stored: torch.Tensor, words: int, codes: int, bits: int, padded: bool, name: str) -> None:
-    """Refuse a tensor whose number of words is not that of its codes."""
+def _check_words(source: str, stored: torch.Tensor, counts: tuple[int, int], bits: int, padded: bool) -> None:
+    """Refuse a tensor whose number of words, the first of counts, is not that of its codes, the second."""
+    words, codes = counts
     needed = word_count(codes, bits, padded=padded)
     if words == needed:
         return
@@ -174,7 +175,7 @@ def _check_words(part: str, stored: torch.Tensor, words: int, codes: int, bits: 
         other = "dense (compressed-tensors 0.18 and newer)" if padded else "padded (compressed-tensors 0.17 and older)"
         hint = f"it is the {other} form of 3-bit codes, and the file is labelled as the other."
     raise FormatError(
-        f"{name}: {part} has shape {tuple(stored.shape)}; {codes} codes of {bits} bits take {needed} words: {hint}"
+        f"{source} has shape {tuple(stored.shape)}; {codes} codes of {bits} bits take {needed} words: {hint}"
     )
 
 

@@ -174,5 +174,6 @@ def check_symmetric(zeros: torch.Tensor, spec: QuantSpec, name: str) -> None:
 
 
 def group_index(in_features: int, spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """Return the g_idx of groups of neighbouring inputs, (in) int32."""
     columns = torch.arange(in_features, dtype=torch.int32, device=device)
     return columns // spec.columns_per_group(in_features)

@@ -166,6 +166,11 @@ def _flat(value: Any, what: str) -> list[str]:
 
 
 def read_spec(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -> QuantSpec:
+    """Return the grid that some values of a config mean, with the config's own where they say nothing.
+
+    Raises:
+        FormatError: they are no grid.
+    """
     bits = values.get("bits", config.get("bits"))
     group_size = values.get("group_size", config.get("group_size"))
     # Where nothing is said the stored zeros count, which is right for both.

@@ -126,9 +126,7 @@ def pack_blocks(layer: QuantizedLayer, grid: BlockGrid) -> tuple[torch.Tensor, t
 
 
 def unpack_blocks(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grid: BlockGrid,
     spec: QuantSpec,
     shape: tuple[int, int],
@@ -138,9 +136,7 @@ def unpack_blocks(
     """Return the layer that blocks hold; the inverse of `pack_blocks`, which trusts nothing.
 
     Args:
-        codes: as `pack_blocks` gives them, and so are `scales` and `zeros`.
-        scales: of the blocks.
-        zeros: of the blocks.
+        tensors: codes, scales and zeros of the blocks, as `pack_blocks` gives them.
         grid: how they are stored.
         spec: the grid of the layer.
         shape: (out, in) of the layer.
@@ -150,6 +146,7 @@ def unpack_blocks(
         FormatError: a scale is no float16 number, blocks of one group differ, a code or a zero does not fit the
             width, or padding is not zero.
     """
+    codes, scales, zeros = tensors
     out_features, in_features = shape
     if grid.style == "qdq":
         found = _unstream(codes, grid.bits, (in_features, out_features)).T

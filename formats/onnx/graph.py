@@ -18,12 +18,10 @@ from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8, BlockGrid, Style, TwoBit, choose_blocks, pack_blocks
 from cloq_export.formats.onnx.matching import FloatLinear, GraphLayers, match_linears
 from cloq_export.formats.onnx.opset import CODE_TYPES, MICROSOFT, check_graph, needed_opset, set_opset
-from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphRecord, ModuleRecord
+from cloq_export.formats.onnx.record import DATA_NAME, GRAPH_NAME, GraphOptions, GraphRecord, ModuleRecord, Progress
 
 FINGERPRINT_KEY = "cloq_base_fingerprint"
 PARTS = ("codes", "scales", "zeros")
-
-Progress = Callable[[int, int], None]
 
 
 def plan_blocks(
@@ -57,16 +55,7 @@ def plan_blocks(
 
 
 def quantize_graph(
-    source: Path,
-    folder: Path,
-    layers: GraphLayers,
-    *,
-    style: Style,
-    two_bit: TwoBit,
-    opset: int | None,
-    base_fingerprint: str,
-    exporter: str,
-    progress: Progress | None = None,
+    source: Path, folder: Path, layers: GraphLayers, options: GraphOptions, *, base_fingerprint: str, exporter: str
 ) -> GraphRecord:
     """Write a decoder graph whose linears carry the integers of layers, and inputs for LoRA pairs.
 
@@ -77,12 +66,9 @@ def quantize_graph(
         source: the float graph.
         folder: where model.onnx and model.onnx.data are written.
         layers: the quantized layers.
-        style: "matmulnbits" or "qdq".
-        two_bit: how 2-bit codes are stored.
-        opset: of the standard operators; None takes the least that works, at least that of the float graph.
+        options: how the graph is written.
         base_fingerprint: of the layers, noted in the graph.
         exporter: what made the float graph.
-        progress: called with (tensors written, tensors in all).
 
     Returns:
         What was written; the record itself is not written.
@@ -93,9 +79,10 @@ def quantize_graph(
         UnmatchedLinearError: a module is no MatMul of the float graph.
         FormatError: the result does not pass onnx's checker.
     """
+    style, two_bit = options.style, options.two_bit
     modules, notes = plan_blocks(layers, style=style, two_bit=two_bit)
     model = ir.load(source)
-    chosen = set_opset(model, needed_opset(modules, style), opset)
+    chosen = set_opset(model, needed_opset(modules, style), options.opset)
     linears = match_linears(model.graph, layers)
     model.opset_imports.setdefault(MICROSOFT, 1)
     last: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -110,7 +97,7 @@ def quantize_graph(
         _replace(model.graph, module, modules[module], linear, packed)
     model.metadata_props[FINGERPRINT_KEY] = base_fingerprint
     model.graph.sort()
-    _save(model, folder, progress)
+    _save(model, folder, options.progress)
     check_graph(folder)
     return GraphRecord(base_fingerprint, style, two_bit, chosen, exporter, modules, notes)
 

@@ -111,9 +111,7 @@ class OnnxExport:
         if entry.blocks.style == "matmulnbits":
             codes, zeros = codes.view(headers["codes"][1]), zeros.view(headers["zeros"][1])
         return unpack_blocks(
-            codes,
-            scales.view(headers["scales"][1]),
-            zeros,
+            (codes, scales.view(headers["scales"][1]), zeros),
             entry.blocks,
             entry.spec,
             entry.shape,

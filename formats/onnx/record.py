@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,25 @@ ADAPTER_NAME = "adapter.onnx_adapter"
 
 _LONGEST_NAME = 512
 _LARGEST_SIDE = 1 << 31
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphOptions:
+    """How a graph is written.
+
+    Args:
+        style: how its linears compute: "matmulnbits" or "qdq".
+        two_bit: how 2-bit codes are stored.
+        opset: of the standard operators; None takes the least that works, at least that of the float graph.
+        progress: called with (tensors written, tensors in all).
+    """
+
+    style: Style = "matmulnbits"
+    two_bit: TwoBit = "exact"
+    opset: int | None = None
+    progress: Progress | None = None
 
 
 @dataclasses.dataclass(frozen=True)

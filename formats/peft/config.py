@@ -99,6 +99,11 @@ def _number(value: float) -> float:
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
+    """Refuse an adapter_config.json that says more than plain LoRA.
+
+    Raises:
+        FormatError: it does; the message names the option.
+    """
     if config.get("peft_type") != "LORA":
         raise FormatError(f"{source}: peft_type is {config.get('peft_type')!r:.80}; only 'LORA' is read.")
     for option, allowed in (("bias", ("none", None)), ("modules_to_save", (None, []))):

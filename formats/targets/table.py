@@ -217,6 +217,7 @@ def allowed_rank(adapters: AdapterRule, rank: int) -> int | None:
 
 
 def needed_packages(rules: Iterable[Rule]) -> tuple[str, ...]:
+    """Return the packages that some rules need, each once."""
     return tuple(dict.fromkeys(need for rule in rules for need in rule.needs))
 
 
@@ -258,9 +259,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def listed(values: Iterable[object]) -> str:
+    """Return values as people list them: `a, b and c`."""
     *first, last = (str(value) for value in values)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def span(versions: Sequence[str]) -> str:
+    """Return versions from the first to the last, in words."""
     return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"

@@ -175,7 +175,14 @@ def cpu_linear_op(
         torch.Tensor: (..., out), the dtype of x.
     """
     lora, index = _adapters(adapters)
-    return _compute(x, CpuWeight(*layer, *sizes), bias, lora, index, int8_activations)
+    return _compute(x, _weight(layer, sizes), bias, lora, index, int8_activations)
+
+
+def _weight(layer: Sequence[torch.Tensor], sizes: Sequence[int]) -> CpuWeight:
+    """Return a layer from the operands of an operator."""
+    words, scales, zeros = layer
+    bits, out_features, in_features = sizes
+    return CpuWeight(words, scales, zeros, bits, out_features, in_features)
 
 
 def _adapters(adapters: Sequence[torch.Tensor]) -> tuple[CpuLora | None, torch.Tensor | None]:
@@ -208,7 +215,7 @@ def cpu_linear_input_grad_op(
     grad: torch.Tensor, layer: list[torch.Tensor], sizes: list[int], adapters: list[torch.Tensor]
 ) -> torch.Tensor:
     """Compute `grad Q`, and the adapters' share of it in float32; operands as those of `cpu_linear_op`."""
-    weight = CpuWeight(*layer, *sizes)
+    weight = _weight(layer, sizes)
     lora, index = _adapters(adapters)
     _, out_features, in_features = sizes
     if grad.dtype not in DTYPES or grad.device.type != "cpu" or grad.shape[-1:] != (out_features,):

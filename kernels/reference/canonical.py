@@ -48,10 +48,10 @@ def lora_linear(
     if bias is not None:
         y = y + bias.to(weight.dtype)
     if adapters is not None:
-        lora_a, lora_b, scaling, index = adapters
+        index = adapters.index
         which = torch.zeros(rows.shape[0], dtype=torch.int64) if index is None else index.reshape(-1)
-        for adapter in range(lora_a.shape[0]):
-            a, b = lora_a[adapter].to(weight.dtype), lora_b[adapter].to(weight.dtype)
-            term = rows @ a.t() @ b.t() * scaling[adapter].to(weight.dtype)
+        for adapter in range(adapters.a.shape[0]):
+            a, b = adapters.a[adapter].to(weight.dtype), adapters.b[adapter].to(weight.dtype)
+            term = rows @ a.t() @ b.t() * adapters.scaling[adapter].to(weight.dtype)
             y = y + torch.where((which == adapter).unsqueeze(-1), term, 0)
     return y.view(*x.shape[:-1], weight.shape[0])

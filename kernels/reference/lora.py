@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from cloq_export.kernels.reference.linear import packed_linear_input_grad_op, packed_linear_op
 
 
-class Adapters(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Adapters:
     """LoRA pairs over one layer.
 
     Args:
@@ -28,7 +29,8 @@ class Adapters(NamedTuple):
 
     def operands(self) -> list[torch.Tensor]:
         """Return the tensors as an operator of torch takes them."""
-        return [tensor for tensor in self if tensor is not None]
+        tensors = [self.a, self.b, self.scaling]
+        return tensors if self.index is None else [*tensors, self.index]
 
 
 def check_adapters(x: torch.Tensor, out_features: int, adapters: Adapters) -> None:
@@ -42,7 +44,7 @@ def check_adapters(x: torch.Tensor, out_features: int, adapters: Adapters) -> No
     Raises:
         ValueError: they do not; the message says what was seen and what is allowed.
     """
-    lora_a, lora_b, scaling, index = adapters
+    lora_a, lora_b, scaling, index = adapters.a, adapters.b, adapters.scaling, adapters.index
     count = lora_a.shape[0]
     rank = lora_a.shape[1] if lora_a.ndim == 3 else 0
     if lora_a.shape != (count, rank, x.shape[-1]) or lora_b.shape != (count, out_features, rank) or not rank:
@@ -99,7 +101,7 @@ def compute_packed_lora_linear(
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         y = packed_linear_op(rows, *layer, bits, bias)
-        y = y + _low_rank(rows, *pairs)
+        y = y + _low_rank(rows, pairs.a, pairs.b, pairs.scaling, pairs.index)
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 

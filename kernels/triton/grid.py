@@ -84,8 +84,7 @@ def search_grid(
     max_code: int,
     fractions: Sequence[float],
     refinement: Sequence[float],
-    least: float,
-    largest: float,
+    limits: tuple[float, float],
     *,
     symmetric: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,8 +97,7 @@ def search_grid(
         max_code: `2**bits - 1`.
         fractions: shares of the group's range to try.
         refinement: offsets from the best share to try afterwards, one after the other.
-        least: smallest scale.
-        largest: largest scale.
+        limits: smallest and largest scale.
         symmetric: the zero is the middle code.
 
     Returns:
@@ -121,8 +119,7 @@ def search_grid(
         len(fractions),
         len(trials),
         float(max_code),
-        least,
-        largest,
+        *limits,
         SYMMETRIC=symmetric,
         ROWS=rows,
         SPAN=wide,

@@ -84,7 +84,9 @@ def lora_linear(
     """
     tokens, in_features = x.shape
     qweight, qzeros, scales = layer
-    lora_a, lora_b, scaling, index = adapters or (None, None, None, None)
+    lora_a = lora_b = scaling = index = None
+    if adapters is not None:
+        lora_a, lora_b, scaling, index = adapters.a, adapters.b, adapters.scaling, adapters.index
     groups, out_features = scales.shape
     units = tile_units(in_features, groups)
     assert units is not None

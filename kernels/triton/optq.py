@@ -61,8 +61,7 @@ def walk_block(
     scales: torch.Tensor,
     moves: torch.Tensor,
     max_code: int,
-    codes: torch.Tensor,
-    errors: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Choose the codes of a block of columns, each after the errors of those before it.
 
@@ -75,9 +74,9 @@ def walk_block(
         scales: same shape, positive.
         moves: M, (columns, columns) float32; only what lies above the diagonal counts.
         max_code: `2**bits - 1`.
-        codes: (columns, rows) uint8, written.
-        errors: (columns, rows) float32, written.
+        results: codes (columns, rows) uint8 and errors (columns, rows) float32, written.
     """
+    codes, errors = results
     columns, rows = remaining.shape
     assert columns <= BLOCK_COLUMNS
     _walk[(triton.cdiv(rows, _ROWS),)](

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, export_checkpoint
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import FormatError, RunDirectoryError, ShapeError
 from cloq_export.files.fingerprint import base_fingerprint
@@ -29,7 +29,9 @@ def export(written, folder, **options):
 
 
 def write(folder, model, layers, parts=None, **options):
-    return export_checkpoint(folder, layers, FloatPart.of_model(model, layers, **(parts or {})), **options)
+    floats = FloatPart.of_model(model, layers, **(parts or {}))
+    layout = {"layout": options.pop("layout")} if "layout" in options else {}
+    return export_checkpoint(folder, layers, floats, **layout, settings=WriteSettings(**options))
 
 
 def assert_layers_equal(layers, expected):

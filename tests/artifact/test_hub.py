@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from cloq_export.artifact.hub import push
+from cloq_export.artifact.hub import HubPlace, push
 from cloq_export.errors import BindingError, CloqError, FormatError, HubError, UsageError
 
 TOKEN = "hf_secret"
@@ -68,7 +68,7 @@ def accept(folder):
 
 def refused(folder, api, repo_id="me/model", error=HubError, **options):
     with pytest.raises(error) as caught:
-        push(folder, repo_id, token=TOKEN, verify=accept, api=api, **options)
+        push(folder, HubPlace(repo_id, token=TOKEN, **options), verify=accept, api=api)
     assert type(caught.value) is error
     text = str(caught.value)
     assert "\n" not in text
@@ -89,14 +89,14 @@ def test_an_export_is_uploaded_whole_and_nothing_else(export):
     (export / "__pycache__" / "x.pyc").write_text("mine")
     (export / "odd1x.txt~").write_text("mine")
     api = FakeApi()
-    done = push(export, "me/model", private=True, token=TOKEN, verify=accept, api=api)
+    done = push(export, HubPlace("me/model", private=True, token=TOKEN), verify=accept, api=api)
     expected = ["README.md", "adapters/cloq/adapter_config.json", "config.json", "model.safetensors", "odd[1]*.txt"]
-    assert api.uploaded == done["files"] == expected
-    assert done["bytes"] == sum(len(name) for name in expected)
-    assert (done["repo_id"], done["revision"]) == ("me/model", "main")
-    assert done["url"] == "https://huggingface.co/me/model"
-    assert done["commit"] == "https://huggingface.co/me/model/commit/1"
-    assert json.loads(json.dumps(done)) == done
+    assert api.uploaded == list(done.files) == expected
+    assert done.bytes == sum(len(name) for name in expected)
+    assert (done.repo_id, done.revision) == ("me/model", "main")
+    assert done.url == "https://huggingface.co/me/model"
+    assert done.commit == "https://huggingface.co/me/model/commit/1"
+    assert json.loads(json.dumps(done.to_json())) == done.to_json()
     (create, arguments), (upload, _) = api.calls
     assert (create, upload) == ("create_repo", "upload_folder")
     assert arguments == {
@@ -110,8 +110,8 @@ def test_an_export_is_uploaded_whole_and_nothing_else(export):
 
 def test_a_branch_is_made_and_a_short_name_is_completed(export):
     api = FakeApi()
-    done = push(export, "model", token=TOKEN, revision="int2", verify=accept, api=api)
-    assert (done["repo_id"], done["revision"]) == ("me/model", "int2")
+    done = push(export, HubPlace("model", token=TOKEN, revision="int2"), verify=accept, api=api)
+    assert (done.repo_id, done.revision) == ("me/model", "int2")
     assert [name for name, _ in api.calls] == ["create_repo", "create_branch", "upload_folder"]
     assert api.calls[1][1]["branch"] == api.calls[2][1]["revision"] == "int2"
     assert api.calls[2][1]["repo_id"] == "me/model"
@@ -124,7 +124,7 @@ def test_an_export_without_a_certificate_is_not_uploaded(export):
         raise BindingError(f"{folder} has no certificate")
 
     with pytest.raises(BindingError, match="has no certificate"):
-        push(export, "me/model", token=TOKEN, verify=verify, api=api)
+        push(export, HubPlace("me/model", token=TOKEN), verify=verify, api=api)
     assert api.calls == []
 
 
@@ -137,7 +137,7 @@ def test_a_name_that_is_none_is_refused_before_anything(export, repo_id):
 
 def test_no_token(export):
     with pytest.raises(HubError, match="there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN"):
-        push(export, "me/model", verify=accept, api=FakeApi())
+        push(export, HubPlace("me/model"), verify=accept, api=FakeApi())
     missing = FakeApi({"create_repo": hub_errors.LocalTokenNotFoundError("Token is required\nbut none found")})
     assert "there is no token for the hub" in refused(export, missing)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cloq_export.artifact import merged
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource
-from cloq_export.artifact.merged import export_merged, is_merged
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings
+from cloq_export.artifact.merged import MergedAdapter, export_merged, is_merged
 from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import FormatError, NonFiniteError, RunDirectoryError
 from cloq_export.files.fingerprint import base_fingerprint
@@ -25,7 +25,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def export(written, folder, pairs=None, *, model=None, layers=None, **options):
     source = LayerSource.of_mapping(layers or written.layers)
     floats = FloatPart.of_model(model or written.source, source)
-    return export_merged(folder, source, floats, written.pairs if pairs is None else pairs, **options)
+    adapter = MergedAdapter(written.pairs if pairs is None else pairs, options.pop("adapter", None))
+    dtype = options.pop("dtype", torch.bfloat16)
+    return export_merged(folder, source, floats, adapter, dtype=dtype, settings=WriteSettings(**options))
 
 
 def exact_weights(written):
@@ -272,7 +274,8 @@ def test_a_tied_head_with_a_pair_is_written_apart(tmp_path, written, log_probabi
     layers = LayerSource.of_mapping(written.layers)
     floats = dataclasses.replace(FloatPart.of_model(written.source, layers), tied=tied)
     pair = LoraPair(torch.randn(4, 64), 0.1 * torch.randn(96, 4), 4.0)
-    export_merged(tmp_path / "merged", layers, floats, {**written.pairs, "lm_head": pair}, dtype=torch.float32)
+    adapter = MergedAdapter({**written.pairs, "lm_head": pair})
+    export_merged(tmp_path / "merged", layers, floats, adapter, dtype=torch.float32)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]
@@ -281,5 +284,5 @@ def test_a_tied_head_with_a_pair_is_written_apart(tmp_path, written, log_probabi
     expected = (embeddings.double() + pair.lora_B.double() @ pair.lora_A.double() * pair.scaling).float()
     assert torch.equal(model.lm_head.weight, expected)
     # Without such a pair it stays tied.
-    export_merged(tmp_path / "plain", layers, floats, written.pairs, dtype=torch.float32)
+    export_merged(tmp_path / "plain", layers, floats, MergedAdapter(written.pairs), dtype=torch.float32)
     assert "lm_head.weight" not in read_all(tmp_path / "plain")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from cloq_export.artifact.certificate import certify_checkpoint, verify_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, export_checkpoint
 from cloq_export.artifact.detective import examine
 from cloq_export.artifact.empty_model import float_part
-from cloq_export.artifact.merged import export_merged
+from cloq_export.artifact.merged import MergedAdapter, export_merged
 from cloq_export.artifact.stored_names import names_in_memory, stored_names
 from cloq_export.engines.transformers.loading import dequantized_model, load
 from cloq_export.errors import FormatError
@@ -86,7 +86,9 @@ def quantized(model: Any, layers: dict[str, Any], folder: Path, layout: str = "g
         source,
         floats,
         layout=LAYOUTS[layout],
-        finish=lambda filling, found: certify_checkpoint(filling, source, floats, base_fingerprint=found),
+        settings=WriteSettings(
+            finish=lambda filling, written: certify_checkpoint(filling, source, floats, base_fingerprint=written)
+        ),
     )
     return floats
 
@@ -122,7 +124,7 @@ def test_a_checkpoint_keeps_the_names_of_the_models_own_files(
     merged = tmp_path / "merged"
     source = LayerSource.of_checkpoint(checkpoint)
     floats = float_part(checkpoint)
-    export_merged(merged, source, floats, {}, dtype=torch.float32)
+    export_merged(merged, source, floats, MergedAdapter(), dtype=torch.float32)
     assert set(load_file(merged / "model.safetensors")) == set(load_file(files / "model.safetensors"))
     plain, report = transformers.AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not report["missing_keys"]

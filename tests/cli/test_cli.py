@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import cloq_export
+from cloq_export.artifact.hub import Pushed
 from cloq_export.artifact.inspection_result import CheckpointInspection, GridCount
 from cloq_export.artifact.stored_sizes import StoredSizes
 from cloq_export.cli import VERBS, main
@@ -142,8 +143,8 @@ class RecordedVerbs:
     def convert(self, path: Path, options: ExportOptions, read_as: str | None) -> ExportResult:
         return export_of(options)
 
-    def push(self, folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> Any:
-        return {"url": f"hub/{repo_id}"}
+    def push(self, folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> Pushed:
+        return Pushed(repo_id, f"hub/{repo_id}", "hub/commit", revision or "main", ("README.md",), 4)
 
     def evaluate(self, path: Path, options: EvaluateOptions) -> Evaluation:
         if options.tasks == ("ppl",):

@@ -28,7 +28,7 @@ from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx import packages
 from cloq_export.formats.onnx.adapter import write_onnx_adapter
 from cloq_export.formats.onnx.matching import UnmatchedLinearError
-from cloq_export.formats.onnx.record import GRAPH_NAME, RECORD_NAME
+from cloq_export.formats.onnx.record import GRAPH_NAME, RECORD_NAME, GraphOptions
 from cloq_export.formats.peft import write_adapter
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
@@ -164,9 +164,9 @@ def write_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             tmp_path / name,
             LayerSource.of_mapping(layers),
             toy_floats(tmp_path),
+            GraphOptions(**options),
             base_fingerprint=fingerprint,
             finish=finish,
-            **options,
         )
         return tmp_path / name
 
@@ -232,7 +232,7 @@ def test_a_qdq_export_tells_the_session_to_stay_exact(write_toy: Callable[..., P
 def test_adapters_of_another_base_or_model_are_refused(tmp_path: Path, write_toy: Callable[..., Path]) -> None:
     folder = write_toy()
     write_onnx_adapter(tmp_path / "a", toy_pairs(2, 1, HEAD), base_model="toy", base_fingerprint="sha256:other")
-    with pytest.raises(BindingError, match=r"a is bound to sha256:other, but .*cloq adapt"):
+    with pytest.raises(BindingError, match=r"a is bound to the base sha256:other, but .*cloq adapt"):
         OnnxModel(folder, {"a": tmp_path / "a"})
     assert OnnxModel(folder, {"a": tmp_path / "a"}, force=True).generate([IDS], ["a"], 1)
     pairs = {"model.layers.9.q_proj": toy_pairs(2, 1, HEAD)[HEAD]}
@@ -308,6 +308,7 @@ def test_the_other_exporter_takes_what_the_builder_lacks(
         folder,
         LayerSource.of_mapping(layers),
         toy_floats(tmp_path),
+        GraphOptions(),
         base_fingerprint=base_fingerprint(layers.items()),
     )
     assert report.record.exporter == "other exporter"

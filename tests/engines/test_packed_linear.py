@@ -16,6 +16,11 @@ from cloq_export.kernels.cpu import library
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 
+def with_bias(layer: PackedLinear, bias: torch.Tensor) -> PackedLinear:
+    layer.bias = nn.Parameter(bias)
+    return layer
+
+
 def packed_tensors(bits=3, in_features=64, out_features=96, groups=2):
     generator = torch.Generator().manual_seed(0)
 
@@ -31,7 +36,7 @@ def packed_tensors(bits=3, in_features=64, out_features=96, groups=2):
 
 @pytest.fixture
 def layer() -> PackedLinear:
-    return PackedLinear(*packed_tensors(), bits=3, bias=torch.linspace(-1, 1, 96))
+    return with_bias(PackedLinear(*packed_tensors(), bits=3), torch.linspace(-1, 1, 96))
 
 
 def test_it_is_a_linear_layer(layer):
@@ -113,9 +118,8 @@ def test_it_copies_and_reloads(layer):
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
-    other = PackedLinear(
-        *(torch.zeros_like(t) if t.dtype == torch.int32 else t for t in packed_tensors()), bits=3, bias=torch.zeros(96)
-    )
+    zeros = (torch.zeros_like(t) if t.dtype == torch.int32 else t for t in packed_tensors())
+    other = with_bias(PackedLinear(*zeros, bits=3), torch.zeros(96))
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(other(x), layer(x))
 
@@ -160,7 +164,7 @@ def test_state_dicts_that_do_not_fit_are_refused(layer):
 def test_without_the_library_torch_computes_the_same(layer, dtype, monkeypatch):
     x = torch.randn(5, 64, dtype=torch.float64).to(dtype)
     monkeypatch.setattr(library, "load", lambda: None)
-    plain = PackedLinear(*packed_tensors(), bits=3, bias=torch.linspace(-1, 1, 96))
+    plain = with_bias(PackedLinear(*packed_tensors(), bits=3), torch.linspace(-1, 1, 96))
     assert plain.native is None
     expected = plain(x).detach()
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pathlib
 import torch
 
 from cloq_export.artifact.certificate import CERTIFICATE_NAME, certify_checkpoint
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, export_checkpoint
 from cloq_export.files.atomic import write_json
 from cloq_export.formats.layout import Layout
 from cloq_export.formats.peft import write_adapter
@@ -80,7 +80,7 @@ def make_originals(folder: pathlib.Path) -> dict[str, Original]:
             lambda target: write_json(target / "config.json", {"hidden_size": 32, "model_type": "llama"}),
         )
         target = folder / name
-        fingerprint = export_checkpoint(target, source, floats, layout=layout, max_shard_bytes=limit)
+        fingerprint = export_checkpoint(target, source, floats, layout=layout, settings=WriteSettings(limit))
         certify_checkpoint(target, source, floats, base_fingerprint=fingerprint)
         found[name] = Original("checkpoint", contents(target))
     for name in FOREIGN:

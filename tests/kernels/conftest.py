@@ -21,6 +21,20 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield request.param
 
 
+@pytest.fixture
+def _nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every new tensor with ones, which is NaN in floats, so that what is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.numel():
+            tensor.view(torch.uint8).fill_(0xFF)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Compute on one thread: the tensors are small, and waking others on a busy machine takes most of the time."""

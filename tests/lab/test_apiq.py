@@ -103,3 +103,13 @@ def test_loftq_is_a_start_like_any_other(tmp_path: Path, recipe_for: RecipeFor, 
     certificates = RunDirectory.open(tmp_path / "run").certificates()
     assert {c.method for c in certificates} == {"loftq"}
     assert all(c.refined_error_after < c.refined_error_before for c in certificates)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("options", [{"init": "loftq"}, {"init": "lq-lora"}, {"refine": "apiq-bw"}])
+def test_codes_of_every_start_fit_version_1(
+    options: dict[str, str], tmp_path: Path, recipe_for: RecipeFor, silent: Console
+) -> None:
+    recipe = recipe_for("llama", format="gptq", **{**SMALL, **options, "refine_steps": 2, "samples": 4})
+    make_run(recipe, tmp_path / "run", console=silent)
+    directory = RunDirectory.open(tmp_path / "run")
+    assert all(int(directory.read_codes(name).zeros.min()) >= 1 for name in directory.completed_modules())

@@ -1,4 +1,4 @@
-"""Opening models from folders, GGUF files and the hub, and what is said about those that cannot be opened."""
+"""Opening models from folders and the hub, and what is said about those that cannot be opened."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from cloq_export.errors import MissingPackageError, NonFiniteError, SourceError, UnsupportedModelError
+from cloq_export.errors import (
+    CloqError,
+    FormatError,
+    MissingPackageError,
+    NonFiniteError,
+    SourceError,
+    UnsupportedModelError,
+)
 from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.loaded_weights import check_finite
 from cloq_export.models.saving import save_source_files
 from cloq_export.models.source import DEMO_MODEL, find_source, load_source, open_model
+from cloq_export.models.tokenizer_files import read_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -155,9 +161,39 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.self_attn.k_proj.weight"] = torch.zeros(3, 5)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"the weights of .* cannot be read") as error:
+    with pytest.raises(
+        SourceError,
+        match=r"holds 1 weights of other shapes than LlamaForCausalLM has, model\.layers\.2\..*k_proj\.weight",
+    ) as error:
         open_model(str(folder))
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"vocab_size": 200}, "model.embed_tokens.weight"),
+        ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight"),
+    ],
+)
+def test_a_config_of_another_size_is_refused_by_a_tensor(folder: Path, changes: dict[str, Any], tensor: str) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(SourceError, match=rf"weights of other shapes than LlamaForCausalLM has, {tensor} among them"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_byte_order_mark_is_said_before_any_weight_is_loaded(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(
+        CloqError, match=rf"{name} begins with a byte order mark of UTF-8; .* Save the file as"
+    ) as error:
+        find_source(str(folder))
+    one_line(error)
+    if name != "config.json":
+        with pytest.raises(FormatError, match="begins with a byte order mark"):
+            read_tokenizer(folder)
 
 
 def test_a_missing_path_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
@@ -274,110 +310,9 @@ def test_the_demo_model_names_its_package(monkeypatch: pytest.MonkeyPatch) -> No
         open_model(DEMO_MODEL)
 
 
-@pytest.fixture(scope="session")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as llama.cpp would write it, with a byte-level tokenizer of single letters."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    width, inner, layers, words = 32, 64, 2, 96
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(words)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(chr(33 + number) for number in range(words - 4)), "he"])
-    writer.add_token_types([3, 3, 3] + [1] * (words - 3))
-    writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    generator = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, generator.normal(scale=0.1, size=shape).astype(np.float32))
-
-    add("token_embd.weight", words, width)
-    add("output_norm.weight", width)
-    for layer in range(layers):
-        for name, shape in {
-            "attn_norm": (width,),
-            "attn_q": (width, width),
-            "attn_k": (width // 2, width),
-            "attn_v": (width // 2, width),
-            "attn_output": (width, width),
-            "ffn_norm": (width,),
-            "ffn_gate": (inner, width),
-            "ffn_up": (inner, width),
-            "ffn_down": (width, inner),
-        }.items():
-            add(f"blk.{layer}.{name}.weight", *shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_gguf_file_is_opened_and_can_be_saved_as_a_folder(
-    gguf_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    loaded = open_model(str(gguf_file))
-    assert capfd.readouterr().err == ""
-    assert loaded.source.kind == "gguf"
-    assert loaded.source.weights == (gguf_file,)
-    assert loaded.model.config.num_hidden_layers == 2
-    assert loaded.tokenizer("abc", add_special_tokens=False)["input_ids"] == [ord(letter) - 30 for letter in "abc"]
-
-    names = save_source_files(loaded, tmp_path)
-    assert {"config.json", "tokenizer.json"} <= set(names)
-    assert str(gguf_file.parent) not in (tmp_path / "config.json").read_text()
-    loaded.model.save_pretrained(tmp_path / "weights")
-    shutil.copy(tmp_path / "weights" / "model.safetensors", tmp_path)
-    again = open_model(str(tmp_path))
-    ids = torch.arange(3, 19).unsqueeze(0)
-    with torch.no_grad():
-        assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
-    assert again.tokenizer("he!")["input_ids"] == loaded.tokenizer("he!")["input_ids"]
-
-
-@pytest.mark.parametrize("share", [0.0005, 0.01, 0.3, 0.9, 0.9999])
-def test_truncated_gguf_files_are_refused(gguf_file: Path, tmp_path: Path, share: float) -> None:
-    data = gguf_file.read_bytes()
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(SourceError, match=r"the weights of .*cut\.gguf cannot be read .*truncated, damaged") as error:
-        open_model(str(path))
-    one_line(error)
-
-
-def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "odd.gguf"
-    writer = gguf.GGUFWriter(path, "no-such-type")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(
-        UnsupportedModelError, match="no causal language model that the installed transformers"
-    ) as error:
-        open_model(str(path))
-    one_line(error)
-
-
 def test_other_files_are_no_gguf(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"model\.safetensors is not a GGUF file; .*give the folder that holds them"):
         open_model(str(folder / "model.safetensors"))
-
-
-def test_gguf_without_its_package_names_the_extra(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"needs the package gguf; .*pip install cloq-export\[demo\]"):
-        find_source(str(gguf_file))
 
 
 @pytest.mark.slow

@@ -153,6 +153,11 @@ def test_every_place_in_the_config_is_read(folder: Path, changes: dict[str, Any]
         ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt FP8), as its hf_quant_config.json"),
         ("hf_quant_config.json", {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, "modelopt FP8"),
         ("quantize_config.json", {"bits": 4, "desc_act": True}, "(method gptq), as its quantize_config.json"),
+        (
+            "quantization_config.json",
+            {"quant_method": "auto-round"},
+            "(method auto-round), as its quantization_config.json",
+        ),
         ("quant_config.json", {"w_bit": 4, "zero_point": True}, "(method awq), as its quant_config.json"),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cloq_export.errors import DataError, MissingPackageError, UsageError
+from cloq_export.errors import DataError, MissingPackageError
 from cloq_export.texts.data_sets import local_file
 from cloq_export.texts.examples import Example, instruction_prompt
-from cloq_export.texts.named_sets import WORD_PROBLEM_SETS, load_examples, load_named_set, set_names
+from cloq_export.texts.named_sets import WORD_PROBLEM_SETS, load_examples, set_names
 from cloq_export.texts.word_problems import generate
 
 ROW = {"instruction": "2+2?", "input": "", "output": "It is 4.", "answer": "4.0"}
@@ -55,11 +55,10 @@ def test_the_data_folder_comes_first(folder: Path, hub: dict[str, Any]) -> None:
     (folder / "commonsense170k").mkdir()
     (folder / "commonsense170k" / "train.jsonl").write_text(json.dumps(ROW))
     assert local_file("no", "gsm8k/train.jsonl") == folder / "gsm8k" / "train.jsonl"
-    assert load_named_set("wikitext2", "validation").examples == (Example(None, " = Title = \n"),)
-    assert load_named_set("gsm8k").examples == (Example("Question: q\nAnswer:", " a\n#### 1"),)
-    assert load_named_set("math10k").examples == (LEARNED, LEARNED)
-    assert load_named_set("math10k", count=1).examples == (LEARNED,)
-    assert load_named_set("commonsense170k", count=9).examples == (LEARNED,)
+    assert load_examples("wikitext2:validation").examples == (Example(None, " = Title = \n"),)
+    assert load_examples("gsm8k").examples == (Example("Question: q\nAnswer:", " a\n#### 1"),)
+    assert load_examples("math10k").examples == (LEARNED, LEARNED)
+    assert load_examples("commonsense170k").examples == (LEARNED,)
     assert load_examples("wikitext2:validation").origin == str(folder / "wikitext2" / "valid.txt")
     assert hub["asked"] == []
 
@@ -67,25 +66,25 @@ def test_the_data_folder_comes_first(folder: Path, hub: dict[str, Any]) -> None:
 def test_without_a_data_folder_the_hub_is_asked(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLOQ_DATA", raising=False)
     hub["rows"] = [ROW]
-    assert load_named_set("math10k").examples == (LEARNED,)
+    assert load_examples("math10k").examples == (LEARNED,)
     assert hub["asked"] == [("lmms-lab/Math10K", None, "train")]
 
 
 def test_empty_texts_of_a_set_on_the_hub_are_left_out(hub: dict[str, Any]) -> None:
     hub["rows"] = [{"text": ""}, {"text": "one"}, {"text": " "}, {"text": "two"}]
-    assert load_examples("some/set", count=2).examples == (Example(None, "one"), Example(None, "two"))
+    assert load_examples("some/set").examples == (Example(None, "one"), Example(None, "two"))
 
 
 def test_the_hub_comes_second(folder: Path, hub: dict[str, Any]) -> None:
     hub["rows"] = [ROW, ROW, ROW]
-    found = load_named_set("math10k", count=2)
-    assert found.examples == (LEARNED, LEARNED)
+    found = load_examples("math10k")
+    assert found.examples == (LEARNED,) * 3
     assert found.origin == "hub:lmms-lab/Math10K:train"
-    load_named_set("commonsense170k")
+    load_examples("commonsense170k")
     assert load_examples("org/set:config:dev").origin == "hub:org/set:config:dev"
-    load_examples("org/set", "test")
+    load_examples("org/set::test")
     hub["rows"] = [{"text": ""}, {"text": " = Title = \n"}]
-    assert load_examples("wikitext2", "test").examples == (Example(None, " \n = Title = \n"),)
+    assert load_examples("wikitext2:test").examples == (Example(None, " \n = Title = \n"),)
     assert hub["asked"] == [
         ("lmms-lab/Math10K", None, "train"),
         ("zwhe99/commonsense_170k", None, "train"),
@@ -98,30 +97,30 @@ def test_the_hub_comes_second(folder: Path, hub: dict[str, Any]) -> None:
 def test_rows_of_the_hub_are_named_too(folder: Path, hub: dict[str, Any]) -> None:
     hub["rows"] = [ROW, {"instruction": "a", "output": ""}]
     with pytest.raises(DataError, match="row 2 of hub:lmms-lab/Math10K:train: 'output' is empty"):
-        load_named_set("math10k")
+        load_examples("math10k")
     hub["rows"] = []
     with pytest.raises(DataError, match="hub:openai/gsm8k:main:train holds no example"):
-        load_named_set("gsm8k")
+        load_examples("gsm8k")
 
 
 def test_without_network_or_package(folder: Path, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     hub["rows"] = ConnectionError("no route\nmore")
     with pytest.raises(DataError, match=r"openai/gsm8k cannot be loaded .*\(no route\).*put gsm8k/train.jsonl into"):
-        load_named_set("gsm8k")
+        load_examples("gsm8k")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match=r"pip install cloq-export\[hub\].*put math10k/train.jsonl into"):
-        load_named_set("math10k")
+        load_examples("math10k")
 
 
 def test_word_problems_are_generated(folder: Path, hub: dict[str, Any]) -> None:
-    train, test = load_examples("word-problems", count=60), load_examples("word-problems:test")
+    train, test = load_examples("word-problems"), load_examples("word-problems:test")
     assert len(test.examples) == 500
     first = generate(1)[0]
     assert train.examples[0] == Example(f"Question: {first.question}\nAnswer:", f" {first.answer}")
     assert not set(train.examples) & set(test.examples)
     assert test.origin == "generated (word-problems, test)"
-    assert len(load_named_set("word-problems").examples) == 2000
-    short = load_named_set("short-word-problems", "test", count=40).examples
+    assert len(train.examples) == 2000
+    short = load_examples("short-word-problems:test").examples
     assert max(example.completion.count("<<") for example in short) == 2
     assert max(example.completion.count("<<") for example in test.examples) == 4
     assert hub["asked"] == []
@@ -129,7 +128,7 @@ def test_word_problems_are_generated(folder: Path, hub: dict[str, Any]) -> None:
 
 def test_files_by_path(folder: Path, hub: dict[str, Any]) -> None:
     (folder / "mine.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
-    assert load_examples(str(folder / "mine.jsonl"), count=2).examples == (LEARNED, LEARNED)
+    assert load_examples(str(folder / "mine.jsonl")).examples == (LEARNED,) * 3
     for name in (str(folder / "nowhere.jsonl"), "gsm8", "./mine", "", str(folder), "org/rows.txt"):
         with pytest.raises(DataError, match=r"is no file and no data set that is known by name \(wikitext2, gsm8k"):
             load_examples(name)
@@ -138,11 +137,7 @@ def test_files_by_path(folder: Path, hub: dict[str, Any]) -> None:
 
 def test_unknown_names_and_splits(folder: Path) -> None:
     assert set_names() == ("wikitext2", "gsm8k", "math10k", "commonsense170k", *WORD_PROBLEM_SETS)
-    with pytest.raises(DataError, match="there is no data set named 'gsm'; there are wikitext2, gsm8k"):
-        load_named_set("gsm")
     with pytest.raises(DataError, match="math10k has no split 'test'; it has train"):
         load_examples("math10k:test")
     with pytest.raises(DataError, match="word-problems has no split 'dev'; it has train, test"):
-        load_examples("word-problems", "dev")
-    with pytest.raises(UsageError, match="0 examples were asked for; at least 1 is needed"):
-        load_examples("gsm8k", count=0)
+        load_examples("word-problems:dev")

@@ -15,7 +15,7 @@ from cloq_export.parity.tasks import find_task, load_questions
 from cloq_export.texts import reading
 from cloq_export.texts.corpora import evaluation_text, load_text
 from cloq_export.texts.examples import read_examples
-from cloq_export.texts.named_sets import load_examples, load_named_set
+from cloq_export.texts.named_sets import load_examples
 from cloq_export.texts.reading import holds_rows, read_rows, read_text
 
 ROWS = [
@@ -192,7 +192,7 @@ def test_files_of_named_sets_are_read_alike(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "gsm8k" / f"{split}.json").write_bytes(MARK + b"[" + b",".join(LINES) + b"]")
     expected = "\n\n".join(f"{row['question']}\n{row['answer']}" for row in ROWS)
     assert load_text("gsm8k").text == evaluation_text("gsm8k").text == expected
-    assert len(load_named_set("gsm8k").examples) == 2
+    assert len(load_examples("gsm8k").examples) == 2
     assert len(load_questions(find_task("gsm8k"), None, shots=1).items) == 2
 
 

@@ -30,7 +30,6 @@ from cloq_export.files.atomic import write_json
 from cloq_export.formats.peft import read_adapter
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.train import trainer
-from cloq_export.train.pairs import zero_pairs
 from cloq_export.train.trainer import COMPLETE_NAME, AdapterTrainer, newest_checkpoint
 from cloq_export.verbs.evaluate import evaluate
 from cloq_export.verbs.finetune import finetune
@@ -301,16 +300,7 @@ def test_prompts_are_not_learned_and_nothing_is_held_out_of_one_example(
     assert summary.to_json()["held_out_perplexity"]["kept"] is None
 
 
-def test_zero_changes_nothing_at_first_and_depends_on_the_seed(run: Path, options: Any, silent: Console) -> None:
-    shapes, ranks = {"a": (6, 4), "b": (6, 400)}, {"a": 64, "b": 64}
-    pairs = zero_pairs(shapes, ranks, 0)
-    assert pairs["a"].rank == 4
-    assert pairs["b"].product().abs().max() == 0
-    # Uniform within 1/sqrt(in), so its standard deviation is that over sqrt(3).
-    assert pairs["b"].lora_A.abs().max() <= 0.05
-    assert float(pairs["b"].lora_A.std()) == pytest.approx(0.05 / math.sqrt(3), rel=0.1)
-    assert torch.equal(pairs["b"].lora_A, zero_pairs(shapes, ranks, 0)["b"].lora_A)
-    assert not torch.equal(pairs["b"].lora_A, zero_pairs(shapes, ranks, 1)["b"].lora_A)
+def test_a_start_from_zero_takes_the_rank_of_the_run(run: Path, options: Any, silent: Console) -> None:
     finetune(run, options(start="zero", steps=2), console=silent)
     trained = read_adapter(RunDirectory.open(run).adapter_path(NAME))
     assert {pair.rank for pair in trained.pairs.values()} == {4}

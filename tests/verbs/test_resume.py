@@ -19,7 +19,7 @@ from rich.console import Console
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
 from cloq_export.errors import FormatError, RunDirectoryError
-from cloq_export.files import atomic
+from cloq_export.files import atomic, tensor_writer
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.adapt import adapt
@@ -77,7 +77,7 @@ def test_two_runs_write_the_same_bytes(
     assert contents(tmp_path / "somewhere" / "else") == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "plain-experts"])
+@pytest.mark.parametrize("family", ["llama", "plain-experts", "mixtral"])
 @modes
 def test_whatever_is_missing_is_made_again(
     mode: dict[str, float],
@@ -264,7 +264,8 @@ def full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                     if taken < len(view):
                         raise OSError(code, os.strerror(code))
 
-                entered.setattr(atomic, "_write_all", write_all)
+                for module in (atomic, tensor_writer):
+                    entered.setattr(module, "write_all", write_all)
 
             def __exit__(self, *details: Any) -> None:
                 patch.__exit__(*details)
@@ -380,7 +381,7 @@ def test_another_source_or_text_under_the_same_name_is_refused(
     weights = tmp_path / "model" / "model.safetensors"
     tensors, metadata = read_safetensors(weights)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
-    atomic.write_safetensors(weights, tensors, metadata)
+    tensor_writer.write_safetensors(weights, tensors, metadata)
     with pytest.raises(RunDirectoryError, match=r"source model: sha256:\w{12}… in the run, sha256:\w{12}… asked"):
         make_run(recipe, tmp_path / "run", console=silent)
     with pytest.raises(RunDirectoryError, match=r"model has changed since .* was made"):

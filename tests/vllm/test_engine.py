@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
+from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import QuantSpec
@@ -61,11 +65,10 @@ def furthest(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
 
 
 def allowed(export: Any, dtype: str) -> float:
-    """Return how far an engine may be from the float32 reference."""
+    """Return how far an engine may be from the float32 reference: twice as far as transformers is in that dtype."""
     if dtype == "float32":
-        return 1e-4
-    # As far as the transformers runtime is in that dtype, give or take the engine's own rounding.
-    return 4 * furthest(references(export, getattr(torch, dtype)), references(export))
+        return 1e-4  # of a log-probability, what the project promises
+    return 2 * furthest(references(export, getattr(torch, dtype)), references(export))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,8 +154,9 @@ def test_what_vllm_reads_is_left_to_vllm_and_its_fault_is_mended(
         mixed = model.prompt_logprobs([ids, ids, ids], [None, "one", "two"])[0]
         found[plugin] = (alone, float((alone - mixed).abs().max()))
     assert torch.equal(found[True][0], found[False][0])
-    assert found[True][1] < 1e-2
+    assert found[True][1] < allowed(export, "float16")
     version = engine_facts(engine_python).version
+    # An adapter moves a log-probability by several tenths, rounding by thousandths.
     assert (found[False][1] > 0.1) == version.startswith("0.32."), found[False][1]
 
 
@@ -162,12 +166,42 @@ def test_prompt_logprobs_with_an_adapted_head(
 ) -> None:
     """vLLM alone dies of a batch of them unless it is told which modules are adapted."""
     export = write_export(QuantSpec(bits=4, group_size=32, symmetric=True))
-    how: dict[str, Any] = {"dtype": "float16", "options": {"lora_target_modules": None}}
+    how: dict[str, Any] = {"dtype": "float16", "more": {"lora_target_modules": None}}
     model = load_engine(export.folder, export.adapters, plugin=False, **how)
     with pytest.raises(EngineError, match="ended without an answer"):
         model.prompt_logprobs([SEQUENCES[0], SEQUENCES[1]], ["one", "two"])
     model = load_engine(export.folder, export.adapters, **how)
-    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < 0.1
+    assert furthest(model.prompt_logprobs(SEQUENCES, ADAPTERS), references(export)) < allowed(export, "float16")
+
+
+def relabelled(export: Any, folder: pathlib.Path, **changes: Any) -> pathlib.Path:
+    """Return a copy of an export whose `quantization_config` says something else."""
+    shutil.copytree(export.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_label_of_act_order_counts_for_nothing(
+    export: Any, load_engine: Callable[..., VllmModel], tmp_path: pathlib.Path
+) -> None:
+    folder = relabelled(export, tmp_path / "labelled", desc_act=True)
+    model = load_engine(folder, {})
+    scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]
+    assert float((scores - export.logprobs(SEQUENCES[0], None)).abs().max()) < allowed(export, "float32")
+
+
+@pytest.mark.usefixtures("only_on_cpu")
+def test_an_order_of_groups_is_refused_by_name(export: Any, engine_python: str, tmp_path: pathlib.Path) -> None:
+    folder = relabelled(export, tmp_path / "ordered", desc_act=False)
+    file = next(folder.glob("*.safetensors"))
+    tensors, _ = read_safetensors(file)
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
+    write_safetensors(file, tensors, {"format": "pt"})
+    with pytest.raises(EngineError, match=rf"(?s)did not start .*{name}: g_idx is not sequential \(an act-order"):
+        VllmModel(folder, {}, EngineSettings(), dataclasses.replace(SMALL, python=engine_python))
 
 
 def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callable[..., VllmModel]) -> None:

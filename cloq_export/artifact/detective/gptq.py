@@ -91,7 +91,10 @@ def examine_gptq(case: Case, modules: list[str]) -> Verdict:
         content, confidence = "gptq_p", order_confidence
     _compare_label(case, label, spoken, content, confidence, bits)
     if samples and bits is not None and middle is not None:
-        _note_zeros(case, samples, order, bits, content or label, labelled_symmetric, symmetric, constant)
+        counts = torch.stack([sample.zeros[order] for sample in samples]).sum(dim=0)
+        _note_stored_zeros(case, counts, bits, content or label, len(samples))
+        _note_symmetry(case, counts, labelled_symmetric, symmetric, constant, len(samples))
+        _note_offsets(case, [sample.offsets[order].slope for sample in samples])
         note_codes(case, [sample.counts[order] for sample in samples], bits)
     return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
 
@@ -150,16 +153,13 @@ def _sample_layers(
     sampled = statistics.spread_evenly(sorted(fitting, key=natural_order), SAMPLED_LAYERS)
     samples, act_order, scales = [], [], []
     for module in sampled:
-        in_features, out_features = (
-            case.shape(f"{module}.qweight")[0] * 32 // int(bits or 1),
-            case.shape(f"{module}.scales")[1],
-        )
-        groups = case.shape(f"{module}.scales")[0]
+        width, (groups, out_features) = int(bits or 1), case.shape(f"{module}.scales")
+        in_features = case.shape(f"{module}.qweight")[0] * 32 // width
         span = in_features // groups
         index = _read_index(case, module, in_features, span)
         if index is not None:
             act_order.append(module)
-        sample, scale = _sample_layer(case, module, int(bits or 1), in_features, out_features, span, index)
+        sample, scale = _sample_layer(case, _PackedLayer(module, width, in_features, out_features, span, index))
         if sample is not None:
             samples.append(sample)
         if scale is not None:
@@ -176,11 +176,22 @@ def _read_index(case: Case, module: str, in_features: int, span: int) -> torch.T
     return None if torch.equal(index, torch.arange(in_features) // span) else index
 
 
-def _sample_layer(
-    case: Case, module: str, bits: int, in_features: int, out_features: int, span: int, index: torch.Tensor | None
-) -> tuple[_Sample | None, torch.Tensor | None]:
+@dataclasses.dataclass(frozen=True)
+class _PackedLayer:
+    """One layer as its shapes show it; `span` columns share a group, and `index` is g_idx unless it is sequential."""
+
+    module: str
+    bits: int
+    in_features: int
+    out_features: int
+    span: int
+    index: torch.Tensor | None
+
+
+def _sample_layer(case: Case, layer: _PackedLayer) -> tuple[_Sample | None, torch.Tensor | None]:
     """Return the figures and the scales of one layer, from blocks of columns spread over its inputs."""
-    groups = in_features // span
+    module, bits, span, index = layer.module, layer.bits, layer.span, layer.index
+    in_features, out_features = layer.in_features, layer.out_features
     # A block holds whole words, whole planes and whole groups, or lies inside one group.
     unit = 32 if index is not None or span % 32 == 0 else math.lcm(span, 32)
     if in_features % unit:
@@ -193,7 +204,7 @@ def _sample_layer(
     chosen = statistics.spread_evenly(range(in_features // unit), LAYER_BYTES // unit_bytes)
     starts = [place * unit + offset for place in chosen for offset in range(0, unit, each)]
     group_of = [start // span for start in starts]
-    rows = sorted(set(group_of)) if index is None else list(range(groups))
+    rows = sorted(set(group_of)) if index is None else list(range(in_features // span))
     if len(rows) * case.shape(zeros_name)[1] * 4 > LAYER_BYTES:
         return None, None
     height = unit * bits // 32
@@ -217,7 +228,7 @@ def _sample_layer(
             beside = zeros[:, [place_of[group] for group in group_of]]
         else:
             columns = torch.cat([torch.arange(start, start + each) for start in starts])
-            of_columns = zeros.to(torch.float32)[:, index[columns].clamp(0, groups - 1)]
+            of_columns = zeros.to(torch.float32)[:, index[columns].clamp(0, in_features // span - 1)]
             beside = of_columns.view(out_features, -1, each).mean(dim=2)
         sample.offsets[order] = statistics.layer_offset(cut, beside)
         sample.counts[order] = statistics.position_counts(codes, bits)
@@ -332,17 +343,7 @@ def _compare_label(
         )
 
 
-def _note_zeros(
-    case: Case,
-    samples: Sequence[_Sample],
-    order: str,
-    bits: int,
-    layout: str,
-    labelled_symmetric: Any,
-    symmetric: bool | None,
-    constant: int | None,
-) -> None:
-    counts = torch.stack([sample.zeros[order] for sample in samples]).sum(dim=0)
+def _note_stored_zeros(case: Case, counts: torch.Tensor, bits: int, layout: str, layers: int) -> None:
     case.figures["stored_zeros"] = counts.tolist() if bits <= 4 else _sparse(counts)
     full, total = int(counts[-1]), int(counts.sum())
     if layout == "gptq" and full:
@@ -352,28 +353,36 @@ def _note_zeros(
             f"{full} of {total} stored zeros have all bits set: a zero of 0 that version 1 cannot hold. Readers take "
             f"it for 0 or for {2**bits}"
             + ("" if bits == 3 else ", and writers that subtract from whole words have lowered its neighbour too"),
-            f"zeros of {len(samples)} layers",
+            f"zeros of {layers} layers",
             "quantize again and write gptq_v2; a file of GPTQModel can be converted by GPTQModel itself.",
         )
-    if labelled_symmetric is True and symmetric is False:
+
+
+def _note_symmetry(
+    case: Case, counts: torch.Tensor, labelled: Any, symmetric: bool | None, constant: int | None, layers: int
+) -> None:
+    if labelled is True and symmetric is False:
         case.suspect(
             "symmetric",
             "wrong",
             "the config says sym, but the zeros differ"
             if constant is None
             else f"the config says sym, but all zeros are {constant}",
-            f"{int((counts > 0).sum())} different zeros in {len(samples)} layers",
+            f"{int((counts > 0).sum())} different zeros in {layers} layers",
             "set sym to false: engines for symmetric files ignore the zeros.",
         )
-    elif labelled_symmetric is False and symmetric:
+    elif labelled is False and symmetric:
         case.suspect(
             "symmetric",
             "note",
             "the config says asymmetric, but every zero seen is the middle",
-            f"zeros of {len(samples)} layers",
+            f"zeros of {layers} layers",
             "with sym set to true more engines read it, if the other layers are alike.",
         )
-    slopes = sorted(slope for sample in samples if (slope := sample.offsets[order].slope) is not None)
+
+
+def _note_offsets(case: Case, of_layers: Sequence[float | None]) -> None:
+    slopes = sorted(slope for slope in of_layers if slope is not None)
     if slopes:
         slope = slopes[len(slopes) // 2]
         case.figures["slope_of_codes_on_zeros"] = rounded(slope)

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.certificate import refuse_difference
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, Progress
-from cloq_export.artifact.merged import export_merged
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings
+from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
 from cloq_export.files.fingerprint import combine_digests, layer_digest
-from cloq_export.formats.onnx.blocks import Style, TwoBit
 from cloq_export.formats.onnx.graph import plan_blocks, quantize_graph
 from cloq_export.formats.onnx.matching import GraphLayers, UnmatchedLinearError
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.reading import OnnxExport
-from cloq_export.formats.onnx.record import RECORD_NAME, GraphRecord, is_onnx_export
+from cloq_export.formats.onnx.record import RECORD_NAME, GraphOptions, GraphRecord, is_onnx_export
 
 ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"
 """Session option of ONNX Runtime: how it computes a DequantizeLinear that it fuses with its MatMul."""
@@ -49,13 +48,10 @@ def export_onnx(
     folder: str | os.PathLike[str],
     layers: LayerSource,
     floats: FloatPart,
+    options: GraphOptions,
     *,
-    style: Style = "matmulnbits",
-    two_bit: TwoBit = "exact",
-    opset: int | None = None,
     base_fingerprint: str,
     finish: Callable[[Path, OnnxReport], Any] | None = None,
-    progress: Progress | None = None,
 ) -> OnnxReport:
     """Write a decoder graph with the integers of a base, whole or not at all.
 
@@ -67,12 +63,9 @@ def export_onnx(
         folder: the folder to make; an earlier ONNX export of ours there is replaced.
         layers: the quantized layers.
         floats: everything beside them.
-        style: how the linears compute.
-        two_bit: how 2-bit codes are stored.
-        opset: of the standard operators; None takes what is needed.
+        options: how the graph is written.
         base_fingerprint: of the layers; another one than theirs is refused.
         finish: called with the filled folder and the report before the folder gets its name.
-        progress: called with (tensors written, tensors in all).
 
     Returns:
         The report.
@@ -87,24 +80,23 @@ def export_onnx(
     """
     require_packages()
     graph_layers = GraphLayers(layers.specs, layers.shapes, layers.read)
-    plan_blocks(graph_layers, style=style, two_bit=two_bit)  # refuses what cannot be stored before anything is made
+    # Refuses what cannot be stored before anything is made.
+    plan_blocks(graph_layers, style=options.style, two_bit=options.two_bit)
     with write_folder(folder, owned=is_onnx_export) as filling:
         scratch = filling / _SCRATCH
         scratch.mkdir()
         model = scratch / "model"
-        export_merged(model, layers, floats, {}, dtype=torch.float32, base_fingerprint=base_fingerprint)
+        settings: WriteSettings[MergedReport] = WriteSettings(base_fingerprint=base_fingerprint)
+        export_merged(model, layers, floats, MergedAdapter(), dtype=torch.float32, settings=settings)
 
         def quantize(graph: FloatGraph) -> tuple[FloatGraph, GraphRecord]:
             record = quantize_graph(
                 graph.path,
                 filling,
                 graph_layers,
-                style=style,
-                two_bit=two_bit,
-                opset=opset,
+                options,
                 base_fingerprint=base_fingerprint,
                 exporter=graph.exporter,
-                progress=progress,
             )
             return graph, record
 

@@ -26,10 +26,9 @@ def packed(codes: list[int], bits: int) -> bytes:
     return stream.to_bytes((len(codes) * bits + 7) // 8, "little")
 
 
-def make_case(
-    style: str, bits: int, group: int | None, outputs: int, inputs: int, container: int, block: int
-) -> dict[str, object]:
-    """Return one layer, and what its blocks hold as hexadecimal text."""
+def make_case(case: tuple[str, int, int | None, int, int, int, int]) -> dict[str, object]:
+    """Return one layer, and what its blocks hold as hexadecimal text; see `CASES` for what a case is made of."""
+    style, bits, group, outputs, inputs, container, block = case
     state = 99
 
     def drawn(limit: int) -> int:
@@ -69,7 +68,7 @@ def make_case(
 
 def main() -> None:
     """Write the file."""
-    content = {name: make_case(*case) for name, case in CASES.items()}
+    content = {name: make_case(case) for name, case in CASES.items()}
     path = Path(__file__).with_name("blocks.json")
     path.write_text(json.dumps(content, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
 

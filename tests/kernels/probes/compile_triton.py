@@ -95,9 +95,9 @@ for bits in (2, 3, 4, 8):
 for dtype in (torch.bfloat16, torch.float16):
     gram.add_gram(torch.zeros(512, 512), torch.zeros(64, 512, dtype=dtype))
 columns = torch.zeros(128, 4096)
-optq.walk_block(columns, columns, columns, torch.zeros(128, 128), 3, columns.to(torch.uint8), columns)
+optq.walk_block(columns, columns, columns, torch.zeros(128, 128), 3, (columns.to(torch.uint8), columns))
 for shape in ((4096, 64), (16, 11008)):
     for symmetric in (False, True):
-        grid.search_grid(torch.zeros(shape), 3, (1.0, 0.9), (0.1,), 1e-4, 6e4, symmetric=symmetric)
+        grid.search_grid(torch.zeros(shape), 3, (1.0, 0.9), (0.1,), (1e-4, 6e4), symmetric=symmetric)
     prox.clip_groups(torch.zeros(shape), 0.1, torch.zeros(shape[0]))
 print(json.dumps(found))

@@ -25,8 +25,9 @@ from cloq_export.engines.vllm.plugin.computations import (
     choose_computation,
 )
 from cloq_export.engines.vllm.plugin.cpu_kernel import CloqCpuKernel
-from cloq_export.engines.vllm.plugin.parts import Fused, Part, full_sizes, narrowed, replicas
+from cloq_export.engines.vllm.plugin.parts import Fused, Part, Share, full_sizes, narrowed, replicas
 from cloq_export.errors import FormatError
+from cloq_export.formats.gptq.codec import group_index
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.kernels.cpu import weight as cpu_weight
 from cloq_export.types import QuantSpec
@@ -77,12 +78,14 @@ class CloqLinearMethod(LinearMethodBase):
                 Part(
                     self.names[0 if fused_on_disk else index],
                     self.specs[0 if fused_on_disk else index],
-                    out_features=out_features,
-                    in_features=input_size_per_partition,
-                    # Key and value heads that are fewer than ranks are given to several of them.
-                    first_output=rank // replicas(layer, index) * out_features if shares_outputs else 0,
-                    first_input=first_input,
-                    total_inputs=input_size,
+                    Share(
+                        out_features=out_features,
+                        in_features=input_size_per_partition,
+                        # Key and value heads that are fewer than ranks are given to several of them.
+                        first_output=rank // replicas(layer, index) * out_features if shares_outputs else 0,
+                        first_input=first_input,
+                        total_inputs=input_size,
+                    ),
                 )
             )
         # float32 holds the scales of any file.
@@ -97,6 +100,10 @@ class CloqLinearMethod(LinearMethodBase):
             parameter.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
         # What vLLM's kernels ask of a layer.
+        # Nothing of it is kept: it is a place for vLLM to bring the file's g_idx to.
+        order = nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
+        order.weight_loader = self._check_order  # type: ignore[attr-defined]
+        layer.register_parameter("g_idx", order)
         layer.input_size_per_partition = input_size_per_partition
         layer.output_partition_sizes = output_partition_sizes
         layer.params_dtype = params_dtype
@@ -119,12 +126,7 @@ class CloqLinearMethod(LinearMethodBase):
     def _loader(self, layer: Any, name: str) -> Callable[..., None]:
         def load(parameter: nn.Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
             """Give a tensor of the file to the parts that it belongs to."""
-            if shard_id is None:
-                indices = list(range(len(self._parts)))
-            elif isinstance(shard_id, str):
-                indices = ["qkv".index(shard_id)]
-            else:
-                indices = list(shard_id) if isinstance(shard_id, tuple) else [shard_id]
+            indices = self._indices(shard_id)
             if name == "qzeros":
                 loaded = self._stored_zeros(loaded, self._parts[indices[0]])
             if len(indices) == 1:
@@ -135,6 +137,29 @@ class CloqLinearMethod(LinearMethodBase):
                 self._parts[index].load(layer, name, piece)
 
         return load
+
+    def _indices(self, shard_id: Any) -> list[int]:
+        """Return which parts a tensor of the file belongs to."""
+        if shard_id is None:
+            return list(range(len(self._parts)))
+        if isinstance(shard_id, str):
+            return ["qkv".index(shard_id)]
+        return list(shard_id) if isinstance(shard_id, tuple) else [shard_id]
+
+    def _check_order(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
+        """Compare a file's g_idx with groups of neighbouring inputs, the only order that is computed.
+
+        Raises:
+            FormatError: it is another order.
+        """
+        part = self._parts[self._indices(shard_id)[0]]
+        if not torch.equal(
+            loaded.cpu().to(torch.int32), group_index(part.total_inputs, part.spec, torch.device("cpu"))
+        ):
+            raise FormatError(
+                f"{part.name}: g_idx is not sequential (an act-order checkpoint, or another group size than "
+                f"{part.spec.group_size}); quantize again with desc_act=false, or with static groups."
+            )
 
     def _stored_zeros(self, words: torch.Tensor, part: Part) -> torch.Tensor:
         """Return the zeros of a file's qzeros, (groups, out) uint8.
@@ -161,6 +186,7 @@ class CloqLinearMethod(LinearMethodBase):
         """
         if not self._parts:
             return  # done before
+        del layer.g_idx
         bits, columns, symmetric = self._grid
         pieces = [part.on_grid(layer, bits, columns, symmetric=symmetric) for part in self._parts]
         self._parts = []

@@ -44,36 +44,43 @@ class Fused:
         return Fused(self.codes + shift, self.scales, self.zeros + shift, bits, self.symmetric)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank gets of a module.
+
+    Args:
+        out_features: outputs of this rank.
+        in_features: inputs of this rank.
+        first_output: where this rank's outputs begin in the file.
+        first_input: where this rank's inputs begin in the file.
+        total_inputs: inputs in the file.
+    """
+
+    out_features: int
+    in_features: int
+    first_output: int
+    first_input: int
+    total_inputs: int
+
+
 class Part:
     """One module of the checkpoint inside a layer, cut to this rank's share.
 
     Args:
         name: of the module.
         spec: its grid.
-        out_features: outputs of this rank.
-        in_features: inputs of this rank.
-        first_output: where this rank's outputs begin in the file.
-        first_input: where this rank's inputs begin in the file.
-        total_inputs: inputs in the file.
+        share: what this rank gets.
 
     Raises:
         ShapeError: this rank's share does not begin and end at whole words.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: QuantSpec,
-        *,
-        out_features: int,
-        in_features: int,
-        first_output: int,
-        first_input: int,
-        total_inputs: int,
-    ) -> None:
+    def __init__(self, name: str, spec: QuantSpec, share: Share) -> None:
         self.name, self.spec = name, spec
-        self.out_features, self.in_features = out_features, in_features
-        self.first_output, self.first_input = first_output, first_input
+        self.out_features, self.in_features = share.out_features, share.in_features
+        self.first_output, self.first_input = share.first_output, share.first_input
+        self.total_inputs = total_inputs = share.total_inputs
+        first_input, in_features = share.first_input, share.in_features
         if first_input * spec.bits % WORD_BITS or in_features * spec.bits % WORD_BITS:
             raise ShapeError(
                 f"{name} has {total_inputs} inputs, of which one rank gets {in_features}; {spec.bits}-bit codes can be "
@@ -84,8 +91,8 @@ class Part:
         self.first_group = first_input // self.columns_per_group
         self.groups = -(-(first_input + in_features) // self.columns_per_group) - self.first_group
         words = in_features * spec.bits // WORD_BITS
-        self.shapes = {"qweight": (words, out_features)} | dict.fromkeys(
-            ("qzeros", "scales"), (self.groups, out_features)
+        self.shapes = {"qweight": (words, share.out_features)} | dict.fromkeys(
+            ("qzeros", "scales"), (self.groups, share.out_features)
         )
         # Where this part begins in the layer's parameters, which hold all parts one after the other.
         self.starts = dict.fromkeys(self.shapes, 0)

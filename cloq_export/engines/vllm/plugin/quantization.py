@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
@@ -31,8 +32,8 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 _LABELS = (None, METHOD, "gptq")
-# What this plugin does not compute: the order of groups is not looked at here, so its label has to be believed.
-_UNSERVED = {"desc_act": "an order of groups (act-order)", "lm_head": "a quantized head"}
+# What this plugin does not compute. `desc_act` is not among it: whether groups have an order, g_idx tells.
+_UNSERVED = {"lm_head": "a quantized head"}
 
 
 def register() -> None:
@@ -114,6 +115,11 @@ class CloqConfig(QuantizationConfig):
                     "the checkpoint again with `cloq convert`, or serve a merged export (cloq export --format merged)."
                 )
         return cls(parse_quantization_config(config))
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Return names as they are: vLLM would drop g_idx, which the layers look at."""
+        return WeightsMapper()
 
     @classmethod
     def override_quantization_method(

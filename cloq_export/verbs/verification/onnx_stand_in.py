@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cloq_export.artifact.adapters import ADAPTERS_NAME, read_bound_adapter
-from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings, export_checkpoint
 from cloq_export.files.fingerprint import base_fingerprint
 from cloq_export.formats.onnx.adapter import require_fit
 from cloq_export.formats.onnx.reading import OnnxExport
@@ -57,7 +57,7 @@ def write_stand_in(
     # Of the integers as they are: where they were changed, it is for the certificate to say so.
     fingerprint = base_fingerprint(export.read_layers())
     base = place / "base"
-    export_checkpoint(base, layers, floats, base_fingerprint=fingerprint)
+    export_checkpoint(base, layers, floats, settings=WriteSettings(base_fingerprint=fingerprint))
     settings = export.folder / "generation_config.json"
     if settings.is_file():
         shutil.copyfile(settings, base / settings.name)
