@@ -190,6 +190,8 @@ class _Steps:
         fused = [checkpoints.fuse_experts(part, floats, interleaved=self.interleaved) for part in (weights, beside)]
         if any(fused):
             self.note = "experts are stored one by one, and the source's files hold them in one tensor"
+        if checkpoints.cut_joined(beside, floats):
+            self.note = "tensors that transformers joins when it reads are stored joined"
         unknown = [name for name in (*weights, *beside) if name not in floats]
         lost = [name for name in floats if name not in weights and name not in beside]
         if unknown or lost:

@@ -65,12 +65,24 @@ def fuse_experts(weights: Tensors, floats: Tensors, *, interleaved: bool) -> boo
         both, alone = (f"{match[1]}experts.{kind}{'_bias' if bias else ''}" for kind in ("gate_up_proj", part))
         gate_first = {both: True, f"{match[1]}input_linear.weight": True, f"{match[1]}output_linear.weight": False}
         gate_first |= {alone: False}
-        fused = next(name for name, gated in gate_first.items() if name in floats and gated == (part != "down_proj"))
+        fits = (name for name, gated in gate_first.items() if name in floats and gated == (part != "down_proj"))
+        fused = next(fits, None)
+        if fused is None:
+            continue
         tensor = weights.pop(match[0])
         held = weights.setdefault(fused, floats[fused].clone())[int(match[2])]
         held = held if bias or held.shape[-1] == tensor.shape[-1] else held.t()
         _part(held, part if gate_first[fused] else "", interleaved).copy_(tensor)
     return bool(matches)
+
+
+def cut_joined(beside: Tensors, floats: Tensors) -> bool:
+    """Cut what transformers joins when it reads (convolutions of q, k and v), and return whether there is such."""
+    joined = [name for name in beside if name not in floats and name.endswith(".conv1d.weight")]
+    for name in joined:
+        parts = [name.replace(".conv1d.", f".{part}_conv1d.") for part in "qkv"]
+        beside |= dict(zip(parts, beside.pop(name).split([len(floats[part]) for part in parts]), strict=True))
+    return bool(joined)
 
 
 def _part(held: torch.Tensor, part: str, interleaved: bool) -> torch.Tensor:
