@@ -64,7 +64,7 @@ def fuse_experts(weights: Tensors, floats: Tensors, *, interleaved: bool) -> boo
         part, bias = match[3], match[4] == "bias"
         both, alone = (f"{match[1]}experts.{kind}{'_bias' if bias else ''}" for kind in ("gate_up_proj", part))
         gate_first = {both: True, f"{match[1]}input_linear.weight": True, f"{match[1]}output_linear.weight": False}
-        gate_first |= {alone: False}
+        gate_first |= {alone: False, f"{match[1]}experts.fc1.weight": True, f"{match[1]}experts.fc2.weight": False}
         fits = (name for name, gated in gate_first.items() if name in floats and gated == (part != "down_proj"))
         fused = next(fits, None)
         if fused is None:

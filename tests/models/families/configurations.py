@@ -56,7 +56,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"time_step_rank|mamba_dt_rank|dt_rank", 8),
     (r"hidden_size_per_layer_input|laurel_rank|d_rel|hc_lowrank|gated_norm_rank|adapter_rank", 16),
     (r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size", 8),
-    (r"index_topk", 16),
+    # All tokens: random models give many the same score, and which of them are chosen is then chance.
+    (r"index_topk", 256),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|max_.*_positions", 256),
     (r"num_kv_shared_layers", 2),
     (r"pronunciation_vocab_size|shape_vocab_size", 16),
@@ -80,7 +81,7 @@ _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
-    "indexer_budget": 16,
+    "indexer_budget": 256,
     "indexer_compress_ratio": 4,
     "ngram_vocab_size_base": 64,
     "make_ngram_vocab_size_divisible_by": 8,
