@@ -114,8 +114,13 @@ class _Steps:
             self._compare(layout, out, adapter, ids, expected)
         self.step = "export merged"
         merged = self.folder / "merged"
-        self._cloq("export", run, "--format", "merged", "--out", merged, "--json")
-        self._compare_merged(merged)
+        try:
+            self._cloq("export", run, "--format", "merged", "--out", merged, "--json")
+            self._compare_merged(merged)
+        except RefusedError as error:
+            if "fused in one tensor" not in str(error):
+                raise
+            self.note = "a merged export is refused: transformers reads the experts fused in one tensor"
         self.step = "generate"
         self._compare_texts(out, source)
         self.step = "done"
