@@ -167,7 +167,7 @@ def init_cloq(
     if not 1 <= rank <= min(out_features, in_features):
         raise ShapeError(
             f"rank {rank} does not fit a layer of {in_features} inputs and {out_features} outputs; choose 1 to "
-            f"{min(out_features, in_features)} with --rank, or lower it for this module with --override."
+            f"{min(out_features, in_features)} with `rank`, or lower it for this module with `overrides`."
         )
     if quantized.shape != weight.shape or root.matrix.shape[1] != in_features:
         raise ShapeError(

@@ -26,7 +26,7 @@ from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.types import QuantizedLayer, QuantSpec
 
-# Parts that mean codes nearby, in any layout.
+# Names of tensors that occur only beside codes, in any layout.
 _CODED_PARTS = frozenset({part for layout in LAYOUTS.values() for part in layout.roles} | {"weight_g_idx"})
 
 
@@ -42,7 +42,7 @@ class Checkpoint:
         files: tensor name -> the file that holds it, opened.
         headers: tensor name -> (dtype code of safetensors, shape).
         stored: tensor name -> its name in the file, where that is another one; all other names are those in memory.
-        notes: where content counted and not the label.
+        notes: where the content decided against the label.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""Provenance: what a run and a training made, written down where it was made, so that it can be found again as served.
+"""Provenance: a record of what a run and a training made, written when it is made, to compare served models with.
 
 A run writes a `BaseRecord` (RUN/reports/provenance.json), which every export carries as cloq_provenance.json. Every
 adapter carries an `AdapterRecord` in the side file of its own folder, wherever that folder is copied to.
@@ -27,7 +27,7 @@ PROVENANCE_FORMAT = "cloq-provenance"
 FORMAT_VERSION = 1
 # Key of the record in the side file of an adapter.
 ADAPTER_KEY = "provenance"
-# Beside it: relative Frobenius error of the product that an export's form of the pairs cost, the largest of a module.
+# Key beside it: largest relative Frobenius error of a module's product that the export's form of the pairs caused.
 LARGEST_PRODUCT_ERROR = "largest_product_error"
 
 # Letters of several scripts, digits, blanks, line ends, code: what tokenizers differ in.
@@ -201,7 +201,7 @@ class AnswerRecord:
         right: seal of an adapter's record, or "" for the codes alone -> "1" or "0" for each question.
     """
 
-    # Of two different questions among ten million one pair in a few would agree by chance.
+    # Among ten million different questions, two agree by chance with a probability of one in six.
     DIGITS: ClassVar[int] = 12
 
     shots: int

@@ -14,7 +14,7 @@ from cloq_export.files.shards import INDEX_NAME, WEIGHTS_NAME
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
-# Files beside the weights that are none: adapters, and Mistral's own copy of them.
+# Safetensors files that hold no weights of their own: adapters, and Mistral's copy of the weights.
 _NO_WEIGHTS = ("adapter_", "adapter.", "consolidated", "eora", "optimizer", "training_")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -150,12 +150,12 @@ class Apiq(BlockRefined):
         if recipe.init != CLOQ:
             raise RecipeError(
                 f"refine is {self._name!r}, which makes A and B of its own, and init is {recipe.init!r}; leave it "
-                f"at {CLOQ}, or give --refine block, which starts from what init makes."
+                f"at {CLOQ}, or give `refine=block`, which starts from what init makes."
             )
         if keeps_codes:
             raise RecipeError(
                 f"refine is {self._name!r}, which makes codes of its own, and the codes are to be kept; give "
-                "--refine block, which then trains the adapter alone, or --refine none."
+                "`refine=block`, which then trains the adapter alone, or `refine=none`."
             )
 
     def initialisation(self, recipe: Recipe) -> ApiqStart:

@@ -36,7 +36,7 @@ from cloq_export.texts.corpora import calibration_windows, evaluation_text, eval
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
-# The evaluation that belongs to a run is not used, so it is kept small and needs no data set.
+# The run's own evaluation is not used, so it is kept small and needs no data set.
 OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
 
 

@@ -107,7 +107,7 @@ def damp_gram(gram: torch.Tensor, fraction: float, dtype: torch.dtype = torch.fl
             return found
     raise SingularStatsError(
         f"the Gram matrix does not factorise with damping up to {relative:g} of its mean diagonal; it is not positive "
-        "semi-definite. Collect it in float32 (--precision float32), or raise --damping."
+        "semi-definite. Collect it in float32 (`precision=float32`), or raise `damping`."
     )
 
 

@@ -1,4 +1,4 @@
-"""One option with its default, its meaning and the values that it may have; and what is said of any other value."""
+"""One option with its default, its meaning and its allowed values, and the message for any other value."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from cloq_export.types import LoraPair, QuantizedLayer
 
 _MOMENTUM, _SQUARES = 0.9, 0.99
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
-# A position starts where its code is what it rounds to, however far away OPTQ has put that code.
+# A position starts no farther than this from its code, so that it rounds to it however far OPTQ has moved the code.
 _FARTHEST_START = 0.49
 _LARGEST_2_BIT_CODE = 3
 
@@ -146,7 +146,7 @@ class TrainedLayer:
             by_code = self._wide().mul_(gradient.to(torch.float32).view(self._centred.shape))
             found["log_scales"] = by_code.sum(-1, keepdim=True) * self._scales()
         if self._lora is not None:
-            # In the dtype of G: widening it would tell nothing more.
+            # In the dtype of G: a wider one would add no digit to it.
             lora_a, lora_b = self._lora_a.to(gradient.dtype), self._lora_b.to(gradient.dtype)
             found["lora_A"] = (lora_b.t() @ gradient).to(torch.float32) * self._lora.scaling
             found["lora_B"] = (gradient @ lora_a.t()).to(torch.float32) * self._lora.scaling
@@ -225,7 +225,7 @@ class TrainedLayer:
             beside = weight - self._lora.product().to(weight.device)
         codes = self._quantized.codes.view(self._centred.shape).to(torch.float32)
         away = beside.view(codes.shape) / self._start + self._zeros().to(torch.float32) - codes
-        # A scale of zero tells nothing about where a weight lies.
+        # With a scale of zero a weight has no place on the grid.
         away = torch.where(self._start > 0, away, torch.zeros_like(away))
         positions = codes + away.clamp_(-_FARTHEST_START, _FARTHEST_START)
         return positions.clamp_(0.0, float(self._quantized.spec.max_code))
@@ -241,7 +241,7 @@ class TrainedLayer:
     def _scales(self) -> torch.Tensor:
         """Return the scales as they are stored, (out, groups, 1), in float32."""
         moved = (self._start * self._log.exp()).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
-        # A scale that has not moved stays what it was, below the smallest normal number too.
+        # A scale that was not moved is stored unchanged, even below the smallest normal number.
         return torch.where(self._log == 0, self._start, moved.to(torch.float16).to(torch.float32))
 
     def _stored_pair(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -194,7 +194,7 @@ def export_record(
 
 
 def read_adapter_record(session: Session, name: str, extra: Mapping[str, Any], folder: Path) -> AdapterRecord | None:
-    """Return the record in an adapter's side file; one that cannot be read is noted, and is none.
+    """Return the record in an adapter's side file; one that cannot be read is noted, and treated as missing.
 
     Args:
         session: of the call.

@@ -542,7 +542,7 @@ def test_the_demo_falls_back_to_the_embedded_text_and_says_so(
     summary = make_run(recipe, tmp_path / "run", demo=True, console=silent)
     assert "calibrates on the first four fifths of the text embedded in Python" in summary.notes[0]
     assert summary.perplexity["text"].endswith("last fifth")
-    with pytest.raises(cloq_export.CloqError, match=r"wikitext.*(--calibration|CLOQ_DATA)"):
+    with pytest.raises(cloq_export.CloqError, match=r"wikitext.*(`calibration`|CLOQ_DATA)"):
         make_run(recipe, tmp_path / "other", console=silent)
     assert not (tmp_path / "other").exists()
 

@@ -20,7 +20,7 @@ Confidence = Literal["certain", "likely", "open"]
 Level = Literal["wrong", "doubtful", "note"]
 
 SAMPLED_LAYERS = 16
-# Of codes, a layer; a fourth of it may come on top for the zeros and for the scales of the same groups.
+# Bytes of codes read of a layer; up to a fourth as many again are read of the zeros and scales of the same groups.
 LAYER_BYTES = 2 << 20
 
 _USUAL_GROUPS = (32, 64, 128, PER_CHANNEL)
@@ -248,7 +248,7 @@ def note_codes(case: Case, counts: Sequence[torch.Tensor], bits: int) -> None:
         case.suspect(
             "striped",
             "doubtful",
-            "codes depend on their place in the words, which weights do not know: the bits may lie in another order",
+            "codes depend on their place in the words, as weights do not: the bits may lie in another order",
             f"{striped:.3f} bits of each code are told by its place among 32",
             "compare a layer with the float original before you use it.",
         )

@@ -247,7 +247,7 @@ def _unread(case: Case, method: str, evidence: str, *, modules: int) -> Examinat
 
 
 def _examine_other(case: Case, method: str, shown: str | None, modules: int) -> Examination:
-    """Return the examination of a file that carries a label that is read over tensors that are not."""
+    """Return the examination of a file whose label is one that is read and whose tensors are not."""
     label = gptq_label(case)[0] if method == "gptq" else case.text("format") or "none"
     if method == "gptq" and label in UNREAD_GPTQ_FORMATS:
         what, remedy = UNREAD_GPTQ_FORMATS[label]
