@@ -25,6 +25,7 @@ from cloq_export.refine import (
     JUDGEMENTS,
     MODEL_RATES,
     Refinement,
+    Schedule,
     Standing,
     TrainedLayer,
     divergence,
@@ -76,8 +77,7 @@ def refine_model(
             start = solved.read_layer(name)
             of_block[name] = TrainedLayer(
                 cast(nn.Parameter, linears[name].weight),
-                start.quantized.to(stream.device),
-                start.lora and start.lora.to(stream.device),
+                (start.quantized.to(stream.device), start.lora and start.lora.to(stream.device)),
                 dtype=dtype,
                 scales=job.kept_codes is None,
                 rates=MODEL_RATES,
@@ -89,10 +89,7 @@ def refine_model(
         return train_layers(
             everything,
             objective,
-            steps=recipe.refine_steps or REFINE_STEPS,
-            seed=recipe.seed,
-            warmup=WARMUP,
-            patience=JUDGEMENTS,
+            Schedule(recipe.refine_steps or REFINE_STEPS, recipe.seed, warmup=WARMUP, patience=JUDGEMENTS),
             record=TrainingRecord(folder, everything),
             progress=progress,
         )

@@ -18,7 +18,7 @@ from cloq_export.formats.registry import LAYOUTS
 from cloq_export.lab.clipped_layer import ClippedLayer, StoredForm
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.recipe import Recipe
-from cloq_export.refine import OutputObjective, TrainableLayer, held_out_batches, squared_error, train_layers
+from cloq_export.refine import OutputObjective, Schedule, TrainableLayer, held_out_batches, squared_error, train_layers
 
 # What ApiQ's authors make of the windows where a recipe says 0 steps.
 PASSES = 20
@@ -119,7 +119,7 @@ class LayerWiseRefiner(BlockWiseRefiner):
                 return nn.functional.linear(seen[batch], own)
 
             objective = OutputObjective(trainable, forward, targets, self._measure)
-            refinement = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
+            refinement = train_layers(trainable, objective, Schedule(self._steps(len(batches)), self._recipe.seed))
             finished |= self._finished(self._candidates({name: layer}, refinement), refinement, refinement.error_after)
         return finished
 

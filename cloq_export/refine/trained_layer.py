@@ -79,8 +79,7 @@ class TrainedLayer:
 
     Args:
         parameter: where `install` puts the weight; G is by this parameter.
-        quantized: the start, on the device of the training.
-        lora: the start's pair on the same device, or None.
+        start: the layer and its pair, if it has one, on the device of the training.
         dtype: of the installed weight.
         scales: whether scales are trained; without them only the pair is.
         weight: W, (out, in) float32 on the same device, whose codes are trained; None keeps the codes.
@@ -90,14 +89,14 @@ class TrainedLayer:
     def __init__(
         self,
         parameter: nn.Parameter,
-        quantized: QuantizedLayer,
-        lora: LoraPair | None,
+        start: tuple[QuantizedLayer, LoraPair | None],
         *,
         dtype: torch.dtype,
         scales: bool,
         weight: torch.Tensor | None = None,
         rates: Rates = BLOCK_RATES,
     ) -> None:
+        quantized, lora = start
         self.parameter = parameter
         self._rates = rates
         self._of_grid = _LARGEST_2_BIT_CODE / quantized.spec.max_code

@@ -220,14 +220,29 @@ class OutputObjective:
             layer.install()
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long layers are trained.
+
+    Args:
+        steps: how many steps at most.
+        seed: draws the order of batches.
+        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
+        patience: after so many judgements without a better one training ends; more where a rising rate first undoes
+            what was solved.
+    """
+
+    steps: int
+    seed: int
+    warmup: float = 0.0
+    patience: int = _PATIENCE
+
+
 def train_layers(
     layers: Mapping[str, TrainableLayer],
     objective: Objective,
+    schedule: Schedule,
     *,
-    steps: int,
-    seed: int,
-    warmup: float = 0.0,
-    patience: int = _PATIENCE,
     record: Record | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
@@ -241,11 +256,7 @@ def train_layers(
     Args:
         layers: module name -> layer.
         objective: what is lowered; its names are those of `layers`.
-        steps: how many steps at most.
-        seed: draws the order of batches.
-        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
-        patience: after so many judgements without a better one training ends; more where a rising rate first undoes
-            what was solved.
+        schedule: how many steps, and when to end earlier.
         record: where training may have stood before; None begins at the start.
         progress: called with (steps made, steps in all).
 
@@ -254,7 +265,8 @@ def train_layers(
     """
     held_out = held_out_batches(objective.batches)
     trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
-    generator = torch.Generator().manual_seed(seed)
+    steps, warmup = schedule.steps, schedule.warmup
+    generator = torch.Generator().manual_seed(schedule.seed)
     order: list[int] = []
     kept: StoredLayers | None = None
     standing = record.load() if record is not None else None
@@ -268,7 +280,7 @@ def train_layers(
         record.restore(best=False)
     error_before, best, best_step, since = standing.error_before, standing.best, standing.best_step, standing.since
     step, diverged = 0, not math.isfinite(error_before)
-    while step < steps and not diverged and since < patience:
+    while step < steps and not diverged and since < schedule.patience:
         if not order:
             order = [trained_on[i] for i in torch.randperm(len(trained_on), generator=generator).tolist()]
         batch = order.pop()

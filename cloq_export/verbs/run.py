@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.provenance import ProbeRecord, Quality
+from cloq_export.artifact.probe_record import ProbeRecord
+from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
@@ -95,10 +96,10 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
     return recipe.changed({"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric})
 
 
-def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
+def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> QualityRecord:
     """Return what `verify` holds a served model's perplexity against."""
     labels = {"quantized": CODES_ALONE, "adapter": recipe.adapter_name}
-    return Quality(
+    return QualityRecord(
         text=public_name(recipe.eval_text),
         text_sha256=str(perplexity["text_sha256"]),
         window=recipe.eval_window,

@@ -14,7 +14,7 @@ from torch import nn
 from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.provenance import ProbeRecord
+from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
