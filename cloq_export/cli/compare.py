@@ -29,10 +29,10 @@ def command(recipe: str, out: Path, full: bool, as_json: bool, **only: tuple[Any
 
     from cloq_export.cli.output import emit, progress_console
     from cloq_export.lab.comparing import compare
-    from cloq_export.lab.comparison import Comparison
+    from cloq_export.lab.comparison import ComparisonRecipe
     from cloq_export.lab.comparison_report import comparison_table
 
-    comparison = Comparison.read(recipe, full=full)
+    comparison = ComparisonRecipe.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
         measured = compare(comparison, out, **only, console=console)
 

@@ -15,7 +15,7 @@ from torch import nn
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.compress.block_refined import WARMUP, finite, kept_start
-from cloq_export.compress.plan import Plan
+from cloq_export.compress.plan import ModelPlan
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.blocks import find_linears
@@ -90,12 +90,12 @@ def refine_model(
             everything,
             objective,
             Schedule(recipe.refine_steps or REFINE_STEPS, recipe.seed, warmup=WARMUP, patience=JUDGEMENTS),
-            record=TrainingRecord(folder, everything),
+            record=RefinementRecord(folder, everything),
             progress=progress,
         )
 
 
-class TrainingRecord:
+class RefinementRecord:
     """The state of the trained layers on disk: `now.safetensors`, and `best-STEP.safetensors` where they differ.
 
     Args:
@@ -143,7 +143,7 @@ class TrainingRecord:
         return self._folder / f"best-{standing.best_step}.safetensors"
 
 
-def refined_layers(refinement: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
+def refined_layers(refinement: Refinement, plan: ModelPlan, solved: RunDirectory) -> dict[str, StoredLayer]:
     """Return all layers as they are stored: refined, or as they were solved if no step was better.
 
     Args:

@@ -74,7 +74,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class FamilyVerdict:
     """What one family's examination found."""
 
     label: str | None

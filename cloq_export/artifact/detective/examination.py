@@ -14,9 +14,9 @@ from cloq_export.artifact.detective.case import (
     LAYER_BYTES,
     Case,
     Confidence,
+    FamilyVerdict,
     Level,
     Suspicion,
-    Verdict,
     modules_with,
     whole_number,
 )
@@ -171,7 +171,7 @@ def _note_file_names(case: Case) -> None:
 
 
 def _conclude(
-    case: Case, method: str | None, modules: list[str], look: Callable[[Case, list[str]], Verdict]
+    case: Case, method: str | None, modules: list[str], look: Callable[[Case, list[str]], FamilyVerdict]
 ) -> Examination:
     """Examine a family that is read, try to read it, and put both together."""
     reading, refusal, checkpoint = None, None, None

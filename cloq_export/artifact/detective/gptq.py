@@ -15,7 +15,7 @@ from cloq_export.artifact.detective.case import (
     SAMPLED_LAYERS,
     Case,
     Confidence,
-    Verdict,
+    FamilyVerdict,
     compare_grids,
     constant_of,
     counted,
@@ -50,7 +50,7 @@ class _Sample:
     zeros: dict[str, torch.Tensor]
 
 
-def examine_gptq(case: Case, modules: list[str]) -> Verdict:
+def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
     label, spoken = gptq_label(case)
     note_missing(case, modules, ("qweight", "qzeros", "scales"))
     note_extra(case, modules, _PARTS)
@@ -96,7 +96,7 @@ def examine_gptq(case: Case, modules: list[str]) -> Verdict:
         _note_symmetry(case, counts, labelled_symmetric, symmetric, constant, len(samples))
         _note_offsets(case, [sample.offsets[order].slope for sample in samples])
         note_codes(case, [sample.counts[order] for sample in samples], bits)
-    return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
+    return FamilyVerdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
 
 
 def gptq_label(case: Case) -> tuple[str, str]:
