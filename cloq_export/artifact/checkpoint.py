@@ -271,8 +271,8 @@ def _agreed_spec(
     """Return the grid of a module whose rule may be written for its name in the files or in memory."""
     if in_memory.modules is not None:
         return in_memory.spec_for(module)
-    found = [in_files.spec_for(stored), in_memory.spec_for(module)]
-    own = [spec for spec in found if spec != in_memory.default] or found[:1]
+    candidates = [in_files.spec_for(stored), in_memory.spec_for(module)]
+    own = [spec for spec in candidates if spec != in_memory.default] or candidates[:1]
     if any(spec != own[0] for spec in own):
         raise FormatError(
             f"{source} gives {stored} one grid under this name and another as {module}; the config is damaged."

@@ -90,7 +90,7 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
-    found: dict[str, str] = {}
+    in_memory: dict[str, str] = {}
     taken = set(stored)
     # The loader's own order: some renamings take effect only after an earlier name was seen.
     for name in sorted(stored, key=dot_natural_key):
@@ -109,9 +109,9 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
                 continue
             renamed = f"{renamed.removesuffix('.weight')}.{part}"
         if renamed not in taken:
-            found[name] = renamed
+            in_memory[name] = renamed
             taken.add(renamed)
-    return found
+    return in_memory
 
 
 def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
@@ -139,20 +139,20 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
     asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
     single_experts = names_in_files(model, conversions)
-    found: dict[str, str] = {}
+    in_files: dict[str, str] = {}
     for name, tensor in asked.items():
         module, _, part = tensor.rpartition(".")
         renamed = rename_source_key(tensor, backwards, [], reverse=True)[0]
         if module in single_experts:
             renamed = f"{single_experts[module]}.{part}"
         if renamed != tensor and (tensor == name or renamed.endswith(".weight")):
-            found[name] = renamed
+            in_files[name] = renamed
     # A name that reading does not map back to itself is not renamed.
-    back = renamed_in(model, set(found.values()))
-    kept = {name for name, renamed in found.items() if back.get(renamed) == asked[name]}
+    back = renamed_in(model, set(in_files.values()))
+    kept = {name for name, renamed in in_files.items() if back.get(renamed) == asked[name]}
     return {
         name: renamed if asked[name] == name else renamed.removesuffix(".weight")
-        for name, renamed in found.items()
+        for name, renamed in in_files.items()
         if name in kept
     }
 

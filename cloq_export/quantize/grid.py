@@ -130,10 +130,10 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
     for start in range(0, groups.shape[0], chunk):
         piece = groups[start : start + chunk]
         if method == "searched":
-            found = _search_chunk(piece, spec)
+            fitted = _search_chunk(piece, spec)
         else:
-            found = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
-        scales[start : start + chunk], zeros[start : start + chunk] = found
+            fitted = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
+        scales[start : start + chunk], zeros[start : start + chunk] = fitted
     return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
 
 

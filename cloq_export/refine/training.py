@@ -212,8 +212,8 @@ class OutputObjective:
         parameters = [layer.parameter for layer in self._layers.values()]
         with gradients_by(parameters):
             loss = self._measure(self._forward(batch), self._targets[batch])
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return zip(self._layers, zeros_for_none(found, parameters), strict=True)
+            derivatives = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return zip(self._layers, zeros_for_none(derivatives, parameters), strict=True)
 
     def _install(self) -> None:
         for layer in self._layers.values():
@@ -330,7 +330,9 @@ def gradients_by(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
-def zeros_for_none(found: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> Iterator[torch.Tensor]:
+def zeros_for_none(
+    gradients: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]
+) -> Iterator[torch.Tensor]:
     """Yield derivatives; a parameter that had no part in the error gets zeros."""
-    for parameter, gradient in zip(parameters, found, strict=True):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         yield torch.zeros_like(parameter) if gradient is None else gradient

@@ -71,10 +71,10 @@ def examine_packed(case: Case, modules: list[str]) -> FamilyVerdict:
     forms: collections.Counter[str] = collections.Counter()
     shapes: dict[str, tuple[int, int]] = {}
     for module in statistics.spread_evenly(sorted(modules, key=natural_order), 256):
-        found = _grid(case, module, said[module][0])
-        if found is not None:
-            shapes[module], seen[module] = found[0], (found[1], found[2])
-            forms[found[3]] += 1
+        grid = _grid(case, module, said[module][0])
+        if grid is not None:
+            shapes[module], seen[module] = grid[0], (grid[1], grid[2])
+            forms[grid[3]] += 1
     compare_grids(case, seen)
     bits, group_size = most_common(seen.values())
     content, confidence = _form(case, forms, bits, label)
