@@ -229,7 +229,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> CheckpointI
     fingerprint = checkpoint.grids.base_fingerprint
     certificate: RepeatedCertificate | str | None = None
     if verify:
-        # Before the certificate, which only knows that a file changed: a base that is another one is said first.
+        # Before the certificate, which can only say that a file changed: that the base is another one says more.
         fingerprint = _computed_fingerprint(checkpoint)
         certificate = _certificate_of(folder, verify=True) or (_NO_CERTIFICATE if checkpoint.is_ours else None)
     return CheckpointInspection(

@@ -35,7 +35,7 @@ class ModulePlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What happens to every linear layer of a model's blocks.
 
     Args:
@@ -56,7 +56,7 @@ class Plan:
         return {name: plan for name, plan in self.modules.items() if name.startswith(prefix)}
 
 
-def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
+def make_plan(blocks: BlockList, recipe: Recipe) -> ModelPlan:
     """Return the plan of a recipe for a model.
 
     Args:
@@ -64,7 +64,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         recipe: every option of the run.
 
     Returns:
-        Plan.
+        ModelPlan.
 
     Raises:
         RecipeError: a pattern of `overrides` matches no layer, or every layer stays float.
@@ -99,10 +99,10 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
     faults_of = {name: reach_fault(linear.weight.detach(), modules[name].spec) for name, linear in linears.items()}
     unfit = {name: fault for name, fault in faults_of.items() if fault is not None}
-    return Plan(blocks, {name: plan for name, plan in modules.items() if name not in unfit}, unfit, modules)
+    return ModelPlan(blocks, {name: plan for name, plan in modules.items() if name not in unfit}, unfit, modules)
 
 
-def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Plan:
+def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> ModelPlan:
     """Return the plan that keeps the codes of a checkpoint and only gives its layers adapters.
 
     Args:
@@ -111,7 +111,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         recipe: every option of the run; its grid is not looked at.
 
     Returns:
-        Plan.
+        ModelPlan.
 
     Raises:
         RecipeError: the checkpoint quantizes what is no linear layer of the blocks, or an override would change codes.
@@ -150,7 +150,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         _check_rank(linear, modules[name])
     _check_patterns(recipe, list(modules))
     _refuse_shared(blocks, modules)
-    return Plan(blocks, modules)
+    return ModelPlan(blocks, modules)
 
 
 def _refuse_shared(blocks: BlockList, planned: Container[str]) -> None:

@@ -83,7 +83,7 @@ def finetune(
             training = run_training(session, model, data, recipe, work / _CHECKPOINTS, placement)
         pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[run_recipe.adapter_dtype])
         if is_first:
-            # As they are stored: what the record says is then what every reader of the files must find.
+            # As they are stored, so that the record describes what a reader of the files computes.
             place_pairs(model, pairs)
             record = TrainedRecord(source, probe_model(model, tokenizer))
             write_trained(directory, start, recipe, pairs, training.curve, record)

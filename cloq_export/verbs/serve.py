@@ -26,7 +26,7 @@ from cloq_export.verbs.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedModel:
+class Serving:
     """What a server that answers serves.
 
     Args:
@@ -50,7 +50,7 @@ class ServedModel:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> Serving:
         """Return what a plan has become; `notes` are those on its adapters."""
         if plan.default is None:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
@@ -66,7 +66,7 @@ def serve(
     export: Path,
     options: ServeOptions,
     *,
-    announce: Callable[[ServedModel], None],
+    announce: Callable[[Serving], None],
     console: Console | None = None,
 ) -> None:
     """Serve an export until the program is interrupted or told to end.
@@ -93,7 +93,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(ServedModel.of(plan, server.models(), notes))
+            announce(Serving.of(plan, server.models(), notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"

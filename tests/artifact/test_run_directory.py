@@ -210,7 +210,7 @@ def test_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"holds a\.txt, b, c and 1 more but no run\.json, so it is not a run"):
         start(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b", "c", "d"]
-    with pytest.raises(RunDirectoryError, match=r"a\.txt is a file; choose a folder with --out"):
+    with pytest.raises(RunDirectoryError, match=r"a\.txt is a file; choose a folder with `out`"):
         start(tmp_path / "a.txt")
 
 

@@ -173,8 +173,8 @@ def test_merged_weights_are_those_that_are_served(
     assert described["certificate"]["layout"] == "merged"
     measured = evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
     served = evaluate(run, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
-    assert measured.perplexity["merged"]["perplexity"] == pytest.approx(
-        served.perplexity["adapter"]["perplexity"], rel=2e-2
+    assert measured.perplexity.models["merged"].perplexity == pytest.approx(
+        served.perplexity.models["adapter"].perplexity, rel=2e-2
     )
     with pytest.raises(UsageError, match="is a merged export and takes no adapter"):
         evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4, adapter="cloq"), console=silent)
@@ -408,8 +408,8 @@ def test_a_foreign_checkpoint_gets_an_adapter(
     summary = adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
     assert summary.recipe.bits == 2
     assert_same_integers(tmp_path / "run", checkpoint)
-    measured = summary.perplexity
-    assert measured["adapter"]["perplexity"] < measured["quantized"]["perplexity"]
+    measured = summary.perplexity.models
+    assert measured["adapter"].perplexity < measured["quantized"].perplexity
     assert RunDirectory.open(tmp_path / "run").recipe["codes_from"] == str(checkpoint)
     # It is a run like any other.
     before = contents(tmp_path / "run")

@@ -501,7 +501,7 @@ def test_a_place_for_the_report_is_looked_at_first(
 ) -> None:
     monkeypatch.setattr(float_side, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
         verify(exported, dataclasses.replace(options, out=tmp_path / "file"), console=silent)
 
 
