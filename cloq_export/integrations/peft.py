@@ -26,7 +26,7 @@ def register() -> None:
     PEFT's own way, `LoraConfig._register_custom_module`, holds for one config that somebody has in hand, and it calls
     nobody when it saves. So three of its functions are wrapped; for all other models they do what they did.
     """
-    if hasattr(lora_model.dispatch_default, "__wrapped__"):
+    if hasattr(lora_model.dispatch_default, "of_cloq_export"):
         return
     lora_model.dispatch_default = _dispatching(lora_model.dispatch_default)
     peft.PeftModel.save_pretrained = _binding(peft.PeftModel.save_pretrained)
@@ -42,6 +42,7 @@ def _dispatching(stock: Any) -> Any:
             return result
         return PackedLoraLinear(target, adapter_name, config=config, **kwargs)
 
+    dispatch.of_cloq_export = True  # type: ignore[attr-defined]
     return dispatch
 
 
