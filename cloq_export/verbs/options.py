@@ -158,6 +158,7 @@ class ServeOptions:
         None, "Interpreter of the environment that has vLLM; unless given, this one."
     )
     force: bool = option(False, "Serve adapters that are bound to another base.")
+    trust_adapters: bool = option(False, "Serve adapters that do not say which base they belong to.")
     timeout: float = option(1800, "Seconds to wait for the start.", least=1)
     verbose: bool = option(False, "Show vLLM's lines from the start; unless given, once it answers.")
     engine_options: tuple[str, ...] = ()
