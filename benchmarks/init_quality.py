@@ -207,7 +207,7 @@ def measured_rows(model: Any, texts: list[JudgedText], window: int) -> Iterator[
     from cloq_export.parity.perplexity import perplexity
 
     for text in texts:
-        found = perplexity(model, text.tokens, window=window, windows=text.windows, progress=False)
+        found = perplexity(model, text.tokens, window=window, windows=text.windows, label=None)
         error = found.standard_error
         yield (
             text,

@@ -33,7 +33,7 @@ from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.serve import served_adapters
-from cloq_export.verbs.verification import VerifyOptions
+from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def measure(run: Path, reference: str, dtype: str, *, runtime: str = "vllm", **o
         copies = perturbed_adapters(folder, Path(place), 1)
         adapters = (name, *(f"{copy}={where}" for copy, where in copies.items()))
         asked = VerifyOptions(reference=reference, runtime=runtime, dtype=dtype, adapters=adapters, **options)
-        return shortened(verify(export, asked, console=console))
+        return shortened(verify(export, asked, console=console).to_json())
 
 
 def shortened(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from cloq_export.verbs.verification import VerifyOptions
+    from cloq_export.verbs.verification.options import VerifyOptions
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -76,13 +76,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 class ParityGate(pytest.Collector):
     """The limits of one export; what they judge is measured once, when the first of them runs."""
 
-    report: dict[str, Any] | None = None
+    report: Any = None
     failure: Exception | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yield one test for each limit, known from headers and the gate file alone."""
         from cloq_export.errors import CloqError
-        from cloq_export.verbs.verification import planned_gates
+        from cloq_export.verbs.verify import planned_gates
 
         try:
             limits = planned_gates(*self._arguments())
@@ -91,12 +91,12 @@ class ParityGate(pytest.Collector):
         for name in limits:
             yield LimitItem.from_parent(self, name=name)
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Any:
         """Return the report, measuring on the first call; a failure is kept too, because it took as long."""
         if self.failure is not None:
             raise self.failure
         if self.report is None:
-            from cloq_export.verbs.verification import verify
+            from cloq_export.verbs.verify import verify
 
             with warnings.catch_warnings():
                 # A suite that turns warnings into errors means its own code, not the libraries that load a model.
@@ -109,7 +109,7 @@ class ParityGate(pytest.Collector):
         return self.report
 
     def _arguments(self) -> tuple[Path, VerifyOptions]:
-        from cloq_export.verbs.verification import VerifyOptions
+        from cloq_export.verbs.verification.options import VerifyOptions
 
         chosen = {name: self.config.getoption(f"--cloq-{name}") for name in _OPTIONS}
         given = {name: value for name, value in chosen.items() if value is not None}
@@ -130,16 +130,15 @@ class LimitItem(pytest.Item):
 
         assert isinstance(self.parent, ParityGate)
         report = self.parent.measured()
-        verdict = next(each for each in report["gates"] if each["gate"] == self.name)
-        if not verdict["passed"]:
-            reasons = [f"{entry['what']} could not be measured: {entry['reason']}" for entry in report["missing"]]
-            if self.name == "certificate" and report["certificate"]["reason"]:
-                reasons = [report["certificate"]["reason"]]
-            part = {"provenance": "provenance", "reference": "provenance", "float_part": "float_part"}.get(self.name)
-            if part is not None:
-                entries = report[part]["findings"] if part == "provenance" else report[part]
-                reasons = [f"{each['what']}: {each['reason']}" for each in entries if each["reason"]]
-            raise LimitMissed("\n".join([explain_miss(verdict), verdict["meaning"], *reasons]))
+        verdict = next(each for each in report.gates if each.gate == self.name)
+        if not verdict.passed:
+            reasons = [f"{entry.what} could not be measured: {entry.reason}" for entry in report.missing]
+            if self.name == "certificate" and report.certificate.reason:
+                reasons = [report.certificate.reason]
+            if self.name in ("provenance", "reference", "float_part"):
+                entries = report.float_part if self.name == "float_part" else report.provenance.findings
+                reasons = [f"{each.what}: {each.reason}" for each in entries if each.reason]
+            raise LimitMissed("\n".join([explain_miss(verdict), verdict.meaning, *reasons]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Return the reason alone: a traceback through this plugin says nothing about it."""

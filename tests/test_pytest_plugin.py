@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from cloq_export.errors import SourceError, UsageError
 from cloq_export.parity.gate import judge
-from cloq_export.verbs import verification
+from cloq_export.parity.report import CertificateCheck
+from cloq_export.verbs import verify as verify_module
 
 pytest_plugins = ["pytester"]
 
@@ -30,19 +32,19 @@ class StandIn:
             raise self.raises
         return LIMITS
 
-    def verify(self, export: Path, options: Any) -> dict[str, Any]:
+    def verify(self, export: Path, options: Any) -> Any:
         self.calls.append((export, options))
         if self.raises is not None:
             raise self.raises
-        certificate = {"passed": True, "reason": None}
-        return {"gates": judge(LIMITS, self.metrics), "missing": [], "certificate": certificate}
+        gates = judge(LIMITS, self.metrics)
+        return types.SimpleNamespace(gates=gates, missing=(), certificate=CertificateCheck(True))
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr(verification, "verify", stand_in.verify)
-    monkeypatch.setattr(verification, "planned_gates", stand_in.planned_gates)
+    monkeypatch.setattr(verify_module, "verify", stand_in.verify)
+    monkeypatch.setattr(verify_module, "planned_gates", stand_in.planned_gates)
     return stand_in
 
 

@@ -68,9 +68,11 @@ class PairRecord:
         """Return the factor by which another product is this one times a number; None if it is something else."""
         if self.norm == 0 or other.norm == 0:
             return None
-        factor = other.norm / self.norm
-        scaled = max(abs(factor * a - b) for a, b in zip(self.sketch, other.sketch, strict=True))
-        return factor if scaled <= 1e-3 * other.norm else None
+        for factor in (other.norm / self.norm, -other.norm / self.norm):
+            scaled = max(abs(factor * a - b) for a, b in zip(self.sketch, other.sketch, strict=True))
+            if scaled <= 1e-3 * other.norm:
+                return factor
+        return None
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> PairRecord:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -191,6 +191,32 @@ class Quality:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerRecord:
+    """Which questions of a task a run answered right when they were put to it.
+
+    Args:
+        shots: worked examples before each.
+        version: of the task's definition.
+        questions: the first digits of each question's hash, joined.
+        right: seal of an adapter's record, or "" for the codes alone -> "1" or "0" for each question.
+    """
+
+    # Of two different questions among ten million one pair in a few would agree by chance.
+    DIGITS: ClassVar[int] = 12
+
+    shots: int
+    version: str
+    questions: str
+    right: Mapping[str, str]
+
+    def answers(self, seal: str) -> dict[str, bool]:
+        """Return the first digits of each question's hash -> whether it was answered right; empty if nobody asked."""
+        step = self.DIGITS
+        keys = [self.questions[start : start + step] for start in range(0, len(self.questions), step)]
+        return {key: flag == "1" for key, flag in zip(keys, self.right.get(seal, ""), strict=False)}
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseRecord:
     """What a run made: of which model, which codes, and what they said.
 
@@ -202,6 +228,7 @@ class BaseRecord:
         tokenizer: what the float model's tokenizer makes of the probes.
         probes: name of an adapter, or "" for the codes alone -> log-probabilities.
         quality: what was measured; None if nothing was.
+        tasks: task -> what was answered; empty if nobody asked.
         adapters: of an export, name of an adapter in it -> seal of its record; None marks one without a record.
     """
 
@@ -213,10 +240,14 @@ class BaseRecord:
     probes: Mapping[str, ProbeRecord]
     quality: Quality | None = None
     adapters: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, AnswerRecord] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record, sealed."""
-        return _sealed(dataclasses.asdict(self))
+        content = dataclasses.asdict(self)
+        if not self.tasks:
+            del content["tasks"]
+        return _sealed(content)
 
     @classmethod
     def from_json(cls, content: Any, source: str) -> BaseRecord:
@@ -247,6 +278,7 @@ class BaseRecord:
                 probes={name: _read_probe(probe) for name, probe in found["probes"].items()},
                 quality=None if quality is None else _read_quality(quality),
                 adapters=dict(found["adapters"]),
+                tasks={name: _read_answers(entry) for name, entry in found.get("tasks", {}).items()},
             )
 
 
@@ -369,5 +401,13 @@ def _read_training(entry: Mapping[str, Any]) -> TrainingRecord:
 def _read_quality(entry: Mapping[str, Any]) -> Quality:
     read = Quality(**entry)
     if not all(isinstance(value, (int, float)) and value > 0 for value in read.ratio.values()):
+        raise ValueError
+    return read
+
+
+def _read_answers(entry: Mapping[str, Any]) -> AnswerRecord:
+    read = AnswerRecord(int(entry["shots"]), _text(entry["version"]), _text(entry["questions"]), dict(entry["right"]))
+    count, rest = divmod(len(read.questions), AnswerRecord.DIGITS)
+    if rest or any(len(flags) != count or set(flags) - {"0", "1"} for flags in read.right.values()):
         raise ValueError
     return read

@@ -15,7 +15,7 @@ from cloq_export.cli.render import print_line
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
-    from cloq_export.parity.report import figure, label_of, share
+    from cloq_export.parity.page import figure, label_of, share
 
     for note in report["notes"]:
         print_line(console, f"note: {note}")
@@ -87,7 +87,7 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
 
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
     """Print what models answered, task by task: accuracies, and a comparison of every two models."""
-    from cloq_export.parity.report import figure, share
+    from cloq_export.parity.page import figure, share
 
     for task, answered in tasks.items():
         table = _table(escape(task), ("model",), ("accuracy", answered["other_rule"]))

@@ -113,12 +113,14 @@ def command(export: Path, reference: str | None, tasks: str, as_json: bool, **na
 
     from cloq_export.cli.output import emit, progress_console
     from cloq_export.cli.parity_table import render_parity
-    from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
+    from cloq_export.parity.report import missed_gates
+    from cloq_export.verbs.verification.options import VerifyOptions
+    from cloq_export.verbs.verify import verify
 
     with progress_console(as_json=as_json) as console:
         options = VerifyOptions(reference=reference, tasks=chosen, **named)
         report = verify(export, options, console=console)
         missed = missed_gates(report)
-    emit(report, render_parity, as_json=as_json)
+    emit(report.to_json(), render_parity, as_json=as_json)
     if missed:
         raise GateMissedError(f"gate missed: {missed}")

@@ -29,6 +29,7 @@ LOWEST = {
     "pyyaml": "6.0",
     "rich": "13.0",
     "safetensors": "0.8",
+    "scipy": "1.15",
     "torch": "2.13",
     "transformers": "5.18",
 }

@@ -25,6 +25,7 @@ from cloq_export.files.versions import require_versions
 from cloq_export.models.companions import companion_files, hub_patterns
 from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
+from cloq_export.models.first_forward import require_forward
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
@@ -238,6 +239,7 @@ def load_source(
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
     split_experts(model)
+    require_forward(model.eval(), source.name)
     return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
 
 

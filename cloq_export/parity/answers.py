@@ -53,6 +53,21 @@ class Answers:
         return sum(self.other) / len(self.other)
 
 
+@dataclasses.dataclass(frozen=True)
+class Respondent:
+    """Who is asked.
+
+    Args:
+        model: the runtime.
+        tokenizer: of the model.
+        adapter: name of the adapter, or None.
+    """
+
+    model: ServedModel
+    tokenizer: Any
+    adapter: str | None = None
+
+
 class AnswerStore:
     """A file that holds what was answered so far, so that a killed call goes on where it stopped.
 
@@ -89,10 +104,8 @@ class AnswerStore:
 
 
 def continue_prompts(
-    model: ServedModel,
-    tokenizer: Any,
+    asked: Respondent,
     prompts: Sequence[str],
-    adapter: str | None,
     *,
     cut: Callable[[str], str],
     max_new_tokens: int,
@@ -102,10 +115,8 @@ def continue_prompts(
     """Let a model continue texts, greedily; it is asked with the ids that were trained on (see `TextTokens`).
 
     Args:
-        model: the runtime.
-        tokenizer: of the model.
+        asked: who is asked.
         prompts: the texts.
-        adapter: name of the adapter, or None.
         cut: from what a model wrote to what stands before the end of its answer.
         max_new_tokens: where an answer is cut that has not ended by itself.
         store: what was answered before, and where answers are kept; None keeps none.
@@ -114,6 +125,7 @@ def continue_prompts(
     Returns:
         list: what it wrote behind each prompt, cut, without special tokens.
     """
+    model, tokenizer, adapter = asked.model, asked.tokenizer, asked.adapter
     tokens = TextTokens(tokenizer)
     ids = [tokens.prompt_ids(text) for text in prompts]
     options: dict[str, Any] = {}
@@ -129,10 +141,8 @@ def continue_prompts(
 
 
 def score_continuations(
-    model: ServedModel,
-    tokenizer: Any,
+    asked: Respondent,
     pairs: Sequence[Sequence[tuple[str, str]]],
-    adapter: str | None,
     *,
     store: AnswerStore | None = None,
     advance: Advance | None = None,
@@ -142,14 +152,13 @@ def score_continuations(
     The two are tokenized together and parted as lm-evaluation-harness does; see `TextTokens.scored_ids`.
 
     Args:
-        model: the runtime.
-        tokenizer: of the model.
+        asked: who is asked.
         pairs: for each question (context, continuation) of each of its choices.
-        adapter: name of the adapter, or None.
         store: as in `continue_prompts`.
         advance: as in `continue_prompts`.
     """
-    tokens = TextTokens(tokenizer)
+    model, adapter = asked.model, asked.adapter
+    tokens = TextTokens(asked.tokenizer)
     encoded = [[tokens.scored_ids(*pair) for pair in question] for question in pairs]
 
     def work(rows: Sequence[int]) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from cloq_export.parity.commonsense import Choices, continued
+from cloq_export.parity.commonsense_rows import Choices, continued
 
 CHOICES = 4
 _CONTEXT_WORDS = 20

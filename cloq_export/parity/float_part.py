@@ -16,7 +16,7 @@ from cloq_export.errors import CloqError
 from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.source import LoadedModel
 from cloq_export.models.tokenizer_files import read_tokenizer
-from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, judge_tokenizer
+from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some, judge_tokenizer
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
 # the tensors.
@@ -63,8 +63,7 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
         faults.append("config.json ties the head to the embeddings, and the files hold two matrices that differ")
     if not faults:
         return Finding("float tensors", PROVEN)
-    more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return Finding("float tensors", CONTRADICTED, "; ".join(faults[:_SHOWN]) + more)
+    return Finding("float tensors", CONTRADICTED, join_some(faults, "; "))
 
 
 def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Finding:
@@ -95,8 +94,7 @@ def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Findin
     ]
     if not differing:
         return Finding("config", PROVEN)
-    more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    return Finding("config", CONTRADICTED, "; ".join(differing[:_SHOWN]) + more)
+    return Finding("config", CONTRADICTED, join_some(differing, "; "))
 
 
 def compare_tokenizer(folder: Path, loaded: LoadedModel) -> list[Finding]:

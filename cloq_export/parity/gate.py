@@ -13,6 +13,7 @@ import yaml
 
 from cloq_export.errors import UsageError
 from cloq_export.files.spelled_paths import expand_user
+from cloq_export.parity.plain import Result
 from cloq_export.parity.scales import SCALE_LIMIT
 from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
 
@@ -35,6 +36,29 @@ class Gate:
     meaning: str
     span: tuple[float, float] = (0.0, 1.0)
     of_export: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict(Result):
+    """What a gate says.
+
+    Args:
+        gate: its name.
+        meaning: of its figure.
+        bound: "at most" or "at least".
+        limit: that is allowed.
+        value: that was measured; None if it is missing.
+        passed: whether the limit is kept.
+        reason: why the gate could not be missed, and has missed; None otherwise.
+    """
+
+    gate: str
+    meaning: str
+    bound: Bound
+    limit: float
+    value: float | None
+    passed: bool
+    reason: str | None = None
 
 
 # Nats: a probability that is off by this factor of hundreds of millions is no probability any more.
@@ -117,6 +141,9 @@ TASK_GATES: Mapping[str, Gate] = {
     "accuracy": Gate("at least", "share of the questions answered right as served"),
     "accuracy_drop": Gate("at most", "accuracy of the float model minus that as served", (-1.0, 1.0)),
     "p_value": Gate("at least", "McNemar's exact test, served against reference"),
+    "recorded_p_value": Gate(
+        "at least", "McNemar's exact test, one-sided: answers lost since the run recorded what it answers"
+    ),
     "agreement": Gate("at least", "share of questions with equal answers, served and reference"),
     "questions_missing": Gate(
         "at most", "questions that were typed for and are not there", (0.0, math.inf), of_export=False
@@ -298,7 +325,7 @@ def judge(
     limits: Mapping[str, float],
     metrics: Mapping[str, float | None],
     blind: Mapping[str, str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Verdict]:
     """Return the verdict on each gate; what was not measured, or is NaN, has missed.
 
     Args:
@@ -306,9 +333,6 @@ def judge(
         metrics: name of a figure -> value, None if it could not be measured.
         blind: name of a gate that nothing measured here could have missed -> why; it has missed.
 
-    Returns:
-        list of dict: "gate", "meaning", "bound", "limit", "value" (None if missing), "passed" and "reason" (of a gate
-        that could not be missed, else None).
     """
     verdicts = []
     for name, limit in limits.items():
@@ -317,30 +341,20 @@ def judge(
             value = None
         passed = value is not None and (value <= limit if gate.bound == "at most" else value >= limit)
         reason = (blind or {}).get(name)
-        verdicts.append(
-            {
-                "gate": name,
-                "meaning": gate.meaning,
-                "bound": gate.bound,
-                "limit": limit,
-                "value": value,
-                "passed": passed and reason is None,
-                "reason": reason,
-            }
-        )
+        verdicts.append(Verdict(name, gate.meaning, gate.bound, limit, value, passed and reason is None, reason))
     return verdicts
 
 
-def explain_miss(verdict: Mapping[str, Any]) -> str:
+def explain_miss(verdict: Verdict) -> str:
     """Return one clause on a gate that was missed."""
-    reason = verdict.get("reason")
-    if verdict["gate"] == JUDGED:
+    gate, bound, limit, value, reason = verdict.gate, verdict.bound, verdict.limit, verdict.value, verdict.reason
+    if gate == JUDGED:
         return f"nothing was judged: {reason}" if reason else "nothing was judged"
-    if reason is not None and verdict["value"] is not None:
-        return f"{verdict['gate']} says nothing: {reason}"
-    if verdict["value"] is None:
-        return f"{verdict['gate']} was not measured ({verdict['bound']} {verdict['limit']} is asked for)"
-    return f"{verdict['gate']} is {verdict['value']}, {verdict['bound']} {verdict['limit']} is allowed"
+    if reason is not None and value is not None:
+        return f"{gate} says nothing: {reason}"
+    if value is None:
+        return f"{gate} was not measured ({bound} {limit} is asked for)"
+    return f"{gate} is {value}, {bound} {limit} is allowed"
 
 
 class _DistinctLoader(yaml.SafeLoader):

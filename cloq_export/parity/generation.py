@@ -6,62 +6,129 @@ engine's decode steps and its cache are judged by the reference's prefill.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import ReferenceModel
 from cloq_export.errors import ShapeError
+from cloq_export.parity.plain import Result
 
 # Where engines change what they do: the blocks of a paged cache hold 16 or 128 tokens.
 _BLOCK = 128
 
 
+@dataclasses.dataclass(frozen=True)
+class AskedTexts:
+    """What a runtime is asked to write.
+
+    Args:
+        prompts: token ids.
+        adapter: of all prompts; None is the base alone.
+        max_new_tokens: at most, behind each prompt.
+        end_tokens: with which a text ends.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    adapter: str | None
+    max_new_tokens: int
+    end_tokens: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstToken(Result):
+    """The token that lies furthest below the reference's best one.
+
+    Args:
+        prompt: its number.
+        position: of the token in the text.
+        served: the token; None is the end of the text.
+        gap: how far, in nats.
+    """
+
+    prompt: int
+    position: int
+    served: int | None
+    gap: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenTexts(Result):
+    """How far the tokens that were served lie below the reference's best ones.
+
+    Args:
+        adapter: that wrote; None is the base alone.
+        kind: "greedy", "longest" or "mixed".
+        prompts: how many.
+        longest_prompt: its tokens.
+        tokens: that were judged.
+        gap_max: the largest gap; None where a gap is NaN, or nothing was served.
+        gap_mean: of all.
+        worst: the token with the largest gap, None if there is no gap.
+    """
+
+    adapter: str | None
+    kind: str
+    prompts: int = 0
+    longest_prompt: int = 0
+    tokens: int = 0
+    gap_max: float | None = None
+    gap_mean: float | None = None
+    worst: WorstToken | None = None
+
+
 def judge_texts(
-    reference: ReferenceModel,
-    prompts: Sequence[Sequence[int]],
-    texts: Sequence[Sequence[int]],
-    adapter: str | None,
-    *,
-    kind: str,
-    max_new_tokens: int,
-    end_tokens: frozenset[int],
-) -> dict[str, Any]:
+    reference: ReferenceModel, asked: AskedTexts, texts: Sequence[Sequence[int]], *, kind: str
+) -> WrittenTexts:
     """Return how far the tokens that were served lie below the reference's best ones.
 
-    A text that ended before `max_new_tokens` is judged for its end too, whether the engine gives the end token or not.
+    A text that ended before its last token is judged for its end too, whether the engine gives the end token or not.
 
     Args:
         reference: the yardstick.
-        prompts: token ids.
+        asked: for which texts.
         texts: what was served behind each prompt.
-        adapter: of all prompts.
         kind: "greedy", "longest" or "mixed", to be noted.
-        max_new_tokens: that were asked for.
-        end_tokens: with which a text ends.
-
-    Returns:
-        dict: "adapter", "kind", "prompts", "longest_prompt", "tokens", "gap_max", "gap_mean" (both None where a gap is
-        NaN or nothing was served) and "worst" ({"prompt", "position", "served", "gap"}, or None).
 
     Raises:
         ShapeError: the runtime answered another number of prompts, or wrote more tokens than were asked for, or
             stopped before with no end token known.
     """
-    if len(texts) != len(prompts):
-        raise ShapeError(f"the runtime continued {len(texts)} of {len(prompts)} prompts; it drops requests.")
-    written, ends = [], []
+    prompts, adapter = asked.prompts, asked.adapter
+    written, ends = _cut_texts(asked, texts)
+    gaps = reference.token_gaps(prompts, written, [adapter] * len(prompts), ends)
+    flat = torch.cat([torch.empty(0), *gaps]).to(torch.float64)
+    row = WrittenTexts(adapter, kind, len(prompts), max(map(len, prompts), default=0), flat.numel())
+    if not flat.numel() or not bool(torch.isfinite(flat).all()):
+        return row
+    number = max(range(len(gaps)), key=lambda each: float(gaps[each].max()) if gaps[each].numel() else -1.0)
+    position = int(gaps[number].argmax())
+    text = written[number]
+    served = text[position] if position < len(text) else None
+    worst = WorstToken(number, position, served, float(gaps[number][position])) if flat.max() else None
+    return dataclasses.replace(row, gap_max=float(flat.max()), gap_mean=float(flat.mean()), worst=worst)
+
+
+def _cut_texts(
+    asked: AskedTexts, texts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[frozenset[int] | None]]:
+    """Return what stands before the end of each text, and the tokens that may end it, None where it was cut."""
+    if len(texts) != len(asked.prompts):
+        raise ShapeError(f"the runtime continued {len(texts)} of {len(asked.prompts)} prompts; it drops requests.")
+    most, end_tokens = asked.max_new_tokens, asked.end_tokens
+    written: list[list[int]] = []
+    ends: list[frozenset[int] | None] = []
     for number, text in enumerate(texts):
-        if len(text) > max_new_tokens:
+        if len(text) > most:
             raise ShapeError(
-                f"the runtime wrote {len(text)} tokens behind prompt {number}, where {max_new_tokens} were asked for."
+                f"the runtime wrote {len(text)} tokens behind prompt {number}, where {most} were asked for."
             )
         place = next((i for i, token in enumerate(text) if token in end_tokens), len(text))
-        if place == len(text) < max_new_tokens and not end_tokens:
+        if place == len(text) < most and not end_tokens:
             raise ShapeError(
-                f"the runtime stopped behind {len(text)} of {max_new_tokens} tokens of prompt {number}, and the model "
+                f"the runtime stopped behind {len(text)} of {most} tokens of prompt {number}, and the model "
                 "has no token that ends a text."
             )
         if len(text) > place + 1:
@@ -69,37 +136,8 @@ def judge_texts(
                 f"the runtime wrote {len(text) - place - 1} tokens behind the end of the text of prompt {number}."
             )
         written.append(list(text[:place]))
-        ends.append(end_tokens if place < max_new_tokens and end_tokens else None)
-    gaps = reference.token_gaps(prompts, written, [adapter] * len(prompts), ends)
-    flat = torch.cat([torch.empty(0), *gaps]).to(torch.float64)
-    row: dict[str, Any] = {
-        "adapter": adapter,
-        "kind": kind,
-        "prompts": len(prompts),
-        "longest_prompt": max(map(len, prompts), default=0),
-        "tokens": flat.numel(),
-        "gap_max": None,
-        "gap_mean": None,
-        "worst": None,
-    }
-    if not flat.numel() or not bool(torch.isfinite(flat).all()):
-        return row
-    number = max(range(len(gaps)), key=lambda each: float(gaps[each].max()) if gaps[each].numel() else -1.0)
-    position = int(gaps[number].argmax())
-    text = written[number]
-    worst = {
-        "prompt": number,
-        "position": position,
-        "served": text[position] if position < len(text) else None,
-        "gap": float(gaps[number][position]),
-    }
-    return row | {"gap_max": float(flat.max()), "gap_mean": float(flat.mean()), "worst": worst if flat.max() else None}
-
-
-def missing_row(adapter: str | None, kind: str) -> dict[str, Any]:
-    """Return the row of texts that could not be had."""
-    empty = {"prompts": 0, "longest_prompt": 0, "tokens": 0, "gap_max": None, "gap_mean": None, "worst": None}
-    return {"adapter": adapter, "kind": kind, **empty}
+        ends.append(end_tokens if place < most and end_tokens else None)
+    return written, ends
 
 
 def long_prompts(tokens: Sequence[int], max_new_tokens: int, places: Sequence[int]) -> list[list[int]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +13,10 @@ import yaml
 
 from cloq_export.errors import DataError, FormatError
 from cloq_export.parity.answers import INVALID
+from cloq_export.parity.harness import RELEASE, installed_definition, installed_release
 from cloq_export.texts.examples import question_prompt
 
-_HARNESS_PACKAGE = "lm_eval"
-_HARNESS_FILE = "tasks/gsm8k/gsm8k.yaml"
+_HARNESS_FILE = "gsm8k/gsm8k.yaml"
 # How the harness joins problems with their answers, and examples with each other.
 _TARGET_DELIMITER, _EXAMPLE_DELIMITER = " ", "\n\n"
 # The harness's own seed for drawing examples.
@@ -91,7 +89,7 @@ class Definition:
 
 EMBEDDED = Definition(
     version="3.0",
-    origin="lm-evaluation-harness gsm8k, as of lm_eval 0.4.13",
+    origin=f"lm-evaluation-harness gsm8k, as of {RELEASE}",
     until=("Question:", "</s>", "<|im_end|>"),
     strict=r"#### (\-?[0-9\.\,]+)",
     flexible=r"(-?[$0-9.,]{2,})|(-?[0-9]+)",
@@ -107,13 +105,8 @@ def task_definition() -> Definition:
     Raises:
         FormatError: the installed harness defines the task in a form that is not known here.
     """
-    spec = importlib.util.find_spec(_HARNESS_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    for folder in folders:
-        path = Path(folder) / _HARNESS_FILE
-        if path.is_file():
-            return read_definition(path)
-    return EMBEDDED
+    path = installed_definition(_HARNESS_FILE)
+    return EMBEDDED if path is None else read_definition(path)
 
 
 def read_definition(path: Path) -> Definition:
@@ -144,7 +137,7 @@ def read_definition(path: Path) -> Definition:
         )
         definition = Definition(
             version=str(task["metadata"]["version"]),
-            origin=f"{_HARNESS_PACKAGE} {_harness_version()}, gsm8k",
+            origin=f"{installed_release()}, gsm8k",
             until=tuple(task["generation_kwargs"]["until"]),
             strict=strict["regex_pattern"],
             flexible=flexible["regex_pattern"],
@@ -155,11 +148,11 @@ def read_definition(path: Path) -> Definition:
     except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, StopIteration, AttributeError, re.error) as error:
         raise FormatError(
             f"{path} does not define gsm8k as it is known here ({type(error).__name__}: {str(error)[:120]}); install "
-            "lm_eval 0.4.13, or none: its rules are kept here too."
+            f"{RELEASE}, or none: its rules are kept here too."
         ) from None
     if not known:
         raise FormatError(
-            f"{path} defines gsm8k with other prompts, filters or metrics than are known here; install lm_eval 0.4.13, "
+            f"{path} defines gsm8k with other prompts, filters or metrics than are known here; install {RELEASE}, "
             "or none: its rules are kept here too."
         )
     return definition
@@ -208,10 +201,3 @@ def choose_examples(problems: Sequence[Problem], count: int, number: int) -> lis
     draw = random.Random(_EXAMPLE_SEED)
     places = [draw.sample(range(len(problems)), count) for _ in range(number + 1)]
     return [problems[place] for place in places[-1]]
-
-
-def _harness_version() -> str:
-    try:
-        return importlib.metadata.version(_HARNESS_PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
+from cloq_export.parity.plain import Result
 
 
-def measure_isolation(
-    served: ServedModel, token_ids: Sequence[Sequence[int]], adapters: Sequence[str]
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class AdapterIsolation(Result):
+    """Differences of one adapter's answers between a mixed batch and single requests; None is the base."""
+
+    adapter: str | None
+    max: float | None
+    mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Isolation(Result):
+    """Differences of answers between mixed batches and single requests.
+
+    Args:
+        requests: of one batch.
+        max: the largest, over both orders.
+        by_adapter: of the base and each adapter.
+    """
+
+    requests: int
+    max: float | None
+    by_adapter: tuple[AdapterIsolation, ...]
+
+
+def measure_isolation(served: ServedModel, token_ids: Sequence[Sequence[int]], adapters: Sequence[str]) -> Isolation:
     """Compare the answers of a mixed batch with those of single requests.
 
     The batch holds every sequence once with the base and once with each adapter, so that neighbours differ, in two
@@ -23,10 +46,6 @@ def measure_isolation(
         served: the runtime.
         token_ids: sequences of two or more tokens.
         adapters: names of all adapters.
-
-    Returns:
-        dict: "requests" (of one batch), "max" (over both orders), and "by_adapter": list of {"adapter" (None is the
-        base), "max", "mean"}.
     """
     names: list[str | None] = [None, *adapters]
     requests = [(ids, name) for ids in token_ids for name in names]
@@ -42,6 +61,6 @@ def measure_isolation(
         difference = compare_logprobs(
             [batch[i] for batch in mixed for i in chosen], [alone[i] for _ in mixed for i in chosen]
         )
-        rows.append({"adapter": name, "max": difference["max"], "mean": difference["mean"]})
-    known = [row["max"] for row in rows if row["max"] is not None]
-    return {"requests": len(requests), "max": max(known) if len(known) == len(rows) else None, "by_adapter": rows}
+        rows.append(AdapterIsolation(name, difference.max, difference.mean))
+    known = [row.max for row in rows if row.max is not None]
+    return Isolation(len(requests), max(known) if len(known) == len(rows) else None, tuple(rows))

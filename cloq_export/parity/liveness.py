@@ -23,6 +23,7 @@ import torch
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import ReferenceModel
 from cloq_export.parity.numerics import measure_logprobs
+from cloq_export.parity.plain import Result
 from cloq_export.types import LoraPair
 
 # A module is live if its presence lies in this range, known to this standard error: ignored (0) and served (1) are
@@ -38,7 +39,7 @@ LIVE, IGNORED, DISTORTED, UNDECIDED, ZERO = "live", "ignored", "distorted", "und
 
 
 @dataclasses.dataclass(frozen=True)
-class Presence:
+class Presence(Result):
     """What was found of one module.
 
     Args:
@@ -57,6 +58,25 @@ class Presence:
     error: float | None
     effect: float
     gain: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterLiveness(Result):
+    """What was found of the modules of one adapter.
+
+    Args:
+        adapter: its name.
+        sequences: of the probe.
+        tokens: of the probe.
+        live_share: share of modules that are shown to be live; None if there is nothing to show.
+        modules: what was found of each.
+    """
+
+    adapter: str
+    sequences: int
+    tokens: int
+    live_share: float | None
+    modules: tuple[Presence, ...]
 
 
 def measure_presence(

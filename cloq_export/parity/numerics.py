@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.errors import ShapeError
+from cloq_export.parity.generation import AskedTexts
+from cloq_export.parity.plain import Result
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # Decades of the histogram: 1e-9 up to 10, and what lies beyond at both ends.
@@ -45,16 +47,88 @@ def measure_logprobs(
     return [values.to(torch.float32) for values in measured]
 
 
-def compare_logprobs(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Histogram(Result):
+    """How many values lie between two edges each; the first and last bin are open.
+
+    Args:
+        edges: powers of ten.
+        counts: one more than edges.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobDifferences(Result):
+    """What the absolute differences `|log p - log p_ref|` per token amount to; None where one is NaN or Inf.
+
+    Args:
+        tokens: how many.
+        max: the largest.
+        mean: of them.
+        quantiles: share of the tokens -> smallest value that it does not exceed.
+        histogram: of them.
+    """
+
+    tokens: int
+    max: float | None
+    mean: float | None
+    quantiles: Mapping[str, float | None]
+    histogram: Histogram | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip(Result):
+    """Where a text parts from the reference's with another token than a near-tie.
+
+    Args:
+        prompt: its number.
+        position: of the token in the text.
+        expected: the reference's token, None behind its end.
+        served: the token that was served, None behind its end.
+        gap: of the two log-probabilities, None where the model has no end token.
+    """
+
+    prompt: int
+    position: int
+    expected: int | None
+    served: int | None
+    gap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyTexts(Result):
+    """How the greedy texts of one adapter compare with the reference's.
+
+    Args:
+        adapter: the adapter; None is the base alone.
+        prompts: how many.
+        new_tokens: at most, in each text.
+        agreement: share of equal texts; None without prompts.
+        ties: texts that part at a near-tie.
+        flips: texts that part elsewhere.
+        tie_gap: largest gap of log-probabilities that counts as a tie.
+        first_flip: the first of those that part elsewhere.
+    """
+
+    adapter: str | None
+    prompts: int
+    new_tokens: int
+    agreement: float | None
+    ties: int
+    flips: int
+    tie_gap: float
+    first_flip: Flip | None
+
+
+def compare_logprobs(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> LogprobDifferences:
     """Return what the absolute differences `|log p - log p_ref|` per token amount to.
 
     Args:
         measured: of the runtime in question, one (n,) tensor per sequence.
         expected: of the runtime that it is compared with, same shapes.
-
-    Returns:
-        dict: "tokens", "max", "mean", "quantiles" ("0.5", "0.9", "0.99", "0.999") and "histogram" ({"edges": powers
-        of ten, "counts"}; the first and last bin are open). Each figure is None if a difference is NaN or Inf.
 
     Raises:
         ShapeError: the two differ in shape.
@@ -64,124 +138,80 @@ def compare_logprobs(measured: Sequence[torch.Tensor], expected: Sequence[torch.
     differences = torch.cat([torch.empty(0, dtype=torch.float64), *map(_difference, measured, expected)])
     tokens = differences.numel()
     if not tokens or not bool(torch.isfinite(differences).all()):
-        empty = {str(share): None for share in QUANTILES}
-        return {"tokens": tokens, "max": None, "mean": None, "quantiles": empty, "histogram": None}
+        return LogprobDifferences(tokens, None, None, {str(share): None for share in QUANTILES}, None)
     ordered = differences.sort().values
     # The smallest value that a share of the tokens does not exceed: a value that was measured, not one between two.
     quantiles = {str(share): float(ordered[math.ceil(share * tokens) - 1]) for share in QUANTILES}
-    return {
-        "tokens": tokens,
-        "max": float(ordered[-1]),
-        "mean": float(differences.mean()),
-        "quantiles": quantiles,
-        "histogram": _histogram(differences),
-    }
+    return LogprobDifferences(tokens, float(ordered[-1]), float(differences.mean()), quantiles, _histogram(differences))
 
 
 def largest_difference(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
     """Return the largest absolute difference, None if one is NaN or Inf, or if there is nothing to compare."""
-    value: float | None = compare_logprobs(measured, expected)["max"]
-    return value
+    return compare_logprobs(measured, expected).max
 
 
 def compare_greedy(
-    served: ServedModel,
     reference: ServedModel,
-    prompts: Sequence[Sequence[int]],
+    asked: AskedTexts,
     expected: Sequence[Sequence[int]],
-    adapter: str | None,
-    *,
-    max_new_tokens: int,
-    end_tokens: frozenset[int],
+    measured: Sequence[Sequence[int]],
     tie: float,
-    measured: Sequence[Sequence[int]] | None = None,
-) -> dict[str, Any]:
+) -> GreedyTexts:
     """Compare greedy continuations with those of the reference, and tell near-ties from wrong tokens.
 
     Where two texts part, the reference is asked how far apart the two tokens are: a gap that the allowed difference
-    of log-probabilities can turn around is a tie, a larger one is a flip.
+    of log-probabilities can turn around is a tie, a larger one is a flip. End tokens are not compared themselves,
+    because runtimes differ in giving them.
 
     Args:
-        served: the runtime in question.
         reference: the yardstick.
-        prompts: token ids.
+        asked: for which texts.
         expected: the reference's continuations.
-        adapter: the adapter of all prompts.
-        max_new_tokens: at most.
-        end_tokens: with which a text ends; they are not compared themselves, because runtimes differ in giving them.
+        measured: the runtime's.
         tie: largest gap of log-probabilities that counts as a tie.
-        measured: the runtime's continuations, if they are known already.
 
-    Returns:
-        dict: "prompts", "new_tokens", "agreement" (share of equal texts), "ties", "flips", "tie_gap", and
-        "first_flip" ({"prompt", "position", "expected", "served", "gap"}, or None).
+    Raises:
+        ShapeError: the runtime answered another number of prompts.
     """
-    if measured is None:
-        measured = served.generate(prompts, [adapter] * len(prompts), max_new_tokens)
+    prompts, adapter, ends = asked.prompts, asked.adapter, asked.end_tokens
     if len(measured) != len(prompts):
         raise ShapeError(f"the runtime continued {len(measured)} of {len(prompts)} prompts; it drops requests.")
     equal = ties = flips = 0
     first = None
     for number, (prompt, wanted, got) in enumerate(zip(prompts, expected, measured, strict=True)):
-        wanted, got = _before_end(wanted, end_tokens), _before_end(got, end_tokens)
+        wanted, got = _before_end(wanted, ends), _before_end(got, ends)
         if wanted == got:
             equal += 1
             continue
         # Where one text goes on and the other has ended, the end is the other token.
         both = list(zip(wanted, got, strict=False))
         place = next((i for i, (a, b) in enumerate(both) if a != b), len(both))
-        sides = [_tokens_at(ids, place, end_tokens) for ids in (wanted, got)]
+        sides = [_tokens_at(ids, place, ends) for ids in (wanted, got)]
         gap = None
         if all(sides):
             sequences = [[*prompt, *wanted[:place], token] for side in sides for token in side]
-            asked = [float(values[-1]) for values in reference.prompt_logprobs(sequences, [adapter] * len(sequences))]
-            gap = max(asked[: len(sides[0])]) - max(asked[len(sides[0]) :])
+            values = [float(each[-1]) for each in reference.prompt_logprobs(sequences, [adapter] * len(sequences))]
+            gap = max(values[: len(sides[0])]) - max(values[len(sides[0]) :])
         if gap is not None and gap <= tie:
             ties += 1
             continue
         flips += 1
         shown = [ids[place] if place < len(ids) else None for ids in (wanted, got)]
-        first = first or {"prompt": number, "position": place, "expected": shown[0], "served": shown[1], "gap": gap}
-    return {
-        "prompts": len(prompts),
-        "new_tokens": max_new_tokens,
-        "agreement": equal / len(prompts) if prompts else None,
-        "ties": ties,
-        "flips": flips,
-        "tie_gap": tie,
-        "first_flip": first,
-    }
-
-
-def by_position(logprobs: Sequence[torch.Tensor], bins: int = 16) -> Mapping[str, list[float]]:
-    """Return perplexity over the place in the window, windows taken together.
-
-    Args:
-        logprobs: one (n,) tensor per window, all equally long.
-        bins: pieces that a window is cut into, at most.
-
-    Returns:
-        dict: "position" (of the last token of each piece, counted from 1) and "perplexity".
-    """
-    table = -torch.stack([values.to(torch.float64) for values in logprobs])
-    pieces = table.tensor_split(min(bins, table.shape[1]), dim=1)
-    ends = torch.tensor([piece.shape[1] for piece in pieces]).cumsum(0) + 1
-    return {
-        "position": [int(end) for end in ends],
-        "perplexity": [math.exp(min(float(piece.mean()), 700.0)) for piece in pieces],
-    }
+        first = first or Flip(number, place, shown[0], shown[1], gap)
+    agreement = equal / len(prompts) if prompts else None
+    return GreedyTexts(adapter, len(prompts), asked.max_new_tokens, agreement, ties, flips, tie, first)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(torch.float64) - b.to(torch.float64)).abs()
 
 
-def _histogram(differences: torch.Tensor) -> dict[str, list[float]]:
+def _histogram(differences: torch.Tensor) -> Histogram:
     edges = [10.0 ** (decade + step / _BINS_PER_DECADE) for decade in _DECADES for step in range(_BINS_PER_DECADE)]
     counts = torch.bucketize(differences, torch.tensor(edges, dtype=torch.float64), right=True).bincount(
         minlength=len(edges) + 1
     )
-    return {"edges": edges, "counts": [int(count) for count in counts]}
+    return Histogram(tuple(edges), tuple(int(count) for count in counts))
 
 
 def _before_end(ids: Sequence[int], end_tokens: frozenset[int]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import nn
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.models.context import context_length
 from cloq_export.process.progress import show_progress
+from cloq_export.texts.corpora import CalibrationText
 from cloq_export.types import Perplexity
 
 # Logits that one forward pass may make: windows are read several at a time, so that packed weights are unpacked less
@@ -30,9 +31,7 @@ def window_losses(
     *,
     window: int = 512,
     windows: int = 16,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-    label: str = "perplexity",
+    label: str | None = "perplexity",
     console: Console | None = None,
 ) -> torch.Tensor:
     """Return the mean negative log-likelihood per predicted token of each window of a text.
@@ -46,9 +45,7 @@ def window_losses(
         token_ids: (tokens,) int64.
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
-        device: where the input ids go; None means where the model's first parameter lies.
-        progress: show how far it is on standard error.
-        label: what the work is named there.
+        label: what the work is named on standard error, where it shows how far it is; None shows nothing.
         console: the console for that; None means a new one on standard error.
 
     Returns:
@@ -61,10 +58,10 @@ def window_losses(
     """
     check_windows(model, token_ids, window=window, windows=windows)
     rows = _cut_windows(token_ids, window, windows)
-    if device is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     losses = torch.empty(len(rows), dtype=torch.float64)
-    shown = show_progress(label, console, unit="windows", transient=True) if progress else contextlib.nullcontext()
+    silent = contextlib.nullcontext()
+    shown = silent if label is None else show_progress(label, console, unit="windows", transient=True)
     with _evaluating(model), torch.no_grad(), shown as advance:
         start = 0
         for batch in rows.split(_windows_per_batch(model, window)):
@@ -97,8 +94,7 @@ def perplexity(
     *,
     window: int = 512,
     windows: int = 16,
-    device: torch.device | str | None = None,
-    progress: bool = True,
+    label: str | None = "perplexity",
     console: Console | None = None,
 ) -> Perplexity:
     """Return the perplexity of a model on the first windows of a text; see `window_losses` and `summarize_losses`.
@@ -108,8 +104,7 @@ def perplexity(
         token_ids: (tokens,) int64.
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
-        device: where the input ids go; None means where the model's first parameter lies.
-        progress: show how far it is on standard error.
+        label: as in `window_losses`.
         console: the console for that; None means a new one on standard error.
 
     Returns:
@@ -120,9 +115,7 @@ def perplexity(
         NonFiniteError: the model gives NaN or Inf.
         UsageError: window or windows is too small, or the window is longer than the model's context.
     """
-    losses = window_losses(
-        model, token_ids, window=window, windows=windows, device=device, progress=progress, console=console
-    )
+    losses = window_losses(model, token_ids, window=window, windows=windows, label=label, console=console)
     return summarize_losses(losses, window)
 
 
@@ -185,12 +178,9 @@ def evaluate(
     models: Iterable[tuple[str, nn.Module]],
     token_ids: torch.Tensor,
     *,
-    text: str,
-    text_sha256: str,
+    text: CalibrationText,
     window: int = 512,
     windows: int = 16,
-    device: torch.device | str | None = None,
-    progress: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure several models on the same windows and put them in one table.
@@ -201,12 +191,9 @@ def evaluate(
     Args:
         models: (name, model) pairs; the names used elsewhere are "float", "quantized" and "adapter".
         token_ids: (tokens,) int64, what the models' common tokenizer makes of the text.
-        text: where the text is from.
-        text_sha256: hash of the text.
+        text: what the tokens are of.
         window: tokens in a window, at least 2.
         windows: how many windows at most, at least 1.
-        device: where the input ids go; None means where the model's first parameter lies.
-        progress: show how far it is on standard error.
         console: the console for that; None means a new one on standard error.
 
     Returns:
@@ -226,8 +213,6 @@ def evaluate(
             token_ids,
             window=window,
             windows=windows,
-            device=device,
-            progress=progress,
             label=f"perplexity, {name}",
             console=console,
         )
@@ -245,8 +230,8 @@ def evaluate(
         "tokens": count * (window - 1),
         "windows": count,
         "window": window,
-        "text": text,
-        "text_sha256": text_sha256,
+        "text": text.origin,
+        "text_sha256": text.sha256,
     }
 
 

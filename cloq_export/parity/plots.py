@@ -5,6 +5,7 @@ Colours are the classes `s0` to `s5` of the page, so that one drawing suits ligh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,9 @@ def line_plot(series: Sequence[Series], *, x_label: str, y_label: str, log_y: bo
         if pairs:
             path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in pairs)
             shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
-    return _frame(shapes, [label for label, _ in kept], _line_sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+    return _frame(
+        shapes, [label for label, _ in kept], _line_sample, _Side(x_ticks, to_x, x_label), _Side(y_ticks, to_y, y_label)
+    )
 
 
 def scatter_plot(
@@ -103,7 +106,8 @@ def scatter_plot(
         return across.format(_LEFT, y, _LEFT + 26, y)
 
     labels = [label for label, _ in (*kept, *levels)]
-    return _frame(shapes, labels, sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+    sides = _Side(x_ticks, to_x, x_label), _Side(y_ticks, to_y, y_label)
+    return _frame(shapes, labels, sample, *sides)
 
 
 def histogram_plot(
@@ -138,7 +142,13 @@ def histogram_plot(
         corners.append((borders[last + 1], 0.0))
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in corners)
         shapes.append(Markup('<polyline {} points="{}"/>').format(_stroke(number), path))
-    return _frame(shapes, [label for label, _ in shares], _line_sample, x_ticks, y_ticks, to_x, to_y, x_label, y_label)
+    return _frame(
+        shapes,
+        [label for label, _ in shares],
+        _line_sample,
+        _Side(x_ticks, to_x, x_label),
+        _Side(y_ticks, to_y, y_label),
+    )
 
 
 def matrix_plot(
@@ -262,38 +272,45 @@ def _log_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, 
     return lambda v: start + (math.log10(v) - low) / (high - low) * (end - start), ticks
 
 
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """An axis: where values stand on it, its ticks, and what it says."""
+
+    ticks: Ticks
+    place: Axis
+    label: str
+
+
 def _frame(
     shapes: Sequence[Markup],
     labels: Sequence[str],
     sample: Callable[[int, float], Markup],
-    x_ticks: Ticks,
-    y_ticks: Ticks,
-    to_x: Axis,
-    to_y: Axis,
-    x_label: str,
-    y_label: str,
+    x_side: _Side,
+    y_side: _Side,
 ) -> Markup:
     height = _HEIGHT + _LEGEND_LINE * len(labels)
     parts = []
-    for value, text in x_ticks:
-        x, foot = to_x(value), _HEIGHT - _BOTTOM
+    for value, text in x_side.ticks:
+        x, foot = x_side.place(value), _HEIGHT - _BOTTOM
         parts.append(Markup('<line class="grid" x1="{0:.1f}" y1="{1}" x2="{0:.1f}" y2="{2}"/>').format(x, _TOP, foot))
         parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, foot + 16, text))
-    for value, text in y_ticks:
-        y = to_y(value)
+    for value, text in y_side.ticks:
+        y = y_side.place(value)
         parts.append(
             Markup('<line class="grid" x1="{0}" y1="{2:.1f}" x2="{1}" y2="{2:.1f}"/>').format(_LEFT, _WIDTH - _RIGHT, y)
         )
         parts.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, text))
     middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle_x, _HEIGHT - 10, x_label))
+    parts.append(
+        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(middle_x, _HEIGHT - 10, x_side.label)
+    )
     upright = Markup('<text transform="translate(12,{}) rotate(-90)" text-anchor="middle">{}</text>')
-    parts.append(upright.format(middle_y, y_label))
+    parts.append(upright.format(middle_y, y_side.label))
     for number, label in enumerate(labels):
         y = _HEIGHT + _LEGEND_LINE * number
         parts.append(sample(number, y + 5))
         parts.append(Markup('<text x="{}" y="{}">{}</text>').format(_LEFT + 34, y + 9, label))
-    title = escape(f"{y_label} over {x_label}")
+    title = escape(f"{y_side.label} over {x_side.label}")
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
         _WIDTH, height, title, Markup("").join(parts), Markup("").join(shapes)
     )

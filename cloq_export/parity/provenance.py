@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from cloq_export.artifact.pair_record import PairRecord, pair_digest, pairs_digest, record_pairs
-from cloq_export.artifact.provenance import AdapterRecord, BaseRecord, TokenizerRecord, seal_of
+from cloq_export.artifact.provenance import AdapterRecord, BaseRecord, ProbeRecord, TokenizerRecord, seal_of
+from cloq_export.parity.plain import Result
 from cloq_export.types import LoraPair
 
 PROVEN = "proven"
@@ -28,7 +28,7 @@ _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One thing that was looked for.
 
     Args:
@@ -41,9 +41,39 @@ class Finding:
     verdict: str
     reason: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        """Return the finding as the report holds it."""
-        return dataclasses.asdict(self)
+
+@dataclasses.dataclass(frozen=True)
+class ProbeDifferences(Result):
+    """How far log-probabilities are from those that were recorded when the model was made.
+
+    Args:
+        adapter: with which they were served.
+        precision: in which they were recorded.
+        tokens: how many.
+        max: the largest difference; None if one is NaN or Inf.
+        mean: of the differences.
+    """
+
+    adapter: str | None
+    precision: str
+    tokens: int
+    max: float | None
+    mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedRatio(Result):
+    """A perplexity over the float model's that the run recorded; None where the text is another one by now."""
+
+    adapter: str | None
+    ratio: float | None
+
+
+def join_some(entries: Sequence[str], between: str = ", ") -> str:
+    """Return the first few of many entries, and how many more there are."""
+    more = len(entries) - _SHOWN
+    comma = "," if between == "; " else ""
+    return between.join(entries[:_SHOWN]) + (f"{comma} and {more} more" if more > 0 else "")
 
 
 def judge_codes(record: BaseRecord, fingerprint: str, digests: Mapping[str, str]) -> Finding:
@@ -62,7 +92,7 @@ def judge_codes(record: BaseRecord, fingerprint: str, digests: Mapping[str, str]
     return Finding(
         "codes",
         CONTRADICTED,
-        f"{_some(differing)} hold other codes, scales or zeros than the run made (base {record.base_fingerprint})"
+        f"{join_some(differing)} hold other codes, scales or zeros than the run made (base {record.base_fingerprint})"
         if differing
         else f"the record speaks of the base {record.base_fingerprint}",
     )
@@ -84,20 +114,33 @@ def judge_tokenizer(record: TokenizerRecord, found: TokenizerRecord, *, what: st
         differing = sorted(
             name for name in {*record.special, *found.special} if record.special.get(name) != found.special.get(name)
         )
-        return Finding(what, CONTRADICTED, f"{_some(differing)} is another token than {against}")
+        return Finding(what, CONTRADICTED, f"{join_some(differing)} is another token than {against}")
     if record.chat != found.chat:
         return Finding(what, CONTRADICTED, f"the chat template makes another prompt than {against}")
     return Finding(what, PROVEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedOn:
+    """What an adapter is served on, and beside what.
+
+    Args:
+        base_fingerprint: of the codes.
+        others: name -> record of the other adapters that are known.
+        base: record of the export, which names the adapters that it was written with.
+    """
+
+    base_fingerprint: str
+    others: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
+    base: BaseRecord | None = None
 
 
 def judge_adapter(
     name: str,
     pairs: Mapping[str, LoraPair],
     record: AdapterRecord,
+    served: ServedOn,
     *,
-    base_fingerprint: str,
-    others: Mapping[str, AdapterRecord],
-    base: BaseRecord | None = None,
     declared_error: float = 0.0,
 ) -> Finding:
     """Compare the pairs of an adapter with those that were made.
@@ -106,13 +149,11 @@ def judge_adapter(
         name: that it is served under.
         pairs: full module name -> pair, as the folder holds it.
         record: what its folder records of it.
-        base_fingerprint: of the codes that it is served on.
-        others: name -> record of the other adapters that are known.
-        base: record of the export, which names the adapters that it was written with.
+        served: what it is served on, and beside what.
         declared_error: relative Frobenius error of a product that the export says writing it cost.
     """
     what = f"adapter {name}"
-    seal = seal_of(record)
+    seal, base, others = seal_of(record), served.base, served.others
     if base is not None and base.adapters.get(name) not in (None, seal):
         meant = next((other for other, known in base.adapters.items() if known == seal), None)
         return Finding(
@@ -124,22 +165,21 @@ def judge_adapter(
         )
     if record.name != name and record.name in others and seal_of(others[record.name]) != seal:
         return Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}, and {record.name} is another")
-    if record.base_fingerprint != base_fingerprint:
-        return Finding(
-            what, CONTRADICTED, f"it was made for the base {record.base_fingerprint}, and {base_fingerprint} is served"
-        )
+    if record.base_fingerprint != served.base_fingerprint:
+        reason = f"it was made for the base {record.base_fingerprint}, and {served.base_fingerprint} is served"
+        return Finding(what, CONTRADICTED, reason)
     found = record_pairs(pairs)
     if {module: pair.sha256 for module, pair in found.items()} == _digests(record):
         return Finding(what, PROVEN)
     missing, added = sorted(set(record.pairs) - set(found)), sorted(set(found) - set(record.pairs))
     if missing or added:
         verb = "lacks" if missing else "adds"
-        return Finding(what, CONTRADICTED, f"it {verb} the pairs of {_some(missing or added)}")
-    served = pairs_digest({module: pair.sha256 for module, pair in found.items()})
-    if record.training is not None and served == record.training.start:
+        return Finding(what, CONTRADICTED, f"it {verb} the pairs of {join_some(missing or added)}")
+    digest = pairs_digest({module: pair.sha256 for module, pair in found.items()})
+    if record.training is not None and digest == record.training.start:
         return Finding(what, CONTRADICTED, "its pairs are those that the training started from, not what it ended with")
     for other, known in others.items():
-        if other != name and served == pairs_digest(_digests(known)):
+        if other != name and digest == pairs_digest(_digests(known)):
             return Finding(what, CONTRADICTED, f"its pairs are those of {other}")
     allowed = _SAME_PRODUCT + _SKETCH_FACTOR * declared_error
     wrong = {
@@ -174,32 +214,21 @@ def _fault_of(pair: LoraPair, found: PairRecord, record: PairRecord, allowed: fl
     return f"has other numbers (relative difference {deviation:.1e})"
 
 
-def probe_differences(recorded: Any, measured: list[torch.Tensor]) -> dict[str, Any]:
+def probe_differences(adapter: str | None, recorded: ProbeRecord, measured: Sequence[torch.Tensor]) -> ProbeDifferences:
     """Return how far log-probabilities are from those that were recorded when the model was made.
 
     Args:
-        recorded: a `ProbeRecord`.
+        adapter: with which they were served.
+        recorded: what was said then.
         measured: (n - 1,) for each of its sequences.
-
-    Returns:
-        dict: "precision", "tokens", "max" and "mean"; the figures are None if one is NaN or Inf.
     """
     wanted = torch.tensor([value for values in recorded.logprobs for value in values], dtype=torch.float64)
     got = torch.cat([values.double() for values in measured]) if measured else torch.empty(0, dtype=torch.float64)
     differences = (got - wanted).abs()
     known = bool(differences.numel()) and bool(torch.isfinite(differences).all())
-    return {
-        "precision": recorded.precision,
-        "tokens": differences.numel(),
-        "max": float(differences.max()) if known else None,
-        "mean": float(differences.mean()) if known else None,
-    }
+    largest, mean = (float(differences.max()), float(differences.mean())) if known else (None, None)
+    return ProbeDifferences(adapter, recorded.precision, differences.numel(), largest, mean)
 
 
 def _digests(record: AdapterRecord) -> dict[str, str]:
     return {module: pair.sha256 for module, pair in record.pairs.items()}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from scipy.stats import beta
+
+from cloq_export.parity.plain import Result
 from cloq_export.texts.examples import instruction_prompt, question_prompt
 
 # How many questions are asked unless a number is typed.
@@ -130,50 +134,67 @@ def smallest_drop(questions: int, limit: float, power: float = POWER) -> float |
     if needed is None or needed > questions:
         return None
 
-    def found(lost: float) -> float:
-        kept = 1 - lost
-        return 1 - math.fsum(math.comb(questions, k) * lost**k * kept ** (questions - k) for k in range(needed))
+    # P(X >= d) as a function of q is the distribution function of Beta(d, n - d + 1).
+    return float(beta.ppf(power, needed, questions - needed + 1))
 
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (low, middle) if found(middle) >= power else (middle, high)
-    return high
+
+@dataclasses.dataclass(frozen=True)
+class Power(Result):
+    """What McNemar's test can find.
+
+    Args:
+        limit: smallest p-value that is allowed.
+        answers_needed: how many answers must be lost; None if no number is enough.
+        smallest_drop: of accuracy that it finds; None if it finds none.
+        probability: with which it finds that.
+    """
+
+    limit: float
+    answers_needed: int | None
+    smallest_drop: float | None
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionFacts(Result):
+    """What a report says of the questions themselves.
+
+    Args:
+        missing: that were typed for and are not there.
+        repeated: that stand there once more.
+        seen: that the adapter was trained on; None where its examples are not known.
+        power: what the test can find.
+    """
+
+    missing: int
+    repeated: int
+    seen: int | None
+    power: Power
 
 
 def question_facts(
-    count: int,
-    asked: int | None,
     keys: Sequence[str],
     hashes: Sequence[Iterable[str]],
     trained: Container[str] | None,
+    *,
+    asked: int | None,
     limit: float,
-) -> dict[str, Any]:
+) -> QuestionFacts:
     """Return what a report says of the questions themselves.
 
     Args:
-        count: how many were put.
-        asked: how many were typed; None if none were.
         keys: of each question, as `repeated_questions` takes them.
         hashes: of each question, as `questions_seen` takes them.
         trained: hashes of the examples that the adapter was trained on; None if they are not known.
+        asked: how many were typed; None if none were.
         limit: smallest p-value that is allowed.
-
-    Returns:
-        dict: "missing", "repeated", "seen" (None where the examples are not known), and "power": {"limit",
-        "answers_needed", "smallest_drop", "probability"}.
     """
-    return {
-        "missing": max(0, (asked or 0) - count),
-        "repeated": len(repeated_questions(keys)),
-        "seen": None if trained is None else len(questions_seen(hashes, trained)),
-        "power": {
-            "limit": limit,
-            "answers_needed": answers_needed(limit),
-            "smallest_drop": smallest_drop(count, limit),
-            "probability": POWER,
-        },
-    }
+    return QuestionFacts(
+        missing=max(0, (asked or 0) - len(keys)),
+        repeated=len(repeated_questions(keys)),
+        seen=None if trained is None else len(questions_seen(hashes, trained)),
+        power=Power(limit, answers_needed(limit), smallest_drop(len(keys), limit), POWER),
+    )
 
 
 def blindness(count: int, limit: float) -> str | None:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from cloq_export.engines.transformers.reference import ReferenceModel
+from cloq_export.parity.plain import Result
 
 # A third of the fault that is to be found, 1% of one module's scale, so that its standard error has room.
 SCALE_LIMIT = 0.003
@@ -32,126 +32,206 @@ SURE = 6.0
 CANDIDATES = 4
 # Fewer tokens know too little of their spread.
 LEAST_TOKENS = 8
+# Of one adapter among several: its own windows are judged beside all of them, and their spread must be known well.
+_LEAST_TOKENS_OF_ONE_PATH = 128
 _SIGN_DRAWS = 2
 # Relative change of a module's output: small enough to be linear, large beside the rounding of float32.
 _STEP = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleError:
+class ServedWindow:
+    """One window as it was served, with an adapter or without.
+
+    Args:
+        token_ids: n tokens.
+        adapter: with which it was served; None is the base alone.
+        served: log-probabilities of the engine, (n - 1,).
+        expected: of the reference, same shape.
+    """
+
+    token_ids: Sequence[int]
+    adapter: str | None
+    served: torch.Tensor
+    expected: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleError(Result):
     """What was found of one module that explains the error of serving better than others.
 
     Args:
         module: full name.
+        adapters: with which the windows were served that show it; None is the base alone.
         error: a_m, the relative error of its scale.
         standard_error: of it.
         sure: what of the error is sure, `max(0, |a_m| - SURE standard errors)`.
     """
 
     module: str
+    adapters: tuple[str | None, ...]
     error: float
     standard_error: float
     sure: float
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleErrors(Result):
+    """What was found of the scales of all quantized modules.
+
+    Args:
+        adapters: that windows were served with; None is the base alone.
+        tokens: on which scales were measured.
+        modules: how many there are.
+        unseen: modules that the text does not reach.
+        largest: the largest sure error; None if nothing can be said.
+        candidates: the modules that explain the error of serving best, the surest first.
+        found: full name of each module -> the smallest error that would have been beyond the limit on all windows.
+    """
+
+    adapters: tuple[str | None, ...]
+    tokens: int
+    modules: int
+    unseen: tuple[str, ...] = ()
+    largest: float | None = None
+    candidates: tuple[ScaleError, ...] = ()
+    found: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
 def measure_scales(
     reference: ReferenceModel,
-    token_ids: Sequence[Sequence[int]],
-    adapter: str | None,
+    windows: Sequence[ServedWindow],
     modules: Sequence[str],
-    served: Sequence[torch.Tensor],
-    expected: Sequence[torch.Tensor],
     *,
     screened: int,
     limit: float,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> ScaleErrors:
     """Measure the relative errors of the scales of all quantized modules, as served.
+
+    The codes are shared, so all windows are judged together, whatever they were served with; and each adapter's windows
+    by themselves, where they are enough, because an engine may take another path for each.
 
     Args:
         reference: the yardstick.
-        token_ids: sequences of n tokens, all equally long.
-        adapter: the adapter, or None.
+        windows: all equally long.
         modules: full names of quantized modules.
-        served: log-probabilities of the engine, one (n - 1,) tensor per sequence.
-        expected: of the reference, same shapes.
-        screened: tokens of each sequence, from its start, on which the modules are compared with each other.
+        screened: tokens of each window, from its start, on which the modules are compared with each other.
         limit: error that is allowed, to say which one would have been found.
         seed: of the random signs.
-
-    Returns:
-        dict: "adapter", "tokens", "modules" (how many), "unseen" (modules that the text does not reach), "largest"
-        (sure error; None if nothing can be said), "candidates" (`ScaleError` of each, the surest first) and "found"
-        (full name of each module -> the smallest error that would have been beyond the limit).
     """
-    table = torch.stack([a.double() - b.double() for a, b in zip(served, expected, strict=True)])
+    adapters = tuple(dict.fromkeys(window.adapter for window in windows))
+    table = torch.stack([window.served.double() - window.expected.double() for window in windows])
     count = table.numel()
-    empty: dict[str, Any] = {"adapter": adapter, "tokens": count, "modules": len(modules), "unseen": []}
+    nothing = ScaleErrors(adapters, count, len(modules))
     if count < LEAST_TOKENS or not modules or not bool(torch.isfinite(table).all()):
-        return empty | {"largest": None, "candidates": [], "found": {}}
-    projections, squares = _screen(reference, token_ids, adapter, modules, table, screened, seed)
-    seen = [number for number in range(len(modules)) if squares[number] > 0]
-    explained = projections.square() / squares.clamp(min=1e-300)
-    best = sorted(seen, key=lambda number: -float(explained[number]))[:CANDIDATES]
+        return nothing
+    projections, squares = _screen(reference, windows, modules, table, screened, seed)
+    every = list(range(len(windows)))
+    of_one = [rows for _, rows in _by_adapter(windows) if len(rows) * table.shape[1] >= _LEAST_TOKENS_OF_ONE_PATH]
+    of_one = of_one if len(adapters) > 1 else []
+    total = squares.sum(0)
+    seen = [number for number in range(len(modules)) if total[number] > 0]
+    # What one adapter's windows show is measured on these alone: in all, every window `CANDIDATES` times at most.
+    chosen = [(number, every) for number in _best(projections, squares, every, seen)[: CANDIDATES - bool(of_one)]]
+    on_every = {number for number, _ in chosen}
+    for rows in of_one:
+        chosen += [(number, rows) for number in _best(projections, squares, rows, seen)[:1] if number not in on_every]
     candidates, widening = [], 1.0
-    for number in best:
-        d = _effect(reference, token_ids, adapter, modules[number], expected)
-        found, factor = _judged(modules[number], table.flatten(), d)
-        widening = max(widening, factor)
-        candidates.append(found)
+    for number, rows in chosen:
+        d = dict(zip(rows, _effect(reference, [windows[row] for row in rows], modules[number]), strict=True))
+        for own in [rows, *of_one] if rows is every else [rows]:
+            names = tuple(dict.fromkeys(windows[row].adapter for row in own))
+            found, factor = _judged(
+                modules[number], names, table[own].flatten(), torch.stack([d[row] for row in own]).flatten()
+            )
+            widening = max(widening, factor) if own is every else widening
+            candidates.append(found)
     candidates.sort(key=lambda each: (-each.sure, -abs(each.error) / (each.standard_error or math.inf)))
     # Of a module that was not measured by itself the standard error is that of equal rounding everywhere, widened as
     # much as it was for those that were.
     noise = widening * float(table.norm()) / math.sqrt(count - 1)
-    shares = squares * (count / max(1, table[:, : screened - 1].numel()))
-    return empty | {
-        "unseen": [module for number, module in enumerate(modules) if number not in set(seen)],
-        "largest": max((each.sure for each in candidates), default=None),
-        "candidates": [dataclasses.asdict(each) for each in candidates],
-        "found": {modules[number]: limit + SURE * noise / math.sqrt(float(shares[number])) for number in seen},
-    }
+    shares = total * (count / max(1, table[:, : screened - 1].numel()))
+    return dataclasses.replace(
+        nothing,
+        unseen=tuple(module for number, module in enumerate(modules) if number not in set(seen)),
+        largest=max((each.sure for each in candidates), default=None),
+        candidates=tuple(candidates),
+        found={modules[number]: limit + SURE * noise / math.sqrt(float(shares[number])) for number in seen},
+    )
+
+
+def share_windows(windows: int, tokens: int, window: int, subjects: int) -> tuple[int, list[tuple[int, int]]]:
+    """Return on how many tokens of which windows scales are measured, for a budget that all subjects share.
+
+    Args:
+        windows: how many there are.
+        tokens: the budget.
+        window: tokens in a window.
+        subjects: how many adapters there are, and the base.
+
+    Returns:
+        (tokens from the start of each window, list of (number of a window, number of the subject)).
+    """
+    length = min(window, max(_LEAST_TOKENS_OF_ONE_PATH + 1, tokens // subjects))
+    pieces = max(subjects, min(windows, -(-tokens // length)))
+    return length, [(number % windows, number % subjects) for number in range(pieces)]
+
+
+def _best(projections: torch.Tensor, squares: torch.Tensor, rows: Sequence[int], seen: Sequence[int]) -> list[int]:
+    """Return the numbers of the modules, those first that explain the error in these windows best."""
+    explained = projections[rows].sum(0).square() / squares[rows].sum(0).clamp(min=1e-300)
+    return sorted(seen, key=lambda number: -float(explained[number]))
 
 
 def _screen(
     reference: ReferenceModel,
-    token_ids: Sequence[Sequence[int]],
-    adapter: str | None,
+    windows: Sequence[ServedWindow],
     modules: Sequence[str],
     table: torch.Tensor,
     screened: int,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `<e, d_m>` and an estimate of `<d_m, d_m>` on the first tokens of each sequence, (modules,) float64."""
-    short = [ids[:screened] for ids in token_ids]
-    errors = table[:, : len(short[0]) - 1]
+    """Return `<e, d_m>` and an estimate of `<d_m, d_m>` on the first tokens, (windows, modules) float64."""
+    errors = table[:, : screened - 1]
     generator = torch.Generator().manual_seed(seed)
     signs = [2.0 * torch.randint(2, errors.shape, generator=generator) - 1 for _ in range(_SIGN_DRAWS)]
     # Rounding errors are small numbers: their size is taken out before float32 sees them.
     size = float(errors.abs().max()) or 1.0
-    found = reference.scale_gradients(short, adapter, modules, [errors / size, *signs])
-    return found[0].sum(0) * size, found[1:].square().mean(0).sum(0)
+    weights = [errors / size, *signs]
+    found = torch.zeros(len(weights), len(windows), len(modules), dtype=torch.float64)
+    for adapter, rows in _by_adapter(windows):
+        short = [windows[row].token_ids[:screened] for row in rows]
+        found[:, rows] = reference.scale_gradients(short, adapter, modules, [weight[rows] for weight in weights])
+    return found[0] * size, found[1:].square().mean(0)
 
 
-def _effect(
-    reference: ReferenceModel,
-    token_ids: Sequence[Sequence[int]],
-    adapter: str | None,
-    module: str,
-    expected: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    with reference.scaled(adapter, module, 1 + _STEP):
-        changed = reference.prompt_logprobs(token_ids, [adapter] * len(token_ids))
-    return torch.cat([(a.double() - b.double()) / _STEP for a, b in zip(changed, expected, strict=True)])
+def _effect(reference: ReferenceModel, windows: Sequence[ServedWindow], module: str) -> torch.Tensor:
+    """Return d of a module, (windows, n - 1) float64."""
+    effects = [torch.empty(0)] * len(windows)
+    for adapter, rows in _by_adapter(windows):
+        with reference.scaled(adapter, module, 1 + _STEP):
+            changed = reference.prompt_logprobs([windows[row].token_ids for row in rows], [adapter] * len(rows))
+        for row, values in zip(rows, changed, strict=True):
+            effects[row] = (values.double() - windows[row].expected.double()) / _STEP
+    return torch.stack(effects)
 
 
-def _judged(module: str, e: torch.Tensor, d: torch.Tensor) -> tuple[ScaleError, float]:
+def _by_adapter(windows: Sequence[ServedWindow]) -> list[tuple[str | None, list[int]]]:
+    names = dict.fromkeys(window.adapter for window in windows)
+    return [(name, [row for row, window in enumerate(windows) if window.adapter == name]) for name in names]
+
+
+def _judged(
+    module: str, adapters: tuple[str | None, ...], e: torch.Tensor, d: torch.Tensor
+) -> tuple[ScaleError, float]:
     """Return what was found, and by how much the standard error exceeds that of equal rounding everywhere."""
     square = float(d @ d)
     if not square or not math.isfinite(square):
-        return ScaleError(module, 0.0, 0.0, 0.0), 1.0
+        return ScaleError(module, adapters, 0.0, 0.0, 0.0), 1.0
     error = float(e @ d) / square
     rest = e - error * d
     standard_error = float((rest * d).norm()) / square
     equal = float(rest.norm()) / math.sqrt(square * max(1, e.numel() - 1))
     sure = max(0.0, abs(error) - SURE * standard_error)
-    return ScaleError(module, error, standard_error, sure), standard_error / equal if equal else 1.0
+    return ScaleError(module, adapters, error, standard_error, sure), standard_error / equal if equal else 1.0

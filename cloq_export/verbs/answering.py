@@ -11,8 +11,10 @@ from typing import Any
 from cloq_export.compress.session import Session
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.files.atomic import make_folder, write_json
-from cloq_export.parity.answers import Answers, AnswerStore
-from cloq_export.parity.tasks import GROUPS, Questions, Task, WrittenTask, find_task, load_questions, task_entry
+from cloq_export.parity.answers import Answers, AnswerStore, Respondent
+from cloq_export.parity.task_kinds import Questions, Task, WrittenTask
+from cloq_export.parity.task_report import task_entry
+from cloq_export.parity.tasks import GROUPS, find_task, load_questions
 from cloq_export.texts.tokens import TextTokens
 
 TASKS_FILE = "tasks.json"
@@ -89,9 +91,11 @@ def answer_tasks(
             )
             with session.progress(f"{name}, {subject.name}") as advance:
                 answers[name][subject.name] = task.ask(
-                    subject.model, tokenizer, questions, subject.adapter, store=store, advance=advance
+                    Respondent(subject.model, tokenizer, subject.adapter), questions, store=store, advance=advance
                 )
-    entries = {name: task_entry(task, questions, answers[name], adapter) for name, (task, questions) in tasks.items()}
+    entries = {
+        name: task_entry(task, questions, answers[name], adapter).to_json() for name, (task, questions) in tasks.items()
+    }
     if out is not None:
         write_json(out / TASKS_FILE, entries, sort_keys=False)
     return entries

@@ -20,6 +20,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
 from cloq_export.verbs.answering import answer_tasks, group_means, read_questions
 from cloq_export.verbs.options import EvaluateOptions
+from cloq_export.verbs.recording import record_answers
 from cloq_export.verbs.stored_model import StoredModel, TextWindows, choose_adapter, measure_perplexity, subjects_of
 
 
@@ -83,6 +84,8 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
         tokenizer = loaded.tokenizer if loaded is not None else stored.tokenizer()
         subjects = subjects_of(session, stored, loaded)
         tasks = answer_tasks(session, questions, subjects, tokenizer, stored.adapter, options.out)
+        if own is not None:
+            record_answers(session, own, stored.adapter, questions, tasks)
     if loaded is None:
         session.notes.append("the float model was not measured: name it with `reference`")
     return Evaluation(perplexity, tasks, group_means(tasks), tuple(dict.fromkeys(session.notes)))

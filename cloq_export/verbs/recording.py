@@ -14,6 +14,7 @@ from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
+    AnswerRecord,
     BaseRecord,
     ProbeRecord,
     Quality,
@@ -26,8 +27,10 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.served import sequence_logprobs
-from cloq_export.errors import FormatError
+from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
+from cloq_export.formats.peft import read_adapter
+from cloq_export.parity.task_kinds import Questions, Task
 from cloq_export.types import LoraPair
 
 PROVENANCE_REPORT = "provenance"
@@ -103,6 +106,50 @@ def record_base(
         quality=quality,
     )
     session.timed("write", lambda: directory.write_report(PROVENANCE_REPORT, record.to_json()))
+
+
+def record_answers(
+    session: Session,
+    directory: RunDirectory,
+    adapter: str | None,
+    tasks: Mapping[str, tuple[Task, Questions]],
+    entries: Mapping[str, Any],
+) -> None:
+    """Add to a run's record which questions it answers right, for `verify` to hold served answers against.
+
+    Args:
+        session: of the call; it notes where the run cannot be written now.
+        directory: the run.
+        adapter: the adapter in the run that was asked; None if none was.
+        tasks: name -> (task, questions).
+        entries: task -> its entry in a report.
+    """
+    record = run_record(directory)
+    if record is None:
+        return
+    seals = {"quantized": CODES_ALONE}
+    if adapter is not None and adapter in directory.adapters.folders:
+        made = adapter_record(read_adapter(directory.adapter_path(adapter)).extra, adapter)
+        seals |= {} if made is None else {"adapter": seal_of(made)}
+    kept = dict(record.tasks)
+    for name, (task, questions) in tasks.items():
+        models = entries[name]["models"]
+        right = {
+            seal: "".join("1" if flag else "0" for flag in models[model]["correct"])
+            for model, seal in seals.items()
+            if model in models
+        }
+        joined = "".join(key[: AnswerRecord.DIGITS] for key in questions.keys)
+        made_before = kept.get(name)
+        asked = AnswerRecord(questions.shots, task.version, joined, right)
+        if made_before is not None and dataclasses.replace(made_before, right=right) == asked:
+            asked = dataclasses.replace(asked, right={**made_before.right, **right})
+        kept[name] = asked
+    try:
+        with directory:
+            directory.write_report(PROVENANCE_REPORT, dataclasses.replace(record, tasks=kept).to_json())
+    except RunDirectoryError as error:
+        session.notes.append(f"which questions were answered right is not recorded in the run: {error}")
 
 
 def run_record(directory: RunDirectory) -> BaseRecord | None:

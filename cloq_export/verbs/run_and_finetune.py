@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cloq_export.files.atomic import write_bytes
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.models.source import LoadedModel, find_source
 from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.parity.report import ParityReport, missed_gates
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.corpora import EMBEDDED
 from cloq_export.texts.examples import Example, ExampleSet
@@ -28,7 +29,8 @@ from cloq_export.verbs.run_texts import embedded_texts, origin_of
 from cloq_export.verbs.summary import RunSummary
 from cloq_export.verbs.training_result import TrainingResult, report_name
 from cloq_export.verbs.training_start import ZERO_START, differing_options
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 # Greedy continuations that the verification compares: each takes as long as a few training steps on a CPU.
 _PROMPTS = 8
@@ -66,7 +68,7 @@ class FineTunedRun:
     summary: RunSummary
     trained: TrainingResult | TrainedBefore
     export: str
-    report: Mapping[str, Any]
+    report: ParityReport
 
     @property
     def missed(self) -> str | None:
@@ -83,14 +85,14 @@ class FineTunedRun:
         content = self.summary.to_json()
         adapter, report = self.trained.adapter, self.report
         perplexity = dict(content["perplexity"])
-        for row in report["quality"]["perplexity"]:
-            if row["model"] == "served" and row["adapter"] == adapter:
-                perplexity["finetuned"] = row
+        for row in report.quality.perplexity:
+            if row.model == "served" and row.adapter == adapter:
+                perplexity["finetuned"] = row.to_json()
         files = {
             **content["files"],
             f"adapter {adapter}": str(RunDirectory.open(self.summary.run).adapter_path(adapter)),
             "export": self.export,
-            "parity report": report["files"]["html"],
+            "parity report": (report.files or {})["html"],
         }
         return {
             **content,
@@ -103,7 +105,7 @@ class FineTunedRun:
             "notes": list(self.notes),
             "finetuned": self.trained.to_json(),
             "export": self.export,
-            "verified": {"passed": report["passed"], "missed": self.missed, "files": report["files"]},
+            "verified": {"passed": report.passed, "missed": self.missed, "files": report.files},
         }
 
 

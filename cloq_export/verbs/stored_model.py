@@ -171,8 +171,7 @@ def measure_perplexity(
     table = measure(
         models(),
         on.tokens(tokenizer),
-        text=on.text.origin,
-        text_sha256=on.text.sha256,
+        text=on.text,
         window=on.window,
         windows=on.windows,
         console=session.console,

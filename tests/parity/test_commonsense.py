@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from cloq_export.errors import DataError, FormatError, RunDirectoryError, UsageError
-from cloq_export.parity.answers import INVALID, AnswerStore
+from cloq_export.parity.answers import INVALID, AnswerStore, Respondent
 from cloq_export.parity.commonsense import COMMONSENSE_SETS, first_label, harness_definition, stated_label
+from cloq_export.parity.task_kinds import ChoiceTask
+from cloq_export.parity.task_report import task_entry
 from cloq_export.parity.tasks import (
     GROUPS,
-    ChoiceTask,
     expand_names,
     find_task,
     gate_key,
     load_questions,
-    task_entry,
     task_names,
 )
 
@@ -281,15 +281,15 @@ def test_the_most_probable_choice_is_taken(tmp_path: Path) -> None:
     questions = load_questions(task, arc_file(tmp_path, 5))
     # " aaa" costs 1 + 1.8 and " b" 1 + 1.2; for each letter 2.8 / 3 and 2.2 / 1.
     letters: Any = Letters({"a": 0.6, "b": 1.2})
-    found = task.ask(letters, letters, questions, None)
+    found = task.ask(Respondent(letters, letters), questions)
     assert found.extracted == ("1",) * 5
     assert found.correct == (False, True, False, True, False)
     assert found.other == (True, False, True, False, True)
     entry = task_entry(task, questions, {"float": found, "quantized": found}, None)
-    assert entry["models"]["float"]["accuracy"] == 0.4
-    assert entry["models"]["float"]["other_accuracy"] == 0.6
-    assert entry["comparisons"][0]["agreement"] == entry["comparisons"][0]["p_value"] == 1
-    assert entry["other_rule"] == "normalised"
+    assert entry.models["float"].accuracy == 0.4
+    assert entry.models["float"].other_accuracy == 0.6
+    assert entry.comparisons[0].agreement == entry.comparisons[0].test.p_value == 1
+    assert entry.other_rule == "normalised"
 
 
 def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
@@ -306,12 +306,12 @@ def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.ask(letters, letters, questions, None, store=AnswerStore(tmp_path / "a.json", key), advance=stop)
+        task.ask(Respondent(letters, letters), questions, store=AnswerStore(tmp_path / "a.json", key), advance=stop)
     assert seen == [(256, 600), (512, 600)]
     assert letters.calls == 2
-    resumed = task.ask(letters, letters, questions, None, store=AnswerStore(tmp_path / "a.json", key))
+    resumed = task.ask(Respondent(letters, letters), questions, store=AnswerStore(tmp_path / "a.json", key))
     assert letters.calls == 3
-    assert resumed == task.ask(letters, letters, questions, None)
+    assert resumed == task.ask(Respondent(letters, letters), questions)
     again = AnswerStore(tmp_path / "a.json", key)
     assert len(again.answers) == 600
     with pytest.raises(RunDirectoryError, match=r"a.json holds answers that were given under another model; choose"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cloq_export.errors import CalibrationError, DataError
+from cloq_export.parity.answers import Respondent
 from cloq_export.parity.continuations import continuation_rows
 from cloq_export.parity.tasks import find_task, load_questions
 
@@ -74,10 +75,10 @@ def test_a_model_that_knows_the_text_answers_right(tmp_path: Path) -> None:
     questions = load_questions(task, str(tmp_path / "t.txt"), count=6)
     assert (len(questions.items), questions.origin) == (6, str(tmp_path / "t.txt"))
     assert [item.gold for item in questions.items] == ["0", "1", "2", "3", "0", "1"]
-    knowing = task.ask(Knower(tokenizer(text)["input_ids"]), tokenizer, questions, None)  # type: ignore[arg-type]
+    knowing = task.ask(Respondent(Knower(tokenizer(text)["input_ids"]), tokenizer), questions)  # type: ignore[arg-type]
     assert knowing.accuracy == knowing.other_accuracy == 1.0
     # Where nothing is known the first choice is taken: right once in four.
-    ignorant = task.ask(Knower([]), tokenizer, questions, None)  # type: ignore[arg-type]
+    ignorant = task.ask(Respondent(Knower([]), tokenizer), questions)  # type: ignore[arg-type]
     assert [*ignorant.correct] == [True, False, False, False, True, False]
 
 

@@ -128,7 +128,7 @@ def test_a_limit_that_nothing_can_miss_does_not_bind(name: str, limit: float, bi
 
 def test_a_gate_that_could_not_be_missed_has_missed() -> None:
     (verdict,) = judge({"gsm8k_p_value": 0.01}, {"gsm8k_p_value": 1.0}, {"gsm8k_p_value": "too few"})
-    assert not verdict["passed"]
+    assert not verdict.passed
     assert explain_miss(verdict) == "gsm8k_p_value says nothing: too few"
 
 
@@ -136,12 +136,12 @@ def test_nothing_is_rounded_and_what_is_missing_has_missed() -> None:
     limits = {"perplexity_ratio": 1.2, "live_modules": 1.0, "greedy_flips": 0.0, "noise_floor_max": 0.0}
     just_above = math.nextafter(1.2, 2)
     metrics = {"perplexity_ratio": just_above, "live_modules": 209 / 210, "greedy_flips": math.nan}
-    verdicts = {verdict["gate"]: verdict for verdict in judge(limits, metrics)}
-    assert not any(verdict["passed"] for verdict in verdicts.values())
-    assert verdicts["greedy_flips"]["value"] is None
-    assert verdicts["noise_floor_max"]["value"] is None
+    verdicts = {verdict.gate: verdict for verdict in judge(limits, metrics)}
+    assert not any(verdict.passed for verdict in verdicts.values())
+    assert verdicts["greedy_flips"].value is None
+    assert verdicts["noise_floor_max"].value is None
     assert explain_miss(verdicts["perplexity_ratio"]) == f"perplexity_ratio is {just_above}, at most 1.2 is allowed"
     assert explain_miss(verdicts["noise_floor_max"]) == "noise_floor_max was not measured (at most 0.0 is asked for)"
     equal = {"perplexity_ratio": 1.2, "live_modules": 1.0, "greedy_flips": 0.0, "noise_floor_max": 0.0}
-    assert all(verdict["passed"] for verdict in judge(limits, equal))
-    assert not judge({"perplexity_ratio": 1.2}, {"perplexity_ratio": math.inf})[0]["passed"]
+    assert all(verdict.passed for verdict in judge(limits, equal))
+    assert not judge({"perplexity_ratio": 1.2}, {"perplexity_ratio": math.inf})[0].passed

@@ -11,9 +11,10 @@ import pytest
 
 from cloq_export.errors import DataError, FormatError
 from cloq_export.parity import gsm8k
-from cloq_export.parity.answers import INVALID, agreement
+from cloq_export.parity.answers import INVALID, Respondent, agreement
 from cloq_export.parity.gsm8k import EMBEDDED, Problem
-from cloq_export.parity.tasks import Question, Questions, WrittenTask, find_task, load_questions
+from cloq_export.parity.task_kinds import Question, Questions, WrittenTask
+from cloq_export.parity.tasks import find_task, load_questions
 
 EGGS = Problem("How many eggs are left of 16 after 3 and 4?", "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9")
 MONEY = Problem("What does the house cost?", "It costs 80,000+50,000=$<<80000+50000=130000>>130,000\n#### 130,000")
@@ -112,7 +113,7 @@ class Echo:
 def test_asking_a_runtime(task: WrittenTask) -> None:
     echo = Echo([" 9<end>", " 9\nQuestion: 17"])
     model: Any = echo
-    found = task.ask(model, echo, questions_of(EGGS, EGGS), "a")
+    found = task.ask(Respondent(model, echo, "a"), questions_of(EGGS, EGGS))
     assert found.texts == (" 9", " 9\n")
     assert found.correct == (True, True)
     assert echo.asked.endswith("\nAnswer:")

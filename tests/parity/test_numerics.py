@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cloq_export.errors import ShapeError
+from cloq_export.parity.generation import AskedTexts
 from cloq_export.parity.numerics import (
-    by_position,
+    GreedyTexts,
     compare_greedy,
     compare_logprobs,
     largest_difference,
@@ -26,22 +27,22 @@ def test_figures_are_those_of_numpy() -> None:
     b = [values + 1e-3 * torch.randn(len(values), generator=generator) for values in a]
     found = compare_logprobs(a, b)
     apart = np.abs(np.concatenate([(x.double() - y.double()).numpy() for x, y in zip(a, b, strict=True)]))
-    assert found["tokens"] == 701
-    assert found["max"] == apart.max()
-    assert found["mean"] == pytest.approx(apart.mean(), rel=1e-12)
-    for share, value in found["quantiles"].items():
+    assert found.tokens == 701
+    assert found.max == apart.max()
+    assert found.mean == pytest.approx(apart.mean(), rel=1e-12)
+    for share, value in found.quantiles.items():
         assert value == np.quantile(apart, float(share), method="inverted_cdf")
-    edges = [-np.inf, *found["histogram"]["edges"], np.inf]
-    assert found["histogram"]["counts"] == [
+    edges = [-np.inf, *found.histogram.edges, np.inf]
+    assert found.histogram.counts == tuple(
         int(((apart >= low) & (apart < high)).sum()) for low, high in itertools.pairwise(edges)
-    ]
-    assert sum(found["histogram"]["counts"]) == 701
+    )
+    assert sum(found.histogram.counts) == 701
 
 
 def test_equal_figures_differ_by_nothing() -> None:
     a = [torch.randn(5)]
     assert largest_difference(a, a) == 0.0
-    assert compare_logprobs(a, a)["histogram"]["counts"][0] == 5
+    assert compare_logprobs(a, a).histogram.counts[0] == 5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -49,8 +50,8 @@ def test_what_is_not_finite_is_not_measured(bad: float) -> None:
     a, b = torch.zeros(4), torch.zeros(4)
     b[2] = bad
     found = compare_logprobs([a], [b])
-    assert found["max"] is found["mean"] is found["histogram"] is None
-    assert set(found["quantiles"].values()) == {None}
+    assert found.max is found.mean is found.histogram is None
+    assert set(found.quantiles.values()) == {None}
     assert largest_difference([], []) is None
 
 
@@ -80,48 +81,28 @@ def test_a_runtime_that_drops_answers_is_told_so() -> None:
         measure_logprobs(Scripted([torch.zeros(3)]), [[1, 2, 3]], [None])
 
 
-def greedy(expected: Any, served: Any, **options: Any) -> dict[str, Any]:
+def greedy(expected: Any, served: Any) -> GreedyTexts:
     # log-probabilities of tokens 5, 6, 7 and of the end, 2
     reference = Scripted(table={5: -1.0, 6: -1.0005, 7: -3.0, 2: -1.0002, 9: -4.0})
-    return compare_greedy(
-        Scripted(texts=served),
-        reference,
-        [[1, 1]] * len(served),
-        expected,
-        None,
-        max_new_tokens=3,
-        end_tokens=frozenset([2, 9]),
-        tie=1e-3,
-        **options,
-    )
+    asked = AskedTexts([[1, 1]] * len(served), None, 3, frozenset([2, 9]))
+    return compare_greedy(reference, asked, expected, served, 1e-3)
 
 
 def test_near_ties_are_told_from_flips() -> None:
     found = greedy([[5, 5, 2]] * 5, [[5, 5, 2], [5, 5], [5, 6, 7], [5, 7, 7], [5]])
-    assert found["agreement"] == 2 / 5  # an end is not compared: some runtimes give it, some do not
-    assert (found["ties"], found["flips"]) == (2, 1)  # 6 and the end are as good as 5
-    first = found["first_flip"]
-    assert (first["prompt"], first["position"], first["expected"], first["served"]) == (3, 1, 5, 7)
-    assert first["gap"] == pytest.approx(2.0)
+    assert found.agreement == 2 / 5  # an end is not compared: some runtimes give it, some do not
+    assert (found.ties, found.flips) == (2, 1)  # 6 and the end are as good as 5
+    first = found.first_flip
+    assert (first.prompt, first.position, first.expected, first.served) == (3, 1, 5, 7)
+    assert first.gap == pytest.approx(2.0)
 
 
 def test_a_text_that_does_not_end_where_it_should() -> None:
     found = greedy([[7, 2]], [[7, 5, 5]])
-    assert (found["ties"], found["flips"]) == (1, 0)
-    assert greedy([[7, 2]], [[7, 7, 5]])["first_flip"]["expected"] is None
+    assert (found.ties, found.flips) == (1, 0)
+    assert greedy([[7, 2]], [[7, 7, 5]]).first_flip.expected is None
 
 
 def test_lost_prompts() -> None:
     with pytest.raises(ShapeError, match="continued 1 of 2 prompts"):
-        compare_greedy(
-            Scripted(texts=[[5]]), Scripted(), [[1], [1]], [[5], [5]], None,
-            max_new_tokens=1, end_tokens=frozenset(), tie=0.0,
-        )  # fmt: skip
-
-
-def test_perplexity_by_position() -> None:
-    windows = [-torch.arange(1.0, 7.0), -torch.arange(1.0, 7.0) - 1]
-    found = by_position(windows, bins=3)
-    assert found["position"] == [3, 5, 7]
-    assert found["perplexity"] == pytest.approx([math.exp(2.0), math.exp(4.0), math.exp(6.0)])
-    assert len(by_position(windows, bins=99)["position"]) == 6
+        compare_greedy(Scripted(), AskedTexts([[1], [1]], None, 1, frozenset()), [[5], [5]], [[5]], 0.0)

@@ -18,8 +18,10 @@ from cloq_export.parity.perplexity import (
     summarize_losses,
     window_losses,
 )
+from cloq_export.texts.corpora import CalibrationText
 
 VOCABULARY = 17
+TEXT = CalibrationText("w", "a file", "ab")
 
 
 class Bigram(nn.Module):
@@ -57,23 +59,23 @@ def slow_losses(model: Bigram, ids: torch.Tensor, window: int, windows: int) -> 
 def test_each_window_is_read_on_its_own_without_its_first_token(window, windows, monkeypatch):
     monkeypatch.setattr("cloq_export.parity.perplexity._LOGIT_ROWS", 5)
     model, ids = Bigram(), text(110)
-    losses = window_losses(model, ids, window=window, windows=windows, progress=False)
+    losses = window_losses(model, ids, window=window, windows=windows, label=None)
     assert losses.tolist() == pytest.approx(slow_losses(model, ids, window, windows), rel=1e-5)
     assert model.calls == [(1, window)] * windows
 
-    measured = perplexity(model, ids, window=window, windows=windows, progress=False)
+    measured = perplexity(model, ids, window=window, windows=windows, label=None)
     assert measured.tokens == windows * (window - 1)
     assert measured.perplexity == pytest.approx(math.exp(sum(losses.tolist()) / windows))
 
 
 def test_a_short_text_gives_fewer_windows_and_drops_the_rest():
-    measured = perplexity(Bigram(), text(25), window=10, windows=16, progress=False)
+    measured = perplexity(Bigram(), text(25), window=10, windows=16, label=None)
     assert measured.tokens == 2 * 9
 
 
 def test_training_mode_is_put_back():
     model = Bigram().train()
-    perplexity(model, text(20), window=10, windows=1, progress=False)
+    perplexity(model, text(20), window=10, windows=1, label=None)
     assert model.training
 
 
@@ -96,9 +98,9 @@ def test_ratio_is_paired():
 
 
 def test_one_window_has_no_standard_error():
-    measured = perplexity(Bigram(), text(20), window=20, windows=4, progress=False)
+    measured = perplexity(Bigram(), text(20), window=20, windows=4, label=None)
     assert math.isnan(measured.standard_error)
-    table = evaluate([("float", Bigram())], text(20), text="t", text_sha256="0", window=20, progress=False)
+    table = evaluate([("float", Bigram())], text(20), text=TEXT, window=20)
     assert table["float"]["standard_error"] is None
 
 
@@ -112,7 +114,7 @@ def test_evaluate_puts_models_in_one_table():
             yield name, model
             assert model.calls, "a model is measured before the next one is asked for"
 
-    table = evaluate(lazily(), text(60), text="a file", text_sha256="ab", window=20, windows=8, progress=False)
+    table = evaluate(lazily(), text(60), text=TEXT, window=20, windows=8)
     assert asked == ["float", "quantized", "adapter"]
     assert set(table) == {"float", "quantized", "adapter", "tokens", "windows", "window", "text", "text_sha256"}
     assert (table["tokens"], table["windows"], table["window"]) == (57, 3, 20)
@@ -127,10 +129,10 @@ def test_evaluate_puts_models_in_one_table():
 def test_progress_goes_to_the_console_given_and_only_if_asked(capsys, tmp_path):
     with open(tmp_path / "out", "w") as file:
         console = Console(file=file, force_terminal=True)
-        perplexity(Bigram(), text(40), window=10, windows=4, progress=True, console=console)
+        perplexity(Bigram(), text(40), window=10, windows=4, console=console)
     assert "perplexity" in (tmp_path / "out").read_text()
-    perplexity(Bigram(), text(40), window=10, windows=4, progress=False)
-    perplexity(Bigram(), text(40), window=10, windows=4, progress=True)
+    perplexity(Bigram(), text(40), window=10, windows=4, label=None)
+    perplexity(Bigram(), text(40), window=10, windows=4)
     assert capsys.readouterr().out == ""
 
 
@@ -146,7 +148,7 @@ def test_progress_goes_to_the_console_given_and_only_if_asked(capsys, tmp_path):
 )
 def test_windows_that_cannot_be_cut_are_refused(length, window, windows, error, message):
     with pytest.raises(error, match=message):
-        perplexity(Bigram(), text(length), window=window, windows=windows, progress=False)
+        perplexity(Bigram(), text(length), window=window, windows=windows, label=None)
 
 
 def test_nan_logits_are_named():
@@ -154,8 +156,8 @@ def test_nan_logits_are_named():
     with torch.no_grad():
         model.table[:] = torch.nan
     with pytest.raises(NonFiniteError, match="NaN or Inf on window 1 of 2; run it in float32"):
-        perplexity(model, text(20), window=10, windows=2, progress=False)
+        perplexity(model, text(20), window=10, windows=2, label=None)
 
 
 def test_a_hopeless_model_has_a_perplexity_all_the_same():
-    assert perplexity(Bigram(scale=1e5), text(20), window=10, windows=2, progress=False).perplexity == math.inf
+    assert perplexity(Bigram(scale=1e5), text(20), window=10, windows=2, label=None).perplexity == math.inf

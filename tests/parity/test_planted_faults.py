@@ -20,14 +20,16 @@ from cloq_export.engines.transformers.reference import reference_model
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
-from cloq_export.parity.scales import SCALE_LIMIT, measure_scales
+from cloq_export.parity.report import ParityReport, missed_gates
+from cloq_export.parity.scales import SCALE_LIMIT, ServedWindow, measure_scales, share_windows
 from cloq_export.recipe import Recipe
-from cloq_export.verbs import verification
 from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
+from cloq_export.verbs.verification import engines
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 BITS = 2
 CONTEXT = 64
@@ -285,6 +287,15 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
         ),
         "mixed_batch_difference_max",
     ),
+    "the shorter texts of a batch are off": (
+        scoring(
+            lambda engine, ids, names: [
+                values - 0.02 if len(each) < max(map(len, ids)) else values
+                for each, values in zip(ids, engine.prompt_logprobs(ids, names), strict=True)
+            ]
+        ),
+        "mixed_batch_difference_max",
+    ),
     "writes with the second adapter exchanged in mixed batches": (
         writing(
             only_mixed(
@@ -341,6 +352,25 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
         writing(lambda engine, ids, names, new: engine.generate(ids, [None] * len(ids), new)),
         "decode_gap_max",
     ),
+    # the base without its adapters
+    "the base's own scores are off": (
+        scoring(
+            lambda engine, ids, names: [
+                values if name else values - 0.05
+                for values, name in zip(engine.prompt_logprobs(ids, names), names, strict=True)
+            ]
+        ),
+        "logprob_difference_max",
+    ),
+    "the base's own scores are off beyond a position": (
+        scoring(
+            lambda engine, ids, names: [
+                values if name else beyond(40, lambda v: v - 0.3)(values)
+                for values, name in zip(engine.prompt_logprobs(ids, names), names, strict=True)
+            ]
+        ),
+        "longest_difference_max",
+    ),
     # inside the model
     "activations in int8": (broken_model(rounded_inputs), "logprob_difference_max"),
     "other rotary angles": (broken_model(other_angles), "logprob_difference_max"),
@@ -354,13 +384,13 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
 
 def served_by(kind: type[Engine], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
     def opener(own: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
-        return kind(packed_model(export or own, adapters, dtype=verification.DTYPES[options.dtype], **more))
+        return kind(packed_model(export or own, adapters, dtype=engines.DTYPES[options.dtype], **more))
 
     return opener
 
 
-def missed(report: Mapping[str, Any]) -> set[str]:
-    return {verdict["gate"] for verdict in report["gates"] if not verdict["passed"]}
+def missed(report: ParityReport) -> set[str]:
+    return {verdict.gate for verdict in report.gates if not verdict.passed}
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -368,10 +398,10 @@ def test_a_faulty_engine_is_named(
     exported: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     kind, gate = FAULTS[fault]
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(kind))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(kind))
     report = verify(exported, options, console=SILENT)
     assert gate in missed(report)
-    assert not report["passed"]
+    assert not report.passed
 
 
 def test_each_fault_is_named_by_its_own_gate_alone(
@@ -379,7 +409,7 @@ def test_each_fault_is_named_by_its_own_gate_alone(
 ) -> None:
     for fault in ("wrong beyond a position", "texts exchanged in mixed batches", "long prompts are truncated"):
         kind, gate = FAULTS[fault]
-        monkeypatch.setitem(verification.OPENERS, "hf", served_by(kind))
+        monkeypatch.setitem(engines.OPENERS, "hf", served_by(kind))
         assert missed(verify(exported, options, console=SILENT)) == {gate}
 
 
@@ -387,14 +417,14 @@ def test_each_fault_is_named_by_its_own_gate_alone(
 def test_a_healthy_engine_passes(exported: Path, options: VerifyOptions, dtype: str) -> None:
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=16), console=SILENT)
     assert missed(report) == set()
-    assert report["passed"]
-    assert report["conditions"]["longest"] == CONTEXT
-    kinds = [(row["kind"], row["adapter"]) for row in report["decoding"]]
+    assert report.passed
+    assert report.conditions.longest == CONTEXT
+    kinds = [(row.kind, row.adapter) for row in report.decoding]
     assert kinds == [
         *((kind, name) for name in ("cloq", "second") for kind in ("longest", "greedy")),
         *(("mixed", name) for name in (None, "cloq", "second")),
     ]
-    assert report["scales"]["modules"] == len(report["scales"]["found"]) == 7
+    assert report.scales.modules == len(report.scales.found) == 7
 
 
 def with_changed(folder: Path, export: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -421,13 +451,31 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
 ) -> None:
     name = f"model.layers.{module}"
     copy = with_changed(tmp_path, exported, scaled(name, 1.01))
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=40), console=SILENT)
     assert "scale_error_max" in missed(report)
-    worst = report["scales"]["candidates"][0]
-    assert worst["module"] == name
-    assert worst["error"] == pytest.approx(0.01, abs=0.003)
+    worst = report.scales.candidates[0]
+    assert worst.module == name
+    assert worst.error == pytest.approx(0.01, abs=0.003)
     assert f"the scale of {name} is off by +" in str(missed_gates(report))
+
+
+@pytest.mark.parametrize("module", ["mlp.down_proj", "mlp.up_proj", "self_attn.v_proj"])
+def test_one_hundredth_of_a_scale_is_found_in_bfloat16_on_the_tokens_that_it_takes(
+    tmp_path: Path, exported: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    name = f"model.layers.0.{module}"
+    copy = with_changed(tmp_path, exported, scaled(name, 1.01))
+    generator = torch.Generator().manual_seed(4)
+    drawn = (61 * torch.rand(4200, generator=generator).pow(2)).long()
+    (tmp_path / "long.txt").write_text(" ".join(f"w{int(number)}" for number in drawn))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
+    asked = dataclasses.replace(
+        options, dtype="bfloat16", text=str(tmp_path / "long.txt"), windows=90, window=CONTEXT - 20, adapters=("cloq",)
+    )
+    report = verify(exported, asked, console=SILENT)
+    assert "scale_error_max" in missed(report)
+    assert report.scales.candidates[0].module == name
 
 
 def test_a_zero_that_is_off_by_one_in_one_group_is_found(
@@ -437,8 +485,14 @@ def test_a_zero_that_is_off_by_one_in_one_group_is_found(
         held["model.layers.0.mlp.up_proj.qzeros"][0, 0] ^= 1
 
     copy = with_changed(tmp_path, exported, change)
-    monkeypatch.setitem(verification.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
     assert "logprob_difference_max" in missed(verify(exported, options, console=SILENT))
+
+
+def served_windows(
+    windows: Sequence[Sequence[int]], names: Sequence[str | None], served: Any, expected: Any
+) -> list[ServedWindow]:
+    return [ServedWindow(*each) for each in zip(windows, names, served, expected, strict=True)]
 
 
 def test_scales_of_healthy_runtimes_show_no_error(exported: Path, text: Path) -> None:
@@ -446,30 +500,60 @@ def test_scales_of_healthy_runtimes_show_no_error(exported: Path, text: Path) ->
     windows = [ids[start : start + 48] for start in range(0, 1152, 48)]
     adapters = {"cloq": exported / "adapters" / "cloq"}
     reference = reference_model(exported, adapters)
-    names = ["cloq"] * len(windows)
+    names = ["cloq", None] * (len(windows) // 2)
     expected = reference.prompt_logprobs(windows, names)
     modules = sorted(path for path in reference.model("cloq").state_dict() if path.endswith("base_layer.weight"))
     modules = [path.removesuffix(".base_layer.weight") for path in modules]
     assert len(modules) == 7
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         served = packed_model(exported, adapters, dtype=dtype).prompt_logprobs(windows, names)
-        found = measure_scales(
-            reference, windows, "cloq", modules, served, expected, screened=32, limit=SCALE_LIMIT, seed=1
-        )
-        assert found["largest"] < SCALE_LIMIT
-        assert found["unseen"] == []
-        assert set(found["found"]) == set(modules)
+        measured = served_windows(windows, names, served, expected)
+        found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT, seed=1)
+        assert found.largest < SCALE_LIMIT
+        assert found.unseen == ()
+        assert set(found.found) == set(modules)
     name = "model.layers.0.mlp.up_proj"
-    with reference.scaled("cloq", name, 1.02):
+    with reference.scaled("cloq", name, 1.02), reference.scaled(None, name, 1.02):
         wrong = reference.prompt_logprobs(windows, names)
-    found = measure_scales(reference, windows, "cloq", modules, wrong, expected, screened=32, limit=SCALE_LIMIT)
-    assert found["candidates"][0]["module"] == name
-    assert found["largest"] == pytest.approx(0.02, abs=0.002)
+    measured = served_windows(windows, names, wrong, expected)
+    found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT)
+    assert found.candidates[0].module == name
+    assert found.largest == pytest.approx(0.02, abs=0.002)
+
+
+@pytest.mark.parametrize("path", ["cloq", None])
+def test_a_scale_that_is_wrong_with_one_adapter_alone_is_found(exported: Path, text: Path, path: str | None) -> None:
+    ids = [WORDS.index(word) for word in text.read_text().split()]
+    windows = [ids[start : start + 48] for start in range(0, 1152, 48)]
+    reference = reference_model(exported, {name: exported / "adapters" / name for name in ("cloq", "second")})
+    names = ["cloq", "second", None] * (len(windows) // 3)
+    expected = reference.prompt_logprobs(windows, names)
+    modules = [f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate", "down")]
+    with reference.scaled(path, modules[2], 1.01):
+        wrong = reference.prompt_logprobs(windows, names)
+    measured = served_windows(windows, names, wrong, expected)
+    found = measure_scales(reference, measured, modules, screened=32, limit=SCALE_LIMIT)
+    assert (found.candidates[0].module, found.candidates[0].adapters) == (modules[2], (path,))
+    assert found.largest == pytest.approx(0.01, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("windows", "window", "subjects", "length", "pieces"),
+    [
+        (16, 512, 1, 512, [(0, 0), (1, 0)]),
+        (16, 512, 2, 512, [(0, 0), (1, 1)]),
+        (16, 512, 4, 256, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (1, 512, 3, 341, [(0, 0), (0, 1), (0, 2)]),
+        (2, 24, 1, 24, [(0, 0), (1, 0)]),
+    ],
+)
+def test_the_budget_of_tokens_is_shared_out(
+    windows: int, window: int, subjects: int, length: int, pieces: list[tuple[int, int]]
+) -> None:
+    assert share_windows(windows, 1024, window, subjects) == (length, pieces)
 
 
 def test_too_few_tokens_say_nothing_of_scales(exported: Path) -> None:
-    reference = reference_model(exported, {})
-    found = measure_scales(
-        reference, [[3, 4]], None, ["model.layers.0.mlp.up_proj"], [torch.ones(1)], [torch.ones(1)], screened=2, limit=1
-    )
-    assert found["largest"] is None
+    window = ServedWindow([3, 4], None, torch.ones(1), torch.ones(1))
+    found = measure_scales(reference_model(exported, {}), [window], ["model.layers.0.mlp.up_proj"], screened=2, limit=1)
+    assert found.largest is None

@@ -32,8 +32,8 @@ def test_questions_are_equal_whatever_their_case_and_blanks() -> None:
 def test_as_many_answers_are_needed_as_the_test_itself_needs(limit: float) -> None:
     needed = answers_needed(limit)
     assert needed is not None
-    assert mcnemar([True] * needed, [False] * needed)["p_value"] < limit
-    assert mcnemar([True] * (needed - 1), [False] * (needed - 1))["p_value"] >= limit
+    assert mcnemar([True] * needed, [False] * needed).p_value < limit
+    assert mcnemar([True] * (needed - 1), [False] * (needed - 1)).p_value >= limit
     assert blindness(needed, limit) is None
     assert f"ask {needed} questions or more" in str(blindness(needed - 1, limit))
 

@@ -2,205 +2,154 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 
 from cloq_export.errors import RunDirectoryError
 from cloq_export.parity.gate import GATES, TASK_GATES, judge
-from cloq_export.parity.numerics import compare_logprobs
+from cloq_export.parity.generation import WorstToken, WrittenTexts
+from cloq_export.parity.isolation import AdapterIsolation, Isolation
+from cloq_export.parity.liveness import AdapterLiveness, Presence
+from cloq_export.parity.metrics import collect_metrics
+from cloq_export.parity.numerics import Flip, GreedyTexts, LogprobDifferences, compare_logprobs
+from cloq_export.parity.page import figure, render_html
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
+from cloq_export.parity.provenance import Finding, ProbeDifferences, RecordedRatio
+from cloq_export.parity.quality import ByPosition, PairedTest, PerplexityRow, Ratio
 from cloq_export.parity.questions import question_facts
-from cloq_export.parity.report import collect_metrics, figure, render_html, schema, write_report
+from cloq_export.parity.report import (
+    CertificateCheck,
+    Conditions,
+    FloatModel,
+    Judged,
+    LayerErrors,
+    Missing,
+    NumericsRow,
+    ParityReport,
+    Provenance,
+    Quality,
+    ServedAdapter,
+    schema,
+    write_report,
+)
+from cloq_export.parity.scales import ScaleError, ScaleErrors
+from cloq_export.parity.task_report import Comparison, ModelAnswers, RecordedAnswers, TaskEntry, VerifiedTask
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 HOSTILE = '<script src="http://x.example/a.js">&"\'</script>'
 
 
-def difference(largest: float | None) -> dict[str, Any]:
-    import torch
-
-    empty = {"0.5": None, "0.9": None, "0.99": None, "0.999": None}
-    if largest is None:
-        return {"tokens": 3, "max": None, "mean": None, "quantiles": empty, "histogram": None}
-    return compare_logprobs([torch.tensor([0.0, largest / 2, largest], dtype=torch.float64)], [torch.zeros(3)])
+def difference(largest: float | None) -> LogprobDifferences:
+    measured = torch.tensor([0.0, (largest or 0) / 2, math.nan if largest is None else largest], dtype=torch.float64)
+    return compare_logprobs([measured], [torch.zeros(3)])
 
 
-def perplexity(model: str, adapter: str | None, value: float | None) -> dict[str, Any]:
-    entry = {
-        "model": model,
-        "adapter": adapter,
-        "perplexity": value,
-        "standard_error": 0.5,
-        "by_position": {"position": [8, 16], "perplexity": [40.0, 20.0]},
-    }
-    if model != "float":
-        entry |= {"ratio_to_float": value, "ratio_lower": 1.0, "ratio_upper": value}
-    return entry
+def perplexity(model: str, adapter: str | None, value: float) -> PerplexityRow:
+    ratio = None if model == "float" else Ratio(value, 1.0, value)
+    return PerplexityRow(model, adapter, value, 0.5, ByPosition((8, 16), (40.0, 20.0)), ratio)
+
+
+def verified(adapter: str, models: dict[str, ModelAnswers], recorded: RecordedAnswers | None) -> VerifiedTask:
+    compared = (Comparison("reference", "served", 0.5, PairedTest(1, 0, 1.0)),)
+    entry = TaskEntry(2, "00", 0, 256, "3.0", "lm_eval", "file", adapter, "strict", models, compared)
+    return VerifiedTask(entry, question_facts(("a", "a"), ({"a"}, {"a"}), {"a"}, asked=3, limit=0.01), recorded)
 
 
 @pytest.fixture
-def report() -> dict[str, Any]:
+def report() -> ParityReport:
     """Return a complete report with two adapters, one of them named as an attack would name it."""
     names = ["good", HOSTILE]
     modules = [f"model.layers.{block}.mlp.{kind}_proj" for block in (0, 1, 10) for kind in ("up", "down")]
-    presences = [
-        {"module": module, "verdict": "live", "presence": 1.0, "error": 0.01, "effect": 0.1, "gain": 1.0}
-        for module in [*modules, "lm_head"]
-    ]
-    dead = {**presences[0], "verdict": "undecided", "presence": None, "error": None, "gain": 4.0}
-    answers = {"accuracy": 0.5, "other_accuracy": 0.25, "answers": ["1", "2"], "correct": [True, False]}
-    pair = {
-        "first": "reference",
-        "second": "served",
-        "agreement": 0.5,
-        "only_first": 1,
-        "only_second": 0,
-        "p_value": 1.0,
-    }
-    numerics = [
-        {"measured": "served", "against": "reference", "adapter": name, **difference(value)}
-        for name, value in zip(names, (1e-4, 3e-4), strict=True)
-    ]
-    numerics.append({"measured": "reference", "against": "float", "adapter": "good", **difference(0.5)})
-    made: dict[str, Any] = {
-        "format": "cloq-parity",
-        "format_version": 1,
-        "passed": False,
-        "judged": {"passed": False, "reasons": [HOSTILE]},
-        "export": HOSTILE,
-        "layout": "gptq_v2",
-        "bits": [2, 4],
-        "base_fingerprint": "sha256:00",
-        "reference": {"name": "org/model", "fingerprint": "sha256:11"},
-        "runtime": "hf",
-        "dtype": "float32",
-        "adapters": [{"name": name, "folder": "x", "modules": 7, "bound_to_this_base": True} for name in names],
-        "conditions": {
-            "text": "wikitext2",
-            "text_sha256": "22",
-            "window": 16,
-            "windows": 2,
-            "bos": "auto",
-            "begin_tokens": [1],
-            "tasks": ["ppl", "gsm8k"],
-            "prompts": 3,
-            "new_tokens": 4,
-            "longest": 60,
-            "liveness_tokens": 16,
-            "seed": 0,
-            "device": "cpu",
-            "threads": 1,
-        },
-        "certificate": {"passed": True, "files": 9, "modules": 14, "not_covered": [], "reason": None},
-        "provenance": {
-            "findings": [
-                {"what": "codes", "verdict": "proven", "reason": ""},
-                {"what": "adapter good", "verdict": "not recorded", "reason": "nothing recorded it"},
-                {"what": "reference", "verdict": "proven", "reason": ""},
-            ],
-            "probes": [{"adapter": "good", "precision": "float32", "tokens": 9, "max": 2e-4, "mean": 1e-4}],
-            "recorded_ratios": [{"adapter": "good", "ratio": 1.25}],
-        },
-        "float_part": [{"what": "config", "verdict": "contradicted", "reason": HOSTILE}],
-        "noise_floor": difference(0.0),
-        "numerics": numerics,
-        "quality": {
-            "perplexity": [
-                perplexity("float", None, 29.0),
-                *(perplexity("served", name, value) for name, value in zip(names, (1.2, 1.5), strict=True)),
-            ],
-            "tasks": {
-                "gsm8k": [
-                    {
-                        "questions": 2,
-                        "questions_sha256": "00",
-                        "shots": 0,
-                        "max_new_tokens": 256,
-                        "version": "3.0",
-                        "definition": "lm_eval",
-                        "origin": "file",
-                        "adapter": "good",
-                        "other_rule": "strict",
-                        "models": {"float": answers, "reference": answers, "served": {**answers, "accuracy": 0.0}},
-                        "comparisons": [pair],
-                        **question_facts(2, 3, ("a", "a"), ({"a"}, {"a"}), {"a"}, 0.01),
-                    }
-                    | other
-                    for other in ({}, {"adapter": HOSTILE, "models": dict.fromkeys(["float", "served"], answers)})
-                ]
+    presences = [Presence(module, "live", 1.0, 0.01, 0.1) for module in [*modules, "lm_head"]]
+    dead = Presence(modules[0], "undecided", None, None, 0.1, 4.0)
+    answers = ModelAnswers(0.5, 0.25, ("1", "2"), (True, False))
+    wrong = dataclasses.replace(answers, accuracy=0.0)
+    differing = {"good": 1e-4, HOSTILE: 3e-4, None: 2e-4}
+    made = ParityReport(
+        judged=Judged(False, (HOSTILE,)),
+        export=HOSTILE,
+        layout="gptq_v2",
+        bits=(2, 4),
+        base_fingerprint="sha256:00",
+        reference=FloatModel("org/model", "sha256:11"),
+        runtime="hf",
+        dtype="float32",
+        adapters=tuple(ServedAdapter(name, "x", 7, True) for name in names),
+        conditions=Conditions("wikitext2", "22", 16, 2, "auto", (1,), ("ppl", "gsm8k"), 3, 4, 60, 16, 0, "cpu", 1),
+        certificate=CertificateCheck(True, 9, 14),
+        provenance=Provenance(
+            (
+                Finding("codes", "proven"),
+                Finding("adapter good", "not recorded", "nothing recorded it"),
+                Finding("reference", "proven"),
+            ),
+            (ProbeDifferences("good", "float32", 9, 2e-4, 1e-4),),
+            (RecordedRatio("good", 1.25),),
+        ),
+        float_part=(Finding("config", "contradicted", HOSTILE),),
+        noise_floor=difference(0.0),
+        numerics=(
+            *(NumericsRow("served", "reference", name, difference(value)) for name, value in differing.items()),
+            NumericsRow("reference", "float", "good", difference(0.5)),
+        ),
+        quality=Quality(
+            (perplexity("float", None, 29.0), perplexity("served", "good", 1.2), perplexity("served", HOSTILE, 1.5)),
+            {
+                "gsm8k": (
+                    verified(
+                        "good",
+                        {"float": answers, "reference": answers, "served": wrong},
+                        RecordedAnswers(2, 1, 0, 0.5),
+                    ),
+                    verified(HOSTILE, dict.fromkeys(["float", "served"], answers), None),
+                )
             },
-        },
-        "greedy": [
-            {
-                "adapter": name,
-                "prompts": prompts,
-                "new_tokens": 4,
-                "agreement": share,
-                "ties": 0,
-                "flips": flips,
-                "tie_gap": 2e-3,
-                "first_flip": None,
-            }
-            for name, prompts, share, flips in (("good", 3, 1.0, 0), (HOSTILE, 1, 0.0, 1))
-        ],
-        "decoding": [
-            {
-                "adapter": name,
-                "kind": kind,
-                "prompts": 2,
-                "longest_prompt": 50,
-                "tokens": 8,
-                "gap_max": largest,
-                "gap_mean": largest / 8,
-                "worst": {"prompt": 1, "position": 2, "served": 7, "gap": largest},
-            }
-            for name, kind, largest in (
+        ),
+        greedy=(
+            GreedyTexts("good", 3, 4, 1.0, 0, 0, 2e-3, None),
+            GreedyTexts(HOSTILE, 1, 4, 0.0, 0, 1, 2e-3, Flip(0, 1, 2, None, None)),
+        ),
+        decoding=tuple(
+            WrittenTexts(name, kind, 2, 50, 8, gap, gap / 8, WorstToken(1, 2, 7, gap))
+            for name, kind, gap in (
                 ("good", "greedy", 0.25),
                 (HOSTILE, "longest", 0.5),
                 (None, "mixed", 0.0),
                 (HOSTILE, "mixed", 2.0),
             )
-        ],
-        "scales": {
-            "adapter": HOSTILE,
-            "tokens": 90,
-            "modules": 14,
-            "unseen": [],
-            "largest": 0.02,
-            "candidates": [{"module": HOSTILE, "error": -0.03, "standard_error": 0.001, "sure": 0.02}],
-            "found": {HOSTILE: 0.01},
-        },
-        "liveness": [
-            {"adapter": "good", "sequences": 1, "tokens": 15, "live_share": 1.0, "modules": presences},
-            {"adapter": HOSTILE, "sequences": 1, "tokens": 15, "live_share": 6 / 7, "modules": [dead, *presences[1:]]},
-        ],
-        "isolation": {"requests": 6, "max": 1e-6, "by_adapter": [{"adapter": None, "max": 1e-6, "mean": 1e-7}]},
-        "layers": [
-            {"module": m, "bits": 2, "rank": 4, "error_quantized": 0.5, "error_adapted": 0.2, "error_bound": None}
-            for m in modules
-        ],
-        "metrics": {},
-        "gates": [],
-        "missing": [{"what": HOSTILE, "reason": HOSTILE}],
-        "notes": [HOSTILE],
-        "seconds": {"float": 1.25},
-        "versions": {"torch": "2"},
-    }
-    made["metrics"] = collect_metrics(made) | {"judged": 0.0}
-    made["gates"] = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, made["metrics"])
-    return made
+        ),
+        scales=ScaleErrors(
+            (HOSTILE, None), 90, 14, (), 0.02, (ScaleError(HOSTILE, (HOSTILE,), -0.03, 0.001, 0.02),), {HOSTILE: 0.01}
+        ),
+        liveness=(
+            AdapterLiveness("good", 1, 15, 1.0, tuple(presences)),
+            AdapterLiveness(HOSTILE, 1, 15, 6 / 7, (dead, *presences[1:])),
+        ),
+        isolation=Isolation(6, 1e-6, (AdapterIsolation(None, 1e-6, 1e-7),)),
+        layers=tuple(LayerErrors(module, 2, 4, 0.5, 0.2, None) for module in modules),
+        metrics={},
+        gates=(),
+        missing=(Missing(HOSTILE, HOSTILE),),
+        notes=(HOSTILE,),
+        seconds={"float": 1.25},
+        versions={"torch": "2"},
+    )
+    metrics = collect_metrics(made) | {"judged": 0.0}
+    gates = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, metrics)
+    return dataclasses.replace(made, metrics=metrics, gates=tuple(gates))
 
 
-def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
-    metrics = report["metrics"]
+def test_the_worst_adapter_counts(report: ParityReport) -> None:
+    metrics = report.metrics
     assert set(metrics) == {*GATES, *(f"gsm8k_{figure}" for figure in TASK_GATES)}
     assert metrics["logprob_difference_max"] == metrics["packed_logprob_difference_max"] == 3e-4
     assert metrics["perplexity_ratio"] == 1.5
@@ -208,6 +157,7 @@ def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
     assert (metrics["greedy_agreement"], metrics["greedy_flips"]) == (0.75, 1)
     assert (metrics["gsm8k_accuracy"], metrics["gsm8k_accuracy_drop"], metrics["gsm8k_agreement"]) == (0.0, 0.5, 0.5)
     assert metrics["noise_floor_max"] == 0
+    assert metrics["gsm8k_recorded_p_value"] == 0.5  # nothing is said of the adapter that nobody asked
     assert (metrics["decode_gap_max"], metrics["decode_gap_mean"]) == (0.5, 0.0625)
     assert (metrics["mixed_decode_gap_max"], metrics["mixed_decode_gap_mean"]) == (2.0, 0.25)
     assert metrics["scale_error_max"] == 0.02
@@ -217,22 +167,30 @@ def test_the_worst_adapter_counts(report: dict[str, Any]) -> None:
     assert metrics["logprob_difference_over_float"] is None  # nothing to compare with in float32
 
 
-def test_one_adapter_that_is_missing_makes_the_figure_missing(report: dict[str, Any]) -> None:
-    report["numerics"][0] |= difference(None)
-    report["quality"]["perplexity"][1]["ratio_to_float"] = None
-    report["liveness"][0]["live_share"] = None
-    report["isolation"] = None
+def test_one_adapter_that_is_missing_makes_the_figure_missing(report: ParityReport) -> None:
+    rows = list(report.numerics)
+    perplexities = list(report.quality.perplexity)
+    rows[0] = dataclasses.replace(rows[0], differences=difference(None))
+    perplexities[1] = dataclasses.replace(perplexities[1], ratio=Ratio(None, None, None))
+    report = dataclasses.replace(
+        report,
+        numerics=tuple(rows),
+        quality=dataclasses.replace(report.quality, perplexity=tuple(perplexities)),
+        liveness=(dataclasses.replace(report.liveness[0], live_share=None), report.liveness[1]),
+        isolation=None,
+    )
     metrics = collect_metrics(report)
     for name in ("logprob_difference_max", "perplexity_ratio", "live_modules", "mixed_batch_difference_max"):
         assert metrics[name] is None, name
-    jsonschema.validate(report, schema())
+    jsonschema.validate(report.to_json(), schema())
 
 
-def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: dict[str, Any]) -> None:
-    jsonschema.validate(report, schema())
-    paths = write_report(tmp_path / "new" / "folder", report)
+def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: ParityReport) -> None:
+    jsonschema.validate(report.to_json(), schema())
+    paths = write_report(tmp_path / "new" / "folder", report).files
+    assert paths is not None
     page = Path(paths["html"]).read_text(encoding="utf-8")
-    assert page == render_html(report)
+    assert page == render_html(report.to_json())
     tags: list[str] = []
 
     class Reader(html.parser.HTMLParser):
@@ -249,7 +207,7 @@ def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: d
     assert "undecided, product times 4" in page
 
 
-def test_a_folder_that_is_a_file(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_folder_that_is_a_file(tmp_path: Path, report: ParityReport) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="is not a folder"):
         write_report(tmp_path / "file", report)

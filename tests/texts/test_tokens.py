@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from cloq_export.errors import DataError, UsageError
-from cloq_export.parity.answers import continue_prompts, score_continuations
+from cloq_export.parity.answers import Respondent, continue_prompts, score_continuations
 from cloq_export.texts.corpora import CalibrationText, calibration_windows, evaluation_tokens, tokenize_text
 from cloq_export.texts.examples import ChatExample, Example, Message
 from cloq_export.texts.tokens import TextTokens
@@ -92,7 +92,7 @@ def test_a_prompt_is_trained_on_asked_and_served_alike(kind: str, post: str, pro
     assert learned.count(EOS) == 1
     assert learned[-1] == EOS
     model = Recorder()
-    continue_prompts(model, tokenizer, [prompt], None, cut=str, max_new_tokens=1)  # type: ignore[arg-type]
+    continue_prompts(Respondent(model, tokenizer), [prompt], cut=str, max_new_tokens=1)  # type: ignore[arg-type]
     assert model.asked == [before]
     # What the model writes then reads as what it was to learn.
     bare = tokenizer.decode(tokenizer(prompt + completion, add_special_tokens=False)["input_ids"])
@@ -134,7 +134,7 @@ def test_choices_are_parted_as_the_harness_does(post: str) -> None:
 
     model = Recorder()
     pairs = [("ab:", " 4 b"), ("ab: ", "4 b"), ("ab:", "//b"), ("Q:/", "/")]
-    scores = score_continuations(model, tokenizer, [pairs], None)  # type: ignore[arg-type]
+    scores = score_continuations(Respondent(model, tokenizer), [pairs])  # type: ignore[arg-type]
     assert model.asked == [ids(context + continuation) for context, continuation in pairs]
     counts = [len(ids(a + b)) - len(ids(a.rstrip())) for a, b in pairs]
     # A choice that merges with what stands before it altogether is never the most probable for having no token.

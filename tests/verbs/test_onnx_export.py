@@ -29,7 +29,8 @@ from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import VerifyOptions, verify
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 pytestmark = pytest.mark.slow
 

@@ -21,15 +21,19 @@ from cloq_export.artifact.pair_record import PairRecord, pair_digest
 from cloq_export.artifact.provenance import PROVENANCE_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.peft import read_adapter, write_adapter
-from cloq_export.parity.report import schema
+from cloq_export.parity.report import ParityReport, missed_gates, schema
+from cloq_export.parity.task_report import RecordedAnswers
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.types import LoraPair
 from cloq_export.verbs.convert import convert
+from cloq_export.verbs.evaluate import evaluate
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.finetune import finetune
-from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.options import EvaluateOptions, ExportOptions
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, verify
+from cloq_export.verbs.verification import engines
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import planned_gates, verify
 
 Fault = Callable[[Path], None]
 
@@ -93,8 +97,8 @@ def certify_again(folder: Path) -> None:
     write_certificate(folder, kept.layout, kept.base_fingerprint, kept.modules, facts)
 
 
-def missed(report: Mapping[str, Any]) -> set[str]:
-    return {verdict["gate"] for verdict in report["gates"] if not verdict["passed"]}
+def missed(report: ParityReport) -> set[str]:
+    return {verdict.gate for verdict in report.gates if not verdict.passed}
 
 
 def rewrite_pairs(folder: Path, change: Callable[[str, LoraPair], LoraPair]) -> None:
@@ -121,13 +125,13 @@ def test_a_clean_export_is_proven_with_its_run_beside_it(
     run: Path, exported: Path, options: VerifyOptions, silent: Console, tmp_path: Path
 ) -> None:
     report = verify(exported, dataclasses.replace(options, run=run, out=tmp_path / "parity"), console=silent)
-    assert report["passed"], missed_gates(report)
-    found = {each["what"]: each["verdict"] for each in [*report["provenance"]["findings"], *report["float_part"]]}
+    assert report.passed, missed_gates(report)
+    found = {each.what: each.verdict for each in [*report.provenance.findings, *report.float_part]}
     assert set(found.values()) == {"proven"}
     assert {"codes", "adapter one", "adapter two beside the run", "reference", "config", "chat template"} <= set(found)
     asked = {"provenance", "reference", "float_part", "last_step_difference_mean", "perplexity_over_recorded"}
-    assert asked <= {verdict["gate"] for verdict in report["gates"]}
-    assert {row["adapter"] for row in report["provenance"]["probes"]} == {"cloq", "one", "two"}
+    assert asked <= {verdict.gate for verdict in report.gates}
+    assert {row.adapter for row in report.provenance.probes} == {"cloq", "one", "two"}
     import jsonschema
 
     jsonschema.validate(json.loads((tmp_path / "parity" / "parity.json").read_text()), schema())
@@ -150,12 +154,12 @@ def test_other_forms_of_the_same_product_are_proven(
     else:
         write_export(run, asked[form], console=silent)
     report = verify(out, options, console=silent)
-    assert report["passed"], missed_gates(report)
+    assert report.passed, missed_gates(report)
 
 
 def test_a_run_directory_is_proven_by_what_it_recorded(run: Path, options: VerifyOptions, silent: Console) -> None:
     report = verify(run, dataclasses.replace(options, adapters=("one",)), console=silent)
-    verdicts = {each["gate"]: each["passed"] for each in report["gates"]}
+    verdicts = {each.gate: each.passed for each in report.gates}
     assert verdicts["provenance"]
     assert verdicts["reference"]
     assert verdicts["float_part"]
@@ -183,6 +187,10 @@ def _serve_start(export: Path) -> None:
 
 def _double_alpha(export: Path) -> None:
     rewrite_pairs(export / "adapters" / "one", lambda _, pair: dataclasses.replace(pair, alpha=2 * pair.alpha))
+
+
+def _turn_sign(export: Path) -> None:
+    rewrite_pairs(export / "adapters" / "one", lambda _, pair: dataclasses.replace(pair, lora_B=-pair.lora_B))
 
 
 def _scale_one_module(export: Path) -> None:
@@ -287,6 +295,7 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "weights of two adapters exchanged": (_swap_weights, "its pairs are those of two"),
     "the initial adapter for the trained one": (_serve_start, "that the training started from"),
     "alpha doubled": (_double_alpha, "has 2 times the product"),
+    "B with another sign": (_turn_sign, "has -1 times the product"),
     "one module scaled by 1.02": (_scale_one_module, "layers.0.mlp.up_proj has 1.02 times the product"),
     "rounded to bfloat16": (_round_to_bfloat16, "was rounded after it was made"),
     "A and B exchanged": (_exchange_factors, "has A and B exchanged"),
@@ -505,13 +514,58 @@ def test_an_adapter_outside_the_export_is_held_to_its_own_record(
     assert named in str(missed_gates(report))
 
 
+def test_answers_that_the_run_gave_and_the_engine_loses_miss(
+    run: Path, options: VerifyOptions, silent: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("exports")))
+    rows = [{"goal": f"w{n}", "sol1": f"w{n + 1} w3", "sol2": f"w{n + 30} w7", "label": 0} for n in range(24)]
+    file = tmp_path / "piqa.jsonl"
+
+    def answered() -> list[bool]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = evaluate(asked, EvaluateOptions(adapter="cloq", tasks=(f"piqa={file}",)), console=silent)
+        return list(found.tasks["piqa"]["models"]["adapter"]["correct"])
+
+    # What the model takes is made the right answer, so that all of it can be lost.
+    for row, right in zip(rows, answered(), strict=True):
+        row["label"] = 0 if right else 1
+    assert all(answered())
+    write_export(asked, ExportOptions(format="gptq_v2", out=tmp_path / "export"), console=silent)
+    typed = dataclasses.replace(options, adapters=("cloq",), tasks=(f"piqa={file}",))
+    report = verify(tmp_path / "export", typed, console=silent)
+    assert report.passed, missed_gates(report)
+    assert report.quality.tasks["piqa"][0].recorded == RecordedAnswers(24, 24, 24, 1.0)
+
+    class Opposite:
+        """Takes the least probable choice."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
+            return [-values for values in self.inner.prompt_logprobs(token_ids, adapters)]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    healthy = engines.OPENERS["hf"]
+    monkeypatch.setitem(engines.OPENERS, "hf", lambda *given: Opposite(healthy(*given)))
+    report = verify(tmp_path / "export", typed, console=silent)
+    assert "piqa_recorded_p_value" in missed(report)
+    assert report.quality.tasks["piqa"][0].recorded.correct == 0
+    # Of other questions, or with other examples before them, nothing was recorded.
+    rows = [{**row, "goal": f"{row['goal']} w9"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "piqa_recorded_p_value" not in planned_gates(tmp_path / "export", typed)
+
+
 def test_a_clean_adapter_outside_the_export_is_proven(
     run: Path, exported: Path, options: VerifyOptions, silent: Console, tmp_path: Path
 ) -> None:
     shutil.copytree(run / "adapters" / "one", tmp_path / "elsewhere")
     asked = dataclasses.replace(options, adapters=(f"mine={tmp_path / 'elsewhere'}",))
     report = verify(exported, asked, console=silent)
-    assert report["passed"], missed_gates(report)
+    assert report.passed, missed_gates(report)
 
 
 def test_another_float_model_misses_unless_it_is_asked_for(
@@ -527,7 +581,7 @@ def test_another_float_model_misses_unless_it_is_asked_for(
     assert "is not the revision of" in str(missed_gates(report))
     report = verify(exported, dataclasses.replace(asked, other_reference=True), console=silent)
     assert not missed(report) & {"reference", "provenance", "float_part"}
-    verdicts = {each["what"]: each["verdict"] for each in report["provenance"]["findings"]}
+    verdicts = {each.what: each.verdict for each in report.provenance.findings}
     assert verdicts["reference"] == "not proven"
 
 
@@ -540,10 +594,10 @@ def test_an_export_of_before_records_verifies_and_says_what_it_cannot_prove(
     kept = read_certificate(copy)
     write_certificate(copy, kept.layout, kept.base_fingerprint, kept.modules, {"adapters": kept.facts["adapters"]})
     report = verify(copy, options, console=silent)
-    assert report["passed"], missed_gates(report)
-    assert "provenance" not in {verdict["gate"] for verdict in report["gates"]}
-    assert "not proven: codes: nothing recorded them when they were made" in report["notes"]
-    assert "not proven: adapter one: nothing recorded it when it was made" in report["notes"]
+    assert report.passed, missed_gates(report)
+    assert "provenance" not in {verdict.gate for verdict in report.gates}
+    assert "not proven: codes: nothing recorded them when they were made" in report.notes
+    assert "not proven: adapter one: nothing recorded it when it was made" in report.notes
 
 
 def test_the_record_of_a_training_is_of_its_last_step(run: Path, exported: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,16 @@ from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
 from cloq_export.parity.gate import GATES
 from cloq_export.parity.questions import question_hash
-from cloq_export.parity.report import schema
+from cloq_export.parity.report import Judged, ParityReport, missed_gates, schema
 from cloq_export.types import LoraPair
-from cloq_export.verbs import verification
 from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import VerifyOptions, missed_gates, planned_gates, verify
+from cloq_export.verbs.verification import engines, float_side
+from cloq_export.verbs.verification.made_before import MadeBefore
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import planned_gates, verify
 
 DEAD = "model.layers.1.mlp.up_proj"
 
@@ -81,7 +83,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., ServedMode
     """Return a function that puts another runtime in the place of the packed one."""
 
     def replace(opener: Callable[..., ServedModel]) -> None:
-        monkeypatch.setitem(verification.OPENERS, "hf", opener)
+        monkeypatch.setitem(engines.OPENERS, "hf", opener)
 
     return replace
 
@@ -106,8 +108,8 @@ def wrapped(kind: type[Wrapper]) -> Callable[..., ServedModel]:
     return lambda export, adapters, options: kind(packed_model(export, adapters))
 
 
-def missed(report: Mapping[str, Any]) -> set[str]:
-    return {verdict["gate"] for verdict in report["gates"] if not verdict["passed"]}
+def missed(report: ParityReport) -> set[str]:
+    return {verdict.gate for verdict in report.gates if not verdict.passed}
 
 
 def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
@@ -115,19 +117,19 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
 ) -> None:
     out = tmp_path / "parity"
     report = verify(exported, dataclasses.replace(options, out=out), console=silent)
-    assert report["passed"]
+    assert report.passed
     assert missed_gates(report) is None
-    assert report["missing"] == []
-    assert [entry["name"] for entry in report["adapters"]] == ["cloq", "second"]
-    assert report["noise_floor"]["max"] <= 1e-6
-    assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"cloq", "second"}
-    for row in report["liveness"]:
-        assert row["live_share"] == 1
-        assert len(row["modules"]) == 14
-        assert all(abs(entry["presence"] - 1) < 0.05 for entry in row["modules"])
-    assert [row["adapter"] for row in report["isolation"]["by_adapter"]] == [None, "cloq", "second"]
-    assert len(report["layers"]) == 14
-    assert set(planned_gates(exported, options)) == {verdict["gate"] for verdict in report["gates"]}
+    assert report.missing == ()
+    assert [entry.name for entry in report.adapters] == ["cloq", "second"]
+    assert report.noise_floor.max <= 1e-6
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq", "second", None}
+    for row in report.liveness:
+        assert row.live_share == 1
+        assert len(row.modules) == 14
+        assert all(abs(entry.presence - 1) < 0.05 for entry in row.modules)
+    assert [row.adapter for row in report.isolation.by_adapter] == [None, "cloq", "second"]
+    assert len(report.layers) == 14
+    assert set(planned_gates(exported, options)) == {verdict.gate for verdict in report.gates}
     written = json.loads((out / "parity.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema())
     jsonschema.validate(written, schema())
@@ -154,10 +156,10 @@ def test_a_silently_ignored_module_misses_the_gate(
     report = verify(exported, options, console=silent)
     assert "live_modules" in missed(report)
     dead = [
-        (row["adapter"], entry["module"])
-        for row in report["liveness"]
-        for entry in row["modules"]
-        if entry["verdict"] != liveness.LIVE
+        (row.adapter, entry.module)
+        for row in report.liveness
+        for entry in row.modules
+        if entry.verdict != liveness.LIVE
     ]
     assert dead == [("second", DEAD)]
     assert f"{DEAD} of second is ignored" in str(missed_gates(report))
@@ -207,7 +209,7 @@ def test_an_adapter_that_leaks_into_base_requests_misses_the_gate(
     serve(wrapped(Leaky))
     report = verify(exported, options, console=silent)
     assert missed(report) == {"mixed_batch_difference_max"}
-    rows = {row["adapter"]: row["max"] for row in report["isolation"]["by_adapter"]}
+    rows = {row.adapter: row.max for row in report.isolation.by_adapter}
     assert rows[None] > 1e-2 > rows["cloq"]
 
 
@@ -239,7 +241,7 @@ def test_a_missing_figure_misses_its_gate(exported: Path, options: VerifyOptions
     report = verify(exported, options, console=silent)
     assert missed(report) == {"greedy_flips", "decode_gap_max", "mixed_decode_gap_max"}
     # Two adapters, each behind short and long prompts, and one batch of both.
-    assert [entry["reason"] for entry in report["missing"]] == ["this engine scores only"] * 5
+    assert [entry.reason for entry in report.missing] == ["this engine scores only"] * 5
     assert "greedy_flips was not measured" in str(missed_gates(report))
     serve(wrapped(Nan))
     report = verify(exported, options, console=silent)
@@ -247,8 +249,8 @@ def test_a_missing_figure_misses_its_gate(exported: Path, options: VerifyOptions
     serve(wrapped(Short))
     report = verify(exported, options, console=silent)
     assert missed(report) >= {"logprob_difference_max", "live_modules", "mixed_batch_difference_max"}
-    assert "one for each token but the first" in report["missing"][0]["reason"]
-    jsonschema.validate(json.loads(json.dumps(report)), schema())
+    assert "one for each token but the first" in report.missing[0].reason
+    jsonschema.validate(report.to_json(), schema())
 
 
 def test_a_damaged_file_misses_the_certificate(
@@ -259,7 +261,7 @@ def test_a_damaged_file_misses_the_certificate(
     report = verify(tmp_path / "copy", options, console=silent)
     assert missed(report) == {"certificate", "float_part"}
     assert "is not the file that was certified" in str(missed_gates(report))
-    assert report["layers"] is None
+    assert report.layers is None
 
 
 def test_weak_modules_in_half_precision_are_shown_enlarged(
@@ -273,15 +275,13 @@ def test_weak_modules_in_half_precision_are_shown_enlarged(
     write_adapter(tmp_path / "weak", weak, base_model="m", base_fingerprint=str(read.base_fingerprint))
     changed = dataclasses.replace(options, dtype="bfloat16", adapters=(f"weak={tmp_path / 'weak'}",))
     report = verify(exported, changed, console=silent)
-    entry = next(entry for entry in report["liveness"][0]["modules"] if entry["module"] == DEAD)
-    assert entry["gain"] > 1
-    own = next(row for row in report["numerics"] if row["measured"] == "float in served precision")
-    assert own["mean"] > 0
-    assert report["metrics"]["logprob_difference_over_float"] < 2
-    assert {"logprob_difference_over_float", "mixed_batch_difference_over_float"} <= {
-        g["gate"] for g in report["gates"]
-    }
-    assert "logprob_difference_max" not in {g["gate"] for g in report["gates"]}
+    entry = next(entry for entry in report.liveness[0].modules if entry.module == DEAD)
+    assert entry.gain > 1
+    own = next(row for row in report.numerics if row.measured == "float in served precision")
+    assert own.differences.mean > 0
+    assert report.metrics["logprob_difference_over_float"] < 2
+    assert {"logprob_difference_over_float", "mixed_batch_difference_over_float"} <= {g.gate for g in report.gates}
+    assert "logprob_difference_max" not in {g.gate for g in report.gates}
 
 
 def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console) -> None:
@@ -289,17 +289,18 @@ def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOpti
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = dataclasses.replace(options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), problems=9)
     report = verify(exported, asked, console=silent)
-    entries = report["quality"]["tasks"]["gsm8k"]
-    assert [entry["adapter"] for entry in entries] == [each["name"] for each in report["adapters"]]
+    entries = report.quality.tasks["gsm8k"]
+    assert [entry.entry.adapter for entry in entries] == [each.name for each in report.adapters]
     for entry in entries:
-        assert entry["questions"] == 9
-        assert (entry["missing"], entry["repeated"], entry["seen"]) == (0, 0, None)
-        assert entry["power"]["answers_needed"] == 8
-        assert list(entry["models"]) == ["float", "reference", "served"]
-    jsonschema.validate(report, schema())
-    assert report["metrics"]["gsm8k_agreement"] == 1
-    assert report["metrics"]["gsm8k_p_value"] == 1
-    assert report["passed"]
+        assert entry.entry.questions == 9
+        assert (entry.facts.missing, entry.facts.repeated, entry.facts.seen) == (0, 0, None)
+        assert entry.facts.power.answers_needed == 8
+        assert entry.recorded is None
+        assert list(entry.entry.models) == ["float", "reference", "served"]
+    jsonschema.validate(report.to_json(), schema())
+    assert report.metrics["gsm8k_agreement"] == 1
+    assert report.metrics["gsm8k_p_value"] == 1
+    assert report.passed
     with (tmp_path / "problems.jsonl").open("a") as file:
         file.write('{"question": "broken')
     with pytest.raises(DataError, match=r"line 11 of .*problems.jsonl is not a JSON object"):
@@ -313,13 +314,8 @@ def test_questions_that_show_nothing_miss(
     rows[3]["question"] = "W3   w4?"  # the third once more, but for case and blanks
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = dataclasses.replace(options, tasks=("gsm8k",), gsm8k=str(tmp_path / "problems.jsonl"), problems=6)
-    make = verification._Verification.__init__
-
-    def trained(self: Any, *arguments: Any) -> None:
-        make(self, *arguments)
-        self.training_hashes = {"second": {question_hash("w1 w2?")}}
-
-    monkeypatch.setattr(verification._Verification, "__init__", trained)
+    trained = {"second": {question_hash("w1 w2?")}}
+    monkeypatch.setattr(MadeBefore, "trained_on", lambda _: trained)
     report = verify(exported, asked, console=silent)
     assert missed(report) == {
         "gsm8k_p_value",
@@ -327,11 +323,11 @@ def test_questions_that_show_nothing_miss(
         "gsm8k_questions_repeated",
         "gsm8k_questions_seen",
     }
-    assert [entry["seen"] for entry in report["quality"]["tasks"]["gsm8k"]] == [None, 1]
+    assert [entry.facts.seen for entry in report.quality.tasks["gsm8k"]] == [None, 1]
     said = str(missed_gates(report))
     assert "with 4 questions the p-value is never below 0.125" in said
     assert "gsm8k_questions_missing is 2.0" in said
-    jsonschema.validate(json.loads(json.dumps(report)), schema())
+    jsonschema.validate(report.to_json(), schema())
 
 
 @pytest.mark.parametrize("limit", [None, 1e308, -1e308])
@@ -346,14 +342,11 @@ def test_a_gate_that_unlimits_everything_judges_nothing(
         wide |= {"certificate": 0, "live_modules": 0, "greedy_flips": 6, "greedy_agreement": 0, "perplexity_ratio": 1e6}
     (tmp_path / "gate.yaml").write_text(json.dumps(wide))
     report = verify(exported, dataclasses.replace(options, gate=tmp_path / "gate.yaml"), console=silent)
-    assert not report["passed"]
+    assert not report.passed
     assert missed(report) == {"judged"}
-    assert report["judged"] == {
-        "passed": False,
-        "reasons": ["every limit is dropped, or so wide that nothing can miss it"],
-    }
+    assert report.judged == Judged(False, ("every limit is dropped, or so wide that nothing can miss it",))
     assert str(missed_gates(report)).startswith("nothing was judged: every limit is dropped")
-    jsonschema.validate(json.loads(json.dumps(report)), schema())
+    jsonschema.validate(report.to_json(), schema())
 
 
 def test_without_prompts_nothing_that_adapters_write_is_judged(
@@ -387,8 +380,8 @@ def test_an_adapter_of_zeros_is_not_live(
 
 def test_every_adapter_gets_a_prompt(exported: Path, options: VerifyOptions, silent: Console) -> None:
     report = verify(exported, dataclasses.replace(options, prompts=1), console=silent)
-    assert [row["prompts"] for row in report["greedy"]] == [1, 1]
-    assert report["passed"]
+    assert [row.prompts for row in report.greedy] == [1, 1]
+    assert report.passed
 
 
 class FailsWith(Wrapper):
@@ -405,8 +398,8 @@ def test_one_adapter_that_is_not_served_makes_the_figures_missing(
 ) -> None:
     serve(wrapped(FailsWith))
     report = verify(exported, options, console=silent)
-    assert report["metrics"]["logprob_difference_max"] is None
-    assert report["metrics"]["longest_difference_max"] is None
+    assert report.metrics["logprob_difference_max"] is None
+    assert report.metrics["longest_difference_max"] is None
     assert {"logprob_difference_max", "longest_difference_max", "live_modules"} <= missed(report)
 
 
@@ -416,10 +409,10 @@ def test_a_run_is_verified_by_the_layers_that_it_keeps(
     run = exported.parent.parent
     for folder in (run, run / "checkpoint"):
         report = verify(folder, options, console=silent)
-        assert report["certificate"]["passed"], report["certificate"]
-        assert report["passed"]
-        assert len(report["layers"]) == 14
-    assert [entry["name"] for entry in verify(run, options, console=silent)["adapters"]] == ["cloq", "second"]
+        assert report.certificate.passed, report.certificate
+        assert report.passed
+        assert len(report.layers) == 14
+    assert [entry.name for entry in verify(run, options, console=silent).adapters] == ["cloq", "second"]
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     tensors, metadata = read_safetensors(copy / "checkpoint" / "model.safetensors")
     held = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -435,9 +428,9 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
     report = verify(tmp_path / "bare", options, console=silent)
     # The folder that was certified, and that the record speaks of, had adapters.
     assert missed(report) == {"certificate", "provenance"}
-    assert report["isolation"] is None
-    assert report["metrics"]["live_modules"] is None
-    assert report["metrics"]["logprob_difference_max"] < 1e-3
+    assert report.isolation is None
+    assert report.metrics["live_modules"] is None
+    assert report.metrics["logprob_difference_max"] < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -471,8 +464,8 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(BindingError, match="is bound to the base sha256:000"):
         verify(exported, asked, console=silent)
     report = verify(exported, dataclasses.replace(asked, force=True), console=silent)
-    assert report["notes"][0].endswith("it was taken by force")
-    assert report["adapters"][0]["bound_to_this_base"] is False
+    assert report.notes[0].endswith("it was taken by force")
+    assert report.adapters[0].bound_to_this_base is False
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "vllm-server"])
@@ -484,7 +477,7 @@ def test_what_an_engine_cannot_do_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     runtime: str,
 ) -> None:
-    monkeypatch.setattr(verification, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
+    monkeypatch.setattr(float_side, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
     bare = tmp_path / "bare"
     # Isolated and without site-packages: an environment that has nothing.
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
@@ -506,7 +499,7 @@ def test_what_an_engine_cannot_do_is_told_before_anything_is_measured(
 def test_a_place_for_the_report_is_looked_at_first(
     tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
+    monkeypatch.setattr(float_side, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
         verify(exported, dataclasses.replace(options, out=tmp_path / "file"), console=silent)
@@ -529,7 +522,7 @@ def test_engines_are_opened_with_what_was_asked_for(
         "vllm-server": ("server", ServerOptions(dtype="float16", force=True, python=python)),
     }
     for runtime, (opened, *how) in told.items():
-        assert verification.OPENERS[runtime](exported, {"a": Path("b")}, asked) == opened
+        assert engines.OPENERS[runtime](exported, {"a": Path("b")}, asked) == opened
         assert calls[-1] == (opened, (exported, {"a": Path("b")}, *how), {})
 
 

@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 from cloq_export.cli import main
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.models.source import DEMO_MODEL
-from cloq_export.parity.answers import INVALID, score_continuations
-from cloq_export.parity.tasks import WrittenTask, find_task, load_questions
+from cloq_export.parity.answers import INVALID, Respondent, score_continuations
+from cloq_export.parity.task_kinds import WrittenTask
+from cloq_export.parity.tasks import find_task, load_questions
 from cloq_export.texts.corpora import EMBEDDED, evaluation_text
 from cloq_export.texts.examples import question_prompt
-from cloq_export.verbs.verification import VerifyOptions, verify
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 
@@ -58,11 +60,15 @@ def test_a_short_training_shows_in_unseen_problems(run: Path, tmp_path: Path) ->
     folders = {name: run / "adapters" / name for name in ("cloq", "words")}
     model, tokenizer = packed_model(run, folders), AutoTokenizer.from_pretrained(run / "checkpoint")
     before, after = (
-        sum(scores[0] for scores in score_continuations(model, tokenizer, solutions, name)) for name in folders
+        sum(scores[0] for scores in score_continuations(Respondent(model, tokenizer, name), solutions))
+        for name in folders
     )
     assert after > 0.6 * before, (before, after)  # log-likelihoods, below zero
     as_taught = {
-        name: sum(task.extract_strict(text) != INVALID for text in task.ask(model, tokenizer, questions, name).texts)
+        name: sum(
+            task.extract_strict(text) != INVALID
+            for text in task.ask(Respondent(model, tokenizer, name), questions).texts
+        )
         for name in folders
     }
     assert as_taught["cloq"] <= QUESTIONS // 4, as_taught
@@ -84,8 +90,8 @@ def test_both_are_served_as_they_were_trained(run: Path, engine_python: str, tmp
         out=tmp_path / "parity",
     )
     report = verify(served, options)
-    assert report["passed"], (report["gates"], report["missing"])
-    assert {row["adapter"] for row in report["numerics"] if row["measured"] == "served"} == {"words", "text"}
-    assert report["isolation"]["max"] <= 1e-4
-    assert report["metrics"]["greedy_flips"] == 0
-    assert report["metrics"]["live_modules"] == 1
+    assert report.passed, (report.gates, report.missing)
+    assert {row.adapter for row in report.numerics if row.measured == "served"} == {"words", "text", None}
+    assert report.isolation.max <= 1e-4
+    assert report.metrics["greedy_flips"] == 0
+    assert report.metrics["live_modules"] == 1

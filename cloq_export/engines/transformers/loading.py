@@ -25,6 +25,7 @@ from cloq_export.formats.peft.codec import Adapter
 from cloq_export.formats.peft.config import adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
+from cloq_export.models.first_forward import require_forward
 from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
@@ -118,6 +119,7 @@ def dequantized_model(
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     _report_labels(checkpoint)
     model = _build_model(checkpoint, torch.float32, _place_dense)
+    require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
         _attach(model, found, read, trainable=False)

@@ -19,13 +19,13 @@ from cloq_export.artifact.provenance import (
     TokenizerRecord,
     adapter_record,
     read_base_record,
+    seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.peft import Adapter, read_adapter
 from cloq_export.models.source import LoadedModel
-from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
 from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
 from cloq_export.parity.provenance import (
     CONTRADICTED,
@@ -33,18 +33,23 @@ from cloq_export.parity.provenance import (
     NOT_RECORDED,
     PROVEN,
     Finding,
+    RecordedRatio,
+    ServedOn,
     judge_adapter,
     judge_codes,
     judge_tokenizer,
 )
 from cloq_export.parity.questions import TrainedOn
+from cloq_export.parity.task_kinds import Questions, Task
 from cloq_export.parity.tasks import PERPLEXITY
 from cloq_export.verbs.recording import CODES_ALONE, run_record
+from cloq_export.verbs.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
     from cloq_export.formats.onnx.reading import OnnxExport
-    from cloq_export.verbs.verification import VerifyOptions
 
+# With fewer questions that are all lost the one-sided p-value does not fall below 0.01.
+_FEWEST_RECORDED = 7
 # Of the declared cost of an export's form: rounding both factors to bfloat16, 2u + u^2.
 _LARGEST_DECLARED = 2 * 2.0**-8
 
@@ -160,15 +165,12 @@ class MadeBefore:
         trained = {name: record.training for name, record in self.records.items() if record.training is not None}
         return {name: TrainedOn(training.questions) for name, training in trained.items() if training.questions}
 
-    def recorded_ratios(self, options: VerifyOptions, text_sha256: str | None) -> list[dict[str, Any]]:
+    def recorded_ratios(self, options: VerifyOptions, text_sha256: str | None) -> list[RecordedRatio]:
         """Return what the run recorded of its perplexity under the conditions of this call; empty if under others.
 
         Args:
             options: of the call.
             text_sha256: of the text that is measured on; None does not compare it yet.
-
-        Returns:
-            list: {"adapter", "ratio"}; "ratio" is None where the text behind the name is another one by now.
         """
         quality = self.base.quality if self.base is not None else None
         if quality is None or PERPLEXITY not in options.tasks or options.other_reference:
@@ -182,7 +184,32 @@ class MadeBefore:
             record = self.records.get(adapter) if adapter is not None else None
             name = CODES_ALONE if adapter is None else record.name if record and record.training is None else None
             if name is not None and name in quality.ratio:
-                found.append({"adapter": adapter, "ratio": quality.ratio[name] if same else None})
+                found.append(RecordedRatio(adapter, quality.ratio[name] if same else None))
+        return found
+
+    def recorded_answers(self, task: Task, questions: Questions) -> dict[str | None, dict[int, bool]]:
+        """Return what is served -> number of a question -> whether it was answered right when the run recorded it.
+
+        Args:
+            task: the task.
+            questions: that are put now.
+
+        Returns:
+            dict: without what nobody asked, and without what was asked too few of these questions to show a loss.
+        """
+        record = self.base.tasks.get(task.name) if self.base is not None else None
+        if record is None or (record.shots, record.version) != (questions.shots, task.version):
+            return {}
+        found = {}
+        for adapter in self._subjects:
+            made = self.records.get(adapter) if adapter is not None else None
+            if adapter is not None and made is None:
+                continue
+            then = record.answers(CODES_ALONE if made is None else seal_of(made))
+            keys = [key[: record.DIGITS] for key in questions.keys]
+            common = {number: then[key] for number, key in enumerate(keys) if key in then}
+            if len(common) >= _FEWEST_RECORDED:
+                found[adapter] = common
         return found
 
     def findings(self, digests: Mapping[str, str] | None) -> list[Finding]:
@@ -211,9 +238,7 @@ class MadeBefore:
                         name,
                         adapter.pairs,
                         self.records[name],
-                        base_fingerprint=fingerprint,
-                        others=self.records,
-                        base=self.base,
+                        ServedOn(fingerprint, self.records, self.base),
                         declared_error=_declared_error(adapter),
                     )
                 )
@@ -306,30 +331,12 @@ class MadeBefore:
                 name,
                 adapter.pairs,
                 record,
-                base_fingerprint=fingerprint,
-                others={},
+                ServedOn(fingerprint),
                 declared_error=_declared_error(adapter),
             )
             reason = judged.reason and f"{judged.reason}; the export is stale, or of another run than {run.path}"
             findings.append(Finding(what, judged.verdict, reason))
         return findings
-
-
-def compare_float_part(checkpoint: Checkpoint | OnnxExport, loaded: LoadedModel) -> list[Finding]:
-    """Compare what is not quantized with the float model. Tensors of an ONNX graph are judged by what it computes.
-
-    Args:
-        checkpoint: the export.
-        loaded: the float model.
-    """
-    findings = [compare_config(checkpoint.config, loaded.model, str(checkpoint.folder / "config.json"))]
-    if isinstance(checkpoint, Checkpoint):
-        findings.append(compare_tensors(checkpoint, loaded))
-    return [
-        *findings,
-        *compare_tokenizer(checkpoint.folder, loaded),
-        compare_generation(checkpoint.folder, loaded.model),
-    ]
 
 
 def _attempt(unread: list[Finding], what: str, read: Callable[[], Any]) -> Any:

@@ -1,0 +1,196 @@
+"""The verdict: the report of what was measured, the gates, and whether anything was judged at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.certificate import verify_certificate, verify_run
+from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.errors import FormatError
+from cloq_export.files.versions import environment
+from cloq_export.parity.answers import Answers
+from cloq_export.parity.gate import JUDGED, SIGNIFICANCE, binding_limits, judge
+from cloq_export.parity.metrics import collect_metrics
+from cloq_export.parity.provenance import NOT_RECORDED, Finding
+from cloq_export.parity.quality import mcnemar
+from cloq_export.parity.questions import blindness, question_facts
+from cloq_export.parity.report import (
+    CertificateCheck,
+    Conditions,
+    Judged,
+    LayerErrors,
+    ParityReport,
+    ServedAdapter,
+)
+from cloq_export.parity.task_report import RecordedAnswers, VerifiedTask, task_entry
+from cloq_export.parity.tasks import gate_key
+from cloq_export.texts.corpora import CalibrationText
+from cloq_export.verbs.verification.float_side import FloatSide
+from cloq_export.verbs.verification.plan import Plan
+from cloq_export.verbs.verification.reference_side import ReferenceSide
+from cloq_export.verbs.verification.served_side import ServedSide
+
+
+def check_certificate(plan: Plan) -> tuple[CertificateCheck, Mapping[str, str] | None]:
+    """Repeat the equality certificate of an export, or compare a run's checkpoint with its layers.
+
+    Returns:
+        (what comes of it, full module name -> digest of the layer; None where the certificate does not hold).
+    """
+    try:
+        run = _run_of(plan)
+        repeated = verify_certificate(plan.export) if run is None else verify_run(run)
+    except FormatError as error:
+        return CertificateCheck(False, reason=str(error)), None
+    check = CertificateCheck(True, repeated.files, repeated.modules, tuple(repeated.not_covered))
+    return check, repeated.digests
+
+
+def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Conditions:
+    """Return under which conditions the figures were measured."""
+    options, texts = plan.options, known.texts
+    return Conditions(
+        text=text.origin,
+        text_sha256=text.sha256,
+        window=options.window,
+        windows=len(texts.windows),
+        bos=options.bos,
+        begin_tokens=tuple(texts.begin),
+        tasks=tuple(options.tasks),
+        prompts=len(texts.prompts),
+        new_tokens=options.new_tokens,
+        longest=len(texts.longest),
+        liveness_tokens=options.liveness_tokens,
+        seed=options.seed,
+        device=options.device,
+        threads=torch.get_num_threads(),
+    )
+
+
+def served_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
+    """Return which adapters are served, and whether each was made for these codes."""
+    fingerprint = plan.checkpoint.fingerprint
+    return tuple(
+        ServedAdapter(name, str(plan.folders[name]), len(read.pairs), read.base_fingerprint == fingerprint)
+        for name, read in plan.adapters.items()
+    )
+
+
+def notes_of(plan: Plan, findings: tuple[Finding, ...]) -> list[str]:
+    """Return what a reader of the report must know beside its figures."""
+    fingerprint = plan.checkpoint.fingerprint
+    notes = [
+        f"the adapter {name} is bound to {read.base_fingerprint or 'no base'}; it was taken by force"
+        for name, read in plan.adapters.items()
+        if read.base_fingerprint != fingerprint
+    ]
+    shelf = AdapterShelf.of(plan.export)
+    notes += shelf.notes if not plan.options.adapters else ()
+    outside = {name: folder for name, folder in plan.folders.items() if folder not in shelf.folders.values()}
+    notes += filter(None, (carried_note(name, folder) for name, folder in outside.items()))
+    notes += [f"not proven: {each.what}: {each.reason}" for each in findings if each.verdict == NOT_RECORDED]
+    if not plan.adapters:
+        notes.append("there is no adapter: liveness and isolation were not measured")
+    elif plan.rounds_activations:
+        notes.append(
+            "liveness was not measured: the graph rounds activations to int8, in which the effect of a single "
+            "module drowns; an exact export of the same base shows it"
+        )
+    return notes
+
+
+def verified_tasks(
+    plan: Plan, known: FloatSide, side: ReferenceSide, served: ServedSide
+) -> dict[str, tuple[VerifiedTask, ...]]:
+    """Return task -> what was answered with each adapter, in which the float model stands too."""
+    trained = plan.made.trained_on()
+    verified = {}
+    for name, (task, questions) in plan.tasks.items():
+        rows = []
+        recorded = plan.made.recorded_answers(task, questions)
+        for adapter in plan.subjects:
+            answers = {"float": known.answers[name], "reference": side.answers[adapter][name]}
+            if adapter in served.answers:
+                answers["served"] = served.answers[adapter][name]
+            facts = question_facts(
+                questions.keys,
+                questions.hashes,
+                trained.get(adapter or ""),
+                asked=plan.options.problems,
+                limit=_p_value_limit(plan, name),
+            )
+            then = _recorded(recorded.get(adapter), answers.get("served"))
+            rows.append(VerifiedTask(task_entry(task, questions, answers, adapter), facts, then))
+        verified[name] = tuple(rows)
+    return verified
+
+
+def judged(plan: Plan, report: ParityReport) -> ParityReport:
+    """Return the report with the figures of the gates, and the verdict on each."""
+    blind = {
+        f"{gate_key(name)}_p_value": reason
+        for name, (_, questions) in plan.tasks.items()
+        if (reason := blindness(len(questions.items), _p_value_limit(plan, name)))
+    }
+    reasons = tuple(_not_judged(plan, report, blind))
+    metrics = collect_metrics(report) | {JUDGED: float(not reasons)}
+    gates = judge(plan.limits, metrics, blind | ({JUDGED: "; ".join(reasons)} if reasons else {}))
+    return dataclasses.replace(
+        report, judged=Judged(not reasons, reasons), metrics=metrics, gates=tuple(gates), versions=environment()
+    )
+
+
+def layer_errors(plan: Plan) -> tuple[LayerErrors, ...] | None:
+    """Return what the run measured of each layer, if the export still lies in its run."""
+    for folder in (plan.export, *plan.export.resolve().parents[:2]):
+        if RunDirectory.is_run(folder):
+            rows = [_layer_errors(certificate) for certificate in RunDirectory.open(folder).certificates()]
+            return tuple(rows) or None
+    return None
+
+
+def _layer_errors(certificate: Any) -> LayerErrors:
+    return LayerErrors(**{field.name: getattr(certificate, field.name) for field in dataclasses.fields(LayerErrors)})
+
+
+def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> list[str]:
+    """Return why nothing was judged of the export, or of a part that verify is there for."""
+    reasons = []
+    largest = {"greedy_flips": float(sum(row.prompts for row in report.greedy))}
+    if not set(binding_limits(plan.limits, largest)) - set(blind):
+        reasons.append("every limit is dropped, or so wide that nothing can miss it")
+    if plan.adapters and not report.conditions.prompts:
+        reasons.append("no prompt was continued (--prompts 0), so nothing that the adapters write was looked at")
+    if not report.conditions.windows:
+        reasons.append("the text has no window")
+    return reasons
+
+
+def _p_value_limit(plan: Plan, task: str) -> float:
+    return plan.limits.get(f"{gate_key(task)}_p_value", SIGNIFICANCE)
+
+
+def _recorded(then: Mapping[int, bool] | None, served: Answers | None) -> RecordedAnswers | None:
+    """Compare what is answered now with what the run recorded of the same questions."""
+    if then is None:
+        return None
+    if served is None:
+        return RecordedAnswers(len(then), sum(then.values()), None, None)
+    now = [served.correct[number] for number in then]
+    test = mcnemar(list(then.values()), now, "greater")
+    return RecordedAnswers(len(then), sum(then.values()), sum(now), test.p_value)
+
+
+def _run_of(plan: Plan) -> RunDirectory | None:
+    """Return the run that a folder is, or whose own checkpoint it is."""
+    export = plan.export
+    for folder in (export, export.resolve().parent):
+        if RunDirectory.is_run(folder):
+            run = RunDirectory.open(folder)
+            return run if folder == export or run.checkpoint_path.resolve() == export.resolve() else None
+    return None
