@@ -114,8 +114,13 @@ class _Steps:
             self._compare(layout, out, adapter, ids, expected)
         self.step = "export merged"
         merged = self.folder / "merged"
-        self._cloq("export", run, "--format", "merged", "--out", merged, "--json")
-        self._compare_merged(merged)
+        try:
+            self._cloq("export", run, "--format", "merged", "--out", merged, "--json")
+            self._compare_merged(merged)
+        except RefusedError as error:
+            if "reads experts fused in one tensor" not in str(error):
+                raise
+            self.note = "experts are stored one by one; merged weights are refused, as its class reads them only fused"
         self.step = "generate"
         self._compare_texts(out, source)
         self.step = "done"
