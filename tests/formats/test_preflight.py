@@ -272,8 +272,8 @@ def test_humming_reads_version_two_with_its_flag(target, bits) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_humming_is_refused_asymmetric_files_of_version_one(target, bits) -> None:
     message = (
-        rf"reads {bits} bits in gptq on CUDA only symmetric \(Humming takes stored zeros as they lie, which for version "
-        r"1 is one step off; gptq_v2 is read right\); the nearest that works: --format "
+        rf"reads {bits} bits in gptq on CUDA only symmetric \(Humming takes stored zeros as they lie, which for "
+        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: --format "
     )
     with pytest.raises(UsageError, match=message):
         ask(target, make_specs(bits=bits), layout="gptq", device="cuda")

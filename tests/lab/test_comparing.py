@@ -101,10 +101,11 @@ def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytes
         assert row.get("perplexity", 0) > 0, (name, row)
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]))
     assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq"}
-    # The three splits begin with the same product; LoftQ is worse than CLoQ on the calibration inputs.
+    # The three splits begin with the same product, up to the rounding of activations (bfloat16 where that is fast);
+    # LoftQ is worse than CLoQ on the calibration inputs.
     before = {name: row["held_out_loss_before"] for name, row in rows.items() if "held_out_loss_before" in row}
-    assert before["cloq-balanced"] == pytest.approx(before["cloq"], rel=1e-2)
-    assert before["cloq-transposed"] == pytest.approx(before["cloq"], rel=1e-2)
+    assert before["cloq-balanced"] == pytest.approx(before["cloq"], rel=2**-7)
+    assert before["cloq-transposed"] == pytest.approx(before["cloq"], rel=2**-7)
     assert result["bases"]["int2"]["mean_error_adapted"] < result["bases"]["int2-init-loftq"]["mean_error_adapted"]
 
 

@@ -219,6 +219,7 @@ def test_certificates_hold_on_what_the_layers_really_meet(
         # The drift may be summed from operands rounded to bfloat16, eight bits.
         tolerance = 1e-2 if recipe.error_aware else 2e-3
         assert {key: getattr(certificate, key) for key in expected} == pytest.approx(expected, rel=tolerance), module
+        # By subspace iteration, which stays a few percent below where singular values crowd.
         assert certificate.spectral_error_adapted == pytest.approx(float(largest[0] / largest[1]), rel=3e-2)
         assert certificate.error_bound <= certificate.error_adapted * (1 + 1e-6)
         assert certificate.error_adapted <= 1.01 * certificate.error_bound
@@ -376,6 +377,7 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_statistics(
     )
     for one, other in zip(exact, rounded, strict=True):
         assert one != other
+        # bfloat16 keeps eight bits of each activation; damping is a mean over them, the error a small difference.
         assert one.damping == pytest.approx(other.damping, rel=0.05)
         assert one.error_adapted == pytest.approx(other.error_adapted, rel=0.2)
 
