@@ -11,6 +11,7 @@ from typing import Any
 import peft
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion as names
 from torch import nn
 
 from cloq_export.artifact.adapters import refuse_other_base
@@ -23,14 +24,18 @@ from cloq_export.formats.peft.codec import read_bound_fingerprint, write_binding
 def register() -> None:
     """Let PEFT put our LoRA layer around packed linears, bind what it saves, and refuse adapters of another base.
 
-    PEFT's own way, `LoraConfig._register_custom_module`, holds for one config that somebody has in hand, and it calls
-    nobody when it saves. So three of its functions are wrapped; for all other models they do what they did.
+    PEFT has no registry: `LoraConfig._register_custom_module` holds for one config that somebody has in hand, and it
+    calls nobody when it saves. So five of its functions are wrapped; for all other models they do what they did.
     """
     if hasattr(lora_model.dispatch_default, "of_cloq_export"):
         return
     lora_model.dispatch_default = _dispatching(lora_model.dispatch_default)
     peft.PeftModel.save_pretrained = _binding(peft.PeftModel.save_pretrained)
     peft.PeftModel.load_adapter = _checking(peft.PeftModel.load_adapter)
+    names.convert_peft_config_for_transformers = _keeping_config(names.convert_peft_config_for_transformers)
+    names.convert_peft_adapter_state_dict_for_transformers = _keeping_tensors(
+        names.convert_peft_adapter_state_dict_for_transformers
+    )
 
 
 def _dispatching(stock: Any) -> Any:
@@ -87,6 +92,37 @@ def _checking(stock: Any) -> Any:
     return load_adapter
 
 
+def _keeping_config(stock: Any) -> Any:
+    """Leave the targets of a config as they are: PEFT takes names like `gate_proj` for parts of fused experts.
+
+    Those of a packed model are split, and it would leave out dense layers and shared experts of these names too.
+    """
+
+    @functools.wraps(stock)
+    def convert(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        if _quantized_base(model) is None:
+            stock(peft_config, model, conversions)
+
+    return convert
+
+
+def _keeping_tensors(stock: Any) -> Any:
+    """Leave the names of an adapter's tensors as they are, for the same reason."""
+
+    @functools.wraps(stock)
+    def convert(model: Any, peft_config: Any, adapter_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if _quantized_base(inner) is not None:
+            return adapter_state_dict
+        return stock(model, peft_config, adapter_state_dict, *args, **kwargs)
+
+    return convert
+
+
 def _base_of(model: peft.PeftModel) -> Checkpoint | None:
-    base: Checkpoint | None = getattr(model.get_base_model(), "quantized_base", None)
+    return _quantized_base(model.get_base_model())
+
+
+def _quantized_base(model: nn.Module) -> Checkpoint | None:
+    base: Checkpoint | None = getattr(model, "quantized_base", None)
     return base

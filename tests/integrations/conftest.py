@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 from peft.tuners.lora import model as lora_model
+from peft.utils import transformers_weight_conversion as names
 from transformers.quantizers import auto
 
 import cloq_export
@@ -19,6 +20,8 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
         (lora_model, "dispatch_default"),
         (peft.PeftModel, "save_pretrained"),
         (peft.PeftModel, "load_adapter"),
+        (names, "convert_peft_config_for_transformers"),
+        (names, "convert_peft_adapter_state_dict_for_transformers"),
         (quantizer, "_claims_foreign"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))

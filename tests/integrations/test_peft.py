@@ -8,14 +8,18 @@ import peft
 import pytest
 import torch
 import transformers
+from quantized_checkpoints import rounded
+from tiny_mixtures import build_mixture
 from torch import nn
 
 import cloq_export
+from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
 from cloq_export.engines.packed_lora import PackedLoraLinear
 from cloq_export.errors import BindingError
 from cloq_export.formats.peft.codec import read_adapter, write_adapter
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.types import QuantSpec
+from cloq_export.models.experts import split_experts
+from cloq_export.types import LoraPair, QuantSpec
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -68,6 +72,30 @@ def test_an_adapter_of_ours_is_attached_and_trained_on(written, log_probabilitie
     assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
     expected = log_probabilities(cloq_export.load(written.folder, written.adapter))
     assert torch.equal(log_probabilities(model), expected)
+
+
+def test_split_experts_are_adapted_under_their_own_names(tmp_path, log_probabilities):
+    # DeepSeek's dense layers and shared experts have names that PEFT takes for parts of fused experts.
+    source = build_mixture("deepseek-v3")
+    split_experts(source)
+    layers = {
+        name: rounded(module.weight.detach(), QuantSpec(4, 32))
+        for name, module in source.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    held = LayerSource.of_mapping(layers)
+    fingerprint = export_checkpoint(tmp_path / "base", held, FloatPart.of_model(source, held))
+    pairs = {
+        name: LoraPair(torch.full((2, layer.in_features), 0.05), torch.full((layer.out_features, 2), 0.05), 2.0)
+        for name, layer in layers.items()
+    }
+    write_adapter(tmp_path / "adapter", pairs, base_model="random", base_fingerprint=fingerprint)
+    model = peft.PeftModel.from_pretrained(from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert sum(isinstance(module, PackedLoraLinear) for module in model.modules()) == len(layers)
+    alone = log_probabilities(cloq_export.load(tmp_path / "base"))
+    adapted = log_probabilities(cloq_export.load(tmp_path / "base", tmp_path / "adapter"))
+    assert (adapted - alone).abs().max() > 0.1
+    assert torch.equal(log_probabilities(model), adapted)
 
 
 def test_several_adapters_are_saved_each_bound(written, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -117,21 +116,17 @@ def test_checkpoints_of_other_tools_are_claimed_only_when_asked(tmp_path, write_
     assert type(AutoQuantizationConfig.from_dict(described)) is transformers.GPTQConfig
 
 
-def test_foreign_compressed_tensors_keep_their_quantizer(tmp_path, write_quantized):
+def test_foreign_compressed_tensors_keep_their_quantizer(tmp_path, write_quantized, monkeypatch):
     written = write_quantized(tmp_path, spec=QuantSpec(4, 32), layout=LAYOUTS["compressed_tensors"])
     described = json.loads((written.folder / "config.json").read_text())["quantization_config"]
     del described["cloq"]
-    if importlib.util.find_spec("compressed_tensors") is None:
-        # Transformers' own class says that its package is missing: ours has left the entry to it.
-        with pytest.raises(ImportError, match="compressed-tensors>="):
-            AutoQuantizationConfig.from_dict(described)
-    else:
-        assert type(AutoQuantizationConfig.from_dict(described)) is transformers.CompressedTensorsConfig
+    read = []
+    monkeypatch.setattr(transformers.CompressedTensorsConfig, "from_dict", lambda config, **_: read.append(config))
+    AutoQuantizationConfig.from_dict(described)
+    assert read == [described]
 
 
 def test_importing_the_package_registers_nothing_and_needs_no_torch():
-    code = (
-        "import sys, cloq_export; assert cloq_export.__version__; print('torch' in sys.modules, 'peft' in sys.modules)"
-    )
+    code = "import sys, cloq_export; print(*(name in sys.modules for name in ('torch', 'peft', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["False"] * 3
