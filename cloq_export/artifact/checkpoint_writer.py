@@ -265,11 +265,12 @@ def float_tensors(model: PreTrainedModel, specs: Mapping[str, Any]) -> Iterator[
     """
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {*copies_of_codes(model, specs), *specs}
     seen: set[tuple[Any, ...]] = set()
     for name in sorted(state, key=lambda key: key in tied):
         tensor = state[name]
         module, _, part = name.rpartition(".")
-        if module in specs and part == "weight":
+        if module in quantized and part == "weight":
             continue
         if tensor.device.type == "meta":
             raise FormatError(
@@ -296,6 +297,22 @@ def check_target(model: PreTrainedModel, module: str, shape: tuple[int, int]) ->
         raise FormatError(f"{module} of the model is {linear}; the layer is {shape}: they belong to different models.")
 
 
+def copies_of_codes(model: nn.Module, specs: Container[str]) -> dict[str, str]:
+    """Return linear modules whose weight is tied to a quantized module's -> that module.
+
+    Args:
+        model: the model, with or without numbers.
+        specs: the quantized modules.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in tied.items()
+        if target.endswith(".weight")
+    }
+    return {module: source for module, source in modules.items() if source in specs and module not in specs}
+
+
 def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
     """Return the linear modules of a model that are not quantized, the head left out, sorted.
 
@@ -304,11 +321,12 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
         specs: the quantized modules.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    copies = copies_of_codes(model, specs)
     return tuple(
         sorted(
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and name not in specs
+            if isinstance(module, nn.Linear) and module is not head and name not in specs and name not in copies
         )
     )
 

@@ -46,7 +46,8 @@ def names_in_files(model: PreTrainedModel, conversions: Sequence[Any]) -> dict[s
         owner, _, tensor = fused.rpartition(".")
         parts = mixture.parts[tensor]
         first, used = rename_source_key(fused, renamings, converters, reverse=True)
-        patterns = next((entry.target_patterns for entry in converters if used in entry.source_patterns), [])
+        known = (entry.target_patterns for entry in converters if used in entry.source_patterns)
+        patterns: list[str] = next(known, [])
         if used is None or len(patterns) != len(parts) or not all(_ANY in one for one in patterns):
             continue
         for part, pattern in zip(parts, patterns, strict=True):

@@ -209,7 +209,7 @@ class _Writing:
             stored = exact.to(self._dtype)
             if not bool(torch.isfinite(stored).all()):
                 self._refuse(name, exact)
-            result[rows] = stored
+            (result if shape else result.view(1))[rows] = stored
             error = (stored.to(torch.float64) - exact).abs()
             # 0 / 0 is a zero that stayed zero.
             relative = max(relative, float((error / exact.abs()).nan_to_num(0.0).amax()))

@@ -19,6 +19,7 @@ from cloq_export.artifact.expert_names import fused_places, name_in_memory, name
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
 from cloq_export.models.library_calls import quiet_transformers
+from cloq_export.models.model_class import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,13 +60,13 @@ def names_in_memory(folder: Path, config: Mapping[str, Any], stored: Collection[
 @functools.lru_cache(maxsize=4)
 def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapping[str, str]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             built = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+            model = model_class(str(folder), built)._from_config(built)
         split_experts(model)
     except Exception:  # a caller that needs the model builds it too and reports the error
         return {}

@@ -201,4 +201,5 @@ def make_layers(session: Session, job: CompressJob) -> None:
 def layers_report(certificates: list[LayerCertificate], plan: ModelPlan | None = None) -> dict[str, Any]:
     """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
     report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
-    return {**report, "stays_float": dict(plan.unfit)} if plan is not None and plan.unfit else report
+    left_float = {} if plan is None else {**plan.spared, **plan.unfit}
+    return {**report, "stays_float": left_float} if left_float else report

@@ -15,6 +15,7 @@ from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, li
 from cloq_export.artifact.empty_model import refuse_lost_biases
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
+from cloq_export.compress.left_float import describe_left_float
 from cloq_export.compress.plan import ModelPlan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.session import Session
@@ -88,6 +89,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    notes += describe_left_float(plan)
     for name, fault in unfit[:_SHOWN_UNFIT]:
         notes.append(f"{name} stays float: {fault}")
     if len(unfit) > _SHOWN_UNFIT:
@@ -103,7 +105,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
     session.notes.extend(note for note in loaded.notes if note not in session.notes)
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)
-        session.notes.extend(note for note in notes if note not in session.notes)
+        for note in notes:
+            if note not in session.notes:
+                session.say(note)
+                session.notes.append(note)
     else:
         checkpoint = Checkpoint.open(recipe.codes_from)
         for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():

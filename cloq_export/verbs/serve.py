@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.adapters import AdapterShelf, carried_note, unbound_note
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import checkpoint_folder
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
@@ -19,6 +19,7 @@ from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.spelled_paths import expand_user
+from cloq_export.formats.peft.codec import read_bound_fingerprint
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
 from cloq_export.verbs.options import ServeOptions
@@ -84,7 +85,7 @@ def serve(
     """
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
-    notes = adapter_notes(export, options)
+    notes = [*adapter_notes(export, options), *unbound_notes(export, plan)]
     with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
         errors = sys.stderr  # a bar stands in for it while it is shown
         what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
@@ -137,3 +138,13 @@ def adapter_notes(export: Path, options: ServeOptions) -> list[str]:
     outside = dict(text.split("=", 1) for text in options.adapters)
     carried = [carried_note(name, expand_user(folder)) for name, folder in outside.items()]
     return [*AdapterShelf.of(export).notes, *filter(None, carried)]
+
+
+def unbound_notes(export: Path, plan: ServerPlan) -> list[str]:
+    """Return what is to be said of adapters that name no base and are served because they are trusted."""
+    base = Artifact.open(export).checkpoint
+    return [
+        unbound_note(name, base)
+        for name, folder in plan.adapters.items()
+        if read_bound_fingerprint(expand_user(folder)) is None
+    ]
