@@ -119,14 +119,14 @@ def _describe_run(run: RunDirectory, *, verify: bool) -> RunInspection:
     return RunInspection(
         path=str(run.path),
         state=run.state,
-        model=run.recipe.get("model"),
+        model=run.manifest.recipe.get("model"),
         source_fingerprint=run.source_fingerprint,
         finished_layers=len(run.completed_modules()),
         damaged_layers=tuple(sorted(run.damaged_layers().values())),
         reports=tuple(run.reports()),
         adapters=tuple(adapters),
         checkpoint=described,
-        recipe=run.recipe,
+        recipe=dict(run.manifest.recipe),
         versions=run.manifest.versions,
         notes=run.adapters.notes,
     )

@@ -26,6 +26,7 @@ from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.atomic import is_partial, remove_partials, translate_os_errors, write_json
 from cloq_export.files.fingerprint import combine_digests
 from cloq_export.files.safe_json import read_json
+from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
@@ -181,9 +182,13 @@ class RunDirectory:
         return self._manifest
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """Return every option of the run."""
-        return dict(self._manifest.recipe)
+    def recipe(self) -> Recipe:
+        """Return every option of the run.
+
+        Raises:
+            RecipeError: run.json holds an option that there is not, or a value that is not allowed.
+        """
+        return Recipe.from_mapping(self._manifest.recipe)
 
     @property
     def state(self) -> str:

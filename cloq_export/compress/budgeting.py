@@ -94,7 +94,7 @@ def with_choices_of(out: Path, recipe: Recipe) -> Recipe:
     """Return the recipe with what a run has chosen already for the same budget, so that the run can be continued."""
     if not recipe.budget or not RunDirectory.is_run(out):
         return recipe
-    held = Recipe.from_mapping(RunDirectory.open(out).recipe)
+    held = RunDirectory.open(out).recipe
     given = list(recipe.overrides.items())
     if held.budget != recipe.budget or list(held.overrides.items())[: len(given)] != given:
         return recipe

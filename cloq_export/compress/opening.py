@@ -139,7 +139,7 @@ def refuse_unfinished(directory: RunDirectory, plan: ModelPlan) -> None:
     if missing:
         raise RunDirectoryError(
             f"{directory.path} lacks {len(missing)} of {len(plan.modules)} layers, the first {missing[0]}; finish it "
-            f"with the command that started it, e.g. cloq run {directory.recipe['model']} --out {directory.path}"
+            f"with the command that started it, e.g. cloq run {directory.recipe.model} --out {directory.path}"
         )
 
 

@@ -137,7 +137,7 @@ class Recipe:
     refine: Literal["none", "block", "model"] = option(
         "none",
         "Train what was solved: block (scales and adapters of a block, or codes where there is no adapter, together on "
-        "its output), or model (that, then the scales and adapters of all blocks, on what the model says); other "
+        "its output), or model (that, then the scales and adapters of all blocks, on the model's output); other "
         "choices are schemes to compare with, see docs/method.md.",
     )
     refine_steps: int = option(

@@ -66,7 +66,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
     own = Artifact.open(path).run
-    recipe = Recipe.from_mapping(own.recipe) if own is not None else Recipe()
+    recipe = own.recipe if own is not None else Recipe()
     session = Session(console or Console(stderr=True))
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)

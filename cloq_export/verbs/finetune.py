@@ -60,7 +60,7 @@ def finetune(
     if not recipe.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with `data`.")
     directory = RunDirectory.open(run_path)
-    run_recipe = Recipe.from_mapping(directory.recipe)
+    run_recipe = directory.recipe
     work = directory.path / "work" / f"finetune-{recipe.name}"
     _refuse_taken_name(directory, run_recipe, recipe, work)
     session = Session(console or Console(stderr=True))

@@ -22,7 +22,6 @@ from cloq_export.files.spelled_paths import expand_user
 from cloq_export.formats.peft.codec import read_bound_fingerprint
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
-from cloq_export.recipe import Recipe
 from cloq_export.verbs.options import ServeOptions
 
 
@@ -118,7 +117,7 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
         adapters[name] = Path(folder)
     run = Artifact.open(export).run
     if default is None and len(adapters) > 1 and run is not None:
-        own = Recipe.from_mapping(run.recipe).adapter_name
+        own = run.recipe.adapter_name
         default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
     return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))

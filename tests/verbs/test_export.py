@@ -414,7 +414,7 @@ def test_a_foreign_checkpoint_gets_an_adapter(
     assert_same_integers(tmp_path / "run", checkpoint)
     measured = summary.perplexity.models
     assert measured["adapter"].perplexity < measured["quantized"].perplexity
-    assert RunDirectory.open(tmp_path / "run").recipe["codes_from"] == str(checkpoint)
+    assert RunDirectory.open(tmp_path / "run").recipe.codes_from == str(checkpoint)
     # It is a run like any other.
     before = contents(tmp_path / "run")
     adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
