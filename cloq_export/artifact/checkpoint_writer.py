@@ -107,7 +107,7 @@ class FloatPart:
     Args:
         headers: tensor name -> (dtype code of safetensors, shape), in the order in which they are written.
         read: gives one tensor.
-        config: what config.json says otherwise than the one that `save_files` writes.
+        config: entries of config.json that replace those that `save_files` writes.
         skipped: linear modules that stay float, the head left out.
         save_files: writes config.json, tokenizer and the like into the folder it is given.
         stored: tensor or quantized module -> its name in files, where that is another one than in memory.
@@ -332,9 +332,9 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
 
 
 def drop_private(config: dict[str, Any]) -> None:
-    """Take out of a config.json what is outdated, and the folder that somebody's machine keeps the model in."""
+    """Remove what is outdated from a config.json, and the local folder of the model."""
     config.pop("torch_dtype", None)
-    # Code that is not carried along must not be asked for either.
+    # An export holds no code of a model, so its config must not ask for any.
     config.pop("auto_map", None)
     if Path(str(config.get("_name_or_path"))).is_absolute():
         del config["_name_or_path"]
@@ -350,7 +350,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's config, which says of head and embeddings what the model in memory is."""
+    """Write a model's config, corrected where it disagrees with the model about tied embeddings."""
     model.config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     if correct_config(config, tied=is_tied(model)):

@@ -106,7 +106,7 @@ def refuse_single_experts(checkpoint: Checkpoint) -> None:
         if module.startswith(tuple(mixtures)) and module not in readable:
             raise UnsupportedModelError(
                 f"{type(model).__name__} reads experts fused in one tensor, and a merged export would hold them one by "
-                f"one, as {module}.weight; export the codes and the adapter apart, e.g. with --format gptq_v2."
+                f"one, as {module}.weight; export the codes and the adapter apart, e.g. with `format=gptq_v2`."
             )
 
 

@@ -321,7 +321,7 @@ def _write_config(path: Path, floats: FloatPart, dtype: torch.dtype, *, untied: 
     config.pop("quantization_config", None)
     if untied:
         config["tie_word_embeddings"] = False
-    # A wrapper's parts have words of their own for both.
+    # The parts of a wrapper have entries of their own for both.
     for key, part in config.items():
         if key.endswith("_config") and isinstance(part, dict):
             changes = {"dtype": short, "torch_dtype": short, **({"tie_word_embeddings": False} if untied else {})}

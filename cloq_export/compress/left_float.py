@@ -14,7 +14,7 @@ from cloq_export.models.blocks import BlockList
 from cloq_export.types import QuantSpec
 
 if TYPE_CHECKING:
-    from cloq_export.compress.plan import Plan
+    from cloq_export.compress.plan import ModelPlan
 
 # Share of the weights of all linear layers above which layers that do not fit are a mistake in the recipe.
 MOST_UNFIT = 0.1
@@ -80,7 +80,7 @@ def adapter_fault(name: str, blocks: BlockList) -> str:
     return ""
 
 
-def describe_left_float(plan: Plan) -> list[str]:
+def describe_left_float(plan: ModelPlan) -> list[str]:
     """Return in plain words what stays float by itself, with its share of the weights, and what gets no adapter.
 
     Args:

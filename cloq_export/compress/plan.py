@@ -44,7 +44,7 @@ class ModulePlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What happens to every linear layer of a model's blocks.
 
     Args:
@@ -73,7 +73,7 @@ class Plan:
         return {name: plan for name, plan in self.modules.items() if name.startswith(prefix)}
 
 
-def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
+def make_plan(blocks: BlockList, recipe: Recipe) -> ModelPlan:
     """Return the plan of a recipe for a model.
 
     Args:
@@ -81,7 +81,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         recipe: every option of the run.
 
     Returns:
-        Plan.
+        ModelPlan.
 
     Raises:
         RecipeError: a pattern of `overrides` matches no layer, or every layer stays float.
@@ -130,7 +130,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
     faults_of = {name: reach_fault(linears[name].weight.detach(), plan.spec) for name, plan in modules.items()}
     unfit = {name: fault for name, fault in faults_of.items() if fault is not None}
-    return Plan(
+    return ModelPlan(
         blocks,
         {name: plan for name, plan in modules.items() if name not in unfit},
         unfit,
@@ -148,7 +148,7 @@ def _refuse_unfit(faults: list[str]) -> None:
     raise ShapeError(" ".join(faults[:_SHOWN_FAULTS]) + more)
 
 
-def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> Plan:
+def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Recipe) -> ModelPlan:
     """Return the plan that keeps the codes of a checkpoint and only gives its layers adapters.
 
     Args:
@@ -157,7 +157,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         recipe: every option of the run; its grid is not looked at.
 
     Returns:
-        Plan.
+        ModelPlan.
 
     Raises:
         RecipeError: the checkpoint quantizes what is no linear layer of the blocks, or an override would change codes.
@@ -196,7 +196,7 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         if fault := _rank_fault(linear, modules[name]):
             raise ShapeError(fault)
     _check_patterns(recipe, list(modules))
-    return Plan(blocks, modules, unadapted=unadapted, copies=copies)
+    return ModelPlan(blocks, modules, unadapted=unadapted, copies=copies)
 
 
 def _distinct_linears(blocks: BlockList) -> tuple[dict[str, nn.Linear], dict[str, str]]:

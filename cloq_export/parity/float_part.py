@@ -12,7 +12,7 @@ import torch
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import tie_entries
-from cloq_export.artifact.provenance import TokenizerRecord
+from cloq_export.artifact.probe_record import TokenizerRecord
 from cloq_export.errors import CloqError
 from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.source import LoadedModel
