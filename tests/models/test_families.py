@@ -16,10 +16,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 # What people serve, one of each build; all families take an hour (CONTRIBUTING.md says how).
 SELECTED = (
-    *("llama", "qwen3", "gemma3_text", "gemma3n_text", "phi3", "smollm3", "olmo3", "ministral3", "glm4", "gpt_neox"),
-    *("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1", "mamba", "mamba2", "zamba2", "bamba", "apertus", "bart"),
-    *("gemma3", "qwen2_5_vl", "mistral3", "llava"),
+    *("llama", "qwen3", "gemma3n_text", "gemma4_text", "phi3", "qwen3_5_text", "lfm2", "falcon_h1", "mamba", "zamba2"),
+    *("apertus", "granitemoehybrid", "gpt_oss", "glm_moe_dsa", "gemma3", "qwen2_5_vl", "mistral3"),
 )
+
+
+# Files of these hold in one tensor what transformers cuts when it reads, or the other way round, in a tower or a shared
+# expert: exports hold it as it is in memory. Youtu's embeddings are not those of its files.
+KNOWN_WRONG = {"ernie4_5_vl_moe", "kimi_k25", "minimax_m3_vl", "nemotron_h_omni", "step3p7", "youtu"}
 
 
 @pytest.mark.slow
@@ -40,6 +44,7 @@ def test_the_page_is_rendered_from_the_results(monkeypatch: pytest.MonkeyPatch) 
     import run_families
 
     results = run_families.read_results(FOLDER / "results.jsonl")
-    assert {result.outcome for result in results.values()} <= {"passed", "refused"}
+    assert {result.outcome for result in results.values()} <= {"passed", "refused", "wrong"}
+    assert {family for family, result in results.items() if result.outcome == "wrong"} == KNOWN_WRONG
     page = model_page.render_page(results, version=run_families.version_in(PAGE.read_text()))
     assert page == PAGE.read_text(), "render it again: see CONTRIBUTING.md, Models"
