@@ -163,12 +163,11 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
     if bound_to is None:
         raise BindingError(
             f"{folder} does not say which quantized base it belongs to; {base.folder} is {base.fingerprint}. Only if "
-            "it was trained on this base, take it with --force (in Python force=True)."
+            "it was trained on this base, take it with `force`."
         )
     raise BindingError(
         f"{folder} is bound to the base {bound_to}, but {base.folder} is {base.fingerprint}; an adapter is wrong on "
-        "any other quantization. Make one for this base with `cloq adapt`, or take this one with --force (in Python "
-        "force=True)."
+        "any other quantization. Make one for this base with `cloq adapt`, or take this one with `force`."
     )
 
 

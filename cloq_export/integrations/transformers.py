@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.transformers.loading import fill_packed, report_labels, report_slow_layers
-from cloq_export.errors import UsageError
+from cloq_export.errors import UnsupportedModelError, UsageError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
-from cloq_export.models.loaded_weights import refuse_part_of_wrapper
+from cloq_export.models.library_calls import NO_CODE
+from cloq_export.models.model_class import model_class
 
 METHOD = "cloq"
 """The name of the quantizer in transformers' registry."""
@@ -104,7 +105,13 @@ class CloqQuantizer(HfQuantizer):
                 "from_pretrained was given no folder; a packed model is filled from one: give the folder of the export."
             )
         self.checkpoint = Checkpoint.open(Path(files[0]).parent)
-        refuse_part_of_wrapper(str(self.checkpoint.folder), model.config)
+        folder = self.checkpoint.folder
+        whole = model_class(str(folder), AutoConfig.from_pretrained(folder, **NO_CODE))
+        if not isinstance(model, whole):
+            raise UnsupportedModelError(
+                f"{folder} holds a {whole.__name__}, which {type(model).__name__} would open in part; open it with "
+                f"transformers.{whole.__name__}.from_pretrained, or with cloq_export.load."
+            )
         # Transformers looks for a place for each tensor of the files among these, and reads none that has no place.
         model.state_dict = lambda *_, **__: {}
         self._ignored, model._keys_to_ignore_on_load_unexpected = model._keys_to_ignore_on_load_unexpected, {""}

@@ -22,12 +22,11 @@ from cloq_export.files.spelled_paths import expand_user
 from cloq_export.formats.peft.codec import read_bound_fingerprint
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
-from cloq_export.recipe import Recipe
 from cloq_export.verbs.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedModel:
+class Serving:
     """What a server that answers serves.
 
     Args:
@@ -51,7 +50,7 @@ class ServedModel:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> Serving:
         """Return what a plan has become; `notes` are those on its adapters."""
         if plan.default is None:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
@@ -67,7 +66,7 @@ def serve(
     export: Path,
     options: ServeOptions,
     *,
-    announce: Callable[[ServedModel], None],
+    announce: Callable[[Serving], None],
     console: Console | None = None,
 ) -> None:
     """Serve an export until the program is interrupted or told to end.
@@ -94,7 +93,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(ServedModel.of(plan, server.models(), notes))
+            announce(Serving.of(plan, server.models(), notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -118,7 +117,7 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
         adapters[name] = Path(folder)
     run = Artifact.open(export).run
     if default is None and len(adapters) > 1 and run is not None:
-        own = Recipe.from_mapping(run.recipe).adapter_name
+        own = run.recipe.adapter_name
         default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
     return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))

@@ -16,6 +16,7 @@ from torch import nn
 
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
@@ -231,6 +232,7 @@ def _fill(
     """Fill a model without weights, with `place` making the quantized linears."""
     linears = targeted_linears(checkpoint, model)
     placed_names, _ = float_places(checkpoint, model)
+    copies = copies_of_codes(model, checkpoint.specs)
     for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
@@ -240,7 +242,8 @@ def _fill(
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
         # Its numbers come with the float part.
         placed.bias = linear.bias
-        model.set_submodule(module, placed)
+        for name in (module, *(copy for copy, first in copies.items() if first == module)):
+            model.set_submodule(name, placed)
     for name in placed_names:
         _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
     _tie_what_is_missing(checkpoint, model)
@@ -250,8 +253,10 @@ def _fill(
 def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
     held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    # What shares codes is one module under several names.
+    done = held_apart | {f"{copy}.weight" for copy in copies_of_codes(model, checkpoint.specs)}
     model.all_tied_weights_keys = {
-        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in done
     }
     missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
     with quiet_transformers():
