@@ -386,7 +386,7 @@ def test_a_begin_token_begins_every_window(
     whole = run_and_finetune(recipe.changed({"finetune": section}), tmp_path / "run", console=silent)
     summary = whole.summary
     assert (summary.perplexity.bos, summary.perplexity.begin_tokens) == ("auto", (1,))
-    report = json.loads(Path(whole.report["files"]["json"]).read_text())
+    report = json.loads(Path(whole.report.files["json"]).read_text())
     assert (report["passed"], report["conditions"]["bos"], report["conditions"]["begin_tokens"]) == (True, "auto", [1])
     perplexity = {
         bos: evaluate(tmp_path / "run", EvaluateOptions(texts["eval_text"], 16, 4, bos), console=silent).perplexity
