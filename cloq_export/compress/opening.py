@@ -99,7 +99,9 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     """Open the float model of a recipe, and decide what happens to each of its layers."""
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
-    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
+    loaded = session.timed(
+        "read model", lambda: open_model(recipe.model, dtype=dtype, stream=recipe.stream, blocks=recipe.blocks)
+    )
     session.notes.extend(note for note in loaded.notes if note not in session.notes)
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)

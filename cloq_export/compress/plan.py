@@ -12,6 +12,7 @@ from torch import nn
 from cloq_export.errors import CloqError, RecipeError, ShapeError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import BlockList, find_linears
+from cloq_export.models.weights_on_disk import in_memory
 from cloq_export.quantize import reach_fault
 from cloq_export.recipe import Recipe
 from cloq_export.types import QuantSpec
@@ -71,7 +72,6 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
         ShapeError: a group size, a width or a rank does not fit a layer; the first few are named.
     """
     modules: dict[str, ModulePlan] = {}
-    linears: dict[str, nn.Linear] = {}
     skipped: list[str] = []
     faults: list[str] = []
     for index, block in enumerate(blocks):
@@ -88,7 +88,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
                 _check_fit(linear, plan, recipe.format)
             except CloqError as error:
                 faults.append(str(error))
-            modules[name], linears[name] = plan, linear
+            modules[name] = plan
     if faults:
         hidden = len(faults) - _SHOWN_FAULTS
         more = f" Layers that do not fit either: {hidden} more." if hidden > 0 else ""
@@ -97,8 +97,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> Plan:
     _refuse_shared(blocks, modules)
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
-    faults_of = {name: reach_fault(linear.weight.detach(), modules[name].spec) for name, linear in linears.items()}
-    unfit = {name: fault for name, fault in faults_of.items() if fault is not None}
+    unfit = _unfit(blocks, modules)
     return Plan(blocks, {name: plan for name, plan in modules.items() if name not in unfit}, unfit, modules)
 
 
@@ -151,6 +150,18 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
     _check_patterns(recipe, list(modules))
     _refuse_shared(blocks, modules)
     return Plan(blocks, modules)
+
+
+def _unfit(blocks: BlockList, modules: Mapping[str, ModulePlan]) -> dict[str, str]:
+    """Return why the numbers of some planned layers cannot be stored as codes."""
+    unfit: dict[str, str] = {}
+    for index, block in enumerate(blocks):
+        with in_memory(block):
+            for name, linear in find_linears(block, blocks.prefix(index)).items():
+                fault = reach_fault(linear.weight.detach(), modules[name].spec) if name in modules else None
+                if fault is not None:
+                    unfit[name] = fault
+    return unfit
 
 
 def _refuse_shared(blocks: BlockList, planned: Container[str]) -> None:
