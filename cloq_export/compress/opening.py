@@ -102,7 +102,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     loaded = session.timed(
         "read model", lambda: open_model(recipe.model, dtype=dtype, stream=recipe.stream, blocks=recipe.blocks)
     )
-    session.notes.extend(note for note in loaded.notes if note not in session.notes)
+    session.notes.extend(note for note in (*loaded.notes, *loaded.reading) if note not in session.notes)
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)
         session.notes.extend(note for note in notes if note not in session.notes)

@@ -112,7 +112,7 @@ class ModelOnDisk:
 
 def left_on_disk(
     source: str, folder: Path, config: Any, dtype: torch.dtype, stream: Streaming, path: str
-) -> tuple[ModelOnDisk | None, list[str]]:
+) -> tuple[ModelOnDisk | None, tuple[str, ...]]:
     """Decide whether the matrices of a model's blocks stay on disk.
 
     Args:
@@ -130,19 +130,19 @@ def left_on_disk(
         UnsupportedModelError: they always are to, and cannot.
     """
     if stream == "never":
-        return None, []
+        return None, ()
     demand = Demand.of(WeightFiles.open(folder), dtype)
     if stream == "auto" and demand.fits:
-        return None, []
+        return None, ()
     on_disk = ModelOnDisk.of(folder, config, dtype=dtype, path=path)
     if isinstance(on_disk, ModelOnDisk):
-        return on_disk, [f"the weights of {source} are read from disk block by block: {demand}"]
+        return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
     if stream == "always":
         raise UnsupportedModelError(
             f"the weights of {source} cannot be read from disk block by block: {on_disk}. Hold the model in memory "
             "with `stream=never`."
         )
-    return None, [f"the weights of {source} cannot be read from disk block by block ({on_disk}): {demand}"]
+    return None, (f"the weights of {source} cannot be read from disk block by block ({on_disk}): {demand}",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,7 @@ class LoadedModel:
         config: its configuration; what it says about head and embeddings is what the weights are.
         source: where it came from.
         notes: what of the files was left out, in plain words.
+        reading: how its weights are read where memory decided that, in plain words.
     """
 
     model: Any
@@ -120,6 +121,7 @@ class LoadedModel:
     config: Any
     source: ModelSource
     notes: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
 
 
 def open_model(
@@ -214,8 +216,7 @@ def load_source(
     require_versions()
     import transformers
 
-    gguf, on_disk = None, None
-    notes: list[str] = []
+    gguf, on_disk, reading = None, None, ()
     kind = source.dtype if dtype == "auto" else dtype
     options: dict[str, Any]
     with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
@@ -230,7 +231,7 @@ def load_source(
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             refuse_part_of_wrapper(source.name, config)
             options = {"use_safetensors": True}
-            on_disk, notes = left_on_disk(source.name, source.folder, config, kind, stream, blocks)
+            on_disk, reading = left_on_disk(source.name, source.folder, config, kind, stream, blocks)
         if on_disk is not None:
             model, report = on_disk.load(config, kind)
         else:
@@ -247,10 +248,10 @@ def load_source(
     refuse_gaps(source.name, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
     if gguf is not None:
-        notes += [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
+        notes = [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
     else:
         with _damage_of(source.name):
-            notes += refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
+            notes = refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
         if not untie:
             refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
@@ -259,7 +260,7 @@ def load_source(
     if on_disk is not None:
         on_disk.attach(source.name, model)
     require_forward(model.eval(), source.name)
-    return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
+    return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes), reading)
 
 
 def _find_demo_file() -> Path:

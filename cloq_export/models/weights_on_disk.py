@@ -39,6 +39,7 @@ class WeightsOnDisk:
     def __init__(
         self, source: str, model: nn.Module, blocks: BlockList, places: Mapping[str, tuple[TensorFile, str]]
     ) -> None:
+        self.blocks = blocks
         self._source = source
         self._places = places
         self._states = {file.path: _state(file) for file, _ in places.values()}
@@ -115,7 +116,10 @@ class WeightsOnDisk:
         following = index - 1 if index < self._last else index + 1
         self._last = index
         if 0 <= following < len(self._parameters):
-            self._ahead = (following, self._reader.submit(self._read_block, following))
+            self._read_ahead(following)
+
+    def _read_ahead(self, index: int) -> None:
+        self._ahead = (index, self._reader.submit(self._read_block, index))
 
     def _drop_ahead(self) -> None:
         if self._ahead is not None:
