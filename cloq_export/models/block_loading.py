@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.tensor_writer import DTYPES
 from cloq_export.models.blocks import BlockList, find_blocks
 from cloq_export.models.experts import holds_fused_experts
-from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.placeholders import is_placeholder, placeholder
 from cloq_export.models.weight_files import WeightFiles
 from cloq_export.models.weights_on_disk import WeightsOnDisk
@@ -58,7 +58,9 @@ class ModelOnDisk:
         import transformers
 
         with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+            empty = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
         try:
             blocks = find_blocks(empty, path)
         except UnsupportedModelError as error:
@@ -175,7 +177,7 @@ class _Stored:
     name: str
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.file.read(self.name)[index]
+        return self.file.read_as_mapped(self.name)[index]
 
     def get_dtype(self) -> str:
         return self.file.headers[self.name][0]

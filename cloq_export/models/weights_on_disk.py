@@ -77,7 +77,7 @@ class WeightsOnDisk:
         try:
             if _state(file) != self._states[file.path]:
                 raise FormatError(f"{file.path} was changed since it was opened.")
-            tensor = file.read(stored).to(self._dtypes[name])
+            tensor = file.read_as_mapped(stored).to(self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
                 f"{name} of {self._source} cannot be read while the model is worked on: {error} Bring the model's "
@@ -106,8 +106,8 @@ class WeightsOnDisk:
 
     def _install(self, index: int) -> None:
         if self._ahead is not None and self._ahead[0] == index:
-            tensors = self._ahead[1].result()
-            self._ahead = None
+            reading, self._ahead = self._ahead[1], None
+            tensors = reading.result()
         else:
             self._drop_ahead()
             tensors = self._read_block(index)

@@ -44,7 +44,11 @@ def test_numbers_and_state_are_those_of_the_model_in_memory(
     assert any(is_placeholder(parameter) for parameter in model.parameters())
     held, state = whole.model.state_dict(), model.state_dict()
     assert list(state) == list(held)
-    assert all(torch.equal(tensor_of(model, name, state[name]), held[name]) for name in state)
+    for name in state:
+        tensor = tensor_of(model, name, state[name])
+        assert torch.equal(tensor, held[name])
+        # Products of a few rows depend on where a matrix lies.
+        assert tensor.data_ptr() % 64 == held[name].data_ptr() % 64 or tensor.numel() < 64
     assert model.config.to_dict() == whole.model.config.to_dict()
     assert model.generation_config.to_dict() == whole.model.generation_config.to_dict()
     assert whole.reading == ()
@@ -99,7 +103,7 @@ def test_files_that_go_or_change_meanwhile_are_named(model_folder: ModelFolder, 
     places = vars(weights_on_disk(model))["_places"]
     shard = places[PROJECTION][0].path
     aside = shard.rename(tmp_path / "aside")
-    with pytest.raises(SourceError, match=rf"{PROJECTION} of .* cannot be read .*No such file.*same command again"):
+    with pytest.raises(SourceError, match=r"layers.1.* of .* cannot be read .*No such file.*same command again"):
         model(input_ids=torch.arange(8)[None])
     aside.rename(shard)
     with torch.no_grad():
