@@ -27,9 +27,9 @@ RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
 
 
-def but_run_json(contents: dict[str, str]) -> dict[str, str]:
-    """Return files without the one that holds the options themselves."""
-    return {name: digest for name, digest in contents.items() if name != "run.json"}
+def but_options(contents: dict[str, str]) -> dict[str, str]:
+    """Return files without those that hold the options themselves."""
+    return {name: digest for name, digest in contents.items() if name not in ("run.json", "recipe.yaml")}
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_the_bytes_and_figures_are_those_of_a_run_in_memory(
 ) -> None:
     whole = make_run(recipe_for(family, stream="never", **options), tmp_path / "whole", console=silent)
     streamed = make_run(recipe_for(family, stream="always", **options), tmp_path / "streamed", console=silent)
-    expected = but_run_json(contents(tmp_path / "whole"))
-    assert but_run_json(contents(tmp_path / "streamed")) == expected
+    expected = but_options(contents(tmp_path / "whole"))
+    assert but_options(contents(tmp_path / "streamed")) == expected
     assert len(expected) > 15
     assert streamed.perplexity == whole.perplexity
     assert (
@@ -78,7 +78,7 @@ def test_weights_that_are_rescaled_are_rescaled_whenever_they_are_read(
     streamed = make_run(recipe.changed({"stream": "always"}), tmp_path / "streamed", console=silent)
     assert any("were multiplied by powers of two" in note for note in streamed.notes)
     assert set(whole.notes) <= set(streamed.notes)
-    assert but_run_json(contents(tmp_path / "streamed")) == but_run_json(contents(tmp_path / "whole"))
+    assert but_options(contents(tmp_path / "streamed")) == but_options(contents(tmp_path / "whole"))
 
 
 def test_a_shard_that_goes_in_the_middle_stops_the_run_which_goes_on_when_it_is_back(
@@ -116,7 +116,7 @@ def test_a_shard_that_goes_in_the_middle_stops_the_run_which_goes_on_when_it_is_
     assert kept
     make_run(recipe, tmp_path / "run", console=silent)
     make_run(recipe.changed({"stream": "never"}), tmp_path / "whole", console=silent)
-    assert but_run_json(contents(tmp_path / "run")) == but_run_json(contents(tmp_path / "whole"))
+    assert but_options(contents(tmp_path / "run")) == but_options(contents(tmp_path / "whole"))
 
 
 def test_eval_measures_the_same(tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
