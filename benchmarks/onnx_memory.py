@@ -68,7 +68,7 @@ def make_float_graph(run: Path, place: Path) -> None:
 
     directory = RunDirectory.open(run)
     layers = LayerSource.of_run(directory)
-    loaded = open_model(directory.recipe["model"], dtype=torch.float32)
+    loaded = open_model(directory.recipe.model, dtype=torch.float32)
     floats = FloatPart.of_model(loaded.model, layers, save_files=lambda folder: save_source_files(loaded, folder))
     fingerprint = base_fingerprint((name, layers.read(name)) for name in layers.specs)
     export_merged(place / "model", layers, floats, MergedAdapter(), dtype=torch.float32)

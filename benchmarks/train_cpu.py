@@ -43,7 +43,7 @@ def one_side(side: str, run: str, threads: int, batch: int, seqlen: int, steps: 
     if side == "packed":
         model: Any = cloq_export.load(run, adapter=name, trainable=True, dtype=torch.bfloat16)
     else:
-        model = open_model(directory.recipe["model"], dtype=torch.float32).model.to(torch.bfloat16)
+        model = open_model(directory.recipe.model, dtype=torch.float32).model.to(torch.bfloat16)
         attach_pairs(model, read_adapter(directory.adapter_path(name)).pairs)
     model.loss_function = next_token_loss
     model.train()

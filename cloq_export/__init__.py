@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cloq_export.engines.transformers.loading import dequantized_model, load
     from cloq_export.errors import CloqError
+    from cloq_export.integrations import register
     from cloq_export.recipe import PRESETS, Recipe, load_recipe
     from cloq_export.types import LayerCertificate, LayerStats, LoraPair, Perplexity, QuantizedLayer, QuantSpec
 
@@ -29,6 +30,7 @@ _HOMES = {
     "dequantized_model": "cloq_export.engines.transformers.loading",
     "load": "cloq_export.engines.transformers.loading",
     "load_recipe": "cloq_export.recipe",
+    "register": "cloq_export.integrations",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "dequantized_model",
     "load",
     "load_recipe",
+    "register",
 ]
 
 

@@ -90,10 +90,6 @@ class NamePattern:
         """Return whether it matches from the start of a name, as `re.match` does."""
         return bool(self._follow(name, 1))
 
-    def matches_whole(self, name: str) -> bool:
-        """Return whether it matches a whole name, as `re.fullmatch` does."""
-        return bool(self._follow(name, 1) >> len(name))
-
     def found_in(self, name: str) -> bool:
         """Return whether it matches somewhere in a name, as `re.search` does."""
         return bool(self._follow(name, (1 << (len(name) + 1)) - 1))

@@ -1,4 +1,4 @@
-"""Compute kernels: `reference` is the truth that every other one is tested against.
+"""Compute kernels: `reference` defines the results that every other one is tested against.
 
 A kernel receives plain tensors in the GPTQ order and knows nothing of the rest of the package. The operators below
 are registered with torch, so that a faster implementation for one device is added with

@@ -69,11 +69,11 @@ def _svd_by_subspace(matrix: torch.Tensor, rank: int) -> TruncatedSvd | None:
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
         inner_left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
         left = (basis @ inner_left)[:, :rank]
-        found = values[:rank]
-        drift = matrix @ right[:rank].t() - left * found
+        settled = values[:rank]
+        drift = matrix @ right[:rank].t() - left * settled
         residual = float(drift.norm(dim=0).max() / values[0].clamp_min(torch.finfo(matrix.dtype).tiny))
         if residual <= _RESIDUAL_TOLERANCE:
-            return TruncatedSvd(left, found, right[:rank].t(), _tail(matrix, found), residual, "subspace")
+            return TruncatedSvd(left, settled, right[:rank].t(), _tail(matrix, settled), residual, "subspace")
     return None
 
 
@@ -93,9 +93,9 @@ def truncated_svd(matrix: torch.Tensor, rank: int, method: Literal["truncated", 
     if method == "truncated":
         if min(matrix.shape) <= EXACT_SIDE:
             return _svd_by_gram(matrix, rank)
-        found = _svd_by_subspace(matrix, rank)
-        if found is not None:
-            return found
+        settled = _svd_by_subspace(matrix, rank)
+        if settled is not None:
+            return settled
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = values[:rank]
     return TruncatedSvd(left[:, :rank], kept, right[:rank].t(), _tail(matrix, kept), 0.0, "full")
@@ -132,15 +132,30 @@ class CloqResult:
     svd_method: str
 
 
+@dataclasses.dataclass(frozen=True)
+class CloqOptions:
+    """How a pair is computed and stored.
+
+    Args:
+        split: which side carries the singular values.
+        svd: "truncated" or "full".
+        dtype: dtype of the stored pair.
+    """
+
+    split: Split = "paper"
+    svd: Literal["truncated", "full"] = "truncated"
+    dtype: torch.dtype = torch.float16
+
+
+_DEFAULT = CloqOptions()
+
+
 def init_cloq(
     weight: torch.Tensor,
     quantized: torch.Tensor,
     root: GramRoot,
     rank: int,
-    *,
-    split: Split = "paper",
-    svd: Literal["truncated", "full"] = "truncated",
-    dtype: torch.dtype = torch.float16,
+    options: CloqOptions = _DEFAULT,
 ) -> CloqResult:
     """Return the LoRA pair that minimises `||(W - Q - B A) H^(1/2)||_F` over all pairs of this rank (CLoQ eq. 4, 5).
 
@@ -152,9 +167,7 @@ def init_cloq(
         quantized: Q, (out, in) float.
         root: R of the damped H, see `cholesky_root` and `eigen_root`.
         rank: 1 <= rank <= min(out, in).
-        split: which side carries the singular values.
-        svd: "truncated" or "full".
-        dtype: dtype of the stored pair.
+        options: how the pair is computed and stored.
 
     Returns:
         CloqResult.
@@ -167,7 +180,7 @@ def init_cloq(
     if not 1 <= rank <= min(out_features, in_features):
         raise ShapeError(
             f"rank {rank} does not fit a layer of {in_features} inputs and {out_features} outputs; choose 1 to "
-            f"{min(out_features, in_features)} with --rank, or lower it for this module with --override."
+            f"{min(out_features, in_features)} with `rank`, or lower it for this module with `overrides`."
         )
     if quantized.shape != weight.shape or root.matrix.shape[1] != in_features:
         raise ShapeError(
@@ -175,8 +188,8 @@ def init_cloq(
             "agree and R must have one column per input."
         )
     residual = (weight.to(torch.float64) - quantized.to(torch.float64)).t()
-    found = truncated_svd(root.matrix @ residual, min(rank, root.matrix.shape[0]), svd)
-    left, right = split_factors(found, split)
+    leading = truncated_svd(root.matrix @ residual, min(rank, root.matrix.shape[0]), options.svd)
+    left, right = split_factors(leading, options.split)
     lora_a = root.solve(left).t()
     missing = rank - lora_a.shape[0]
     if missing:
@@ -186,5 +199,5 @@ def init_cloq(
         lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))
         right = torch.cat([right, torch.linalg.qr(torch.cat([right, more], dim=1)).Q[:, -missing:]], dim=1)
     seen = torch.nn.functional.pad(left.t(), (0, 0, 0, missing))
-    pair = stored_pair(lora_a, right, dtype, input_energy=root.matrix.square().sum(0), seen=seen)
-    return CloqResult(pair, found.tail, found.residual, found.method)
+    pair = stored_pair(lora_a, right, options.dtype, input_energy=root.matrix.square().sum(0), seen=seen)
+    return CloqResult(pair, leading.tail, leading.residual, leading.method)

@@ -1,4 +1,4 @@
-"""A and B as their dtype holds them: factors below or beyond its range trade powers of two, which change no digit."""
+"""A and B as their dtype holds them: where one leaves its range, a power of two moves to the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stored_pair(
 
     Ordinary factors are only cast. Where entries overflow, or those below the smallest normal number lose more than
     eight roundings of `||B A R^T||`, A is multiplied by the power of two that makes the largest entries of both alike,
-    and B divided by it. What not even that brings into the range is kept in float32.
+    and B divided by it. A pair that still does not fit is kept in float32.
 
     Args:
         lora_a: A, (rank, in) float.

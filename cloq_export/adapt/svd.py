@@ -31,7 +31,7 @@ def init_svd(
     if weight.shape != quantized.shape or not 1 <= rank <= min(weight.shape):
         raise ShapeError(
             f"rank {rank} does not fit W {tuple(weight.shape)} and Q {tuple(quantized.shape)}; choose 1 to "
-            f"{min(weight.shape)} with --rank."
+            f"{min(weight.shape)} with `rank`."
         )
     factors = truncated_svd(weight.to(torch.float64) - quantized.to(torch.float64), rank)
     lora_b, right = split_factors(factors, "balanced")

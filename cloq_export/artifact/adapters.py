@@ -122,13 +122,14 @@ class AdapterShelf:
         )
 
 
-def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool) -> Adapter:
+def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool, trust_unbound: bool = False) -> Adapter:
     """Return the adapter of a folder, PEFT's or of ONNX Runtime, refusing one that belongs to another base.
 
     Args:
         folder: the adapter folder.
         base: that it is to be served on.
         force: take it whatever it is bound to.
+        trust_unbound: take it if it is bound to none.
 
     Raises:
         BindingError: it is bound to another base, or to none.
@@ -141,7 +142,7 @@ def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool) -> Ada
         adapter = read_onnx_adapter(folder)
     else:
         adapter = read_adapter(folder)
-    if not force:
+    if not force and not (trust_unbound and adapter.base_fingerprint is None):
         refuse_other_base(folder, adapter.base_fingerprint, base)
     return adapter
 
@@ -162,12 +163,11 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
     if bound_to is None:
         raise BindingError(
             f"{folder} does not say which quantized base it belongs to; {base.folder} is {base.fingerprint}. Only if "
-            "it was trained on this base, take it with --force (in Python force=True)."
+            "it was trained on this base, take it with `force`."
         )
     raise BindingError(
         f"{folder} is bound to the base {bound_to}, but {base.folder} is {base.fingerprint}; an adapter is wrong on "
-        "any other quantization. Make one for this base with `cloq adapt`, or take this one with --force (in Python "
-        "force=True)."
+        "any other quantization. Make one for this base with `cloq adapt`, or take this one with `force`."
     )
 
 
@@ -176,6 +176,14 @@ def forced_note(name: str, bound_to: str | None, base: QuantizedBase) -> str | N
     if bound_to == base.fingerprint:
         return None
     return f"the adapter {name} is bound to {bound_to or 'no base'}, not to {base.fingerprint}; it was taken by force"
+
+
+def unbound_note(name: str, base: QuantizedBase) -> str:
+    """Return what is to be said of an adapter that names no base and was trusted."""
+    return (
+        f"the adapter {name} does not say which quantized base it belongs to and was trusted; it is right only if it "
+        f"was trained on {base.folder}"
+    )
 
 
 def carried_beside(folder: Path) -> list[str]:

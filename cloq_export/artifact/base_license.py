@@ -85,7 +85,7 @@ def _header_of(folder: Path) -> dict[str, str]:
         text = file.read(_README_BYTES).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     header = _HEADER.match(text)
     stated: dict[str, str] = {}
-    # Only these lines are parsed: a header is YAML, in which a few lines can describe more than fits any memory.
+    # Only these lines are parsed: a header is YAML, of which a few lines can expand to more than memory holds.
     for key, value, items in _LICENSE_LINE.findall(header[1]) if header else ():
         parsed = [_scalar(item.strip().removeprefix("-")) for item in items.splitlines() if item.strip()]
         words = [word for word in ([_scalar(value)] if value.strip() else parsed) if word]

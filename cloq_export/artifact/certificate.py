@@ -193,7 +193,7 @@ def verify_certificate(
 
     Args:
         folder: the export.
-        left_out: tells of a name in the folder whether whoever asks will leave it out, so that it may lie there.
+        left_out: tells whether the caller ignores a file of this name, which may then lie there.
 
     Returns:
         The certificate and what was compared.
@@ -247,7 +247,7 @@ def verify_run(run: RunDirectory) -> Repeated:
 
     Raises:
         FormatError: a layer of the checkpoint is not the one that the run keeps, its config names another base, or
-            something lies in its folder that its certificate does not name. Checkpoints of before have none.
+            something lies in its folder that its certificate does not name. Checkpoints of older versions have none.
     """
     checkpoint = Checkpoint.open(run.path)
     kept = {name: layer_digest(file.read_codes()) for name, file in run.layer_files().items()}

@@ -26,7 +26,7 @@ from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.types import QuantizedLayer, QuantSpec
 
-# Parts that mean codes nearby, in any layout.
+# Names of tensors that occur only beside codes, in any layout.
 _CODED_PARTS = frozenset({part for layout in LAYOUTS.values() for part in layout.roles} | {"weight_g_idx"})
 
 
@@ -42,7 +42,7 @@ class Checkpoint:
         files: tensor name -> the file that holds it, opened.
         headers: tensor name -> (dtype code of safetensors, shape).
         stored: tensor name -> its name in the file, where that is another one; all other names are those in memory.
-        notes: where content counted and not the label.
+        notes: where the content decided against the label.
     """
 
     folder: Path
@@ -271,8 +271,8 @@ def _agreed_spec(
     """Return the grid of a module whose rule may be written for its name in the files or in memory."""
     if in_memory.modules is not None:
         return in_memory.spec_for(module)
-    found = [in_files.spec_for(stored), in_memory.spec_for(module)]
-    own = [spec for spec in found if spec != in_memory.default] or found[:1]
+    candidates = [in_files.spec_for(stored), in_memory.spec_for(module)]
+    own = [spec for spec in candidates if spec != in_memory.default] or candidates[:1]
     if any(spec != own[0] for spec in own):
         raise FormatError(
             f"{source} gives {stored} one grid under this name and another as {module}; the config is damaged."

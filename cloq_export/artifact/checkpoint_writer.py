@@ -108,7 +108,7 @@ class FloatPart:
     Args:
         headers: tensor name -> (dtype code of safetensors, shape), in the order in which they are written.
         read: gives one tensor.
-        config: what config.json says otherwise than the one that `save_files` writes.
+        config: entries of config.json that replace those that `save_files` writes.
         skipped: linear modules that stay float, the head left out.
         save_files: writes config.json, tokenizer and the like into the folder it is given.
         stored: tensor or quantized module -> its name in files, where that is another one than in memory.
@@ -272,11 +272,12 @@ def float_tensors(model: PreTrainedModel, specs: Mapping[str, Any]) -> Iterator[
     """
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized = {*copies_of_codes(model, specs), *specs}
     seen: set[tuple[Any, ...]] = set()
     for name in sorted(state, key=lambda key: key in tied):
         tensor = state[name]
         module, _, part = name.rpartition(".")
-        if module in specs and part == "weight":
+        if module in quantized and part == "weight":
             continue
         if tensor.device.type == "meta":
             raise FormatError(
@@ -303,6 +304,22 @@ def check_target(model: PreTrainedModel, module: str, shape: tuple[int, int]) ->
         raise FormatError(f"{module} of the model is {linear}; the layer is {shape}: they belong to different models.")
 
 
+def copies_of_codes(model: nn.Module, specs: Container[str]) -> dict[str, str]:
+    """Return linear modules whose weight is tied to a quantized module's -> that module.
+
+    Args:
+        model: the model, with or without numbers.
+        specs: the quantized modules.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in tied.items()
+        if target.endswith(".weight")
+    }
+    return {module: source for module, source in modules.items() if source in specs and module not in specs}
+
+
 def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
     """Return the linear modules of a model that are not quantized, the head left out, sorted.
 
@@ -311,19 +328,20 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
         specs: the quantized modules.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    copies = copies_of_codes(model, specs)
     return tuple(
         sorted(
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and name not in specs
+            if isinstance(module, nn.Linear) and module is not head and name not in specs and name not in copies
         )
     )
 
 
 def drop_private(config: dict[str, Any]) -> None:
-    """Take out of a config.json what is outdated, and the folder that somebody's machine keeps the model in."""
+    """Remove what is outdated from a config.json, and the local folder of the model."""
     config.pop("torch_dtype", None)
-    # Code that is not carried along must not be asked for either.
+    # An export holds no code of a model, so its config must not ask for any.
     config.pop("auto_map", None)
     if Path(str(config.get("_name_or_path"))).is_absolute():
         del config["_name_or_path"]
@@ -339,7 +357,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's config, which says of head and embeddings what the model in memory is."""
+    """Write a model's config, corrected where it disagrees with the model about tied embeddings."""
     model.config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     if correct_config(config, tied=is_tied(model)):

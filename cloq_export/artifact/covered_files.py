@@ -16,7 +16,7 @@ from cloq_export.files.safe_paths import require_inside
 
 # Of a file in an export; every file system allows as much.
 LONGEST_NAME = 255
-# What the hub and its client lay beside the files of a model; no engine reads any of it.
+# What the hub and its client put beside the files of a model; no engine reads any of it.
 _HUB_ATTRIBUTES = ".gitattributes"
 _HUB_ATTRIBUTE_LINE = re.compile(r"(#.*|\S+( (filter|diff|merge)=lfs| -text)+)?")
 _HUB_CACHE = re.compile(r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.+\.(metadata|lock))")
@@ -87,7 +87,7 @@ def entries_of(folder: Path) -> list[str]:
 def refuse_extras(
     folder: Path, names: Iterable[str], certified: Collection[str], not_covered: Collection[str]
 ) -> list[str]:
-    """Refuse what a certificate does not speak of.
+    """Refuse files that a certificate does not name.
 
     Args:
         folder: the export.
@@ -113,7 +113,7 @@ def refuse_extras(
         kind = _kind_of(path)
         twin = next((other for other in sorted(certified) if _folded(other) == _folded(name)), None)
         like = f", which names {twin!a:.80}, another file," if twin is not None else ""
-        # An odd name is shown with its signs escaped, since it may look like one that belongs here.
+        # An odd name is shown with its characters escaped, since it may look like one that belongs here.
         shown = path if name.isascii() and name.isprintable() else f"{folder}: {name!a:.120}"
         raise FormatError(
             f"{shown} is {kind} in the export and not in its certificate{like or ','} and engines may read it; remove "

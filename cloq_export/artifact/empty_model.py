@@ -18,7 +18,7 @@ from cloq_export.files.safe_paths import require_inside
 from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.experts import SplitExperts, split_experts
 from cloq_export.models.library_calls import NO_CODE
-from cloq_export.models.loaded_weights import refuse_part_of_wrapper
+from cloq_export.models.model_class import model_class
 from cloq_export.models.tied_head import correct_config, corrected_entries
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ _COMPUTED_BY_MODELS = (
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """Return the model that config.json describes, with parameters that hold no memory and buffers that do."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = checkpoint.folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, **NO_CODE)
-        refuse_part_of_wrapper(str(checkpoint.folder), config)
+        opened = model_class(str(checkpoint.folder), config)
         wanted = dtype or _stored_dtype(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+            model = opened._from_config(config, dtype=wanted)
         split_experts(model)
     except UnsupportedModelError:
         raise
@@ -106,7 +106,7 @@ def refuse_single_experts(checkpoint: Checkpoint) -> None:
         if module.startswith(tuple(mixtures)) and module not in readable:
             raise UnsupportedModelError(
                 f"{type(model).__name__} reads experts fused in one tensor, and a merged export would hold them one by "
-                f"one, as {module}.weight; export the codes and the adapter apart, e.g. with --format gptq_v2."
+                f"one, as {module}.weight; export the codes and the adapter apart, e.g. with `format=gptq_v2`."
             )
 
 

@@ -41,20 +41,21 @@ def names_in_files(model: PreTrainedModel, conversions: Sequence[Any]) -> dict[s
     backwards = [entry.reverse_transform() for entry in conversions[::-1]]
     renamings = [entry for entry in backwards if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in backwards if not isinstance(entry, WeightRenaming)]
-    found: dict[str, str] = {}
+    stored: dict[str, str] = {}
     for fused, mixture in fused_places(model).items():
         owner, _, tensor = fused.rpartition(".")
         parts = mixture.parts[tensor]
         first, used = rename_source_key(fused, renamings, converters, reverse=True)
-        patterns = next((entry.target_patterns for entry in converters if used in entry.source_patterns), [])
+        known = (entry.target_patterns for entry in converters if used in entry.source_patterns)
+        patterns: list[str] = next(known, [])
         if used is None or len(patterns) != len(parts) or not all(_ANY in one for one in patterns):
             continue
         for part, pattern in zip(parts, patterns, strict=True):
             name = first.replace(patterns[0], pattern, 1)
             for number in range(len(mixture)):
                 in_files = name.replace(_ANY, str(number)).removesuffix(".weight")
-                found[f"{owner}.{number}.{part}"] = in_files
-    return found
+                stored[f"{owner}.{number}.{part}"] = in_files
+    return stored
 
 
 def name_in_memory(

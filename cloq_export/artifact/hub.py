@@ -193,7 +193,7 @@ def _translated(error: Exception, repo_id: str, revision: str | None, token: str
             "owner, or another owner."
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
-        return HubError(f"{repo_id} has no branch {revision!r} and it cannot be made; check --revision.")
+        return HubError(f"{repo_id} has no branch {revision!r} and it cannot be made; check `revision`.")
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         return HubError(f"the hub finds no {repo_id} that this token may see; check the name and the token's owner.")
     if status == 429:

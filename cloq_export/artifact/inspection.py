@@ -119,14 +119,14 @@ def _describe_run(run: RunDirectory, *, verify: bool) -> RunInspection:
     return RunInspection(
         path=str(run.path),
         state=run.state,
-        model=run.recipe.get("model"),
+        model=run.manifest.recipe.get("model"),
         source_fingerprint=run.source_fingerprint,
         finished_layers=len(run.completed_modules()),
         damaged_layers=tuple(sorted(run.damaged_layers().values())),
         reports=tuple(run.reports()),
         adapters=tuple(adapters),
         checkpoint=described,
-        recipe=run.recipe,
+        recipe=dict(run.manifest.recipe),
         versions=run.manifest.versions,
         notes=run.adapters.notes,
     )
@@ -229,7 +229,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> CheckpointI
     fingerprint = checkpoint.grids.base_fingerprint
     certificate: RepeatedCertificate | str | None = None
     if verify:
-        # Before the certificate, which only knows that a file changed: a base that is another one is said first.
+        # Before the certificate, which can only say that a file changed: that the base is another one says more.
         fingerprint = _computed_fingerprint(checkpoint)
         certificate = _certificate_of(folder, verify=True) or (_NO_CERTIFICATE if checkpoint.is_ours else None)
     return CheckpointInspection(

@@ -115,7 +115,7 @@ class CheckpointInspection(Inspection):
         files: that hold tensors.
         companions: other files of the model.
         sizes: without adapters.
-        notes: where content counted and not the label, and folders of adapters that were left out.
+        notes: where the content decided against the label, and folders of adapters that were left out.
         verified: whether every tensor was read.
         certificate: as repeated, or why there is none; None where nothing was verified.
         adapters: that lie in the folder; None where it has no place for them.

@@ -1,4 +1,4 @@
-"""Texts that nobody vouches for as markdown: each stays one line, a cell, a code span or a block, whatever it holds."""
+"""Untrusted texts as markdown: each stays one line, a cell, a code span or a block, whatever it holds."""
 
 from __future__ import annotations
 

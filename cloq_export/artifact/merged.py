@@ -209,7 +209,7 @@ class _Writing:
             stored = exact.to(self._dtype)
             if not bool(torch.isfinite(stored).all()):
                 self._refuse(name, exact)
-            result[rows] = stored
+            (result if shape else result.view(1))[rows] = stored
             error = (stored.to(torch.float64) - exact).abs()
             # 0 / 0 is a zero that stayed zero.
             relative = max(relative, float((error / exact.abs()).nan_to_num(0.0).amax()))
@@ -321,7 +321,7 @@ def _write_config(path: Path, floats: FloatPart, dtype: torch.dtype, *, untied: 
     config.pop("quantization_config", None)
     if untied:
         config["tie_word_embeddings"] = False
-    # A wrapper's parts have words of their own for both.
+    # The parts of a wrapper have entries of their own for both.
     for key, part in config.items():
         if key.endswith("_config") and isinstance(part, dict):
             changes = {"dtype": short, "torch_dtype": short, **({"tie_word_embeddings": False} if untied else {})}

@@ -97,7 +97,7 @@ class MadeFrom:
 
     @property
     def shown_name(self) -> str:
-        """Return the name of the base; where a machine keeps its models is nobody else's business."""
+        """Return the name of the base; a local path is not shown."""
         return self.hub_id or re.split(r"[/\\]", self.base_model.strip().rstrip("/\\"))[-1]
 
 

@@ -1,4 +1,4 @@
-"""Provenance: what a run and a training made, written down where it was made, so that it can be found again as served.
+"""Provenance: a record of what a run and a training made, written when it is made, to compare served models with.
 
 A run writes a `BaseRecord` (RUN/reports/provenance.json), which every export carries as cloq_provenance.json. Every
 adapter carries an `AdapterRecord` in the side file of its own folder, wherever that folder is copied to.
@@ -10,13 +10,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from cloq_export.artifact.pair_record import PairRecord
+from cloq_export.artifact.probe_record import ProbeRecord, TokenizerRecord, printable
 from cloq_export.errors import FormatError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
@@ -27,75 +26,8 @@ PROVENANCE_FORMAT = "cloq-provenance"
 FORMAT_VERSION = 1
 # Key of the record in the side file of an adapter.
 ADAPTER_KEY = "provenance"
-# Beside it: relative Frobenius error of the product that an export's form of the pairs cost, the largest of a module.
+# Key beside it: largest relative Frobenius error of a module's product that the export's form of the pairs caused.
 LARGEST_PRODUCT_ERROR = "largest_product_error"
-
-# Letters of several scripts, digits, blanks, line ends, code: what tokenizers differ in.
-PROBE_TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and nobody asked why it did so twice before breakfast.",
-    "  def area(radius: float) -> float:\n\treturn 3.14159 * radius ** 2  # square metres\n\n",
-    "Größe, naïveté, Ελλάδα, Москва, 東京, 🙂 e\u0301; 1234567890 + 0.5e-3 = ?",
-    "Question: Ann has 12 apples and gives 5 of them to Bob. How many apples does she keep?\nAnswer: 7",
-)
-PROBE_CHAT = (
-    {"role": "user", "content": "Name three colours."},
-    {"role": "assistant", "content": "Red, green and blue."},
-    {"role": "user", "content": "And a fourth?"},
-)
-# Tokens of each probe text on which log-probabilities are kept: a handful that one forward pass gives.
-_PROBE_TOKENS = 48
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeRecord:
-    """Log-probabilities on fixed token ids.
-
-    Args:
-        precision: of the activations: "float32", "bfloat16" or "float16".
-        token_ids: sequences of two or more tokens.
-        logprobs: log p(x_i | x_1..x_{i-1}) of each, i = 2..n.
-    """
-
-    precision: str
-    token_ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerRecord:
-    """What a tokenizer and its chat template make of fixed texts.
-
-    Args:
-        texts: token ids of each of `PROBE_TEXTS`, special tokens as the tokenizer adds them by itself.
-        chat: token ids of `PROBE_CHAT`; None without a template, or where it refuses the chat.
-        special: name of a special token -> its id.
-    """
-
-    texts: tuple[tuple[int, ...], ...]
-    chat: tuple[int, ...] | None
-    special: Mapping[str, int]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> TokenizerRecord:
-        """Return the record of a transformers tokenizer."""
-        texts = tuple(tuple(tokenizer(text, verbose=False)["input_ids"]) for text in PROBE_TEXTS)
-        chat: tuple[int, ...] | None = None
-        if getattr(tokenizer, "chat_template", None):
-            try:
-                rendered = tokenizer.apply_chat_template(list(PROBE_CHAT), tokenize=False, add_generation_prompt=True)
-                chat = tuple(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
-            except Exception:  # a template raises whatever its author wrote
-                chat = None
-        special = {
-            name: tokenizer.convert_tokens_to_ids(token)
-            for name, token in sorted(tokenizer.special_tokens_map.items())
-            if isinstance(token, str)
-        }
-        return cls(texts, chat, special)
-
-    def probes(self) -> list[list[int]]:
-        """Return the token ids on which models are probed."""
-        return [list(ids[:_PROBE_TOKENS]) for ids in self.texts if len(ids) >= 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,19 +90,19 @@ class AdapterRecord:
         Raises:
             FormatError: it is of another version, was edited, or is damaged.
         """
-        found = _unsealed(content, source)
+        plain = _unsealed(content, source)
         with _damaged(source):
             return cls(
-                name=_text(found["name"]),
-                base_fingerprint=_text(found["base_fingerprint"]),
-                pairs={module: PairRecord.from_json(entry) for module, entry in found["pairs"].items()},
-                probe=None if found["probe"] is None else _read_probe(found["probe"]),
-                training=None if found["training"] is None else _read_training(found["training"]),
+                name=printable(plain["name"]),
+                base_fingerprint=printable(plain["base_fingerprint"]),
+                pairs={module: PairRecord.from_json(entry) for module, entry in plain["pairs"].items()},
+                probe=None if plain["probe"] is None else ProbeRecord.from_json(plain["probe"]),
+                training=None if plain["training"] is None else _read_training(plain["training"]),
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Quality:
+class QualityRecord:
     """Perplexities that a run measured of what it had written.
 
     Args:
@@ -201,7 +133,7 @@ class AnswerRecord:
         right: seal of an adapter's record, or "" for the codes alone -> "1" or "0" for each question.
     """
 
-    # Of two different questions among ten million one pair in a few would agree by chance.
+    # Among ten million different questions, two agree by chance with a probability of one in six.
     DIGITS: ClassVar[int] = 12
 
     shots: int
@@ -238,7 +170,7 @@ class BaseRecord:
     layers: Mapping[str, str]
     tokenizer: TokenizerRecord
     probes: Mapping[str, ProbeRecord]
-    quality: Quality | None = None
+    quality: QualityRecord | None = None
     adapters: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     tasks: Mapping[str, AnswerRecord] = dataclasses.field(default_factory=dict)
 
@@ -260,25 +192,19 @@ class BaseRecord:
         Raises:
             FormatError: it is of another version, was edited, or is damaged.
         """
-        found = _unsealed(content, source)
+        plain = _unsealed(content, source)
         with _damaged(source):
-            tokenizer, quality = found["tokenizer"], found["quality"]
-            if len(tokenizer["texts"]) != len(PROBE_TEXTS):
-                raise ValueError
+            quality = plain["quality"]
             return cls(
-                model=_text(found["model"]),
-                source_fingerprint=_text(found["source_fingerprint"]),
-                base_fingerprint=_text(found["base_fingerprint"]),
-                layers={module: _text(digest) for module, digest in found["layers"].items()},
-                tokenizer=TokenizerRecord(
-                    tuple(map(tuple, tokenizer["texts"])),
-                    None if tokenizer["chat"] is None else tuple(tokenizer["chat"]),
-                    dict(tokenizer["special"]),
-                ),
-                probes={name: _read_probe(probe) for name, probe in found["probes"].items()},
+                model=printable(plain["model"]),
+                source_fingerprint=printable(plain["source_fingerprint"]),
+                base_fingerprint=printable(plain["base_fingerprint"]),
+                layers={module: printable(digest) for module, digest in plain["layers"].items()},
+                tokenizer=TokenizerRecord.from_json(plain["tokenizer"]),
+                probes={name: ProbeRecord.from_json(probe) for name, probe in plain["probes"].items()},
                 quality=None if quality is None else _read_quality(quality),
-                adapters=dict(found["adapters"]),
-                tasks={name: _read_answers(entry) for name, entry in found.get("tasks", {}).items()},
+                adapters=dict(plain["adapters"]),
+                tasks={name: _read_answers(entry) for name, entry in plain.get("tasks", {}).items()},
             )
 
 
@@ -317,23 +243,6 @@ def seal_of(record: AdapterRecord) -> str:
     return str(record.to_json()["seal"])
 
 
-def probe_record(
-    precision: torch.dtype, token_ids: Sequence[Sequence[int]], logprobs: Sequence[torch.Tensor]
-) -> ProbeRecord:
-    """Return the record of measured log-probabilities.
-
-    Args:
-        precision: of the activations.
-        token_ids: the sequences.
-        logprobs: (n - 1,) for each.
-    """
-    return ProbeRecord(
-        str(precision).removeprefix("torch."),
-        tuple(map(tuple, token_ids)),
-        tuple(tuple(float(value) for value in values) for values in logprobs),
-    )
-
-
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps({"format": PROVENANCE_FORMAT, "format_version": FORMAT_VERSION, **content}))
     return {**plain, "seal": _seal(plain)}
@@ -345,7 +254,7 @@ def _seal(plain: Mapping[str, Any]) -> str:
 
 def _unsealed(content: Any, source: str) -> dict[str, Any]:
     if not isinstance(content, Mapping) or content.get("format") != PROVENANCE_FORMAT:
-        raise FormatError(f"{source}: the record of provenance is none; export or train again.")
+        raise FormatError(f"{source}: this is no record of provenance; export or train again.")
     if content.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{source}: the record of provenance is of version {content.get('format_version')!r:.80}; this program "
@@ -370,23 +279,6 @@ def _damaged(source: str) -> Iterator[None]:
         raise FormatError(f"{source}: the record of provenance is damaged; export or train again.") from None
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError
-    return value
-
-
-def _read_probe(entry: Mapping[str, Any]) -> ProbeRecord:
-    lengths = [(len(ids), len(values)) for ids, values in zip(entry["token_ids"], entry["logprobs"], strict=True)]
-    if not lengths or any(ids < 2 or values != ids - 1 for ids, values in lengths):
-        raise ValueError
-    return ProbeRecord(
-        _text(entry["precision"]),
-        tuple(tuple(map(int, ids)) for ids in entry["token_ids"]),
-        tuple(tuple(map(float, values)) for values in entry["logprobs"]),
-    )
-
-
 def _read_training(entry: Mapping[str, Any]) -> TrainingRecord:
     read = TrainingRecord(**entry)
     losses = [value for value in (read.kept_loss, read.last_loss) if value is not None]
@@ -394,19 +286,21 @@ def _read_training(entry: Mapping[str, Any]) -> TrainingRecord:
     if not all(isinstance(value, (int, float)) for value in numbers):
         raise ValueError
     for text in (read.data_sha256, read.start, read.questions):
-        _text(text)
+        printable(text)
     return read
 
 
-def _read_quality(entry: Mapping[str, Any]) -> Quality:
-    read = Quality(**entry)
+def _read_quality(entry: Mapping[str, Any]) -> QualityRecord:
+    read = QualityRecord(**entry)
     if not all(isinstance(value, (int, float)) and value > 0 for value in read.ratio.values()):
         raise ValueError
     return read
 
 
 def _read_answers(entry: Mapping[str, Any]) -> AnswerRecord:
-    read = AnswerRecord(int(entry["shots"]), _text(entry["version"]), _text(entry["questions"]), dict(entry["right"]))
+    read = AnswerRecord(
+        int(entry["shots"]), printable(entry["version"]), printable(entry["questions"]), dict(entry["right"])
+    )
     count, rest = divmod(len(read.questions), AnswerRecord.DIGITS)
     if rest or any(len(flags) != count or set(flags) - {"0", "1"} for flags in read.right.values()):
         raise ValueError

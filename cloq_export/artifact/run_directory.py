@@ -26,6 +26,7 @@ from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.atomic import is_partial, remove_partials, translate_os_errors, write_json
 from cloq_export.files.fingerprint import combine_digests
 from cloq_export.files.safe_json import read_json
+from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate, LoraPair, QuantizedLayer
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
@@ -74,13 +75,13 @@ class RunDirectory:
         folder, asked = Path(path), as_json(recipe)
         with translate_os_errors(folder):
             if folder.exists() and not folder.is_dir():
-                raise RunDirectoryError(f"{folder} is a file; choose a folder with --out.")
+                raise RunDirectoryError(f"{folder} is a file; choose a folder with `out`.")
             if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
                 foreign = sorted(e.name for e in folder.iterdir() if e.name != LOCK_NAME and not is_partial(e.name))
                 if foreign:
                     raise RunDirectoryError(
                         f"{folder} holds {_some(foreign)} but no {MANIFEST_NAME}, so it is not a run; choose an empty "
-                        "or new folder with --out."
+                        "or new folder with `out`."
                     )
             folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, RunManifest(asked, source_fingerprint, "running", dict(versions)))
@@ -181,9 +182,13 @@ class RunDirectory:
         return self._manifest
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """Return every option of the run."""
-        return dict(self._manifest.recipe)
+    def recipe(self) -> Recipe:
+        """Return every option of the run.
+
+        Raises:
+            RecipeError: run.json holds an option that there is not, or a value that is not allowed.
+        """
+        return Recipe.from_mapping(self._manifest.recipe)
 
     @property
     def state(self) -> str:
@@ -303,7 +308,7 @@ class RunDirectory:
     def damaged_layers(self) -> dict[str, str]:
         """Return the modules whose layer file is damaged, with the reason; they count as not done.
 
-        Writes are atomic, so only a failing disk or a foreign hand makes one.
+        Writes are atomic, so only a failing disk or another program can damage one.
         """
         return read_layer_files(_entries(self.path / "layers"))[1]
 

@@ -99,7 +99,7 @@ class LayerFile:
         self.spec = _read_spec(path, metadata)
         self._alpha = _read_alpha(path, metadata)
         self.certificate = _read_certificate(path, metadata)
-        # Files of before have no digest.
+        # Files of older versions have no digest.
         self._noted_digest = metadata.get("sha256")
         if self._noted_digest is not None and _DIGEST.fullmatch(self._noted_digest) is None:
             raise FormatError(f"{path} has a damaged header (sha256 {self._noted_digest!r:.80}).")

@@ -37,7 +37,7 @@ class RunLock:
         if self._file is not None:
             return False
         with translate_os_errors(self._folder):
-            # Opened for appending, so that a loser does not wipe the winner's process number.
+            # Opened for appending, so that a process that does not get the lock leaves the owner's number in place.
             file = open(self._folder / LOCK_NAME, "a+", encoding="ascii")  # noqa: SIM115
             try:
                 if sys.platform != "win32":
@@ -48,7 +48,7 @@ class RunLock:
                 file.close()
                 raise RunDirectoryError(
                     f"{self._folder} is in use by process {owner}; wait until it ends, or choose another folder with "
-                    "--out."
+                    "`out`."
                 ) from None
             except BaseException:
                 file.close()

@@ -103,7 +103,7 @@ class RunManifest:
         if faults:
             raise RunDirectoryError(
                 f"{folder} holds another run: {'; '.join(faults)}. Use the run's own options to continue it, or "
-                "choose another folder with --out."
+                "choose another folder with `out`."
             )
 
     def renewed(self, recipe: Mapping[str, Any], versions: Mapping[str, str]) -> RunManifest:

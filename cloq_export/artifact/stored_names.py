@@ -1,6 +1,6 @@
 """Names of tensors in files against names in memory, as transformers maps the one to the other.
 
-Files of many models keep names that their classes have left behind: those of a vision-language wrapper hold
+Files of many models keep names that their classes no longer use: those of a vision-language wrapper hold
 `language_model.model.layers.0...` where the class in memory has `model.language_model.layers.0...`. Adapters, recipes
 and fingerprints speak of modules in memory; files keep the names that engines know from the model's own files.
 """
@@ -19,6 +19,7 @@ from cloq_export.artifact.expert_names import fused_places, name_in_memory, name
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
 from cloq_export.models.library_calls import quiet_transformers
+from cloq_export.models.model_class import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,15 +60,15 @@ def names_in_memory(folder: Path, config: Mapping[str, Any], stored: Collection[
 @functools.lru_cache(maxsize=4)
 def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapping[str, str]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             built = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+            model = model_class(str(folder), built)._from_config(built)
         split_experts(model)
-    except Exception:  # whoever needs the model builds it too, and says what is wrong
+    except Exception:  # a caller that needs the model builds it too and reports the error
         return {}
     return renamed_in(model, stored)
 
@@ -90,9 +91,9 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
-    found: dict[str, str] = {}
+    in_memory: dict[str, str] = {}
     taken = set(stored)
-    # The loader's own order: some renamings wait for a name that comes before the others.
+    # The loader's own order: some renamings take effect only after an earlier name was seen.
     for name in sorted(stored, key=dot_natural_key):
         module, _, part = name.rpartition(".")
         asked = f"{module}.weight" if part in _PARTS and name not in places else name
@@ -109,9 +110,9 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
                 continue
             renamed = f"{renamed.removesuffix('.weight')}.{part}"
         if renamed not in taken:
-            found[name] = renamed
+            in_memory[name] = renamed
             taken.add(renamed)
-    return found
+    return in_memory
 
 
 def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
@@ -133,26 +134,26 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
 
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        # A prefix that files may have or not was there in no file of this model.
+        # No file of this model has an optional prefix.
         mapped = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in mapped if not isinstance(entry, PrefixChange)]
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
     asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
     single_experts = names_in_files(model, conversions)
-    found: dict[str, str] = {}
+    in_files: dict[str, str] = {}
     for name, tensor in asked.items():
         module, _, part = tensor.rpartition(".")
         renamed = rename_source_key(tensor, backwards, [], reverse=True)[0]
         if module in single_experts:
             renamed = f"{single_experts[module]}.{part}"
         if renamed != tensor and (tensor == name or renamed.endswith(".weight")):
-            found[name] = renamed
-    # Both ways, and each name once: what does not come back stays as it is.
-    back = renamed_in(model, set(found.values()))
-    kept = {name for name, renamed in found.items() if back.get(renamed) == asked[name]}
+            in_files[name] = renamed
+    # A name that reading does not map back to itself is not renamed.
+    back = renamed_in(model, set(in_files.values()))
+    kept = {name for name, renamed in in_files.items() if back.get(renamed) == asked[name]}
     return {
         name: renamed if asked[name] == name else renamed.removesuffix(".weight")
-        for name, renamed in found.items()
+        for name, renamed in in_files.items()
         if name in kept
     }
 

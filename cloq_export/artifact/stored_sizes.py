@@ -40,7 +40,7 @@ class StoredSizes:
         code_bytes: of their codes.
         scale_bytes: of their scales.
         zero_bytes: of their zeros.
-        index_bytes: of an index such as `g_idx`, which says nothing in the layouts here.
+        index_bytes: of an index such as `g_idx`, which carries no information in these layouts.
         float_part_bytes: of tensors that are not quantized.
         checkpoint_bytes: of all of these.
         adapter_bytes: of A and B; None without an adapter.

@@ -14,7 +14,7 @@ from cloq_export.files.shards import INDEX_NAME, WEIGHTS_NAME
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
-# Files beside the weights that are none: adapters, and Mistral's own copy of them.
+# Safetensors files that hold no weights of their own: adapters, and Mistral's copy of the weights.
 _NO_WEIGHTS = ("adapter_", "adapter.", "consolidated", "eora", "optimizer", "training_")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -75,23 +75,23 @@ def _weight_names(folder: Path) -> list[str]:
     """Return the weight files of a folder without an index: the usual one, or those that older tools wrote."""
     if (folder / WEIGHTS_NAME).exists():
         return [WEIGHTS_NAME]
-    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_WEIGHTS))
-    numbered = [match for name in found if (match := _NUMBERED.fullmatch(name)) is not None]
-    if found and len(numbered) == len(found) and len({(match["stem"], match["count"]) for match in numbered}) == 1:
+    present = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(_NO_WEIGHTS))
+    numbered = [match for name in present if (match := _NUMBERED.fullmatch(name)) is not None]
+    if present and len(numbered) == len(present) and len({(match["stem"], match["count"]) for match in numbered}) == 1:
         stem, count = numbered[0]["stem"], numbered[0]["count"]
         whole = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-        missing = [name for name in whole if name not in found]
+        missing = [name for name in whole if name not in present]
         if missing:
-            raise FormatError(f"{folder / missing[0]} does not exist, but {found[0]} is there; fetch it again.")
-        return found
-    if len(found) <= 1:
-        return found or [WEIGHTS_NAME]
+            raise FormatError(f"{folder / missing[0]} does not exist, but {present[0]} is there; fetch it again.")
+        return present
+    if len(present) <= 1:
+        return present or [WEIGHTS_NAME]
     named = _base_name(folder)
-    if named in found:
+    if named in present:
         return [named]
     raise FormatError(
-        f"{folder} holds {', '.join(found[:4])}{' and more' if len(found) > 4 else ''}, and nothing says which of them "
-        f"are the weights; leave one, or rename it to {WEIGHTS_NAME}."
+        f"{folder} holds {', '.join(present[:4])}{' and more' if len(present) > 4 else ''}, and nothing says which "
+        f"of them are the weights; leave one, or rename it to {WEIGHTS_NAME}."
     )
 
 

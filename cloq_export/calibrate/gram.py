@@ -58,7 +58,7 @@ class GramAccumulator:
         self.tokens = 0
         self._sums_drift = drift
 
-    # Made with the first token: most experts of a large mixture wait for theirs, and some in vain.
+    # Made with the first token: many experts of a large mixture get theirs late, and some get none.
     @functools.cached_property
     def _gram(self) -> torch.Tensor:
         return torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
@@ -82,7 +82,8 @@ class GramAccumulator:
                 those of the weighting.
 
         Raises:
-            ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or unasked.
+            ShapeError: the width is not `in_features`, the shapes disagree, or `float_inputs` is missing or not
+                expected.
         """
         self._check(inputs, float_inputs, weights)
         if inputs.numel() == 0:
@@ -114,7 +115,7 @@ class GramAccumulator:
                     self._drift.addmm_(tokens.T, away)
 
     def stats(self) -> LayerStats:
-        """Return the sums so far; the accumulator may go on afterwards.
+        """Return the sums so far; more tokens may be added afterwards.
 
         Returns:
             LayerStats: H (in, in) float32 symmetric, the token count, and D or None.
@@ -135,7 +136,7 @@ class GramAccumulator:
             self._gram[rows, start:].addmm_(tokens[:, rows].T, tokens[:, start:])
 
     def _add_narrow(self, inputs: torch.Tensor) -> None:
-        """Add tokens to H as the layers multiply them, two bytes a number, on a GPU."""
+        """Add tokens to H on a GPU as 16-bit numbers, as the layers multiply them."""
         from cloq_export.kernels.triton.gram import add_gram
 
         rows = inputs.detach().reshape(-1, self.in_features)

@@ -86,7 +86,7 @@ class _VerbGroup(click.Group):
                 error.args = (with_flags(str(error), command),)
             raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
-            # click would make both its own end, with an empty line and code 1.
+            # click would end on both in its own way, with an empty line and code 1.
             raise _EndedFromOutsideError from error
 
     def resolve_command(
@@ -136,7 +136,7 @@ def _run(arguments: list[str]) -> int:
         asks_for_help = bool(_ASK_FOR_HELP.intersection(arguments))
         if not asks_for_help:
             require_versions()
-        # All that a call for help writes is standard output.
+        # A call for help writes to standard output only.
         with refused_output() if asks_for_help else contextlib.nullcontext():
             outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
     except CloqError as error:

@@ -19,15 +19,7 @@ from cloq_export.cli.options import PATH, json_option
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task; can be repeated.")
 @click.option("--full", is_flag=True, help="The paper's size, for a GPU, as the recipe's section `full` says.")
 @json_option()
-def command(
-    recipe: str,
-    out: Path,
-    starts: tuple[str, ...],
-    bits: tuple[int, ...],
-    tasks: tuple[str, ...],
-    full: bool,
-    as_json: bool,
-) -> None:
+def command(recipe: str, out: Path, full: bool, as_json: bool, **only: tuple[Any, ...]) -> None:
     """Train from several start points on the same data and steps.
 
     NAME is a recipe of the package, small or refined; FILE is one of your own in YAML. Rows that are measured already
@@ -37,12 +29,12 @@ def command(
 
     from cloq_export.cli.output import emit, progress_console
     from cloq_export.lab.comparing import compare
-    from cloq_export.lab.comparison import Comparison
+    from cloq_export.lab.comparison import ComparisonRecipe
     from cloq_export.lab.comparison_report import comparison_table
 
-    comparison = Comparison.read(recipe, full=full)
+    comparison = ComparisonRecipe.read(recipe, full=full)
     with progress_console(as_json=as_json) as console:
-        measured = compare(comparison, out, starts=starts, bits=bits, tasks=tasks, console=console)
+        measured = compare(comparison, out, **only, console=console)
 
     def render(result: Mapping[str, Any], target: Console) -> None:
         target.print(comparison_table(result), highlight=False, markup=False, soft_wrap=True)

@@ -20,16 +20,7 @@ from cloq_export.cli.options import PATH, json_option
 @click.option("--rank", "ranks", type=int, multiple=True, help="Only this rank; can be repeated.")
 @click.option("--full", is_flag=True, help="The larger size, for a GPU, as the recipe's section `full` says.")
 @json_option()
-def command(
-    model: str,
-    recipe: str,
-    out: Path,
-    methods: tuple[str, ...],
-    bits: tuple[int, ...],
-    ranks: tuple[int, ...],
-    full: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, recipe: str, out: Path, full: bool, as_json: bool, **only: tuple[Any, ...]) -> None:
     """Measure what every method, and other packages, make of MODEL: perplexity against stored bits and time.
 
     MODEL is taken instead of the recipe's. Rows that are measured already stay; an interrupted call continues.
@@ -43,7 +34,7 @@ def command(
 
     frontier = Frontier.read(recipe, model=model, full=full)
     with progress_console(as_json=as_json) as console:
-        measured = measure_frontier(frontier, out, methods=methods, bits=bits, ranks=ranks, console=console)
+        measured = measure_frontier(frontier, out, **only, console=console)
 
     def render(result: Mapping[str, Any], target: Console) -> None:
         target.print(frontier_table(result), highlight=False, markup=False, soft_wrap=True)

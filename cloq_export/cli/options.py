@@ -136,7 +136,8 @@ def _field_option(field: dataclasses.Field[Any], text: str | None) -> Callable[[
     elif str(field.type).startswith("tuple"):
         settings["multiple"] = True
     else:
-        settings |= {"default": field.default, "show_default": field.default is not None}
+        default = None if field.default is dataclasses.MISSING else field.default
+        settings |= {"default": default, "show_default": default is not None}
         settings["type"] = click.Choice(facts["choices"]) if "choices" in facts else _number_type(field)
         if str(field.type).startswith("Path"):
             settings["type"] = PATH

@@ -38,13 +38,13 @@ def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console
             with refused_output():
                 render(result, Console(highlight=False))
     except BrokenPipeError:
-        # The reader has what it wants; the result of the verb and its exit code stay as they are.
+        # The reader has closed the pipe; the result of the verb and its exit code stay as they are.
         if not drop_closed_streams():
             raise
 
 
 def _jsonable(value: Any) -> Any:
-    """Return the value with NaN and Inf as null, because JSON has no word for them."""
+    """Return the value with NaN and Inf as null, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

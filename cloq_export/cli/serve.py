@@ -23,9 +23,9 @@ from cloq_export.verbs.options import ServeOptions
 def command(export: Path, as_json: bool, **named: Any) -> None:
     """Serve EXPORT, an export or a run, with its adapters until Ctrl-C."""
     from cloq_export.cli.output import emit, progress_console
-    from cloq_export.verbs.serve import ServedModel, serve
+    from cloq_export.verbs.serve import Serving, serve
 
-    def announce(served: ServedModel) -> None:
+    def announce(served: Serving) -> None:
         emit(served.to_json(), render_server, as_json=as_json)
 
     with progress_console(as_json=False) as console:

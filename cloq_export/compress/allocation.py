@@ -11,7 +11,7 @@ from cloq_export.types import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class StorageChoice:
     """One way to store the layers that read one input.
 
     Args:
@@ -46,7 +46,7 @@ class RankedLayer:
     losses: Sequence[float]
 
 
-def hull_of_group(layers_of_spec: Mapping[QuantSpec, Sequence[RankedLayer]]) -> list[Choice]:
+def hull_of_group(layers_of_spec: Mapping[QuantSpec, Sequence[RankedLayer]]) -> list[StorageChoice]:
     """Return the choices of one group that are best for some price of a bit, from the smallest to the largest.
 
     For one grid the layers are independent, so their best ranks for a price are found layer by layer; the lower convex
@@ -59,7 +59,7 @@ def hull_of_group(layers_of_spec: Mapping[QuantSpec, Sequence[RankedLayer]]) -> 
     return _lower_hull(choices)
 
 
-def allocate(hulls: Sequence[Sequence[Choice]], stored_bits: int) -> list[Choice]:
+def allocate(hulls: Sequence[Sequence[StorageChoice]], stored_bits: int) -> list[StorageChoice]:
     """Return one choice for each group with the least loss in all, within a number of bits.
 
     From the smallest choices on, the step that saves most loss for each bit is taken first. On the convex hull this is
@@ -99,7 +99,7 @@ def allocate(hulls: Sequence[Sequence[Choice]], stored_bits: int) -> list[Choice
     return [hull[index] for hull, index in zip(hulls, place, strict=True)]
 
 
-def _along_prices(spec: QuantSpec, layers: Sequence[RankedLayer]) -> Iterable[Choice]:
+def _along_prices(spec: QuantSpec, layers: Sequence[RankedLayer]) -> Iterable[StorageChoice]:
     """Yield the choices on one grid: every layer's hull, its steps merged by what they save for each bit."""
     hulls = {layer.name: _hull_of_ranks(layer) for layer in layers}
     steps = []
@@ -113,8 +113,8 @@ def _along_prices(spec: QuantSpec, layers: Sequence[RankedLayer]) -> Iterable[Ch
     bits = sum(layer.code_bits + layer.adapter_bits[index[layer.name]] for layer in layers)
     loss = sum(layer.losses[index[layer.name]] for layer in layers)
 
-    def choice() -> Choice:
-        return Choice(spec, {name: ranks_of[name][at] for name, at in index.items()}, bits, loss)
+    def choice() -> StorageChoice:
+        return StorageChoice(spec, {name: ranks_of[name][at] for name, at in index.items()}, bits, loss)
 
     yield choice()
     for _, name, after, more, saved in sorted(steps):
@@ -127,7 +127,7 @@ def _hull_of_ranks(layer: RankedLayer) -> list[int]:
     return _lower_hull_of(points)
 
 
-def _lower_hull(choices: Iterable[Choice]) -> list[Choice]:
+def _lower_hull(choices: Iterable[StorageChoice]) -> list[StorageChoice]:
     ordered = sorted(choices, key=lambda choice: (choice.stored_bits, choice.loss))
     return [ordered[at] for at in _lower_hull_of([(choice.stored_bits, choice.loss) for choice in ordered])]
 

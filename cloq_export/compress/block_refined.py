@@ -18,6 +18,7 @@ from cloq_export.recipe import REFINE_STEPS
 from cloq_export.refine import (
     OutputObjective,
     Refinement,
+    Schedule,
     TrainableLayer,
     TrainedLayer,
     held_out_error,
@@ -145,7 +146,7 @@ class BlockRefiner:
     ) -> Refinement:
         objective = OutputObjective(trainable, block.forward, targets, self._measure)
         steps, seed = self._steps(objective.batches), self._recipe.seed + block.index
-        return train_layers(trainable, objective, steps=steps, seed=seed, warmup=WARMUP)
+        return train_layers(trainable, objective, Schedule(steps, seed, warmup=WARMUP))
 
     @staticmethod
     def _measure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -159,8 +160,7 @@ class BlockRefiner:
         moves_codes = not self._keeps_codes and layer.lora is None
         return TrainedLayer(
             parameter,
-            layer.quantized.to(self._device),
-            layer.lora and layer.lora.to(self._device),
+            (layer.quantized.to(self._device), layer.lora and layer.lora.to(self._device)),
             dtype=self._dtype,
             scales=not self._keeps_codes,
             weight=problem_of(layer).weight.to(self._device) if moves_codes else None,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.allocation import Choice, RankedLayer, allocate, hull_of_group
+from cloq_export.compress.allocation import RankedLayer, StorageChoice, allocate, hull_of_group
 from cloq_export.compress.costs import (
     CostMeter,
     candidate_grids,
@@ -26,7 +26,7 @@ from cloq_export.compress.costs import (
 from cloq_export.compress.initialisations import CLOQ
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.opening import open_planned, started_run
-from cloq_export.compress.plan import Plan, make_plan
+from cloq_export.compress.plan import ModelPlan, make_plan
 from cloq_export.compress.session import Session
 from cloq_export.compress.walk import BlockWalk
 from cloq_export.errors import UsageError
@@ -59,7 +59,7 @@ class Budgeted:
     recipe: Recipe
     stored_bits_per_weight: float
     smallest: float
-    choices: tuple[Choice, ...]
+    choices: tuple[StorageChoice, ...]
 
     def report(self) -> dict[str, Any]:
         """Return what a run keeps of it."""
@@ -94,7 +94,7 @@ def with_choices_of(out: Path, recipe: Recipe) -> Recipe:
     """Return the recipe with what a run has chosen already for the same budget, so that the run can be continued."""
     if not recipe.budget or not RunDirectory.is_run(out):
         return recipe
-    held = Recipe.from_mapping(RunDirectory.open(out).recipe)
+    held = RunDirectory.open(out).recipe
     given = list(recipe.overrides.items())
     if held.budget != recipe.budget or list(held.overrides.items())[: len(given)] != given:
         return recipe
@@ -197,7 +197,7 @@ def measuring_recipe(recipe: Recipe) -> Recipe:
     return recipe.changed({"error_aware": 0.0, "refine": "none", "rank": 0, "solvers": "local"})
 
 
-def _cheapest_plan(model: nn.Module, recipe: Recipe) -> Plan:
+def _cheapest_plan(model: nn.Module, recipe: Recipe) -> ModelPlan:
     """Return the plan with every layer that is free to choose on its smallest grid, without an adapter."""
     blocks = find_blocks(model, recipe.blocks)
     overrides = {**recipe.overrides}
@@ -274,7 +274,7 @@ def _check_smallest(recipe: Recipe, smallest: float) -> None:
         )
 
 
-def _shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module, plan: ModelPlan) -> dict[str, tuple[int, ...]]:
     return {name: tuple(cast(torch.Tensor, model.get_submodule(name).weight).shape) for name in plan.modules}
 
 
@@ -282,6 +282,6 @@ def _weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _planned_bits(recipe: Recipe, plan: Plan, shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:
+def _planned_bits(recipe: Recipe, plan: ModelPlan, shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:
     """Return what some layers of a plan take, as they are planned."""
     return sum(stored_bits(recipe, shapes[name], plan.modules[name].spec, plan.modules[name].rank) for name in names)

@@ -80,7 +80,7 @@ class ExpertTokens:
         tokens = torch.cat(self._kept[mixture])
         block = accumulator()
         with torch.no_grad():
-            block.add(self.mixtures[mixture][int(number)].activated(tokens) if projection == DOWN else tokens)
+            block.add(self.mixtures[mixture].expert(int(number)).activated(tokens) if projection == DOWN else tokens)
         lent = block.stats()
         return dataclasses.replace(stats, gram=stats.gram + lent.gram * (missing / len(tokens)), lent_tokens=missing)
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from cloq_export.adapt import init_cloq, init_svd
+from cloq_export.adapt import CloqOptions, init_cloq, init_svd
 from cloq_export.compress.problem import ADAPTER_DTYPES, BestPair, Dequantized, LayerProblem, Solution
 from cloq_export.errors import NonFiniteError
 from cloq_export.formats.registry import LAYOUTS
@@ -69,9 +69,8 @@ class ClosedForm(_CodesFirst):
             generator = torch.Generator().manual_seed(0)
             start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
             return BestPair(LoraPair(start.to(dtype), torch.zeros(out_features, rank, dtype=dtype), float(rank)))
-        result = init_cloq(
-            problem.target, codes.weight, problem.root, rank, split=recipe.split, svd=recipe.svd, dtype=dtype
-        )
+        options = CloqOptions(recipe.split, recipe.svd, dtype)
+        result = init_cloq(problem.target, codes.weight, problem.root, rank, options)
         fell_back = result.svd_method == "full" and recipe.svd == "truncated"
         notes = ("the truncated SVD did not settle: the full one was taken",) if fell_back else ()
         return BestPair(result.pair, result.bound, (*notes, *wider_notes(result.pair, dtype)))

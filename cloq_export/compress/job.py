@@ -13,7 +13,7 @@ from torch import nn
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.opening import compute_dtype, device_of, open_planned
-from cloq_export.compress.plan import Plan
+from cloq_export.compress.plan import ModelPlan
 from cloq_export.compress.session import Session
 from cloq_export.compress.space import check_space
 from cloq_export.compress.strategies import Strategy, strategy_of
@@ -93,7 +93,7 @@ class CompressJob:
     """
 
     model: nn.Module
-    plan: Plan
+    plan: ModelPlan
     recipe: Recipe
     directory: RunDirectory
     windows: CalibrationWindows
@@ -106,7 +106,7 @@ class CompressJob:
     def of(
         cls,
         loaded: LoadedModel,
-        plan: Plan,
+        plan: ModelPlan,
         recipe: Recipe,
         directory: RunDirectory,
         text: CalibrationText,
@@ -198,7 +198,8 @@ def make_layers(session: Session, job: CompressJob) -> None:
     session.memory = watch.stop()
 
 
-def layers_report(certificates: list[LayerCertificate], plan: Plan | None = None) -> dict[str, Any]:
+def layers_report(certificates: list[LayerCertificate], plan: ModelPlan | None = None) -> dict[str, Any]:
     """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
     report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
-    return {**report, "stays_float": dict(plan.unfit)} if plan is not None and plan.unfit else report
+    left_float = {} if plan is None else {**plan.spared, **plan.unfit}
+    return {**report, "stays_float": left_float} if left_float else report

@@ -15,7 +15,7 @@ from torch import nn
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import StoredLayer
 from cloq_export.compress.block_refined import WARMUP, finite, kept_start
-from cloq_export.compress.plan import Plan
+from cloq_export.compress.plan import ModelPlan
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.blocks import find_linears
@@ -25,6 +25,7 @@ from cloq_export.refine import (
     JUDGEMENTS,
     MODEL_RATES,
     Refinement,
+    Schedule,
     Standing,
     TrainedLayer,
     divergence,
@@ -76,8 +77,7 @@ def refine_model(
             start = solved.read_layer(name)
             of_block[name] = TrainedLayer(
                 cast(nn.Parameter, linears[name].weight),
-                start.quantized.to(stream.device),
-                start.lora and start.lora.to(stream.device),
+                (start.quantized.to(stream.device), start.lora and start.lora.to(stream.device)),
                 dtype=dtype,
                 scales=job.kept_codes is None,
                 rates=MODEL_RATES,
@@ -89,16 +89,13 @@ def refine_model(
         return train_layers(
             everything,
             objective,
-            steps=recipe.refine_steps or REFINE_STEPS,
-            seed=recipe.seed,
-            warmup=WARMUP,
-            patience=JUDGEMENTS,
-            record=TrainingRecord(folder, everything),
+            Schedule(recipe.refine_steps or REFINE_STEPS, recipe.seed, warmup=WARMUP, patience=JUDGEMENTS),
+            record=RefinementRecord(folder, everything),
             progress=progress,
         )
 
 
-class TrainingRecord:
+class RefinementRecord:
     """The state of the trained layers on disk: `now.safetensors`, and `best-STEP.safetensors` where they differ.
 
     Args:
@@ -146,7 +143,7 @@ class TrainingRecord:
         return self._folder / f"best-{standing.best_step}.safetensors"
 
 
-def refined_layers(refinement: Refinement, plan: Plan, solved: RunDirectory) -> dict[str, StoredLayer]:
+def refined_layers(refinement: Refinement, plan: ModelPlan, solved: RunDirectory) -> dict[str, StoredLayer]:
     """Return all layers as they are stored: refined, or as they were solved if no step was better.
 
     Args:

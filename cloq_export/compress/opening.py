@@ -15,7 +15,8 @@ from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, li
 from cloq_export.artifact.empty_model import refuse_lost_biases
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
-from cloq_export.compress.plan import Plan, make_plan, plan_for_codes
+from cloq_export.compress.left_float import describe_left_float
+from cloq_export.compress.plan import ModelPlan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.session import Session
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
@@ -64,7 +65,7 @@ def source_fingerprint(recipe: Recipe, model: str) -> str:
     return f"{model}+{Checkpoint.open(recipe.codes_from).computed_fingerprint()}"
 
 
-def plan_model(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[str]]:
+def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
     """Decide what happens to each layer of a model, and bring weights that codes cannot hold into their range.
 
     Args:
@@ -88,6 +89,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[str]]:
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    notes += describe_left_float(plan)
     for name, fault in unfit[:_SHOWN_UNFIT]:
         notes.append(f"{name} stays float: {fault}")
     if len(unfit) > _SHOWN_UNFIT:
@@ -95,7 +97,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[str]]:
     return plan, notes
 
 
-def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
+def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPlan]:
     """Open the float model of a recipe, and decide what happens to each of its layers."""
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
@@ -105,7 +107,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, Plan]:
     session.notes.extend(note for note in (*loaded.notes, *loaded.reading) if note not in session.notes)
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)
-        session.notes.extend(note for note in notes if note not in session.notes)
+        for note in notes:
+            if note not in session.notes:
+                session.say(note)
+                session.notes.append(note)
     else:
         checkpoint = Checkpoint.open(recipe.codes_from)
         for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
@@ -130,13 +135,13 @@ def _check_values(checkpoint: Checkpoint, recipe: Recipe) -> None:
         layout.pack_layer(layer, name=name)
 
 
-def refuse_unfinished(directory: RunDirectory, plan: Plan) -> None:
+def refuse_unfinished(directory: RunDirectory, plan: ModelPlan) -> None:
     """Refuse a run that lacks a layer of its plan."""
     missing = sorted(set(plan.modules) - directory.completed_modules(), key=natural_order)
     if missing:
         raise RunDirectoryError(
             f"{directory.path} lacks {len(missing)} of {len(plan.modules)} layers, the first {missing[0]}; finish it "
-            f"with the command that started it, e.g. cloq run {directory.recipe['model']} --out {directory.path}"
+            f"with the command that started it, e.g. cloq run {directory.recipe.model} --out {directory.path}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cloq_export.artifact.checkpoint_writer import float_tensors
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.plan import Plan
+from cloq_export.compress.plan import ModelPlan
 from cloq_export.compress.problem import ADAPTER_DTYPES
 from cloq_export.errors import RunDirectoryError
 from cloq_export.files.tensor_writer import header_bytes
@@ -19,7 +19,7 @@ from cloq_export.models.source import LoadedModel
 from cloq_export.recipe import Recipe
 
 
-def check_space(directory: RunDirectory, plan: Plan, loaded: LoadedModel, recipe: Recipe) -> None:
+def check_space(directory: RunDirectory, plan: ModelPlan, loaded: LoadedModel, recipe: Recipe) -> None:
     """Refuse a run whose files do not fit on the disk.
 
     Args:
@@ -40,7 +40,7 @@ def check_space(directory: RunDirectory, plan: Plan, loaded: LoadedModel, recipe
         )
 
 
-def _needed_bytes(directory: RunDirectory, plan: Plan, loaded: LoadedModel, recipe: Recipe) -> int:
+def _needed_bytes(directory: RunDirectory, plan: ModelPlan, loaded: LoadedModel, recipe: Recipe) -> int:
     """Return what is still to be written, without headers, reports and what comes and goes in between."""
     done, layout = directory.completed_modules(), LAYOUTS[recipe.format]
     of_factor = ADAPTER_DTYPES[recipe.adapter_dtype].itemsize

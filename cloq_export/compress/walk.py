@@ -203,6 +203,15 @@ class BlockWalk:
                 block, name, served_weight(layer.quantized.to(self._job.device), layer.lora)
             )
 
+        for name in linears:
+            first = self._job.plan.copies.get(name, name)
+            if first != name and first in self._job.plan.modules:
+                # Finished in an earlier block.
+                layer = self._job.directory.read_layer(first)
+                compressed[name] = self._installed(
+                    block, name, served_weight(layer.quantized.to(self._job.device), layer.lora)
+                )
+
         def install(stream: int) -> None:
             weights = floating if stream == FLOAT_STREAM else compressed
             for name, linear in linears.items():

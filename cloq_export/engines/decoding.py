@@ -1,7 +1,8 @@
 """Greedy continuation of many prompts by a transformers model, with keys and values read as they lie.
 
 Transformers copies all keys and values for every new token, and once more for every query head that shares them. With
-a hundred prompts at a time that takes most of the time, so both are done without copies here.
+a hundred prompts at a time that takes most of the time, so both are done without copies here. A model that keeps
+anything else than all keys and values of every layer is continued by transformers' own `generate`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -42,10 +43,13 @@ def prompts_per_batch(model: Any, tokens: int) -> int:
         tokens: of the longest prompt with its continuation.
     """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except (AttributeError, RuntimeError):
+        width = config.hidden_size  # a model without attention, or with other heads in every layer
     size = next((parameter.element_size() for parameter in model.parameters()), 4)
-    per_token = 2 * config.num_hidden_layers * heads * width * size
+    per_token = 2 * config.num_hidden_layers * width * size
     return int(max(1, min(_BATCH_PROMPTS, _CACHE_BYTES // (per_token * tokens))))
 
 
@@ -69,18 +73,16 @@ def continue_greedily(
     Raises:
         NonFiniteError: the model gives NaN or Inf.
     """
+    accepted = inspect.signature(model.forward).parameters
+    cache = _roomy_cache(model) if "past_key_values" in accepted else None
+    if cache is None:
+        return _generate(model, prompts, max_new_tokens, ended)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    ends, accepted = end_tokens(model), inspect.signature(model.forward).parameters
-    longest = max(len(ids) for ids in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, longest - len(prompt) :] = 1
+    ends = end_tokens(model)
+    ids, mask = _filled_up(prompts, device)
     results: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # prompt of each row of the cache
     open_rows = [True] * len(alive)
-    cache = _roomy_cache(model)
     with torch.no_grad(), _grouped_attention(model):
         for step in range(max_new_tokens):
             options: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
@@ -90,8 +92,7 @@ def continue_greedily(
                 options["logits_to_keep"] = 1
             output = model(input_ids=ids, **options)
             logits, cache = output.logits[:, -1].to(torch.float32), output.past_key_values
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFiniteError("the model gives NaN or Inf while it generates; run it in float32.")
+            _refuse_overflow(logits)
             chosen = logits.argmax(-1)
             for row, token in enumerate(chosen.tolist()):
                 if open_rows[row]:
@@ -101,7 +102,7 @@ def continue_greedily(
                     open_rows[row] = not (token in ends or (asked and ended is not None and ended(text)))
             if not any(open_rows):
                 break
-            if open_rows.count(False) >= _ENDED_SHARE * len(open_rows) and hasattr(cache, "batch_select_indices"):
+            if open_rows.count(False) >= _ENDED_SHARE * len(open_rows):
                 kept = [row for row, still in enumerate(open_rows) if still]
                 index = torch.tensor(kept, device=device)
                 cache.batch_select_indices(index)
@@ -110,6 +111,82 @@ def continue_greedily(
             ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return results
+
+
+def _filled_up(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and their mask, (prompts, longest), filled up in front."""
+    longest = max(len(ids) for ids in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _refuse_overflow(logits: torch.Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError("the model gives NaN or Inf while it generates; run it in float32.")
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ended: Ended | None
+) -> list[list[int]]:
+    """Return continuations as transformers' `generate` makes them, with the cache that the model makes for itself."""
+    ends = end_tokens(model)
+    results: list[list[int]] = [[] for _ in prompts]
+    own = model.generation_config
+    # Given with the call, it would be filled up with what the model's own says of sampling and penalties.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0)
+    try:
+        for rows in _together(model, prompts):
+            ids, mask = _filled_up([prompts[row] for row in rows], model.device)
+            watch = _Watch(ids.shape[1], ended)
+            texts = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                logits_processor=[watch.check],
+                stopping_criteria=[watch.has_ended],
+            )
+            for number, (row, text) in enumerate(zip(rows, texts[:, ids.shape[1] :].tolist(), strict=True)):
+                end = next((place for place, token in enumerate(text, start=1) if token in ends), len(text))
+                results[row] = text[: min(end, watch.lengths.get(number, end))]
+    finally:
+        model.generation_config = own
+    return results
+
+
+def _together(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return numbers of prompts that are continued together: not all recurrences are told which tokens are padding."""
+    if _keeps_keys_alone(model):
+        return [list(range(len(prompts)))]
+    of_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        of_length.setdefault(len(prompt), []).append(row)
+    return list(of_length.values())
+
+
+class _Watch:
+    """Sees every step of `generate`: refuses what overflows, and ends texts of which nothing more is wanted."""
+
+    def __init__(self, begun: int, ended: Ended | None) -> None:
+        self._begun, self._ended = begun, ended
+        self.lengths: dict[int, int] = {}
+
+    def check(self, _: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits as they are."""
+        _refuse_overflow(logits)
+        return logits
+
+    def has_ended(self, ids: torch.Tensor, _: Any, **options: Any) -> torch.Tensor:
+        """Return which texts are complete, (prompts) bool, and note how long they were then."""
+        length = ids.shape[1] - self._begun
+        if self._ended is not None and length % _STOP_STEPS == 0:
+            for row, text in enumerate(ids[:, self._begun :].tolist()):
+                if row not in self.lengths and self._ended(text):
+                    self.lengths[row] = length
+        return torch.tensor([row in self.lengths for row in range(len(ids))], device=ids.device)
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -159,16 +236,24 @@ class _RoomyLayer(DynamicLayer):
         return room[..., :total, :]
 
 
-def _roomy_cache(model: Any) -> Any:
-    """Return an empty cache with room, or None where a layer of the model keeps something else than all keys."""
+def _cache_layers(model: Any) -> list[Any]:
+    """Return what a model keeps of the tokens before, layer by layer; empty if its cache is one of its own kind."""
     try:
-        cache = DynamicCache(config=model.config)
+        return list(DynamicCache(config=model.config).layers)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return None  # a model that makes a cache of its own kind
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    cache.layers = [_RoomyLayer() for _ in cache.layers]
-    return cache
+        return []
+
+
+def _keeps_keys_alone(model: Any) -> bool:
+    layers = _cache_layers(model)
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _roomy_cache(model: Any) -> DynamicCache | None:
+    """Return an empty cache with room, or None where a layer of the model keeps something else than all keys."""
+    cache = DynamicCache()
+    cache.layers = [_RoomyLayer() for layer in _cache_layers(model) if type(layer) is DynamicLayer]
+    return cache if cache.layers and len(cache.layers) == len(_cache_layers(model)) else None
 
 
 def _grouped_sdpa(

@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writes, readers that trust nothing, shards, fingerprints, versions and spellings of paths."""
+"""Bytes on disk: atomic writes, readers of untrusted files, shards, fingerprints, versions and spellings of paths."""

@@ -144,7 +144,7 @@ def make_folder(path: Path) -> None:
         RunDirectoryError: it is a file, or cannot be made or written.
     """
     if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"{path} is not a folder; choose another one with --out.")
+        raise RunDirectoryError(f"{path} is not a folder; choose another one with `out`.")
     with translate_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""Reading JSON files that nobody vouches for."""
+"""Read JSON files that are not trusted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            # A pipe would be waited for without end.
+            # Opening a pipe could wait forever.
             raise FormatError(f"{path} is no ordinary file; expected a JSON file.")
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)

@@ -1,4 +1,4 @@
-"""Which files of a folder that nobody vouches for may be read or copied."""
+"""Which files of a folder that is not trusted may be read or copied."""
 
 from __future__ import annotations
 

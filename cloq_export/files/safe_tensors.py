@@ -1,4 +1,4 @@
-"""Reading safetensors files that nobody vouches for."""
+"""Read safetensors files that are not trusted."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class TensorFile:
         if dtype is None:
             raise FormatError(f"{self.path}: {name} is {code}, which is not read.")
         with _refusals(self.path), open(self.path, "rb", buffering=0) as file:
-            # Not outside: a shape of no bytes may still have a side that no tensor can have.
+            # Inside the block: torch may refuse the shape of a tensor without bytes, such as (0, 2**70).
             tensor = torch.empty(shape, dtype=dtype)
             file.seek(place)
             view = tensor_bytes(tensor)
@@ -202,7 +202,7 @@ def require_tensor(
 @contextlib.contextmanager
 def _refusals(path: Path) -> Iterator[None]:
     if path.exists() and not path.is_file():
-        # A pipe would be waited for without end.
+        # Opening a pipe could wait forever.
         what = "a folder" if path.is_dir() else "no ordinary file"
         raise FormatError(f"{path} is {what}; expected a safetensors file.")
     try:

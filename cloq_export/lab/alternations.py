@@ -107,7 +107,7 @@ class _Alternate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Alternation(WeightError):
-    """Makes codes and pair in alternation. Where codes stand, its pair is its last step, that of the weight error.
+    """Makes codes and pair in alternation. Where codes are kept, the pair is the last step, that of the weight error.
 
     Args:
         name: as recipes name it.

@@ -18,7 +18,7 @@ from cloq_export.formats.registry import LAYOUTS
 from cloq_export.lab.clipped_layer import ClippedLayer, StoredForm
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.recipe import Recipe
-from cloq_export.refine import OutputObjective, TrainableLayer, held_out_batches, squared_error, train_layers
+from cloq_export.refine import OutputObjective, Schedule, TrainableLayer, held_out_batches, squared_error, train_layers
 
 # What ApiQ's authors make of the windows where a recipe says 0 steps.
 PASSES = 20
@@ -119,7 +119,7 @@ class LayerWiseRefiner(BlockWiseRefiner):
                 return nn.functional.linear(seen[batch], own)
 
             objective = OutputObjective(trainable, forward, targets, self._measure)
-            refinement = train_layers(trainable, objective, steps=self._steps(len(batches)), seed=self._recipe.seed)
+            refinement = train_layers(trainable, objective, Schedule(self._steps(len(batches)), self._recipe.seed))
             finished |= self._finished(self._candidates({name: layer}, refinement), refinement, refinement.error_after)
         return finished
 
@@ -150,12 +150,12 @@ class Apiq(BlockRefined):
         if recipe.init != CLOQ:
             raise RecipeError(
                 f"refine is {self._name!r}, which makes A and B of its own, and init is {recipe.init!r}; leave it "
-                f"at {CLOQ}, or give --refine block, which starts from what init makes."
+                f"at {CLOQ}, or give `refine=block`, which starts from what init makes."
             )
         if keeps_codes:
             raise RecipeError(
                 f"refine is {self._name!r}, which makes codes of its own, and the codes are to be kept; give "
-                "--refine block, which then trains the adapter alone, or --refine none."
+                "`refine=block`, which then trains the adapter alone, or `refine=none`."
             )
 
     def initialisation(self, recipe: Recipe) -> ApiqStart:

@@ -42,8 +42,8 @@ class ClippedLayer:
     ```
 
     with w a group of the float weight, gamma = beta = 4 at first, A drawn as PEFT draws it and B = 0. Rounding passes
-    gradients straight through. Where the layouts ask for it ApiQ is bent: the range includes 0, so that zeros stay
-    within the codes, and scales are rounded to float16.
+    gradients straight through. The layouts ask for two changes to ApiQ: the range includes 0, so that zeros stay within
+    the codes, and scales are rounded to float16.
 
     Args:
         parameter: where `install` puts the weight.

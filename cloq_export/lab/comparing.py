@@ -18,7 +18,7 @@ from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import DivergedError, UsageError
 from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
-from cloq_export.lab.comparison import STARTS, Comparison, base_name, base_recipe, row_name
+from cloq_export.lab.comparison import STARTS, ComparisonRecipe, base_name, base_recipe, row_name
 from cloq_export.lab.comparison_report import write_comparison
 from cloq_export.lab.row_folder import RowFolder, making_cost, row_path
 from cloq_export.lab.trainers import FloatTrainer, RunTrainer, Trainer, UnavailableError
@@ -32,7 +32,7 @@ from cloq_export.verbs.run import run
 
 
 def compare(
-    comparison: Comparison,
+    comparison: ComparisonRecipe,
     out: Path,
     *,
     starts: Sequence[str] = (),
@@ -83,7 +83,7 @@ def compare(
 class ComparisonFolder:
     """One comparison on disk."""
 
-    def __init__(self, comparison: Comparison, out: Path, console: Console) -> None:
+    def __init__(self, comparison: ComparisonRecipe, out: Path, console: Console) -> None:
         self.comparison = comparison
         self.out = out
         self.console = console

@@ -64,7 +64,7 @@ STARTS: dict[str, Start] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class ComparisonRecipe:
     """What is compared.
 
     Args:
@@ -92,7 +92,7 @@ class Comparison:
     rate_steps: int
 
     @classmethod
-    def read(cls, name: str, *, full: bool = False) -> Comparison:
+    def read(cls, name: str, *, full: bool = False) -> ComparisonRecipe:
         """Return the comparison of a file, or of the package by name.
 
         Args:

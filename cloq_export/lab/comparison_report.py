@@ -12,7 +12,7 @@ from typing import Any
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.files.safe_json import read_json
-from cloq_export.lab.comparison import FLOAT_BITS, LORA, STARTS, Comparison, base_name, row_name
+from cloq_export.lab.comparison import FLOAT_BITS, LORA, STARTS, ComparisonRecipe, base_name, row_name
 from cloq_export.lab.row_folder import environment_mark, row_path, seconds_cell, table_foot, write_table
 from cloq_export.parity.plots import line_plot, standalone
 
@@ -28,7 +28,7 @@ _FIGURES = {
 _DISCREPANCIES = {"error_adapted": "frobenius", "spectral_error_adapted": "spectral"}
 
 
-def write_comparison(comparison: Comparison, out: Path) -> dict[str, Any]:
+def write_comparison(comparison: ComparisonRecipe, out: Path) -> dict[str, Any]:
     """Write compare.json, compare.md and the plots from the rows that are there.
 
     Args:
@@ -149,7 +149,7 @@ def _bases(out: Path) -> dict[str, Any]:
 
 
 def _plots(
-    comparison: Comparison, out: Path, rows: Sequence[Mapping[str, Any]], curves: Mapping[Any, Any]
+    comparison: ComparisonRecipe, out: Path, rows: Sequence[Mapping[str, Any]], curves: Mapping[Any, Any]
 ) -> dict[str, str]:
     """Return figures over widths, losses over steps, and discrepancies over layers, as SVG by name."""
     means = [row for row in rows if row["seed"] == MEAN]

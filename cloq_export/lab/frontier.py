@@ -20,7 +20,7 @@ from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CloqError, RecipeError, UsageError
-from cloq_export.lab.frontier_recipe import FLOAT, METHODS, Case, Frontier
+from cloq_export.lab.frontier_recipe import FLOAT, METHODS, Frontier, FrontierRow
 from cloq_export.lab.frontier_report import write_frontier
 from cloq_export.lab.peers import PeerError, run_peer
 from cloq_export.lab.row_folder import (
@@ -36,7 +36,7 @@ from cloq_export.texts.corpora import calibration_windows, evaluation_text, eval
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
-# The evaluation that belongs to a run is not used, so it is kept small and needs no data set.
+# The run's own evaluation is not used, so it is kept small and needs no data set.
 OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
 
 
@@ -97,7 +97,7 @@ class FrontierFolder:
         self.console = console
         self.rows = RowFolder(out, "frontier-recipe", dataclasses.asdict(frontier))
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: FrontierRow) -> dict[str, Any]:
         """Make what a row is about, and judge it."""
         if case.method == FLOAT:
             loaded = open_model(self.frontier.model, dtype=torch.float32)
@@ -113,7 +113,7 @@ class FrontierFolder:
         shutil.rmtree(place, ignore_errors=True)
         return made
 
-    def _own(self, case: Case, place: Path) -> dict[str, Any]:
+    def _own(self, case: FrontierRow, place: Path) -> dict[str, Any]:
         method = METHODS[case.method]
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
         options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
@@ -127,7 +127,7 @@ class FrontierFolder:
         made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
         return self._judge(model, tokenizer, case) | made
 
-    def _of_peer(self, case: Case, place: Path) -> dict[str, Any]:
+    def _of_peer(self, case: FrontierRow, place: Path) -> dict[str, Any]:
         folder = self.out / "model"
         loaded = open_model(self.frontier.model, dtype=torch.float32)
         if not (folder / "config.json").exists():
@@ -154,7 +154,7 @@ class FrontierFolder:
         told = {name: report[name] for name in ("seconds", "memory_beyond_model_bytes", "versions")}
         return self._judge(model, loaded.tokenizer, case) | {"stored_bits_per_weight": stored, **told}
 
-    def _judge(self, model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
+    def _judge(self, model: nn.Module, tokenizer: Any, case: FrontierRow) -> dict[str, Any]:
         model.eval()
         judged: dict[str, Any] = {"perplexity": {}}
         bos = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model}).bos

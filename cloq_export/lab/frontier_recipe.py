@@ -102,15 +102,15 @@ class Frontier:
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
         return cls(**values)
 
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[FrontierRow]:
         """Return every row, in the order in which they are measured; the float model comes first."""
-        cases = [Case(FLOAT, 16, 0, 0)]
+        cases = [FrontierRow(FLOAT, 16, 0, 0)]
         for bits in self.bits:
             for name in (*self.methods, *self.peers):
                 makes = METHODS[name].adapters if name in METHODS else PEERS[name].adapters
                 without = name in METHODS or not makes
                 ranks = [rank for rank in self.ranks if (rank and makes) or (not rank and without)]
-                cases += [Case(name, bits, rank, seed) for rank in ranks for seed in self.seeds]
+                cases += [FrontierRow(name, bits, rank, seed) for rank in ranks for seed in self.seeds]
         return cases
 
 
@@ -131,7 +131,7 @@ _NEEDED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class FrontierRow:
     """One row: a method or peer, a width, a rank and a seed."""
 
     method: str

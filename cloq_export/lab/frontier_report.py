@@ -105,7 +105,7 @@ def frontier_plots(result: Mapping[str, Any]) -> dict[str, str]:
         level = None if of_float is None else (FLOAT, of_float["value"])
         if field == "seconds" and len(result["environments"]) > 1:
             x_label = "seconds, on several machines: the table says which"
-        # A method whose perplexity has exploded would squeeze all others together.
+        # A method whose perplexity is very large would squeeze all others together.
         limit = math.inf if text is None or level is None else _PLOTTED * level[1]
         series: list[Points] = []
         for method in dict.fromkeys(row["method"] for row in means):

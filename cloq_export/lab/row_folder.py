@@ -41,10 +41,10 @@ class RowFolder:
             differing = sorted(key for key in {*held, *plain} if held.get(key) != plain.get(key))
             if differing:
                 raise UsageError(
-                    f"{path} holds another {what} ({', '.join(differing)} differ); choose another folder with --out."
+                    f"{path} holds another {what} ({', '.join(differing)} differ); choose another folder with `out`."
                 )
         elif any(path.iterdir()):
-            raise UsageError(f"{path} holds other files; choose an empty or new folder with --out.")
+            raise UsageError(f"{path} holds other files; choose an empty or new folder with `out`.")
         else:
             (path / "rows").mkdir()
             write_json(binding, plain)

@@ -42,17 +42,17 @@ def read_table_recipe(
     if not isinstance(larger, Mapping):
         raise RecipeError(f"{name}: {_FULL} is {larger!r}; a mapping of options is needed.")
     content |= {**(larger if full else {}), **(changes or {})}
-    found = [f"{key!r} is missing" for key in needed if key not in content]
-    found += [f"{key!r} is not an option of a {kind} recipe" for key in content if key not in needed]
-    found += [
+    clauses = [f"{key!r} is missing" for key in needed if key not in content]
+    clauses += [f"{key!r} is not an option of a {kind} recipe" for key in content if key not in needed]
+    clauses += [
         f"{key} is {content[key]!r}; {wanted} is needed"
         for key, (fits, wanted) in needed.items()
         if key in content and not fits(content[key])
     ]
-    if not found:
-        found = list(faults(content))
-    if found:
-        raise RecipeError(f"{name}: {'; '.join(found)}.")
+    if not clauses:
+        clauses = list(faults(content))
+    if clauses:
+        raise RecipeError(f"{name}: {'; '.join(clauses)}.")
     return content
 
 

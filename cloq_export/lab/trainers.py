@@ -17,7 +17,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.opening import plan_model
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
-from cloq_export.lab.comparison import STARTS, Comparison
+from cloq_export.lab.comparison import STARTS, ComparisonRecipe
 from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.saving import save_plain
 from cloq_export.models.source import open_model
@@ -97,7 +97,7 @@ class FloatTrainer(Trainer):
         console: where progress goes.
     """
 
-    def __init__(self, comparison: Comparison, start: str, bases: Path, console: Console) -> None:
+    def __init__(self, comparison: ComparisonRecipe, start: str, bases: Path, console: Console) -> None:
         self._comparison, self._name, self._bases, self._console = comparison, start, bases, console
         self._kind = STARTS[start].kind
 

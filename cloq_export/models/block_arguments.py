@@ -90,16 +90,6 @@ def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
     )
 
 
-class WatchedDict(collections.UserDict[Any, Any]):
-    """The dictionary that some models hand to every block, to see whether a block needs what another one wrote."""
-
-    was_read = False
-
-    def __getitem__(self, key: Any) -> Any:
-        self.was_read = True
-        return super().__getitem__(key)
-
-
 def _map_tensors(
     value: Any,
     change: Callable[[torch.Tensor], torch.Tensor],

@@ -16,6 +16,7 @@ from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.tensor_writer import DTYPES
 from cloq_export.models.blocks import BlockList, find_blocks
 from cloq_export.models.experts import holds_fused_experts
+from cloq_export.models.model_class import model_class
 from cloq_export.models.placeholders import is_placeholder, placeholder
 from cloq_export.models.weight_files import WeightFiles
 from cloq_export.models.weights_on_disk import WeightsOnDisk
@@ -46,21 +47,18 @@ class ModelOnDisk:
     places: Mapping[str, str]
 
     @classmethod
-    def of(cls, folder: Path, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
+    def of(cls, source: str, folder: Path, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
         """Return the model in a folder, or why its blocks cannot be read one after the other.
 
         Args:
+            source: name of the model, for messages.
             folder: of the model.
             config: as transformers reads it.
             dtype: of the weights in memory.
             path: of its blocks; empty to search.
         """
-        import transformers
-
         with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
-            )
+            empty = model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
         try:
             blocks = find_blocks(empty, path)
         except UnsupportedModelError as error:
@@ -136,7 +134,7 @@ def left_on_disk(
     demand = Demand.of(WeightFiles.open(folder), dtype)
     if stream == "auto" and demand.fits:
         return None, ()
-    on_disk = ModelOnDisk.of(folder, config, dtype=dtype, path=path)
+    on_disk = ModelOnDisk.of(source, folder, config, dtype=dtype, path=path)
     if isinstance(on_disk, ModelOnDisk):
         return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
     if stream == "always":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from cloq_export.errors import UnsupportedModelError
 from cloq_export.models.experts import holds_fused_experts, split_fault
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
+_REFUSED_TYPES = {"rwkv": "divides its own weights whenever it begins to compute"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 
 
@@ -22,10 +24,14 @@ class BlockList:
     Args:
         name: dotted path of the list inside the model, e.g. "model.layers".
         modules: the blocks themselves.
+        hidden_size: numbers of a token between blocks; 0 if the config does not say.
+        model_type: the model's family, as its config names it.
     """
 
     name: str
     modules: Sequence[nn.Module]
+    hidden_size: int = 0
+    model_type: str = ""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -54,16 +60,28 @@ def find_blocks(model: nn.Module, path: str = "") -> BlockList:
     Raises:
         UnsupportedModelError: the path leads nowhere, or the search finds no list, or several it cannot tell apart.
     """
-    if path:
-        return _blocks_at(model, path)
-    architecture = type(model).__name__
     config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    return dataclasses.replace(
+        _blocks_at(model, path) if path else _search_blocks(model, config),
+        hidden_size=getattr(text_config, "hidden_size", None) or 0,
+        model_type=getattr(config, "model_type", ""),
+    )
+
+
+def _search_blocks(model: nn.Module, config: object) -> BlockList:
+    architecture = type(model).__name__
+    reason = _REFUSED_TYPES.get(getattr(config, "model_type", ""))
+    if reason:
+        raise UnsupportedModelError(f"{architecture} {reason}, so codes cannot stand for them. Choose another model.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{architecture} is an encoder-decoder; only decoder-only (causal) language models can be quantized. "
             "Choose a causal language model."
         )
     candidates = _candidates(model)
+    if len(candidates) > 1:
+        candidates = _of_decoder(candidates, model)
     if len(candidates) > 1:
         candidates = _of_configured_length(candidates, config)
     if len(candidates) == 1:
@@ -158,6 +176,18 @@ def _multiplies(module: nn.Module) -> bool:
 def _is_gpt2_conv1d(module: nn.Module) -> bool:
     # Told by name: importing transformers for one class would cost every caller a second.
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _of_decoder(candidates: list[BlockList], model: nn.Module) -> list[BlockList]:
+    """Return the list that is the decoder's own, where the model says which of its parts that is."""
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = None if find is None else find()
+    name = next((name for name, module in model.named_modules() if module is decoder), None)
+    if name is None:
+        return candidates
+    inside = [candidate for candidate in candidates if not name or candidate.name.startswith(f"{name}.")]
+    children = [candidate for candidate in inside if candidate.name.rpartition(".")[0] == name]
+    return next((chosen for chosen in (inside, children) if len(chosen) == 1), candidates)
 
 
 def _of_configured_length(candidates: list[BlockList], config: object) -> list[BlockList]:

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -95,6 +95,10 @@ class Expert(nn.Module):
         interleaved: the family's activation takes gate and up alternately.
     """
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def __init__(self, linears: dict[str, nn.Linear], family: nn.Module, *, interleaved: bool) -> None:
         super().__init__()
         for name, linear in linears.items():
@@ -148,6 +152,10 @@ class SplitExperts(nn.ModuleList):
         self._family = (family,)
         self.storage = storage
         self.calls: Calls = "routed"
+
+    def expert(self, number: int) -> Expert:
+        """Return one expert."""
+        return cast(Expert, self[number])
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cloq_export.errors import CloqError, SourceError, UnsupportedModelError
+from cloq_export.errors import CloqError, MissingPackageError, SourceError, UnsupportedModelError
 
 # Of every call that could find the code of a model beside its files: it is not run, not asked for, not fetched.
 NO_CODE: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -36,6 +36,13 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
         yield
     except (MemoryError, KeyboardInterrupt, CloqError):
         raise
+    except ImportError as error:
+        # Towers for images and sounds need packages that texts do not.
+        needed = " ".join(str(error).split())[:200]
+        raise MissingPackageError(
+            f"{name} cannot be opened without a package that is not installed ({needed}). Install it, and run the "
+            "command again."
+        ) from None
     except Exception as error:
         reason = first_line(error)
         if re.search(r"does not recognize this architecture|not supported yet|Unrecognized (model|config)", reason):

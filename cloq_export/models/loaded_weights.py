@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cloq_export.errors import NonFiniteError, SourceError, UnsupportedModelError
+from cloq_export.errors import NonFiniteError, SourceError
 from cloq_export.models.placeholders import is_placeholder
 
 
@@ -75,31 +75,6 @@ def refuse_untied(name: str, model: Any) -> None:
             f"{apart[0]} to {promised[apart[0]]} (tie_word_embeddings), and its files hold two that differ. If both "
             "were trained, set tie_word_embeddings to false in config.json; if not, delete the one that is not meant."
         )
-
-
-def refuse_part_of_wrapper(name: str, config: Any) -> None:
-    """Refuse a wrapper of which transformers would open the text part alone, as if that were the model.
-
-    What is written would carry the wrapper's config and processors over the text part's weights, and no engine starts.
-
-    Args:
-        name: of the model, for the message.
-        config: its configuration, as `AutoConfig` reads it.
-
-    Raises:
-        UnsupportedModelError: it is such a wrapper.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    opened = opened[0] if isinstance(opened, tuple) else opened
-    if opened is None or issubclass(type(config), opened.config_class):
-        return
-    raise UnsupportedModelError(
-        f"{name} is a wrapper of the type {config.model_type}, of which transformers opens only the text part as a "
-        f"causal language model ({opened.__name__}); the other parts would be lost. Save the text part as a model of "
-        "its own (AutoModelForCausalLM.from_pretrained, then save_pretrained of model and tokenizer) and give that."
-    )
 
 
 def check_finite(model: nn.Module) -> None:

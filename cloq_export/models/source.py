@@ -31,7 +31,8 @@ from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_file
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.library_calls import NO_CODE, first_line, quiet_transformers, told_in_one_line
-from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_part_of_wrapper, refuse_untied
+from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_untied
+from cloq_export.models.model_class import model_class
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weight_files import (
@@ -229,13 +230,12 @@ def load_source(
             options = {"config": config, "gguf_file": gguf.path.name, "quantization_config": dequantize}
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
-            refuse_part_of_wrapper(source.name, config)
             options = {"use_safetensors": True}
             on_disk, reading = left_on_disk(source.name, source.folder, config, kind, stream, blocks)
         if on_disk is not None:
             model, report = on_disk.load(config, kind)
         else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            model, report = model_class(source.name, config).from_pretrained(
                 source.folder,
                 dtype=kind,
                 output_loading_info=True,

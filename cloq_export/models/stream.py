@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError
-from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, WatchedDict, returned_beside
+from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, returned_beside
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
@@ -75,6 +76,9 @@ class BlockStream:
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         self._calls: list[list[BlockArguments]] = []
         self.hidden: list[torch.Tensor] = []
+        # What blocks wrote for later ones in the dictionary that all are given (shared keys and values), by the hidden
+        # states that it belongs to: it lives as long as they do.
+        self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._probe(windows[:1, :_PROBE_TOKENS])
         batches = self._windows = windows.split(batch)
         # The same mask serves every batch of the same shape; one copy is kept.
@@ -143,7 +147,7 @@ class BlockStream:
                     f"block {self.blocks.prefix(index)} gives NaN or Inf in {after.dtype}: the model overflows on the "
                     "calibration text. Run it with --precision float32, or check the model's weights."
                 )
-            return after.to(self.storage)
+            return self._stored(after)
 
     def differentiable_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
         """Run one block over one batch with the gradients that the caller has switched on, overflow or not.
@@ -155,11 +159,33 @@ class BlockStream:
 
         Returns:
             Tensor: hidden states after the block, same shape, on `device`.
+
+        Raises:
+            UnsupportedModelError: blocks read what others wrote for them, and the states are not those of a block.
         """
         with self.block_on_device(index) as block, forward_precision(self._precision, self.device):
-            call = self._calls[batch_index][index].map(self._as_argument)
+            call, written = self._calls[batch_index][index], collections.UserDict[Any, Any]()
+            shares = call.holds(collections.UserDict)
+            if shares and index:
+                if states not in self._written:
+                    raise UnsupportedModelError(
+                        f"blocks of {type(self.model).__name__} share keys and values, which are not kept for every "
+                        "step of a refinement of the whole model. Choose --refine block."
+                    )
+                written.update(self._written[states])
+            call = call.map(self._as_argument, dictionary=written)
             output = call.invoke(block, states.to(self.device))
-            return output[0] if isinstance(output, (tuple, list)) else output
+            after: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+            if shares:
+                self._written[after] = written.data
+            return after
+
+    def _stored(self, after: torch.Tensor) -> torch.Tensor:
+        """Return hidden states on `storage`, with what blocks wrote beside them."""
+        stored = after.to(self.storage)
+        if after in self._written:
+            self._written[stored] = self._written[after]
+        return stored
 
     def differentiable_logits(self, batch_index: int, states: torch.Tensor, positions: slice) -> torch.Tensor:
         """Run what stands behind the last block, with the gradients that the caller has switched on.
@@ -242,21 +268,25 @@ class BlockStream:
     def _probe(self, ids: torch.Tensor) -> None:
         """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.
 
-        Blocks may talk to each other through the hidden states only. Three other ways are looked for: arguments
-        computed from hidden states, values returned beside them and handed on, and a shared dictionary.
+        Blocks may talk to each other through the hidden states, and through a dictionary that all are given. Two other
+        ways are looked for: arguments computed from hidden states, and values returned beside them and handed on.
         """
-        _, plain = self._capture(ids, probing=True)
-        _, shifted = self._capture(ids, shift=1.0)
+        try:
+            _, plain = self._capture(ids, probing=True)
+            _, shifted = self._capture(ids, shift=1.0)
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
+            # What a model does with its blocks beside calling them is its own; it fails on what stands in for them.
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does more with its blocks than call one after the other ("
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}); such models cannot be run block by "
+                "block. Choose another architecture."
+            ) from error
         for index, (one, other) in enumerate(zip(plain, shifted, strict=True)):
             if one.holds(HandedOn) or not one.equals(other):
-                raise self._refusal(index)
-
-    def _refusal(self, index: int) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"block {self.blocks.prefix(index)} of {type(self.model).__name__} receives more from other blocks than "
-            "the hidden states (such as shared keys and values); such models cannot be run block by block. Choose "
-            "another architecture."
-        )
+                raise UnsupportedModelError(
+                    f"block {self.blocks.prefix(index)} of {type(self.model).__name__} receives more from other blocks "
+                    "than the hidden states; such models cannot be run block by block. Choose another architecture."
+                )
 
     def _capture(
         self, ids: torch.Tensor, *, shift: float = 0.0, probing: bool = False
@@ -266,12 +296,12 @@ class BlockStream:
         Args:
             ids: token ids, (batch, seqlen).
             shift: what a stub adds to the hidden states; 0 hands on the very same tensor.
-            probing: run blocks of a kind not met before, and all blocks that are given a shared dictionary.
+            probing: run blocks of a kind not met before.
         """
         first: list[torch.Tensor] = []
         handed_on: list[torch.Tensor] = []
         calls: list[BlockArguments | None] = [None] * len(self.blocks)
-        watched = WatchedDict()
+        written = collections.UserDict[Any, Any]()
 
         def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
@@ -285,11 +315,9 @@ class BlockStream:
                         "elsewhere, name their list with --blocks."
                     )
                 calls[index] = call
-                if probing and (type(block) not in self._returns or call.holds(collections.UserDict)):
-                    output = call.map(lambda tensor: tensor, dictionary=watched).invoke(forward, states)
+                if probing and type(block) not in self._returns:
+                    output = call.map(lambda tensor: tensor, dictionary=written).invoke(forward, states)
                     self._returns[type(block)] = returned_beside(output, self.blocks.prefix(index))
-                    if watched.was_read:
-                        raise self._refusal(index)
                 after = states + shift if shift else states
                 handed_on.append(after)
                 beside = self._returns[type(block)]

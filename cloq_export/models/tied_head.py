@@ -46,6 +46,17 @@ def correct_config(config: Any, *, tied: bool | None) -> bool:
     return bool(wrong)
 
 
+def config_of_json(config_class: Any, raw: Mapping[str, Any]) -> Any:
+    """Return the config of a class that the content of a config.json describes, read as transformers reads a file.
+
+    Args:
+        config_class: a class of transformers.
+        raw: content of config.json.
+    """
+    # Infinity, for example, stands in files as a dictionary.
+    return config_class.from_dict(config_class._decode_special_floats(dict(raw)))
+
+
 def corrected_entries(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Return the entries of a config.json that have to be others for it to say what a config says about the head.
 
@@ -59,9 +70,7 @@ def corrected_entries(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
         dict: top-level name -> value; empty if the file says the same.
     """
     right = {path: getattr(place, FLAG, None) for path, place in _places(config)}
-    # Infinity, which JSON has not, stands in the file in transformers' own way.
-    read = type(config).from_dict(type(config)._decode_special_floats(dict(raw)))
-    said = {path: getattr(place, FLAG, None) for path, place in _places(read)}
+    said = {path: getattr(place, FLAG, None) for path, place in _places(config_of_json(type(config), raw))}
     if all(said.get(path, value) in (value, None) for path, value in right.items()):
         return {}
     entries: dict[str, Any] = {}

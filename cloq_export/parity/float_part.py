@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import tie_entries
-from cloq_export.artifact.provenance import TokenizerRecord
+from cloq_export.artifact.probe_record import TokenizerRecord
 from cloq_export.errors import CloqError
 from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.source import LoadedModel
+from cloq_export.models.tied_head import config_of_json
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weights_on_disk import tensor_of
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some, judge_tokenizer
@@ -59,7 +61,7 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
         fault = _tensor_fault(checkpoint.read(name), tensor_of(loaded.model, name, wanted), loaded.source.dtype)
         if fault:
             faults.append(f"{name} {fault}")
-    faults += _gaps(state, held, checkpoint.specs)
+    faults += _gaps(state, held, {*checkpoint.specs, *copies_of_codes(loaded.model, checkpoint.specs)})
     if tie_entries(checkpoint):
         faults.append("config.json ties the head to the embeddings, and the files hold two matrices that differ")
     if not faults:
@@ -79,7 +81,7 @@ def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Findin
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         with quiet_transformers():
-            mine = dict(_flat(type(model.config).from_dict(plain).to_dict()))
+            mine = dict(_flat(config_of_json(type(model.config), plain).to_dict()))
     except Exception as error:  # a config raises whatever its values lead to
         return Finding("config", CONTRADICTED, f"{source} cannot be read ({' '.join(str(error).split())[:200]})")
     # What a reader of the file goes by, whatever class reads it here.

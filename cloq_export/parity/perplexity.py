@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cloq_export.models.context import context_length
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.process.progress import show_progress
-from cloq_export.texts.corpora import CalibrationText
+from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.types import Perplexity
 
 # Logits that one forward pass may make: windows are read several at a time, so that packed weights are unpacked less
@@ -192,32 +193,101 @@ def ratio_of_losses(losses: torch.Tensor, reference: torch.Tensor) -> tuple[floa
     return _exponential(losses - reference)
 
 
+@dataclasses.dataclass(frozen=True)
+class TextWindows:
+    """What perplexity is measured on.
+
+    Args:
+        text: the text.
+        window: tokens in a window, at least 2.
+        windows: how many windows at most, at least 1, from the start of the text.
+        bos: what each window begins with: "auto", "never" or "always".
+    """
+
+    text: CalibrationText
+    window: int = 512
+    windows: int = 16
+    bos: str = "auto"
+
+    def tokens(self, tokenizer: Any) -> torch.Tensor:
+        """Return the token ids of the text, (tokens,) int64."""
+        return evaluation_tokens(tokenizer, self.text.text, self.window, self.bos)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPerplexity:
+    """The perplexity of one model in a table.
+
+    Args:
+        perplexity: of the model.
+        standard_error: of the perplexity; None for a single window.
+        ratio_to_float: perplexity over that of the float model; None for that model, or where it was not measured.
+        ratio_standard_error: of the ratio.
+    """
+
+    perplexity: float
+    standard_error: float | None
+    ratio_to_float: float | None = None
+    ratio_standard_error: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the figures, the ratio only where there is one."""
+        content = {"perplexity": self.perplexity, "standard_error": self.standard_error}
+        if self.ratio_to_float is not None:
+            content |= {"ratio_to_float": self.ratio_to_float, "ratio_standard_error": self.ratio_standard_error}
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityTable:
+    """Perplexities of several models on the same windows.
+
+    Args:
+        models: name -> what was measured; the names used are "float", "quantized", "adapter" and "merged".
+        tokens: predicted tokens.
+        windows: how many were measured.
+        window: tokens in a window.
+        text: where the text is from.
+        text_sha256: of the text.
+        bos: what each window begins with, as it was asked for.
+        begin_tokens: the tokens that this means.
+    """
+
+    models: Mapping[str, ModelPerplexity]
+    tokens: int
+    windows: int
+    window: int
+    text: str
+    text_sha256: str
+    bos: str
+    begin_tokens: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as a JSON object in which each model stands under its name."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        models = {name: measured.to_json() for name, measured in self.models.items()}
+        return models | facts | {"begin_tokens": list(self.begin_tokens)}
+
+
 def evaluate(
     models: Iterable[tuple[str, nn.Module]],
     token_ids: torch.Tensor,
+    on: TextWindows,
     *,
-    text: CalibrationText,
-    window: int = 512,
-    windows: int = 16,
+    begin_tokens: tuple[int, ...] = (),
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> PerplexityTable:
     """Measure several models on the same windows and put them in one table.
 
     Models are taken from the iterable one at a time and no reference to them is kept, so that a generator may load
     each when it is needed, and may switch an adapter off between two items.
 
     Args:
-        models: (name, model) pairs; the names used elsewhere are "float", "quantized" and "adapter".
+        models: (name, model) pairs, named as in the table.
         token_ids: (tokens,) int64, what the models' common tokenizer makes of the text.
-        text: what the tokens are of.
-        window: tokens in a window, at least 2.
-        windows: how many windows at most, at least 1.
-        console: the console for that; None means a new one on standard error.
-
-    Returns:
-        dict: for each name `{"perplexity", "standard_error"}`, and beside a model named "float" also
-        `{"ratio_to_float", "ratio_standard_error"}`; then "tokens" (predicted tokens), "windows", "window", "text"
-        and "text_sha256".
+        on: the text and its windows.
+        begin_tokens: with which each window begins.
+        console: where progress is shown; None means a new one on standard error.
 
     Raises:
         CalibrationError: the text is shorter than one window.
@@ -229,28 +299,24 @@ def evaluate(
         losses[name] = window_losses(
             model,
             token_ids,
-            window=window,
-            windows=windows,
+            window=on.window,
+            windows=on.windows,
             label=f"perplexity, {name}",
             console=console,
         )
         del model
-    table: dict[str, Any] = {}
+    table: dict[str, ModelPerplexity] = {}
     for name, values in losses.items():
-        measured = summarize_losses(values, window)
-        entry = {"perplexity": measured.perplexity, "standard_error": _or_none(measured.standard_error)}
+        measured = summarize_losses(values, on.window)
+        beside_float: tuple[float, float | None] | tuple[()] = ()
         if "float" in losses and name != "float":
             ratio, error = ratio_of_losses(values, losses["float"])
-            entry |= {"ratio_to_float": ratio, "ratio_standard_error": _or_none(error)}
-        table[name] = entry
-    count = len(_cut_windows(token_ids, window, windows))
-    return table | {
-        "tokens": count * (window - 1),
-        "windows": count,
-        "window": window,
-        "text": text.origin,
-        "text_sha256": text.sha256,
-    }
+            beside_float = (ratio, _or_none(error))
+        table[name] = ModelPerplexity(measured.perplexity, _or_none(measured.standard_error), *beside_float)
+    count = len(_cut_windows(token_ids, on.window, on.windows))
+    return PerplexityTable(
+        table, count * (on.window - 1), count, on.window, on.text.origin, on.text.sha256, on.bos, begin_tokens
+    )
 
 
 def _cut_windows(token_ids: torch.Tensor, window: int, windows: int) -> torch.Tensor:

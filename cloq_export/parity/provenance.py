@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cloq_export.artifact.pair_record import PairRecord, pair_digest, pairs_digest, record_pairs
-from cloq_export.artifact.provenance import AdapterRecord, BaseRecord, ProbeRecord, TokenizerRecord, seal_of
+from cloq_export.artifact.probe_record import ProbeRecord, TokenizerRecord
+from cloq_export.artifact.provenance import AdapterRecord, BaseRecord, seal_of
 from cloq_export.parity.plain import Result
 from cloq_export.types import LoraPair
 

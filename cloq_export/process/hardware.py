@@ -34,13 +34,13 @@ def describe_hardware() -> dict[str, Any]:
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found: dict[str, Any] = {
+    hardware: dict[str, Any] = {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": cores,
         "memory_bytes": psutil.virtual_memory().total,
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
     }
-    return found | {"gpus": gpus} if gpus else found
+    return hardware | {"gpus": gpus} if gpus else hardware
 
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:

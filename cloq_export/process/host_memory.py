@@ -53,7 +53,7 @@ class MemoryUse:
 class MemoryWatch:
     """Measures the host memory of the work between its creation and `stop`.
 
-    What earlier work has freed is handed back first: kept, it would serve this work and not be counted.
+    What earlier work has freed is handed back first: this work could otherwise reuse it uncounted.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class MemoryWatch:
         self._peak_before = _peak_bytes()
         self._start: int | None = psutil.Process().memory_info().rss
         try:
-            # Linux forgets the peak so far, so that what came before does not count.
+            # This resets the peak on Linux, so that earlier work does not count.
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
             self._start = None

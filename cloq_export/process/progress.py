@@ -111,14 +111,14 @@ class _Lines:
         if self._total is None and total and done > 1:
             # What an interrupted call had done already says nothing about the speed of this one.
             self._rate_start, self._rate_done = now, done
-        # Nothing of nothing is a wait whose end nobody knows.
+        # 0 of 0 is a wait of unknown length.
         self._done, self._total = done, total or None
         if now - self._last >= INTERVAL_S and (done < total or not total):
             self._last = now
             self._tell(now)
 
     def end(self) -> None:
-        # Work of less than an interval is told by its first line alone.
+        # Work shorter than an interval gets its first line only.
         now = self.clock()
         if self._told or now - self._start >= INTERVAL_S:
             self._tell(now)

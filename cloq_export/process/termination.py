@@ -1,4 +1,4 @@
-"""SIGTERM, which batch systems send before they kill, ends work in order as Ctrl-C does."""
+"""SIGTERM, which batch systems send before they kill a process, ends work as cleanly as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def interrupted_by_termination() -> Iterator[None]:
         raise Termination
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+        yield  # only the main thread may set signal handlers
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

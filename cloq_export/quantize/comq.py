@@ -14,9 +14,8 @@ def sweep_codes(
     zeros: torch.Tensor,
     max_code: int,
     gram: torch.Tensor,
-    sweeps: int,
 ) -> torch.Tensor:
-    """Return codes after cyclic coordinate descent on `||(W - Q) H^(1/2)||_F^2` (COMQ, coordinate-wise minimisation).
+    """Return codes after one sweep of coordinate descent on `||(W - Q) H^(1/2)||_F^2` (COMQ).
 
     For column j with all others fixed the objective is a parabola in `q_j` with its minimum at
     `q_j + ((W - Q) H)_j / H_jj`; rounding that to the grid never raises the objective.
@@ -28,7 +27,6 @@ def sweep_codes(
         zeros: per column, (out, in) float32 holding integers.
         max_code: `2**bits - 1`.
         gram: damped H, (in, in) float64 or float32, positive definite.
-        sweeps: passes over all columns.
 
     Returns:
         Codes, (out, in) uint8.
@@ -44,28 +42,26 @@ def sweep_codes(
     diagonal = metric.diagonal().tolist()
     moves = torch.empty_like(weight)
     tile_width = tile_columns(weight.shape[1])
-    for _ in range(sweeps):
-        # The gradient is formed anew each sweep so that rounding errors do not build up.
-        residual = weight - (current_codes - column_zeros) * column_scales
-        gradient = metric @ residual
-        for block in range(0, in_features, BLOCK_COLUMNS):
-            block_end = min(block + BLOCK_COLUMNS, in_features)
-            for tile in range(block, block_end, tile_width):
-                tile_end = min(tile + tile_width, block_end)
-                for column in range(tile, tile_end):
-                    scale, code, move = column_scales[column], current_codes[column], moves[column]
-                    new_code = torch.div(gradient[column], scale * diagonal[column])
-                    new_code.add_(code).round_().clamp_(0, max_code)
-                    torch.sub(new_code, code, out=move)
-                    move.mul_(scale)
-                    code.copy_(new_code)
-                    gradient[column:tile_end].addr_(metric[column, column:tile_end], move, alpha=-1.0)
-                if tile_end < block_end:
-                    gradient[tile_end:block_end].addmm_(
-                        metric[tile:tile_end, tile_end:block_end].t(), moves[tile:tile_end], alpha=-1.0
-                    )
-            if block_end < in_features:
-                gradient[block_end:].addmm_(metric[block:block_end, block_end:].t(), moves[block:block_end], alpha=-1.0)
+    residual = weight - (current_codes - column_zeros) * column_scales
+    gradient = metric @ residual
+    for block in range(0, in_features, BLOCK_COLUMNS):
+        block_end = min(block + BLOCK_COLUMNS, in_features)
+        for tile in range(block, block_end, tile_width):
+            tile_end = min(tile + tile_width, block_end)
+            for column in range(tile, tile_end):
+                scale, code, move = column_scales[column], current_codes[column], moves[column]
+                new_code = torch.div(gradient[column], scale * diagonal[column])
+                new_code.add_(code).round_().clamp_(0, max_code)
+                torch.sub(new_code, code, out=move)
+                move.mul_(scale)
+                code.copy_(new_code)
+                gradient[column:tile_end].addr_(metric[column, column:tile_end], move, alpha=-1.0)
+            if tile_end < block_end:
+                gradient[tile_end:block_end].addmm_(
+                    metric[tile:tile_end, tile_end:block_end].t(), moves[tile:tile_end], alpha=-1.0
+                )
+        if block_end < in_features:
+            gradient[block_end:].addmm_(metric[block:block_end, block_end:].t(), moves[block:block_end], alpha=-1.0)
     result = torch.empty_like(current_codes)
     result[order] = current_codes
     return result.t().to(torch.uint8).contiguous()

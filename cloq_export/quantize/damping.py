@@ -101,13 +101,13 @@ def damp_gram(gram: torch.Tensor, fraction: float, dtype: torch.dtype = torch.fl
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info):
             continue
-        found = DampedGram(damped, lower, relative * mean, attempt)
+        candidate = DampedGram(damped, lower, relative * mean, attempt)
         # With next to no damping a singular matrix may pass by the luck of rounding: its condition number tells.
-        if relative >= _SAFE_FRACTION or found.condition() < _LARGEST_CONDITION:
-            return found
+        if relative >= _SAFE_FRACTION or candidate.condition() < _LARGEST_CONDITION:
+            return candidate
     raise SingularStatsError(
         f"the Gram matrix does not factorise with damping up to {relative:g} of its mean diagonal; it is not positive "
-        "semi-definite. Collect it in float32 (--precision float32), or raise --damping."
+        "semi-definite. Collect it in float32 (`precision=float32`), or raise `damping`."
     )
 
 

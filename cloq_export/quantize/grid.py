@@ -9,7 +9,7 @@ from cloq_export.kernels.dispatch import triton_takes_groups
 from cloq_export.types import QuantSpec
 
 # The search judges a grid by the sum of |error|^2.5: between the mean square, which lets rare large weights pass,
-# and the maximum, which serves nothing else. 2.5 and not the 2.4 of GPTQ's own search because x^2 * sqrt(x) costs far
+# and the maximum, which ignores all others. 2.5 and not the 2.4 of GPTQ's own search because x^2 * sqrt(x) costs far
 # less than a general power.
 SEARCH_RANGE_FRACTIONS = tuple(1.0 - 0.06 * step for step in range(12))
 SEARCH_REFINEMENT = (-0.03, 0.03, -0.015, 0.015)
@@ -130,17 +130,17 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
     for start in range(0, groups.shape[0], chunk):
         piece = groups[start : start + chunk]
         if method == "searched":
-            found = _search_chunk(piece, spec)
+            fitted = _search_chunk(piece, spec)
         else:
-            found = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
-        scales[start : start + chunk], zeros[start : start + chunk] = found
+            fitted = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
+        scales[start : start + chunk], zeros[start : start + chunk] = fitted
     return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
 
 
 def raise_zeros(
     scales: torch.Tensor, zeros: torch.Tensor, spec: QuantSpec, least: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return grids whose zeros are at least `least`; a group that has to give up codes reaches as far with the rest.
+    """Return grids whose zeros are at least `least`; a group that loses codes keeps its range.
 
     Args:
         scales: (out, groups) float16.

@@ -92,7 +92,7 @@ def quantize_group(
                 scales = refit_scales(stacked, codes, scales, zeros, damped.gram)
                 column_scales = _spread(scales, columns)
             if sweep < options.sweeps:
-                codes = sweep_codes(stacked, codes, column_scales, column_zeros, spec.max_code, damped.gram, 1)
+                codes = sweep_codes(stacked, codes, column_scales, column_zeros, spec.max_code, damped.gram)
     sizes = [target.shape[0] for target in targets]
     parts = zip(codes.split(sizes), scales.split(sizes), zeros.split(sizes), strict=True)
     layers = tuple(QuantizedLayer(c.contiguous(), s.contiguous(), z.contiguous(), spec) for c, s, z in parts)

@@ -63,7 +63,7 @@ def shrink_infinity_norm(groups: torch.Tensor, amount: float) -> torch.Tensor:
 
 
 def _shrink_from(groups: torch.Tensor, amount: float, level: torch.Tensor) -> torch.Tensor:
-    """Return `shrink_infinity_norm`, starting from levels near the sought ones, (n, 1), that are then those found."""
+    """Return `shrink_infinity_norm`; `level`, (n, 1), is where the search starts and is overwritten with its result."""
     if triton_takes_groups(groups.shape[1], groups, level):
         from cloq_export.kernels.triton.prox import clip_groups
 

@@ -97,9 +97,9 @@ def _walk_block(
     """Choose the codes of a block of columns, as `kernels.triton.optq.walk_block` does; `remaining` is used up."""
     codes, errors = results
     width, out_features = remaining.shape
-    found = torch.empty_like(remaining)
+    chosen = torch.empty_like(remaining)
     # Row views made once: indexing a tensor costs as much as the arithmetic on a row.
-    columns = list(zip(*(tensor.unbind(0) for tensor in (remaining, exact, scales, found, errors)), strict=True))
+    columns = list(zip(*(tensor.unbind(0) for tensor in (remaining, exact, scales, chosen, errors)), strict=True))
     tile_width = tile_columns(out_features)
     for tile in range(0, width, tile_width):
         tile_end = min(tile + tile_width, width)
@@ -112,4 +112,4 @@ def _walk_block(
                 remaining[column + 1 : tile_end].addr_(moves[column, column + 1 : tile_end], error)
         if tile_end < width:
             remaining[tile_end:].addmm_(moves[tile:tile_end, tile_end:].t(), errors[tile:tile_end])
-    codes.copy_(found)
+    codes.copy_(chosen)

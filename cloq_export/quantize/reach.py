@@ -9,16 +9,17 @@ import torch
 from cloq_export.quantize.grid import LARGEST_SCALE, SMALLEST_SCALE
 from cloq_export.types import QuantSpec
 
-# Share of the squared norm of a layer from which on it counts that it is lost: a tenth of the norm.
+# A layer may lose this share of its squared norm, a tenth of its norm.
 LOST_SHARE = 0.01
-# And that from which on nothing else counts.
+# A layer that loses more than this is refused without measuring the error of its other groups.
 _MOST = 0.25
 
-# A scale that is twice as coarse as the range of its group asks for is one that the layout could not hold, if the step
-# is also coarse beside the weights: with many codes it may be twice as coarse and still do.
+# A group is lost if the smallest stored scale is so many times what its range asks for, and the error of its steps is
+# above that share of its root mean square: with many codes, twice the scale may still be fine enough.
 _COARSER, _COARSER_AT_2_BITS = 2.0, 1.5
 _LARGEST_ERROR = 0.02
-# Weights up to here leave room for what moves them before they are rounded, and for the ends of a symmetric grid.
+# Weights up to here leave room for the steps that change them before they are rounded, and for the ends of a symmetric
+# grid.
 _LARGEST_WEIGHT = LARGEST_SCALE / 2.0
 
 
@@ -82,7 +83,7 @@ def reach_fault(weight: torch.Tensor, spec: QuantSpec) -> str | None:
     if share <= LOST_SHARE:
         return None
     if share <= _MOST:
-        # Beside others that are just coarse enough: what counts is the error of all of them.
+        # Other groups may be barely fine enough, so the error of all groups together decides.
         scales = _wanted_scales(groups, spec)
         of_step = groups.shape[-1] / 12.0
         wanted, stored = (
@@ -107,6 +108,6 @@ def _in_groups(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 
 def _wanted_scales(groups: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Return the scales that the ranges of groups ask for, (out, groups) float64: they may be below float32's."""
+    """Return the scales that the ranges of groups ask for, (out, groups) float64: they may be below float32's range."""
     low, high = groups.amin(-1).clamp_max(0.0).to(torch.float64), groups.amax(-1).clamp_min(0.0).to(torch.float64)
     return (2.0 * torch.maximum(-low, high) if spec.symmetric else high - low) / spec.max_code

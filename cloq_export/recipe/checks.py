@@ -1,4 +1,4 @@
-"""One option with its default, its meaning and the values that it may have; and what is said of any other value."""
+"""One option with its default, its meaning and its allowed values, and the message for any other value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cloq_export.errors import RecipeError
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class ValueRule:
     """What a value of the right type must be.
 
     Args:
@@ -26,7 +26,7 @@ class Rule:
     wanted: str
 
 
-def option(default: Any, text: str, *rules: Rule) -> Any:
+def option(default: Any, text: str, *rules: ValueRule) -> Any:
     """Return a field of a dataclass of options.
 
     Args:
@@ -37,27 +37,27 @@ def option(default: Any, text: str, *rules: Rule) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "rules": rules})
 
 
-def at_least(least: int) -> Rule:
+def at_least(least: int) -> ValueRule:
     """Return the rule of a smallest value."""
-    return Rule(lambda value: bool(value >= least), f"it must be at least {least}")
+    return ValueRule(lambda value: bool(value >= least), f"it must be at least {least}")
 
 
-def between(least: float, most: float) -> Rule:
+def between(least: float, most: float) -> ValueRule:
     """Return the rule of a smallest and a largest value."""
-    return Rule(lambda value: bool(least <= value <= most), f"it must be between {least} and {most}")
+    return ValueRule(lambda value: bool(least <= value <= most), f"it must be between {least} and {most}")
 
 
-def below_power_of_two(exponent: int) -> Rule:
+def below_power_of_two(exponent: int) -> ValueRule:
     """Return the rule of a number that so many bits hold."""
-    return Rule(lambda value: bool(value < 2**exponent), f"it must be below 2**{exponent}")
+    return ValueRule(lambda value: bool(value < 2**exponent), f"it must be below 2**{exponent}")
 
 
-def matching(pattern: str, wanted: str) -> Rule:
+def matching(pattern: str, wanted: str) -> ValueRule:
     """Return the rule of a text that a regular expression describes as a whole."""
-    return Rule(lambda value: re.fullmatch(pattern, value) is not None, wanted)
+    return ValueRule(lambda value: re.fullmatch(pattern, value) is not None, wanted)
 
 
-ABOVE_ZERO = Rule(lambda value: bool(value > 0), "it must be above 0")
+ABOVE_ZERO = ValueRule(lambda value: bool(value > 0), "it must be above 0")
 SHARE = between(0, 1)
 FILE_NAME = matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
@@ -82,7 +82,7 @@ class Options:
         """Return what is wrong with one option, as clauses of a sentence."""
         wanted = self._type_fault(name, value)
         if not wanted:
-            rules: Iterable[Rule] = self.fields[name].metadata.get("rules", ())
+            rules: Iterable[ValueRule] = self.fields[name].metadata.get("rules", ())
             wanted = next((rule.wanted for rule in rules if not rule.holds(value)), "")
         return [f"{name} is {value!r}; {wanted}"] if wanted else []
 

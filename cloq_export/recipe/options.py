@@ -20,7 +20,7 @@ from cloq_export.recipe.checks import (
     FILE_NAME,
     SHARE,
     Options,
-    Rule,
+    ValueRule,
     at_least,
     below_power_of_two,
     between,
@@ -54,15 +54,15 @@ def _bytes_of_size(text: str) -> int | None:
     return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
 
-_GROUP_SIZE = Rule(
+_GROUP_SIZE = ValueRule(
     lambda value: value == -1 or (value >= 8 and value % 8 == 0),
     "allowed are -1 (one group per output channel) or a multiple of 8, usually 32, 64 or 128",
 )
 _DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "allowed are auto, cpu, cuda, cuda:N, xpu, mps")
 _OF_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _MODULE_PATH = matching(r"|\w+(\.\w+)*", "a dotted module path is needed, for example model.layers")
-_SHARD_SIZE = Rule(lambda value: bool(_bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
-_TEXT = Rule(lambda value: bool(value.strip()), "give wikitext2, gsm8k, embedded, a file or a hub id")
+_SHARD_SIZE = ValueRule(lambda value: bool(_bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
+_TEXT = ValueRule(lambda value: bool(value.strip()), "give wikitext2, gsm8k, embedded, a file or a hub id")
 
 
 def is_expert(module: str) -> bool:
@@ -80,7 +80,7 @@ class Recipe:
 
     model: str = option("", "Model to read: a Hugging Face folder, a hub id or a GGUF file.")
     bits: int = option(
-        4, "Width of a code: 2, 3, 4 or 8.", Rule(SUPPORTED_BITS.__contains__, "allowed are 2, 3, 4 and 8")
+        4, "Width of a code: 2, 3, 4 or 8.", ValueRule(SUPPORTED_BITS.__contains__, "allowed are 2, 3, 4 and 8")
     )
     group_size: int = option(
         64, "Input channels that share a scale and a zero; -1 is one group per output channel.", _GROUP_SIZE
@@ -139,7 +139,7 @@ class Recipe:
     refine: Literal["none", "block", "model"] = option(
         "none",
         "Train what was solved: block (scales and adapters of a block, or codes where there is no adapter, together on "
-        "its output), or model (that, then the scales and adapters of all blocks, on what the model says); other "
+        "its output), or model (that, then the scales and adapters of all blocks, on the model's output); other "
         "choices are schemes to compare with, see docs/method.md.",
     )
     refine_steps: int = option(

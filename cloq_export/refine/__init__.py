@@ -1,4 +1,4 @@
-"""From solved layers to better ones: what they hold is trained together on what the block or the model puts out."""
+"""From solved layers to better ones: their numbers are trained together on the output of the block or the model."""
 
 from cloq_export.refine.trained_layer import BLOCK_RATES, MODEL_RATES, Rates, TrainedLayer
 from cloq_export.refine.training import (
@@ -7,6 +7,7 @@ from cloq_export.refine.training import (
     OutputObjective,
     Record,
     Refinement,
+    Schedule,
     Standing,
     TrainableLayer,
     divergence,
@@ -28,6 +29,7 @@ __all__ = [
     "Rates",
     "Record",
     "Refinement",
+    "Schedule",
     "Standing",
     "TrainableLayer",
     "TrainedLayer",

@@ -12,7 +12,7 @@ from cloq_export.types import LoraPair, QuantizedLayer
 
 _MOMENTUM, _SQUARES = 0.9, 0.99
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
-# A position starts where its code is what it rounds to, however far away OPTQ has put that code.
+# A position starts no farther than this from its code, so that it rounds to it however far OPTQ has moved the code.
 _FARTHEST_START = 0.49
 _LARGEST_2_BIT_CODE = 3
 
@@ -79,8 +79,7 @@ class TrainedLayer:
 
     Args:
         parameter: where `install` puts the weight; G is by this parameter.
-        quantized: the start, on the device of the training.
-        lora: the start's pair on the same device, or None.
+        start: the layer and its pair, if it has one, on the device of the training.
         dtype: of the installed weight.
         scales: whether scales are trained; without them only the pair is.
         weight: W, (out, in) float32 on the same device, whose codes are trained; None keeps the codes.
@@ -90,14 +89,14 @@ class TrainedLayer:
     def __init__(
         self,
         parameter: nn.Parameter,
-        quantized: QuantizedLayer,
-        lora: LoraPair | None,
+        start: tuple[QuantizedLayer, LoraPair | None],
         *,
         dtype: torch.dtype,
         scales: bool,
         weight: torch.Tensor | None = None,
         rates: Rates = BLOCK_RATES,
     ) -> None:
+        quantized, lora = start
         self.parameter = parameter
         self._rates = rates
         self._of_grid = _LARGEST_2_BIT_CODE / quantized.spec.max_code
@@ -139,18 +138,18 @@ class TrainedLayer:
             "log_scales" (out, groups, 1), "positions" (out, groups, span), "lora_A" (rank, in) and "lora_B" (out,
             rank), float32, if they are trained.
         """
-        found: dict[str, torch.Tensor] = {}
+        derivatives: dict[str, torch.Tensor] = {}
         if self._positions is not None:
-            found["positions"] = gradient.to(torch.float32).view(self._centred.shape) * self._scales()
+            derivatives["positions"] = gradient.to(torch.float32).view(self._centred.shape) * self._scales()
         if self._scale_steps is not None:
             by_code = self._wide().mul_(gradient.to(torch.float32).view(self._centred.shape))
-            found["log_scales"] = by_code.sum(-1, keepdim=True) * self._scales()
+            derivatives["log_scales"] = by_code.sum(-1, keepdim=True) * self._scales()
         if self._lora is not None:
-            # In the dtype of G: widening it would tell nothing more.
+            # In the dtype of G: a wider one would add no digit to it.
             lora_a, lora_b = self._lora_a.to(gradient.dtype), self._lora_b.to(gradient.dtype)
-            found["lora_A"] = (lora_b.t() @ gradient).to(torch.float32) * self._lora.scaling
-            found["lora_B"] = (gradient @ lora_a.t()).to(torch.float32) * self._lora.scaling
-        return found
+            derivatives["lora_A"] = (lora_b.t() @ gradient).to(torch.float32) * self._lora.scaling
+            derivatives["lora_B"] = (gradient @ lora_a.t()).to(torch.float32) * self._lora.scaling
+        return derivatives
 
     def _wide(self) -> torch.Tensor:
         """Return codes less zeros in float32: products of mixed dtypes take several times as long."""
@@ -163,27 +162,27 @@ class TrainedLayer:
             gradient: G, (out, in) float.
             rate: share of the full rate, 1 to 0.
         """
-        found = self.derivatives(gradient)
+        derivatives = self.derivatives(gradient)
         if self._scale_steps is not None:
             size = self._rates.scales * self._of_grid * rate
-            self._log.sub_(self._scale_steps.direction(found["log_scales"]), alpha=size)
+            self._log.sub_(self._scale_steps.direction(derivatives["log_scales"]), alpha=size)
         if self._positions is not None:
             size = self._rates.codes * self._of_grid * rate
-            self._positions.sub_(self._position_steps.direction(found["positions"]), alpha=size)
+            self._positions.sub_(self._position_steps.direction(derivatives["positions"]), alpha=size)
             self._positions.clamp_(0.0, float(self._quantized.spec.max_code))
             self._round_positions()
         if self._lora is not None:
             size = self._rates.adapter * rate
-            self._lora_a.sub_(self._a_steps.direction(found["lora_A"]), alpha=size * self._a_size)
-            self._lora_b.sub_(self._b_steps.direction(found["lora_B"]), alpha=size * self._b_size)
+            self._lora_a.sub_(self._a_steps.direction(derivatives["lora_A"]), alpha=size * self._a_size)
+            self._lora_b.sub_(self._b_steps.direction(derivatives["lora_B"]), alpha=size * self._b_size)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all that training moves, e.g. "log_scales" (out, groups, 1) and "log_scales.mean"; not copied."""
-        found: dict[str, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, (values, adam) in self._trained().items():
-            found[name] = values
-            found |= {f"{name}.{part}": tensor for part, tensor in adam.state().items()}
-        return found
+            state[name] = values
+            state |= {f"{name}.{part}": tensor for part, tensor in adam.state().items()}
+        return state
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over what `state` returned.
@@ -198,15 +197,15 @@ class TrainedLayer:
             self._round_positions()
 
     def _trained(self) -> dict[str, tuple[torch.Tensor, _Adam]]:
-        found: dict[str, tuple[torch.Tensor, _Adam]] = {}
+        parts: dict[str, tuple[torch.Tensor, _Adam]] = {}
         if self._scale_steps is not None:
-            found["log_scales"] = self._log, self._scale_steps
+            parts["log_scales"] = self._log, self._scale_steps
         if self._positions is not None:
-            found["positions"] = self._positions, self._position_steps
+            parts["positions"] = self._positions, self._position_steps
         if self._lora is not None:
-            found["lora_A"] = self._lora_a, self._a_steps
-            found["lora_B"] = self._lora_b, self._b_steps
-        return found
+            parts["lora_A"] = self._lora_a, self._a_steps
+            parts["lora_B"] = self._lora_b, self._b_steps
+        return parts
 
     def result(self) -> tuple[QuantizedLayer, LoraPair | None]:
         """Return the layer as it would be stored now."""
@@ -225,7 +224,7 @@ class TrainedLayer:
             beside = weight - self._lora.product().to(weight.device)
         codes = self._quantized.codes.view(self._centred.shape).to(torch.float32)
         away = beside.view(codes.shape) / self._start + self._zeros().to(torch.float32) - codes
-        # A scale of zero tells nothing about where a weight lies.
+        # With a scale of zero a weight has no place on the grid.
         away = torch.where(self._start > 0, away, torch.zeros_like(away))
         positions = codes + away.clamp_(-_FARTHEST_START, _FARTHEST_START)
         return positions.clamp_(0.0, float(self._quantized.spec.max_code))
@@ -241,7 +240,7 @@ class TrainedLayer:
     def _scales(self) -> torch.Tensor:
         """Return the scales as they are stored, (out, groups, 1), in float32."""
         moved = (self._start * self._log.exp()).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
-        # A scale that has not moved stays what it was, below the smallest normal number too.
+        # A scale that was not moved is stored unchanged, even below the smallest normal number.
         return torch.where(self._log == 0, self._start, moved.to(torch.float16).to(torch.float32))
 
     def _stored_pair(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Train layers together on what they put out, and keep the best step."""
+"""Train layers together on their output, and keep the best step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from cloq_export.types import LoraPair, QuantizedLayer
 
-# Windows that judge are never trained on: one batch in eight, and eight are enough.
+# Batches that judge are never trained on: one batch in eight, eight at most.
 _HELD_OUT_EVERY, _HELD_OUT_AT_MOST = 8, 8
-# A step costs three times a judgement's batch; ten judgements tell the best step well enough.
+# A step costs three times as much as judging a batch; ten judgements are enough to find the best step.
 JUDGEMENTS = 10
 _PATIENCE = 4
 
@@ -49,7 +49,7 @@ class Objective(Protocol):
         """Return the number of batches."""
 
     def error(self, batches: Sequence[int]) -> float:
-        """Return the mean error of some batches, NaN or Inf where it is no number."""
+        """Return the mean error of some batches, NaN or Inf where it overflows."""
 
     def gradients(self, batch: int) -> Iterable[tuple[str, torch.Tensor]]:
         """Yield each layer's name and the derivative of one batch's error by its weight.
@@ -78,7 +78,7 @@ class Standing:
 
 
 class Record(Protocol):
-    """Keeps what layers hold after every judgement outside of the process, so that training goes on after a kill."""
+    """Keeps what layers hold after every judgement on disk, so that training can continue after a kill."""
 
     def save(self, standing: Standing) -> None:
         """Keep all that the layers hold now; it is the best if `standing.best_step` is `standing.step`."""
@@ -117,7 +117,7 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the mean over tokens of `||y - t||^2 / ||t||^2`, a float32 scalar.
 
     Relative to each token, because the norm at the start of the next block divides every token by its own length: a
-    few tokens are hundreds of times as long as the rest, and otherwise nothing but them would be fitted.
+    few tokens are hundreds of times as long as the rest, and otherwise only they would be fitted.
 
     Args:
         output: y, (..., hidden) float.
@@ -153,7 +153,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def held_out_batches(batches: int) -> list[int]:
-    """Return the batches that only judge: the last eighth, from one to eight; all of them where there is only one."""
+    """Return the batches that are never trained on: the last eighth, one to eight of them, or the only one."""
     judging = min(max(1, batches // _HELD_OUT_EVERY), _HELD_OUT_AT_MOST)
     return list(range(batches - judging, batches))
 
@@ -212,26 +212,41 @@ class OutputObjective:
         parameters = [layer.parameter for layer in self._layers.values()]
         with gradients_by(parameters):
             loss = self._measure(self._forward(batch), self._targets[batch])
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return zip(self._layers, zeros_for_none(found, parameters), strict=True)
+            derivatives = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return zip(self._layers, zeros_for_none(derivatives, parameters), strict=True)
 
     def _install(self) -> None:
         for layer in self._layers.values():
             layer.install()
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long layers are trained.
+
+    Args:
+        steps: how many steps at most.
+        seed: draws the order of batches.
+        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
+        patience: after so many judgements without a better one training ends; more where a rising rate first undoes
+            what was solved.
+    """
+
+    steps: int
+    seed: int
+    warmup: float = 0.0
+    patience: int = _PATIENCE
+
+
 def train_layers(
     layers: Mapping[str, TrainableLayer],
     objective: Objective,
+    schedule: Schedule,
     *,
-    steps: int,
-    seed: int,
-    warmup: float = 0.0,
-    patience: int = _PATIENCE,
     record: Record | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
-    """Train layers together until an objective is nearly reached, and keep the best step.
+    """Train layers together to lower an objective, and keep the best step.
 
     A step takes one batch, drawn without repetition until all were seen. The rate falls linearly to zero, after it has
     risen from it over the share `warmup` of the steps. Ten times on the way, and before the first step, the layers are
@@ -241,19 +256,17 @@ def train_layers(
     Args:
         layers: module name -> layer.
         objective: what is lowered; its names are those of `layers`.
-        steps: how many steps at most.
-        seed: draws the order of batches.
-        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
-        patience: four where the start is near the end; as long as a rising rate first undoes what was solved, more.
+        schedule: how many steps, and when to end earlier.
         record: where training may have stood before; None begins at the start.
-        progress: is told how many steps are made, and of how many.
+        progress: called with (steps made, steps in all).
 
     Returns:
         Refinement: the layers as the best judgement found them.
     """
     held_out = held_out_batches(objective.batches)
     trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
-    generator = torch.Generator().manual_seed(seed)
+    steps, warmup = schedule.steps, schedule.warmup
+    generator = torch.Generator().manual_seed(schedule.seed)
     order: list[int] = []
     kept: StoredLayers | None = None
     standing = record.load() if record is not None else None
@@ -267,7 +280,7 @@ def train_layers(
         record.restore(best=False)
     error_before, best, best_step, since = standing.error_before, standing.best, standing.best_step, standing.since
     step, diverged = 0, not math.isfinite(error_before)
-    while step < steps and not diverged and since < patience:
+    while step < steps and not diverged and since < schedule.patience:
         if not order:
             order = [trained_on[i] for i in torch.randperm(len(trained_on), generator=generator).tolist()]
         batch = order.pop()
@@ -317,7 +330,9 @@ def gradients_by(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
-def zeros_for_none(found: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> Iterator[torch.Tensor]:
+def zeros_for_none(
+    gradients: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]
+) -> Iterator[torch.Tensor]:
     """Yield derivatives; a parameter that had no part in the error gets zeros."""
-    for parameter, gradient in zip(parameters, found, strict=True):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         yield torch.zeros_like(parameter) if gradient is None else gradient

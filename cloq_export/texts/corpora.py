@@ -171,7 +171,7 @@ def calibration_windows(
     if 1 <= samples < len(parts):
         raise CalibrationError(
             f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
-            "(--samples)."
+            "(`samples`)."
         )
     first, room = torch.tensor(begin, dtype=torch.int64), seqlen - len(begin)
     drawn = [
@@ -205,13 +205,13 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     """
     if samples < 1 or seqlen < 1:
         raise CalibrationError(
-            f"{samples} windows of {seqlen} tokens were asked for; at least 1 of each is needed (--samples, --seqlen)."
+            f"{samples} windows of {seqlen} tokens were asked for; at least 1 of each is needed (`samples`, `seqlen`)."
         )
     available = token_ids.shape[0]
     if available < seqlen:
         raise CalibrationError(
             f"the calibration text has {available} tokens, one window needs {seqlen}; give a longer text with "
-            "--calibration, or shorter windows with --seqlen."
+            "`calibration`, or shorter windows with `seqlen`."
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(available - seqlen + 1, (samples,), generator=generator)
@@ -257,12 +257,12 @@ def _load(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
 
 
 def _embedded() -> CalibrationText:
-    # Some distributions strip pydoc's data, so its absence is a user's problem to hear about.
+    # Some distributions strip pydoc's data, so its absence is an error that a user can mend.
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise CalibrationError(
-            "this Python has no pydoc_data, so there is no embedded text; give a text file with --calibration."
+            "this Python has no pydoc_data, so there is no embedded text; give a text file with `calibration`."
         ) from None
     text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
     return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")
@@ -311,6 +311,6 @@ def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mappi
         identifier,
         config,
         split,
-        remedy="Give a text file or 'embedded' with --calibration, or put the data set's files in the folder that "
+        remedy="Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that "
         "the environment variable CLOQ_DATA names.",
     )

@@ -25,7 +25,7 @@ _SPEAKERS = {
     "model": "assistant",
     "assistant": "assistant",
 }
-# What a chat template would write, or another trainer obey, were it handed on: leaving it out would change the chat.
+# Fields that a chat template would write, or another trainer would obey: a chat without them is another chat.
 _ROW_EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history")
 _MESSAGE_EXTRAS = (
     "tool_calls",

@@ -238,7 +238,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file of text, refusing what certainly is none; errors of reading it become a `DataError`."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            # A pipe would be waited for without end.
+            # Opening a pipe could wait forever.
             raise DataError(f"{path} is no ordinary file; {ALLOWED}.")
         with open(path, "rb") as file:
             _check_beginning(file.read(8), path)
@@ -255,7 +255,7 @@ def _check_beginning(head: bytes, path: Path) -> None:
         if head.startswith(sign):
             raise DataError(f"{path} holds {name} data; unpack it first, then {ALLOWED}.")
     wide = None
-    # Without a mark, too: the signs that a text begins with leave every second byte empty.
+    # UTF-16 and UTF-32 without a mark: common characters leave every second byte empty.
     if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")) or re.match(rb"\0\0\0[^\0]|[^\0]\0\0\0", head):
         wide = "UTF-32"
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or re.match(rb"(\0[^\0]){2}|([^\0]\0){2}", head):

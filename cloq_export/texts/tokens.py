@@ -10,7 +10,7 @@ from cloq_export.errors import DataError, UsageError
 
 # What stands before a text that is to be tokenized as it is in the middle of another one.
 _ANCHORS = ("\n", ".", "a")
-# How tokenizers show the blank that some put before the first word of whatever they are given.
+# How tokenizers show the blank that some put before the first word of a text.
 _BLANKS = ("▁", "Ġ")
 # Tokens of a vocabulary that are looked through for one that is no special token.
 _PROBED_TOKENS = 2048
@@ -149,7 +149,7 @@ class TextTokens:
         return ids if ids[: len(begin)] == begin else begin + ids
 
     def _ids_behind(self, text: str) -> list[int]:
-        """Return the ids of a text without the blank that some tokenizers put before whatever they are given."""
+        """Return the ids of a text without the blank that some tokenizers put before it."""
         alone = self.text_ids(text)
         if not alone or text[:1].isspace():
             return alone
@@ -186,7 +186,7 @@ def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for start in range(len(whole) - len(plain) + 1):
         if plain and whole[start : start + len(plain)] == plain:
             return tuple(whole[:start]), tuple(whole[start + len(plain) :])
-    # The probe has no tokens of its own, or others beside special ones: only a begin token can be told then.
+    # The probe has no tokens of its own, or others beside special ones: only a begin token can be identified then.
     begin = getattr(tokenizer, "bos_token_id", None)
     count = 1 if whole[:1] == [begin] and begin is not None else 0
     end = getattr(tokenizer, "eos_token_id", None)

@@ -37,7 +37,7 @@ class TrainingData:
     eval_data: Origin | None = None
 
     def notes(self, recipe: FineTuneRecipe) -> Iterator[str]:
-        """Yield what became of examples that did not fit, for the summary."""
+        """Yield notes on examples that did not fit, for the summary."""
         yield from _count_notes("examples to learn", self.learned.counts, recipe)
         if self.evaluated is not None:
             yield from _count_notes("examples to evaluate on", self.evaluated.counts, recipe)

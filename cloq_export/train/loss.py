@@ -30,7 +30,7 @@ def next_token_loss(
     Args:
         logits: (batch, tokens, vocabulary), any floating precision.
         labels: (batch, tokens) int64; the label of a position is the token at it, and is predicted from the one before.
-        vocab_size: not looked at; the logits say it.
+        vocab_size: ignored; the logits give it.
         num_items_in_batch: what the sum is divided by; None is the number of labels that count.
         ignore_index: the label that does not count.
         shift_labels: (batch, tokens) int64, the token that each position predicts; taken instead of labels.

@@ -1,4 +1,4 @@
-"""LoRA pairs into a model that trains, and out of it."""
+"""Put LoRA pairs into a model that trains, and take them out of it."""
 
 from __future__ import annotations
 

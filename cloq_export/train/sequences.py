@@ -262,7 +262,7 @@ def _asking_text(tokenizer: Any, messages: Sequence[dict[str, str]], turn: int) 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    # A template is a program of the model's author: what it raises, on purpose or not, is of any kind.
+    # A template is a program of the model's author, which may raise any exception.
     except Exception as error:
         words = str(error).strip().splitlines()
         raise _RefusedError(words[0][:200] if words else type(error).__name__) from None

@@ -108,7 +108,7 @@ def train_adapter(
     Args:
         model: a transformers model on any device; A and B ask for gradients, nothing else does.
         data: what is learned, and what it is evaluated on.
-        recipe: every option; its data, name and start are not looked at.
+        recipe: every option; its data, name and start are ignored.
         folder: for checkpoints.
         placement: device and precision.
         progress: called with (steps done, steps in all).

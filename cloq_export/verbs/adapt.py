@@ -86,7 +86,7 @@ def refuse_codes_of_alternations(recipe: Recipe) -> None:
 
 def _recipe_of_adapter(directory: RunDirectory, changes: Mapping[str, Any]) -> Recipe:
     """Return the run's recipe with what is asked of the new adapter."""
-    base_recipe = Recipe.from_mapping(directory.recipe)
+    base_recipe = directory.recipe
     asked = {"rank": FIELDS["rank"].default, **changes} if base_recipe.rank == 0 else dict(changes)
     frozen = sorted(set(asked) - set(ADAPTER_OPTIONS))
     if frozen:
@@ -103,7 +103,7 @@ def _recipe_of_adapter(directory: RunDirectory, changes: Mapping[str, Any]) -> R
 
 def _refuse_taken_name(directory: RunDirectory, recipe: Recipe, work: Path) -> None:
     """Refuse a name that another adapter has, or that was begun with other options."""
-    base_recipe = Recipe.from_mapping(directory.recipe)
+    base_recipe = directory.recipe
     target = directory.adapter_path(recipe.adapter_name)
     if target.exists() and recipe.adapter_name == base_recipe.adapter_name and base_recipe.rank:
         raise UsageError(
@@ -115,7 +115,7 @@ def _refuse_taken_name(directory: RunDirectory, recipe: Recipe, work: Path) -> N
             f"{target} exists already; choose another name with `adapter_name`, or delete that folder first."
         )
     if RunDirectory.is_run(work):
-        differing = Recipe.from_mapping(RunDirectory.open(work).recipe).difference(recipe)
+        differing = RunDirectory.open(work).recipe.difference(recipe)
         if differing:
             raise UsageError(
                 f"the adapter {recipe.adapter_name!r} was begun with other options and not finished "

@@ -18,7 +18,7 @@ def adapt_checkpoint(checkpoint: Path, recipe: Recipe, out: Path, *, console: Co
 
     Args:
         checkpoint: a folder in any layout that is read.
-        recipe: model is the float original; what concerns codes is not looked at.
+        recipe: model is the float original; options of the codes are ignored.
         out: the run directory.
         console: where progress goes; None is standard error.
 

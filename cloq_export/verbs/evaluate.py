@@ -16,13 +16,14 @@ from cloq_export.errors import UsageError
 from cloq_export.files.atomic import make_folder
 from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import open_model
+from cloq_export.parity.perplexity import PerplexityTable, TextWindows
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
 from cloq_export.verbs.answering import answer_tasks, group_means, read_questions
 from cloq_export.verbs.options import EvaluateOptions
 from cloq_export.verbs.recording import record_answers
-from cloq_export.verbs.stored_model import StoredModel, TextWindows, choose_adapter, measure_perplexity, subjects_of
+from cloq_export.verbs.stored_model import StoredModel, choose_adapter, measure_perplexity, subjects_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +31,22 @@ class Evaluation:
     """What was measured of an artefact.
 
     Args:
-        perplexity: see `measure_perplexity`; empty if it was not asked for.
+        perplexity: None if it was not asked for.
         tasks: task -> its entry, as `parity.tasks.task_entry` gives it; empty if none was asked for.
         means: group of tasks -> model -> mean accuracy.
         notes: what did not go the ordinary way.
     """
 
-    perplexity: Mapping[str, Any]
+    perplexity: PerplexityTable | None
     tasks: Mapping[str, Any]
     means: Mapping[str, Mapping[str, float]]
     notes: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cloq eval --json` prints."""
+        perplexity = self.perplexity.to_json() if self.perplexity is not None else {}
         answers = {"tasks": self.tasks, "means": self.means} if self.tasks else {}
-        return {**self.perplexity, **answers, **({"notes": list(self.notes)} if self.notes else {})}
+        return {**perplexity, **answers, **({"notes": list(self.notes)} if self.notes else {})}
 
 
 def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Console | None = None) -> Evaluation:
@@ -65,7 +67,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
     own = Artifact.open(path).run
-    recipe = Recipe.from_mapping(own.recipe) if own is not None else Recipe()
+    recipe = own.recipe if own is not None else Recipe()
     session = Session(console or Console(stderr=True))
     asked = expand_names([task for task in options.tasks if task != PERPLEXITY])
     questions = read_questions(asked, options.problems, options.shots)
@@ -79,7 +81,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if name:
         loaded = open_model(name, dtype=torch.float32, stream=cast(Streaming, options.stream), blocks=recipe.blocks)
         session.notes.extend(loaded.reading)
-    perplexity: dict[str, Any] = {}
+    perplexity: PerplexityTable | None = None
     if text is not None:
         windows = TextWindows(text, options.window, options.windows, options.bos or recipe.bos)
         perplexity = measure_perplexity(session, stored, windows, loaded)

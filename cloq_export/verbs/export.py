@@ -42,7 +42,7 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
         CloqError: anything else that a user can mend.
     """
     directory = RunDirectory.open(run_path)
-    recipe = Recipe.from_mapping(directory.recipe)
+    recipe = directory.recipe
     session = Session(console or Console(stderr=True))
     with directory:
         checkpoint = _own_checkpoint(session, directory, recipe)

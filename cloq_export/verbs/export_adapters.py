@@ -24,7 +24,7 @@ from cloq_export.types import LoraPair
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.recording import read_adapter_record
 
-# What an earlier export noted about an adapter and a later one repeats: a force that was used once stays known.
+# What an earlier export noted about an adapter and a later one repeats: that it was taken by force stays on record.
 _KEPT = ("forced", "bound_to", "split", "padded_to", "uniform", LARGEST_PRODUCT_ERROR)
 
 
@@ -107,7 +107,7 @@ def prepare_adapters(
 
 
 def refuse_strange_modules(adapters: Sequence[PreparedAdapter], layers: LayerSource, checkpoint: Checkpoint) -> None:
-    """Refuse pairs for what the checkpoint has not: bound or forced, no reader could place them.
+    """Refuse pairs for modules that the checkpoint lacks: forced or not, no reader could place them.
 
     Raises:
         FormatError: an adapter adapts a module that is not there, or has another shape.
@@ -132,7 +132,7 @@ def refuse_strange_modules(adapters: Sequence[PreparedAdapter], layers: LayerSou
 def fit_target(
     session: Session, adapter: PreparedAdapter, decision: Decision, options: ExportOptions
 ) -> PreparedAdapter:
-    """Return an adapter in a form that the target serves as meant: some engines read one rank and one alpha alone."""
+    """Return an adapter in a form that the target serves correctly: some engines read a single rank and alpha."""
     mixed = len({(pair.rank, pair.alpha) for pair in adapter.pairs.values()}) > 1
     if not mixed or read_table().engines[decision.target.name].adapters.patterns:
         return adapter

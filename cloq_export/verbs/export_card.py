@@ -22,9 +22,9 @@ from cloq_export.models.source import ModelSource
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.export_adapters import PreparedAdapter
 
-# The report of a run that says what it was made from, as far as its exports have to say it.
+# The report of a run that holds what its exports say of its float model.
 SOURCE_REPORT = "source"
-# An export does not know where it will lie.
+# An export may be moved, so its card names no path.
 _PLACEHOLDER = "PATH/TO/EXPORT"
 _MODELS = {"float": "float model", "quantized": "codes alone", "adapter": "codes with adapter, before fine-tuning"}
 

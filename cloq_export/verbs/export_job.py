@@ -205,7 +205,7 @@ def check_export_options(options: ExportOptions, adapters: Sequence[str]) -> Non
 
 
 def noted_record(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecord | None:
-    """Return what was recorded of a base; a record that cannot be read is noted, and is none."""
+    """Return what was recorded of a base; one that cannot be read is noted, and treated as missing."""
     try:
         return read()
     except FormatError as error:
@@ -223,7 +223,7 @@ def _choose_format(
     ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
     decision = preflight(
         parse_target(options.target),
-        # Whoever exports has this package, and the notes say where else it is needed.
+        # This package, and so the plugin, is installed here; the notes say where else it is needed.
         Exported(source.layers.specs, source.layers.shapes, ranks, plugin=True),
         layout=None if alone else options.format,
         device=options.device,

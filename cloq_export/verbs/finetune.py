@@ -60,7 +60,7 @@ def finetune(
     if not recipe.data:
         raise UsageError("no examples were named; give a set, a file or a hub id with `data`.")
     directory = RunDirectory.open(run_path)
-    run_recipe = Recipe.from_mapping(directory.recipe)
+    run_recipe = directory.recipe
     work = directory.path / "work" / f"finetune-{recipe.name}"
     _refuse_taken_name(directory, run_recipe, recipe, work)
     session = Session(console or Console(stderr=True))
@@ -83,7 +83,7 @@ def finetune(
             training = run_training(session, model, data, recipe, work / _CHECKPOINTS, placement)
         pairs = trained_pairs(model, alphas, ADAPTER_DTYPES[run_recipe.adapter_dtype])
         if is_first:
-            # As they are stored: what the record says is then what every reader of the files must find.
+            # As they are stored, so that the record describes what a reader of the files computes.
             place_pairs(model, pairs)
             record = TrainedRecord(source, probe_model(model, tokenizer))
             write_trained(directory, start, recipe, pairs, training.curve, record)

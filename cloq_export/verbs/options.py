@@ -6,9 +6,11 @@ Nothing here needs torch, so that `cloq VERB --help` is quick.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
+from cloq_export.errors import UsageError
 from cloq_export.recipe import CHOICES, EXPORT_FORMATS, FIELDS
 
 
@@ -16,12 +18,33 @@ def option(default: Any, text: str, **more: Any) -> Any:
     """Return a field that is an option.
 
     Args:
-        default: its value unless given.
+        default: its value unless given; `dataclasses.MISSING` if it must be.
         text: what it means.
         more: "choices", "least" and "most" limit the value; "metavar" stands for it in the help; "flag" is its flag
             if that is not its name; "separator" stands between the parts of a value that is typed in one word.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+def refuse_unmeant(options: Any) -> None:
+    """Refuse values beyond what the fields of an option class allow.
+
+    Args:
+        options: an instance of such a class.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    for field in dataclasses.fields(options):
+        value, facts = getattr(options, field.name), field.metadata
+        if value is None:
+            continue
+        if "choices" in facts and value not in facts["choices"]:
+            near = difflib.get_close_matches(str(value), facts["choices"], n=1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"`{field.name}` is {value!r}; allowed are {', '.join(facts['choices'])}.{hint}")
+        if "least" in facts and value < facts["least"]:
+            raise UsageError(f"`{field.name}` is {value}; it must be at least {facts['least']}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +164,7 @@ class ServeOptions:
         None, "Interpreter of the environment that has vLLM; unless given, this one."
     )
     force: bool = option(False, "Serve adapters that are bound to another base.")
+    trust_adapters: bool = option(False, "Serve adapters that do not say which base they belong to.")
     timeout: float = option(1800, "Seconds to wait for the start.", least=1)
     verbose: bool = option(False, "Show vLLM's lines from the start; unless given, once it answers.")
     engine_options: tuple[str, ...] = ()

@@ -11,17 +11,15 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.pair_record import record_pairs
+from cloq_export.artifact.probe_record import ProbeRecord, TokenizerRecord
 from cloq_export.artifact.provenance import (
     ADAPTER_KEY,
     AdapterRecord,
     AnswerRecord,
     BaseRecord,
-    ProbeRecord,
-    Quality,
-    TokenizerRecord,
+    QualityRecord,
     TrainingRecord,
     adapter_record,
-    probe_record,
     seal_of,
 )
 from cloq_export.artifact.run_directory import RunDirectory
@@ -73,7 +71,7 @@ def probe_model(model: nn.Module, tokenizer: Any) -> ProbeRecord:
         logprobs = [sequence_logprobs(model, [ids])[0] for ids in token_ids]
     finally:
         model.train(was_training)
-    return probe_record(next(model.parameters()).dtype, token_ids, logprobs)
+    return ProbeRecord.of(next(model.parameters()).dtype, token_ids, logprobs)
 
 
 def record_base(
@@ -83,7 +81,7 @@ def record_base(
     *,
     model_name: str,
     probes: Mapping[str, ProbeRecord] | None = None,
-    quality: Quality | None = None,
+    quality: QualityRecord | None = None,
 ) -> None:
     """Write what a run has made into its reports.
 
@@ -194,7 +192,7 @@ def export_record(
 
 
 def read_adapter_record(session: Session, name: str, extra: Mapping[str, Any], folder: Path) -> AdapterRecord | None:
-    """Return the record in an adapter's side file; one that cannot be read is noted, and is none.
+    """Return the record in an adapter's side file; one that cannot be read is noted, and treated as missing.
 
     Args:
         session: of the call.

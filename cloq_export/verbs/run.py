@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.provenance import ProbeRecord, Quality
+from cloq_export.artifact.probe_record import ProbeRecord
+from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
 from cloq_export.models.source import LoadedModel
-from cloq_export.parity.perplexity import check_windows
+from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_windows
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.adapt import refuse_codes_of_alternations
 from cloq_export.verbs.export_card import public_name
 from cloq_export.verbs.recording import CODES_ALONE, record_base
 from cloq_export.verbs.run_files import note_source, open_run, write_run_adapter, write_run_checkpoint
 from cloq_export.verbs.run_texts import bind_text, run_texts
-from cloq_export.verbs.stored_model import StoredModel, TextWindows, choose_adapter, measure_perplexity
+from cloq_export.verbs.stored_model import StoredModel, choose_adapter, measure_perplexity
 from cloq_export.verbs.summary import RunSummary, summarize_run
 
 
@@ -73,7 +73,7 @@ def run(
         stored = StoredModel(out, choose_adapter(session, out, recipe.adapter_name))
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))
-        directory.write_report("evaluation", perplexity)
+        directory.write_report("evaluation", perplexity.to_json())
         record_base(
             session,
             directory,
@@ -95,14 +95,15 @@ def _with_grid_of_codes(recipe: Recipe) -> Recipe:
     return recipe.changed({"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric})
 
 
-def _quality(recipe: Recipe, perplexity: Mapping[str, Any]) -> Quality:
+def _quality(recipe: Recipe, perplexity: PerplexityTable) -> QualityRecord:
     """Return what `verify` holds a served model's perplexity against."""
-    labels = {"quantized": CODES_ALONE, "adapter": recipe.adapter_name}
-    return Quality(
+    names = {"quantized": CODES_ALONE, "adapter": recipe.adapter_name}
+    ratios = {label: measured.ratio_to_float for label, measured in perplexity.models.items()}
+    return QualityRecord(
         text=public_name(recipe.eval_text),
-        text_sha256=str(perplexity["text_sha256"]),
+        text_sha256=perplexity.text_sha256,
         window=recipe.eval_window,
         windows=recipe.eval_windows,
         bos=recipe.bos,
-        ratio={name: perplexity[label]["ratio_to_float"] for label, name in labels.items() if label in perplexity},
+        ratio={names[label]: ratio for label, ratio in ratios.items() if ratio is not None},
     )

@@ -167,7 +167,7 @@ def _check_options(recipe: Recipe, tuning: FineTuneRecipe) -> None:
 
 
 def _check_data(recipe: Recipe, tuning: FineTuneRecipe, out: Path, demo: bool) -> None:
-    """Read the examples and make sequences of them, which takes minutes at most, before what takes hours.
+    """Read the examples and make sequences of them: minutes at most, before hours of quantization.
 
     Raises:
         DataError: they cannot be read, no sequence comes of them, or the model's chat template refuses one.

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.adapters import AdapterShelf, carried_note, unbound_note
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import checkpoint_folder
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
@@ -19,14 +19,14 @@ from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer
 from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.spelled_paths import expand_user
+from cloq_export.formats.peft.codec import read_bound_fingerprint
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
-from cloq_export.recipe import Recipe
 from cloq_export.verbs.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedModel:
+class Serving:
     """What a server that answers serves.
 
     Args:
@@ -50,7 +50,7 @@ class ServedModel:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> ServedModel:
+    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> Serving:
         """Return what a plan has become; `notes` are those on its adapters."""
         if plan.default is None:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
@@ -66,7 +66,7 @@ def serve(
     export: Path,
     options: ServeOptions,
     *,
-    announce: Callable[[ServedModel], None],
+    announce: Callable[[Serving], None],
     console: Console | None = None,
 ) -> None:
     """Serve an export until the program is interrupted or told to end.
@@ -85,7 +85,7 @@ def serve(
     """
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
-    notes = adapter_notes(export, options)
+    notes = [*adapter_notes(export, options), *unbound_notes(export, plan)]
     with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
         errors = sys.stderr  # a bar stands in for it while it is shown
         what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
@@ -93,7 +93,7 @@ def serve(
             early = errors if options.verbose else None
             server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
         with server:
-            announce(ServedModel.of(plan, server.models(), notes))
+            announce(Serving.of(plan, server.models(), notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -117,7 +117,7 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
         adapters[name] = Path(folder)
     run = Artifact.open(export).run
     if default is None and len(adapters) > 1 and run is not None:
-        own = Recipe.from_mapping(run.recipe).adapter_name
+        own = run.recipe.adapter_name
         default = own if own in adapters else None
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(ServerOptions)}
     return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
@@ -138,3 +138,13 @@ def adapter_notes(export: Path, options: ServeOptions) -> list[str]:
     outside = dict(text.split("=", 1) for text in options.adapters)
     carried = [carried_note(name, expand_user(folder)) for name, folder in outside.items()]
     return [*AdapterShelf.of(export).notes, *filter(None, carried)]
+
+
+def unbound_notes(export: Path, plan: ServerPlan) -> list[str]:
+    """Return what is to be said of adapters that name no base and are served because they are trusted."""
+    base = Artifact.open(export).checkpoint
+    return [
+        unbound_note(name, base)
+        for name, folder in plan.adapters.items()
+        if read_bound_fingerprint(expand_user(folder)) is None
+    ]

@@ -14,7 +14,7 @@ from torch import nn
 from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.provenance import ProbeRecord
+from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
@@ -22,8 +22,8 @@ from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.parity.perplexity import PerplexityTable, TextWindows
 from cloq_export.parity.perplexity import evaluate as measure
-from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.answering import Subject
 from cloq_export.verbs.recording import CODES_ALONE, probe_model
@@ -105,34 +105,13 @@ def choose_adapter(session: Session, path: Path, own: str) -> str | None:
     return shelf.names[0] if len(shelf.folders) == 1 else None
 
 
-@dataclasses.dataclass(frozen=True)
-class TextWindows:
-    """What perplexity is measured on.
-
-    Args:
-        text: the text.
-        window: tokens in a window.
-        windows: how many, from the start of the text.
-        bos: what each window begins with: "auto", "never" or "always".
-    """
-
-    text: CalibrationText
-    window: int
-    windows: int
-    bos: str
-
-    def tokens(self, tokenizer: Any) -> torch.Tensor:
-        """Return the token ids of the text, (tokens,) int64."""
-        return evaluation_tokens(tokenizer, self.text.text, self.window, self.bos)
-
-
 def measure_perplexity(
     session: Session,
     stored: StoredModel,
     on: TextWindows,
     loaded: LoadedModel | None,
     probes: dict[str, ProbeRecord] | None = None,
-) -> dict[str, Any]:
+) -> PerplexityTable:
     """Return the perplexity of the float model, of the codes alone and of codes with adapter, on the same windows.
 
     It is measured from the files on disk, so that what is reported is what was written.
@@ -143,9 +122,6 @@ def measure_perplexity(
         on: the text.
         loaded: the float model; None measures none.
         probes: filled with what the model says, by name of the adapter.
-
-    Returns:
-        What `parity.perplexity.evaluate` gives, with "bos" and "begin_tokens" beside it.
     """
     merged = stored.is_merged
     model = stored.merged_model().model if merged else stored.packed_model(session)
@@ -168,15 +144,8 @@ def measure_perplexity(
                 probes[stored.adapter] = probe_model(model, tokenizer)
             yield "adapter", model
 
-    table = measure(
-        models(),
-        on.tokens(tokenizer),
-        text=on.text,
-        window=on.window,
-        windows=on.windows,
-        console=session.console,
-    )
-    return table | {"bos": on.bos, "begin_tokens": list(TextTokens(tokenizer).window_begin(on.bos))}
+    begin_tokens = tuple(TextTokens(tokenizer).window_begin(on.bos))
+    return measure(models(), on.tokens(tokenizer), on, begin_tokens=begin_tokens, console=session.console)
 
 
 def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | None) -> Iterator[Subject]:

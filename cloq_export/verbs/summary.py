@@ -13,6 +13,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.session import Session
 from cloq_export.files.spelled_paths import command_line
+from cloq_export.parity.perplexity import PerplexityTable
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerCertificate
@@ -68,7 +69,7 @@ class RunSummary:
     Args:
         run: the run directory.
         recipe: with what was chosen for it.
-        perplexity: what was measured, see `measure_perplexity`; None if nothing was.
+        perplexity: what was measured; None if nothing was.
         seconds: stage -> time.
         memory: of the calibration; None if nothing was left to do.
         stored: what lies on disk, in bytes and bits per weight; empty as long as there is no checkpoint.
@@ -80,7 +81,7 @@ class RunSummary:
 
     run: str
     recipe: Recipe
-    perplexity: Mapping[str, Any] | None
+    perplexity: PerplexityTable | None
     seconds: Mapping[str, float]
     memory: MemoryUse | None
     stored: Mapping[str, float | None]
@@ -98,7 +99,7 @@ class RunSummary:
             "group_size": self.recipe.group_size,
             "rank": self.recipe.rank,
             "preset": self.recipe.preset_name,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity.to_json() if self.perplexity is not None else None,
             "seconds": dict(self.seconds),
             "peak_memory_bytes": self.memory.peak if self.memory else None,
             "memory_beyond_model_bytes": self.memory.beyond_start if self.memory else None,
@@ -115,7 +116,7 @@ def summarize_run(
     directory: RunDirectory,
     recipe: Recipe,
     *,
-    perplexity: Mapping[str, Any] | None = None,
+    perplexity: PerplexityTable | None = None,
     certificates: Sequence[LayerCertificate] | None = None,
     next: Sequence[str] | None = None,
 ) -> RunSummary:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cloq_export.artifact.pair_record import pair_digest, pairs_digest
-from cloq_export.artifact.provenance import ProbeRecord, TrainingRecord
+from cloq_export.artifact.probe_record import ProbeRecord
+from cloq_export.artifact.provenance import TrainingRecord
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.files.atomic import write_bytes
 from cloq_export.files.spelled_paths import command_line

@@ -81,7 +81,7 @@ class TrainingStart:
         start = cls(
             work=work,
             adapter=adapter,
-            base_model=str(directory.recipe["model"]),
+            base_model=directory.recipe.model,
             base_fingerprint=base.fingerprint,
             adapter_sha256=hashlib.sha256((adapter / WEIGHTS_NAME).read_bytes()).hexdigest(),
             options=recipe.to_mapping(),
@@ -176,7 +176,7 @@ def keep_last_good(
 def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: FineTuneRecipe, work: Path) -> Path:
     """Return the folder of the adapter to start from."""
     if recipe.start != ZERO_START:
-        name = recipe.start or str(directory.recipe["adapter_name"])
+        name = recipe.start or directory.recipe.adapter_name
         if not recipe.start and name not in directory.adapters.folders:
             raise RunDirectoryError(
                 f"{directory.path} has no adapter {name!r} to start from; make one with `cloq adapt {directory.path}`, "
@@ -187,7 +187,7 @@ def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: Fi
         return folder
     folder = work / _ZERO_ADAPTER
     if not folder.exists():
-        run_recipe = Recipe.from_mapping(directory.recipe)
+        run_recipe = directory.recipe
         # Experts have an adapter only where the run gave them one.
         adapted = [name for name in base.specs if run_recipe.rank_for(name) or not is_expert(name)]
         shapes = {name: directory.layer_file(name).shape for name in adapted}

@@ -16,7 +16,7 @@ from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.atomic import write_folder, write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
-from cloq_export.files.safe_tensors import read_safetensors
+from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft.config import RanksAndAlphas, adapter_config, check_config
 from cloq_export.types import LoraPair
@@ -80,18 +80,32 @@ def write_adapter(
     for module, pair in pairs.items():
         tensors[f"{_KEY_PREFIX}{module}.lora_A.weight"] = pair.lora_A
         tensors[f"{_KEY_PREFIX}{module}.lora_B.weight"] = pair.lora_B
+    metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
+    with write_folder(folder, owned=_holds_only_an_adapter) as filling:
+        # The order of the patterns matters (the first match wins), so the keys are not sorted.
+        write_json(filling / CONFIG_NAME, adapter_config(pairs, base_model), sort_keys=False)
+        write_binding(filling, base_model=base_model, base_fingerprint=base_fingerprint, extra=extra)
+        write_safetensors(filling / WEIGHTS_NAME, tensors, metadata)
+
+
+def write_binding(
+    folder: Path, *, base_model: str, base_fingerprint: str, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write beside an adapter which base it belongs to.
+
+    Args:
+        folder: the adapter folder, of ours or saved by PEFT.
+        base_model: as in `write_adapter`.
+        base_fingerprint: as in `write_adapter`.
+        extra: as in `write_adapter`.
+    """
     binding = {
         "format": BINDING_FORMAT,
         "format_version": FORMAT_VERSION,
         "base_fingerprint": base_fingerprint,
         "base_model": base_model,
     } | ({"extra": dict(extra)} if extra else {})
-    metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
-    with write_folder(folder, owned=_holds_only_an_adapter) as filling:
-        # The order of the patterns matters (the first match wins), so the keys are not sorted.
-        write_json(filling / CONFIG_NAME, adapter_config(pairs, base_model), sort_keys=False)
-        write_json(filling / BINDING_NAME, binding)
-        write_safetensors(filling / WEIGHTS_NAME, tensors, metadata)
+    write_json(folder / BINDING_NAME, binding)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -198,6 +212,20 @@ def _what_a_key_is(key: str) -> str:
         if sign in key:
             return f" ({what})" if what else ""
     return ""
+
+
+def read_bound_fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of the base that an adapter folder is bound to, None if it names none.
+
+    Args:
+        folder: an adapter folder; A and B are not read, so that they may be of any kind that PEFT has.
+
+    Raises:
+        FormatError: a file is damaged, or two of them name different bases.
+    """
+    weights = folder / WEIGHTS_NAME
+    metadata = read_safetensors_header(require_inside(folder, weights))[1] if weights.is_file() else {}
+    return _read_binding(folder, metadata)[0]
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:

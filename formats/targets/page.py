@@ -41,7 +41,7 @@ def table_markdown() -> str:
                 _OWN_GRIDS[rule.own_grids],
                 ", ".join(DEVICE_NAMES[device] for device in rule.devices),
                 rule.kernel,
-                ", ".join(f"`{need}`" for need in rule.needs) or "nothing",
+                ", ".join(f"`{need}`" for need in (*rule.needs, rule.flag) if need) or "nothing",
                 _checked(engine, rule.versions),
                 f"[{number}]" + (f" {rule.note}" if rule.note else ""),
             )

@@ -90,7 +90,7 @@ def preflight(target: Target, exported: Exported, *, layout: str | None = None, 
     _, _, chosen, found = min(fitting, key=lambda fit: fit[:2])
     rules = tuple(dict.fromkeys(rule for used in found.values() for rule in used))
     max_lora_rank, pad_rank, adapter_notes = _check_ranks(target, engine, ranks)
-    notes = (*_notes(engine, versions, found), *adapter_notes)
+    notes = (*_version_notes(target), *_notes(engine, versions, found), *adapter_notes)
     return Decision(target, chosen, tuple(found), rules, notes, max_lora_rank, pad_rank)
 
 
@@ -193,6 +193,15 @@ def _check_ranks(
     return allowed if option else None, pad_rank, tuple(notes)
 
 
+def _version_notes(target: Target) -> tuple[str, ...]:
+    if target.asked is None:
+        return ()
+    return (
+        f"{target.name} {target.asked} is not in the table of targets; it is taken for {target.version}, the newest "
+        "before it",
+    )
+
+
 def _notes(engine: Engine, versions: Sequence[str], found: Mapping[Device, tuple[Rule, ...]]) -> tuple[str, ...]:
     # Note -> the devices that it holds for.
     notes: dict[str, list[str]] = collections.defaultdict(list)
@@ -202,6 +211,7 @@ def _notes(engine: Engine, versions: Sequence[str], found: Mapping[Device, tuple
             own.append(f"needs cloq-export installed in the same environment as {engine.title}")
         if others := [need for need in needed_packages(rules) if need != "cloq-export"]:
             own.append(f"needs {listed(others)} beside {engine.title}")
+        own += [f"needs {rule.flag} in {engine.title}" for rule in rules if rule.flag]
         own += [rule.note for rule in rules if rule.note]
         if all(rule.versions.get(version, "read") == "read" for rule in rules for version in versions):
             own.append(f"known from the source of {engine.title}, not run")

@@ -41,9 +41,13 @@ class Question:
 
     def answer(self, layout: str, device: Device) -> tuple[Rule, ...] | str:
         """Return the rules that allow a layout on a device in every version, or the reason against it."""
+        # Lines that hold for every version are one way to load for all of them.
+        found = self._answer_for(self.versions, layout, device)
+        if not isinstance(found, str):
+            return tuple(dict.fromkeys(found))
         used: list[Rule] = []
         for version in self.versions:
-            found = self._answer_for(version, layout, device)
+            found = self._answer_for((version,), layout, device)
             if isinstance(found, str):
                 return found
             used += found
@@ -53,13 +57,13 @@ class Question:
         """Return whether a layout is read on one of the devices at least."""
         return any(not isinstance(self.answer(layout, device), str) for device in devices)
 
-    def _answer_for(self, version: str, layout: str, device: Device) -> list[Rule] | str:
+    def _answer_for(self, versions: Sequence[str], layout: str, device: Device) -> list[Rule] | str:
         where = f"{layout} on {DEVICE_NAMES[device]}"
         rules = [
             rule
             for rule in read_table().rules
             if rule.target == self.engine.name
-            and version in rule.versions
+            and rule.versions.keys() >= set(versions)
             and layout in rule.layouts
             and device in rule.devices
             and (rule.provider == "stock" or self.exported.plugin)
@@ -70,6 +74,19 @@ class Question:
             rules = [] if self._partly_float() else [rule for rule in rules if rule.own_grids == "parts"]
             if not rules:
                 return reason
+        found = self._used(rules, where)
+        if isinstance(found, str) or len({rule.flag for rule in found}) < 2:
+            return found
+        # What an engine is started with holds for all modules.
+        for flag in dict.fromkeys(rule.flag for rule in rules):
+            alone = self._used([rule for rule in rules if rule.flag == flag], where)
+            if not isinstance(alone, str):
+                return alone
+        flags = listed(sorted({rule.flag for rule in found if rule.flag}))
+        return f"reads some of the modules in {where} only with {flags}, and others only without"
+
+    def _used(self, rules: Sequence[Rule], where: str) -> list[Rule] | str:
+        """Return the first rule for each kind of layer, or the reason why one has none."""
         used: list[Rule] = []
         for (spec, (outputs, inputs)), module in self.kinds.items():
             fitting = [rule for rule in rules if rule.bits is None or spec.bits in rule.bits]
@@ -80,7 +97,8 @@ class Question:
             fitting = [rule for rule in wider if spec.symmetric in rule.symmetric]
             if not fitting:
                 only = "symmetric" if wider[0].symmetric[0] else "asymmetric"
-                return f"reads {spec.bits} bits in {where} only {only}"
+                because = next((f" ({rule.symmetric_because})" for rule in wider if rule.symmetric_because), "")
+                return f"reads {spec.bits} bits in {where} only {only}{because}"
             wider = fitting
             fitting = [rule for rule in wider if rule.group_sizes is None or spec.group_size in rule.group_sizes]
             if not fitting:

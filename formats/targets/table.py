@@ -39,10 +39,12 @@ class Target:
         name: of the engine, as in `--target`.
         version: as the table lists it, so with the patch number left out where it does not matter; None asks for what
             every version of the table reads.
+        asked: the version that was asked for, where the table does not know it and `version` is the newest before it.
     """
 
     name: str
     version: str | None = None
+    asked: str | None = None
 
     def __str__(self) -> str:
         return self.name if self.version is None else f"{self.name}=={self.version}"
@@ -69,6 +71,8 @@ class Rule:
         kernel: what computes from the codes.
         provider: stock, or cloq_plugin where this package must be installed beside the engine.
         needs: other packages that must be installed.
+        flag: what the engine must be started with; it holds for all modules, so no line without it can serve some.
+        symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
         note: what a user must know beside it.
@@ -87,6 +91,8 @@ class Rule:
     kernel: str
     provider: Provider
     needs: tuple[str, ...]
+    flag: str
+    symmetric_because: str
     snippet: str
     source: str
     note: str
@@ -182,10 +188,11 @@ def parse_target(text: str) -> Target:
     """Return the target that a text like `vllm==0.32` or `transformers` names.
 
     Args:
-        text: name of an engine, alone or with `==` and a version; a patch number that does not matter is left out.
+        text: name of an engine, alone or with `==` and a version; a patch number that does not matter is left out. A
+            version that the table does not know is taken for the newest one before it.
 
     Raises:
-        UsageError: the engine or its version is not in the table.
+        UsageError: the engine is not in the table, or the version is older than all of it there.
     """
     engines = read_table().engines
     match = _TARGET.fullmatch(text.strip())
@@ -202,13 +209,15 @@ def parse_target(text: str) -> Target:
         return Target(name)
     parts = match["version"].split(".")
     version = ".".join(parts[: engine.version_parts])
-    if version not in engine.versions:
-        later = [known for known in engine.versions if _numbers(known) > _numbers(version)]
+    if version in engine.versions:
+        return Target(name, version)
+    older = [known for known in engine.versions if _numbers(known) < _numbers(version)]
+    if not older:
         raise UsageError(
             f"what {name} {match['version']} reads is not known; known are {', '.join(engine.versions)}. The nearest "
-            f"is --target {name}=={(later or engine.versions[-1:])[0]}."
+            f"is --target {name}=={engine.versions[0]}."
         )
-    return Target(name, version)
+    return Target(name, older[-1], asked=match["version"])
 
 
 def allowed_rank(adapters: AdapterRule, rank: int) -> int | None:
@@ -239,6 +248,8 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         group_sizes=_any_or_tuple(values.pop("group_sizes")),
         provider=values.pop("provider", "stock"),
         needs=tuple(values.pop("needs", ())),
+        flag=values.pop("flag", ""),
+        symmetric_because=values.pop("symmetric_because", ""),
         note=values.pop("note", ""),
         inputs=multiple["inputs"],
         outputs=multiple["outputs"],

@@ -1,7 +1,7 @@
 """The operations of `cloq_export.kernels.cpu.linear` in plain torch, from the canonical form of a layer.
 
 `codes` are (out, in) uint8, `scales` (out, groups) float and `zeros` (out, groups) uint8; Q = scales * (codes - zeros).
-Everything is computed in the dtype of the scales, so float64 scales give a truth to compare with.
+Everything is computed in the dtype of the scales, so float64 scales give exact results to compare with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Q from packed codes, in one pass over the memory: for prefill and training, where a matrix product follows."""
+"""Q from packed codes, in one pass over memory, for prefill and training, where a matrix product follows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Packed linears for few tokens: `y = x Q^T + bias + scaling_i (x A_i^T) B_i^T`, with an adapter i for every token.
 
-One token is a matrix-vector product that lives from memory bandwidth: every thread turns words into partial sums of
+One token is a matrix-vector product, which memory bandwidth limits: every thread turns words into partial sums of
 its own outputs, in registers. More tokens, up to `MOST_TOKENS`, go through the matrix units, whose operands are
 `code - zero`, exact in float16 and bfloat16; scales meet the float32 sums. So no rounding is added to that of the
 activations.
@@ -102,7 +102,7 @@ def lora_linear(
     inner = torch.empty(_SHRINK_SPLITS if has_lora else 0, tokens, rank, dtype=torch.float32, device=x.device)
     shrink_programs = tokens * rank_tiles * _SHRINK_SPLITS if has_lora else 0
     grid = lambda meta: (triton.cdiv(out_features, meta["COLUMNS"]) * splits + shrink_programs,)  # noqa: E731
-    # What a launch does not use needs a place all the same: any tensor serves.
+    # Arguments that a launch does not use must still be tensors; any will do.
     operands = (
         x,
         qweight,

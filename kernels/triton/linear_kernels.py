@@ -109,10 +109,10 @@ def vector_product(
 ):
     """Multiply one token; with PARTIAL, `y` is (splits, out) float32 and gets sums over a part of the inputs.
 
-    Integer instructions are what limits it, so there are few of them for a code. It is not moved down and converted:
-    set under the exponent of one, it is the fraction of a float32, `1 + code / 2**k`, and neighbouring codes (a run)
-    are so without moving, each with a k of its own. The ones and the zeros are taken off after a unit. That costs
-    some bits of float32, which float16 and bfloat16 activations do not have; CENTRED spares them for float32.
+    Integer instructions are its limit, so a code takes few of them. It is not shifted down and converted: with the
+    exponent of one before it, it is the fraction of a float32, `1 + code / 2**k`. Neighbouring codes (a run) need no
+    shift either, each with a k of its own. The ones and the zeros are subtracted after each unit. That costs some bits
+    of float32, which float16 and bfloat16 activations do not have; CENTRED spares them for float32.
 
     A window is a word of whole codes. `one` (the bits of 1.0) and `top_mask` (a code below the exponent) come as
     arguments because the compiler makes two instructions of one where it knows both.
@@ -191,8 +191,8 @@ def vector_product(
                                 step = (moved & top_mask) | one
                                 part_3 += step.to(tl.float32, bitcast=True) * given[:, None]
                                 plain_3 += given
-                # A code `below` places under the top of the mantissa counts 2**(BITS * below) times as much. Off come
-                # the ones before the point, and the zeros.
+                # A code `below` places under the top of the mantissa counts 2**(BITS * below) times as much. The ones
+                # before the point and the zeros are subtracted.
                 part = part_0 * (1 << (RUN * BITS - BITS)) + part_3
                 ones = plain_0 * (1 << (RUN * BITS - BITS)) + plain_3
                 if RUN > 1:

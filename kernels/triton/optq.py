@@ -37,21 +37,21 @@ def _walk(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     place = tl.arange(0, BLOCK)
-    found = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
+    made_errors = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
     for column in range(columns):
         here = column * rows + row
         scale = tl.load(scales + here, mask=inside, other=1.0)
         weight = tl.load(exact + here, mask=inside, other=0.0)
         # Errors of columns not yet visited are zero, so the whole column of moves may be taken.
         share = tl.load(moves + column * columns + place, mask=place < columns, other=0.0)
-        wanted = tl.load(remaining + here, mask=inside, other=0.0) + tl.sum(found * share[:, None], axis=0)
+        wanted = tl.load(remaining + here, mask=inside, other=0.0) + tl.sum(made_errors * share[:, None], axis=0)
         code = tl.minimum(tl.maximum(tl.math.div_rn(wanted, scale), 0.0), max_code)
         code = (code + _ROUNDER) - _ROUNDER
         error = weight - code * scale
-        found = tl.where(place[:, None] == column, error[None, :], found)
+        made_errors = tl.where(place[:, None] == column, error[None, :], made_errors)
         tl.store(codes + here, code.to(tl.uint8), mask=inside)
     every = place[:, None] * rows + row[None, :]
-    tl.store(errors + every, found, mask=(place < columns)[:, None] & inside[None, :])
+    tl.store(errors + every, made_errors, mask=(place < columns)[:, None] & inside[None, :])
 
 
 @on_its_device

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloq_export.adapt import GramRoot, cholesky_root, cloq, eigen_root, init_cloq
+from cloq_export.adapt import CloqOptions, GramRoot, cholesky_root, cloq, eigen_root, init_cloq
 from cloq_export.errors import NonFiniteError, ShapeError
 
 SPLITS = ("paper", "balanced", "transposed")
@@ -25,7 +25,9 @@ def test_the_pair_reaches_the_least_error_on_the_tokens(
     svd, out_features, in_features, rank, layer, correction
 ) -> None:
     drawn = layer(out_features, in_features, seed=rank)
-    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), rank, svd=svd, dtype=torch.float64)
+    result = init_cloq(
+        drawn.weight, drawn.quantized, exact_root(drawn.gram), rank, CloqOptions(svd=svd, dtype=torch.float64)
+    )
     least, start = drawn.least_error(rank), drawn.error(torch.zeros_like(drawn.weight))
     assert drawn.error(correction(result.pair)) == pytest.approx(least, rel=1e-7, abs=1e-7 * start)
     assert result.bound == pytest.approx(least, rel=1e-7, abs=1e-7 * start)
@@ -40,7 +42,7 @@ def test_the_pair_reaches_the_least_error_on_the_tokens(
 def test_subspace_iteration_reaches_it_as_well(layer, correction, monkeypatch) -> None:
     drawn = layer(90, 120)
     monkeypatch.setattr(cloq, "EXACT_SIDE", 16)
-    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 12, dtype=torch.float64)
+    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 12, CloqOptions(dtype=torch.float64))
     assert result.svd_method == "subspace"
     assert result.residual <= 1e-3
     error = drawn.error(correction(result.pair))
@@ -50,7 +52,7 @@ def test_subspace_iteration_reaches_it_as_well(layer, correction, monkeypatch) -
 
 def test_the_full_rank_repairs_everything(layer, correction) -> None:
     drawn = layer(18, 30)
-    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 18, dtype=torch.float64)
+    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 18, CloqOptions(dtype=torch.float64))
     torch.testing.assert_close(correction(result.pair), drawn.residual)
     assert result.bound <= 1e-6 * drawn.error(torch.zeros_like(drawn.weight))
 
@@ -58,7 +60,7 @@ def test_the_full_rank_repairs_everything(layer, correction) -> None:
 def test_it_beats_the_best_approximation_of_the_residual_itself(layer, correction) -> None:
     """LoftQ's choice, which ignores the inputs, must lose by a margin: otherwise H plays no part in these tests."""
     drawn = layer(32, 48)
-    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 8, dtype=torch.float64)
+    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 8, CloqOptions(dtype=torch.float64))
     left, values, right = np.linalg.svd(drawn.residual.numpy())
     blind = torch.from_numpy(left[:, :8] * values[:8] @ right[:8])
     assert drawn.error(correction(result.pair)) < 0.9 * drawn.error(blind)
@@ -66,7 +68,7 @@ def test_it_beats_the_best_approximation_of_the_residual_itself(layer, correctio
 
 def test_random_pairs_do_not_get_below_it(layer, correction) -> None:
     drawn = layer(10, 14)
-    pair = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 3, dtype=torch.float64).pair
+    pair = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 3, CloqOptions(dtype=torch.float64)).pair
     best, generator = drawn.error(correction(pair)), torch.Generator().manual_seed(0)
     for trial in range(400):
         size = 10.0 ** -(trial % 8)  # from anywhere to the closest neighbourhood
@@ -78,7 +80,7 @@ def test_random_pairs_do_not_get_below_it(layer, correction) -> None:
 def test_descent_from_many_starts_ends_at_it(layer, correction) -> None:
     """L-BFGS on A and B from random starts: none passes the bound, and the problem has no other valley to end in."""
     drawn, rank = layer(10, 14, seed=1), 3
-    pair = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), rank, dtype=torch.float64).pair
+    pair = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), rank, CloqOptions(dtype=torch.float64)).pair
     best, generator = drawn.error(correction(pair)), torch.Generator().manual_seed(0)
     reached = []
     for _ in range(4):
@@ -103,7 +105,8 @@ def test_any_root_gives_the_same_correction(layer, correction) -> None:
     triangle = torch.linalg.qr(drawn.inputs).R
     roots = (exact_root(drawn.gram), eigen_root(drawn.gram), GramRoot(triangle))
     products = [
-        correction(init_cloq(drawn.weight, drawn.quantized, root, 6, dtype=torch.float64).pair) for root in roots
+        correction(init_cloq(drawn.weight, drawn.quantized, root, 6, CloqOptions(dtype=torch.float64)).pair)
+        for root in roots
     ]
     torch.testing.assert_close(products[1], products[0], rtol=0, atol=1e-9)
     torch.testing.assert_close(products[2], products[0], rtol=0, atol=1e-9)
@@ -113,10 +116,12 @@ def test_any_root_gives_the_same_correction(layer, correction) -> None:
 def test_the_correction_projects_the_residual_on_b(split, layer, correction) -> None:
     """`B A = V V^T (W - Q)`: R cancels, so the stored A must be `V^T (W - Q)` for the paper's split."""
     drawn = layer(20, 32)
-    paper = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 6, dtype=torch.float64).pair
+    paper = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 6, CloqOptions(dtype=torch.float64)).pair
     torch.testing.assert_close(paper.lora_B.t() @ paper.lora_B, torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(paper.lora_A, paper.lora_B.t() @ drawn.residual)
-    pair = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 6, split=split, dtype=torch.float64).pair
+    pair = init_cloq(
+        drawn.weight, drawn.quantized, exact_root(drawn.gram), 6, CloqOptions(split=split, dtype=torch.float64)
+    ).pair
     torch.testing.assert_close(correction(pair), correction(paper))
 
 
@@ -125,7 +130,7 @@ def test_the_splits_put_the_singular_values_where_they_say(layer) -> None:
     root = exact_root(drawn.gram)
     values = torch.from_numpy(np.linalg.svd((drawn.inputs @ drawn.residual.t()).numpy(), compute_uv=False)[:6].copy())
     for split, power in zip(SPLITS, (0.0, 0.5, 1.0), strict=True):
-        pair = init_cloq(drawn.weight, drawn.quantized, root, 6, split=split, dtype=torch.float64).pair
+        pair = init_cloq(drawn.weight, drawn.quantized, root, 6, CloqOptions(split=split, dtype=torch.float64)).pair
         torch.testing.assert_close(pair.lora_B.norm(dim=0), values**power)
         torch.testing.assert_close((root.matrix @ pair.lora_A.t()).norm(dim=0), values ** (1.0 - power))
 
@@ -133,7 +138,7 @@ def test_the_splits_put_the_singular_values_where_they_say(layer) -> None:
 @pytest.mark.parametrize("rank", [3, 11])
 def test_a_singular_gram_is_repaired_on_the_span_of_the_inputs(rank, layer, correction) -> None:
     drawn = layer(16, 40, tokens=12, seed=2)
-    result = init_cloq(drawn.weight, drawn.quantized, eigen_root(drawn.gram), rank, dtype=torch.float64)
+    result = init_cloq(drawn.weight, drawn.quantized, eigen_root(drawn.gram), rank, CloqOptions(dtype=torch.float64))
     product, start = correction(result.pair), drawn.error(torch.zeros_like(drawn.weight))
     assert drawn.error(product) == pytest.approx(drawn.least_error(rank), rel=1e-7, abs=1e-7 * start)
     assert result.bound == pytest.approx(drawn.least_error(rank), rel=1e-7, abs=1e-7 * start)
@@ -143,7 +148,7 @@ def test_a_singular_gram_is_repaired_on_the_span_of_the_inputs(rank, layer, corr
 
 def test_a_rank_beyond_that_of_the_gram_repairs_every_token(layer, correction) -> None:
     drawn = layer(30, 40, tokens=7)
-    result = init_cloq(drawn.weight, drawn.quantized, eigen_root(drawn.gram), 20, dtype=torch.float64)
+    result = init_cloq(drawn.weight, drawn.quantized, eigen_root(drawn.gram), 20, CloqOptions(dtype=torch.float64))
     assert (result.pair.lora_A.shape, result.pair.lora_B.shape) == ((20, 40), (30, 20))
     assert result.pair.alpha == 20
     assert drawn.error(correction(result.pair)) <= 1e-7 * drawn.error(torch.zeros_like(drawn.weight))
@@ -162,7 +167,7 @@ def test_nothing_to_repair_gives_no_correction(layer, correction) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_rounding_to_the_stored_dtype_costs_little(split, dtype, excess, layer, correction) -> None:
     drawn = layer(32, 48)
-    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 8, split=split, dtype=dtype)
+    result = init_cloq(drawn.weight, drawn.quantized, exact_root(drawn.gram), 8, CloqOptions(split=split, dtype=dtype))
     assert result.pair.lora_A.dtype == result.pair.lora_B.dtype == dtype
     assert result.pair.lora_A.is_contiguous()
     assert result.pair.lora_B.is_contiguous()
@@ -174,7 +179,9 @@ def test_rounding_to_the_stored_dtype_costs_little(split, dtype, excess, layer, 
 
 def test_weights_may_come_in_float32(layer, correction) -> None:
     drawn = layer(24, 40)
-    result = init_cloq(drawn.weight.float(), drawn.quantized.float(), exact_root(drawn.gram), 8, dtype=torch.float32)
+    result = init_cloq(
+        drawn.weight.float(), drawn.quantized.float(), exact_root(drawn.gram), 8, CloqOptions(dtype=torch.float32)
+    )
     assert drawn.error(correction(result.pair)) == pytest.approx(drawn.least_error(8), rel=1e-5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cloq_export.adapt import cholesky_root, init_cloq, init_svd, stored_pair
+from cloq_export.adapt import CloqOptions, cholesky_root, init_cloq, init_svd, stored_pair
 from cloq_export.errors import NonFiniteError
 
 HALF = torch.float16
@@ -76,7 +76,7 @@ def test_the_closed_form_is_as_good_at_any_size(size, split, layer, correction) 
     drawn = layer(16, 24)
     root = cholesky_root(torch.linalg.cholesky(drawn.gram))
     residual = size * drawn.residual
-    pair = init_cloq(residual, torch.zeros_like(residual), root, 4, split=split).pair
+    pair = init_cloq(residual, torch.zeros_like(residual), root, 4, CloqOptions(split=split)).pair
     assert drawn.error(correction(pair) / size) <= 1.01 * drawn.least_error(4)
 
 

@@ -130,7 +130,7 @@ def test_manifest_and_state(tmp_path: Path) -> None:
     again = RunDirectory.open(tmp_path / "run")
     assert again.manifest.to_json() == manifest
     assert again.state == "quantized"
-    assert again.recipe == RECIPE
+    assert again.recipe == Recipe.from_mapping(RECIPE)
     assert again.source_fingerprint == SOURCE
 
 
@@ -138,8 +138,8 @@ def test_a_real_recipe_resumes(tmp_path: Path) -> None:
     recipe = Recipe.from_mapping({"model": "m", "overrides": {"*.down_proj": {"bits": 4}, "*": {"bits": 3}}})
     for _ in range(2):
         with RunDirectory.create_or_resume(tmp_path / "run", recipe.to_mapping(), SOURCE, VERSIONS) as run:
-            assert Recipe.from_mapping(run.recipe) == recipe
-            assert list(run.recipe)[:3] == ["model", "bits", "group_size"]
+            assert run.recipe == recipe
+            assert list(run.manifest.recipe)[:3] == ["model", "bits", "group_size"]
 
 
 def test_resume_keeps_what_is_done(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_other_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     with pytest.raises(
         RunDirectoryError,
         match=r"holds another run: adapter_name: cloq in the run, mine asked; bits: 2 in the run, 3 asked\. Use the "
-        r"run's own options to continue it, or choose another folder with --out\.",
+        r"run's own options to continue it, or choose another folder with `out`\.",
     ):
         start(tmp_path, bits=3, adapter_name="mine")
     with pytest.raises(RunDirectoryError, match="source model: sha256:aaaaaaaaaaaa… in the run, sha256:bbbbbbbbbbbb… "):
@@ -180,8 +180,8 @@ def test_other_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
 def test_options_that_do_not_change_the_bytes_may_change(tmp_path: Path) -> None:
     start(tmp_path, format="gptq_v2", eval_windows=16, max_shard_size="5GB").close()
     with start(tmp_path, format="gptq", eval_windows=4, max_shard_size="1GB") as run:
-        assert run.recipe["format"] == "gptq"
-    assert RunDirectory.open(tmp_path).recipe["eval_windows"] == 4
+        assert run.recipe.format == "gptq"
+    assert RunDirectory.open(tmp_path).recipe.eval_windows == 4
 
 
 def test_difference_lines() -> None:
@@ -210,7 +210,7 @@ def test_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"holds a\.txt, b, c and 1 more but no run\.json, so it is not a run"):
         start(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b", "c", "d"]
-    with pytest.raises(RunDirectoryError, match=r"a\.txt is a file; choose a folder with --out"):
+    with pytest.raises(RunDirectoryError, match=r"a\.txt is a file; choose a folder with `out`"):
         start(tmp_path / "a.txt")
 
 

@@ -21,9 +21,8 @@ from cloq_export.artifact.empty_model import float_part
 from cloq_export.artifact.merged import MergedAdapter, export_merged
 from cloq_export.artifact.stored_names import names_in_memory, stored_names
 from cloq_export.engines.transformers.loading import dequantized_model, load
-from cloq_export.errors import FormatError, UnsupportedModelError
+from cloq_export.errors import FormatError
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.loaded_weights import refuse_part_of_wrapper
 from cloq_export.types import QuantSpec
 
 TEXT = {
@@ -197,11 +196,3 @@ def test_a_head_that_files_call_otherwise(tmp_path: Path, write_quantized: Any) 
 def test_a_config_that_promises_too_many_modules_is_not_built(tmp_path: Path) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 10**9}
     assert names_in_memory(tmp_path, config, ["model.layers.0.mlp.up_proj.qweight"]) == {}
-
-
-def test_a_wrapper_that_would_be_opened_in_part_is_refused() -> None:
-    config = transformers.Qwen3_5Config()
-    with pytest.raises(UnsupportedModelError, match=r"MODEL is a wrapper of the type qwen3_5, .*Qwen3_5ForCausalLM"):
-        refuse_part_of_wrapper("MODEL", config)
-    refuse_part_of_wrapper("MODEL", transformers.Gemma3Config())
-    refuse_part_of_wrapper("MODEL", transformers.LlamaConfig())

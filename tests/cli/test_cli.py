@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cloq_export.artifact.inspection_result import CheckpointInspection, GridCou
 from cloq_export.artifact.stored_sizes import StoredSizes
 from cloq_export.cli import VERBS, main
 from cloq_export.errors import SourceError
+from cloq_export.parity.perplexity import ModelPerplexity, PerplexityTable
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.evaluate import Evaluation
@@ -34,16 +36,26 @@ PERPLEXITY = {
     "quantized": {"perplexity": 90.25, "standard_error": 2.0},
     "adapter": {"perplexity": 45.125, "standard_error": 1.0},
     "tokens": 8176,
+    "windows": 16,
+    "window": 512,
     "text": "wikitext2",
     "text_sha256": "0123456789abcdef" * 4,
+    "bos": "auto",
+    "begin_tokens": [],
 }
+
+
+def table_of(content: dict[str, Any]) -> PerplexityTable:
+    models = {name: ModelPerplexity(**entry) for name, entry in content.items() if isinstance(entry, dict)}
+    facts = {name: value for name, value in (PERPLEXITY | content).items() if not isinstance(value, dict)}
+    return PerplexityTable(models, **facts | {"begin_tokens": tuple(facts["begin_tokens"])})
 
 
 def summary_of(recipe: Recipe, out: Path, perplexity: dict[str, Any]) -> RunSummary:
     return RunSummary(
         run=str(out),
         recipe=recipe,
-        perplexity=perplexity,
+        perplexity=table_of(perplexity),
         seconds={"calibrate": 1.25, "quantize": 2.0},
         memory=MemoryUse(peak=1_500_000_000, beyond_start=300_000_000),
         stored={
@@ -148,8 +160,8 @@ class RecordedVerbs:
 
     def evaluate(self, path: Path, options: EvaluateOptions) -> Evaluation:
         if options.tasks == ("ppl",):
-            return Evaluation(self.perplexity, {}, {}, ())
-        return Evaluation({}, {options.tasks[0]: ANSWERED}, {"arithmetic": {"float": 0.25}}, ())
+            return Evaluation(table_of(self.perplexity), {}, {}, ())
+        return Evaluation(None, {options.tasks[0]: ANSWERED}, {"arithmetic": {"float": 0.25}}, ())
 
     def inspect(self, path: Path, verify: bool, adapter: str | None, force: bool) -> CheckpointInspection:
         grids = tuple(GridCount(bits=bits, group_size=64, symmetric=False, modules=1) for bits in (2, 4))
@@ -451,7 +463,13 @@ def test_gates(verbs, capsys, gates, code, message):
 
 @pytest.mark.parametrize(
     "perplexity",
-    [{"float": {"perplexity": 29.5}}, {}, {"adapter": {"perplexity": None}}, {"adapter": {"perplexity": float("nan")}}],
+    [
+        {},
+        *(
+            {name: {"perplexity": value, "standard_error": None}}
+            for name, value in (("float", 29.5), ("adapter", math.nan))
+        ),
+    ],
 )
 def test_a_missing_metric_misses_its_gate(verbs, capsys, perplexity):
     verbs.perplexity = perplexity
@@ -462,7 +480,9 @@ def test_a_missing_metric_misses_its_gate(verbs, capsys, perplexity):
 
 
 def test_without_an_adapter_the_ratio_is_that_of_the_codes(verbs, capsys):
-    verbs.perplexity = {"float": {"perplexity": 10.0}, "quantized": {"perplexity": 15.0}}
+    verbs.perplexity = {
+        name: {"perplexity": value, "standard_error": None} for name, value in (("float", 10.0), ("quantized", 15.0))
+    }
     assert main(["eval", "x", "--gate", "ratio=1.5"]) == 0
     assert main(["eval", "x", "--gate", "ratio=1.49"]) == 3
 

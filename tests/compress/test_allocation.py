@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from cloq_export.compress.allocation import Choice, RankedLayer, allocate, hull_of_group
+from cloq_export.compress.allocation import RankedLayer, StorageChoice, allocate, hull_of_group
 from cloq_export.errors import UsageError
 from cloq_export.types import QuantSpec
 
@@ -30,12 +30,12 @@ def _groups(seed: int) -> list[dict[QuantSpec, list[RankedLayer]]]:
     return groups
 
 
-def _all_choices(layers_of_spec: dict[QuantSpec, list[RankedLayer]]) -> list[Choice]:
+def _all_choices(layers_of_spec: dict[QuantSpec, list[RankedLayer]]) -> list[StorageChoice]:
     found = []
     for spec, layers in layers_of_spec.items():
         for picks in itertools.product(range(len(_RANKS)), repeat=len(layers)):
             found.append(
-                Choice(
+                StorageChoice(
                     spec,
                     {layer.name: layer.ranks[at] for layer, at in zip(layers, picks, strict=True)},
                     sum(layer.code_bits + layer.adapter_bits[at] for layer, at in zip(layers, picks, strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from collections.abc import Callable
@@ -70,10 +71,10 @@ def test_steps_without_a_number_are_those_of_the_package(
 ) -> None:
     made = []
 
-    def watched(layers: Any, objective: Any, **options: Any) -> Any:
+    def watched(layers: Any, objective: Any, schedule: Any) -> Any:
         assert objective.batches == 8
-        made.append(options["steps"])
-        return train_layers(layers, objective, **options | {"steps": 1})
+        made.append(schedule.steps)
+        return train_layers(layers, objective, dataclasses.replace(schedule, steps=1))
 
     monkeypatch.setattr("cloq_export.compress.block_refined.train_layers", watched)
     recipe = recipe_for("llama", refine="block", **{**SMALL, "refine_steps": asked})

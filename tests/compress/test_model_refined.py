@@ -46,7 +46,7 @@ def _rounded(parameter: nn.Parameter) -> TrainedLayer:
         torch.randn(weight.shape[0], 2, generator=generator) * 0.1,
         2.0,
     )
-    return TrainedLayer(parameter, layer, pair, dtype=torch.float32, scales=True)
+    return TrainedLayer(parameter, (layer, pair), dtype=torch.float32, scales=True)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])

@@ -301,7 +301,7 @@ def test_any_width_is_loaded_and_measured(
     recipe = recipe_for(samples=2, **{"format": "compressed_tensors", **options})
     recipe = recipe.changed({"model": str(odd_model(width))})
     summary = make_run(recipe, tmp_path / "run", console=silent)
-    assert summary.perplexity["quantized"]["perplexity"] > 1
+    assert summary.perplexity.models["quantized"].perplexity > 1
     adapter = "cloq" if recipe.rank else None
     served = cloq_export.load(tmp_path / "run", adapter=adapter)
     dense = cloq_export.dequantized_model(tmp_path / "run", adapter, merged=False)

@@ -338,7 +338,7 @@ def test_exporters_that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "config.json").write_text('{"vocab_size": 96}')
     with pytest.raises(UnsupportedModelError, match=r"takes any linear with 96 outputs, .* for the head"):
         onnx_float_graph.build_graph(tmp_path, tmp_path, {64, 96})
-    with pytest.raises(UnsupportedModelError, match=r"why\. transformers .* ValueError: no rope\. .*--format gptq_v2"):
+    with pytest.raises(UnsupportedModelError, match=r"why\. transformers .* ValueError: no rope\. .*`format=gptq_v2`"):
         onnx_float_graph.trace_graph(tmp_path, tmp_path, "why.")
 
 

@@ -14,7 +14,7 @@ from cloq_export.engines.transformers import served
 from cloq_export.engines.transformers.served import TransformersModel, float_model
 from cloq_export.errors import NonFiniteError, UsageError
 
-FAMILIES = ("llama", "gemma2", "opt")
+FAMILIES = ("llama", "gemma2", "opt", "lfm2", "mamba2")
 
 
 def sequences(lengths: Sequence[int], seed: int = 4) -> list[list[int]]:

@@ -168,7 +168,7 @@ def test_a_folder_is_made_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         atomic.make_folder(tmp_path / "deep" / "new")
     assert (tmp_path / "deep" / "new").is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
         atomic.make_folder(tmp_path / "file")
     with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory; choose another folder"):
         atomic.make_folder(tmp_path / "file" / "new")

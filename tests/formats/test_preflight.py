@@ -123,16 +123,16 @@ def test_accepted(target, grid, options, layout, devices) -> None:
         (
             "sglang==0.5.23",
             {"bits": 2},
-            {"device": "cuda"},
-            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: --bits 4 --format "
-            r"compressed_tensors, or --format merged",
+            {"device": "cuda", "layout": "compressed_tensors"},
+            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: --format gptq_v2, or "
+            r"--format merged",
         ),
         (
             "sglang",
-            {"bits": 8},
+            {"bits": 8, "group_size": -1},
             {"device": "cuda"},
-            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: --symmetric --format "
-            r"compressed_tensors, or --format merged",
+            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: --group-size 256 "
+            r"--format gptq_v2, or --format merged",
         ),
     ],
 )
@@ -146,10 +146,11 @@ def test_refused_by_shape() -> None:
     specs = {name: QuantSpec(4) for name in shapes}
     message = (
         r"needs inputs in multiples of 128 and outputs in multiples of 64 for compressed_tensors on CUDA, and b has "
-        r"128 inputs and 96 outputs; the nearest that works: --format merged, or --format gptq on CPU\."
+        r"128 inputs and 96 outputs; the nearest that works: --format gptq_v2, or --format merged, or --format gptq on "
+        r"CPU\."
     )
     with pytest.raises(UsageError, match=message):
-        ask("sglang", specs, shapes=shapes, device="cuda")
+        ask("sglang", specs, shapes=shapes, layout="compressed_tensors", device="cuda")
 
 
 @pytest.mark.parametrize("target", ["vllm==0.32", "sglang"])
@@ -253,6 +254,87 @@ def test_stock_comes_before_the_plugin() -> None:
     assert {rule.provider for rule in decision.rules} == {"stock"}
 
 
+# Humming, which vLLM and SGLang use where they are started with --quantization humming.
+
+
+@pytest.mark.parametrize("target", ["vllm==0.33", "sglang==0.5.23"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_humming_reads_version_two_with_its_flag(target, bits) -> None:
+    decision = ask(target, make_specs(bits=bits), layout="gptq_v2")
+    assert decision.devices == ("cuda",)
+    assert {rule.flag for rule in decision.rules} == {"--quantization humming"}
+    assert any(note.startswith("on CUDA: needs --quantization humming in ") for note in decision.notes)
+    symmetric = ask(target, make_specs(bits=bits, group_size=16, symmetric=True), layout="gptq")
+    assert {rule.flag for rule in symmetric.rules} == {"--quantization humming"}
+
+
+@pytest.mark.parametrize("target", ["vllm==0.33", "sglang==0.5.23"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_humming_is_refused_asymmetric_files_of_version_one(target, bits) -> None:
+    message = (
+        rf"reads {bits} bits in gptq on CUDA only symmetric \(Humming takes stored zeros as they lie, which for "
+        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: --format "
+    )
+    with pytest.raises(UsageError, match=message):
+        ask(target, make_specs(bits=bits), layout="gptq", device="cuda")
+
+
+def test_asymmetric_files_of_version_one_need_the_plugin_and_no_flag() -> None:
+    decision = ask("vllm==0.33", make_specs(bits=2), layout="gptq", device="cuda", plugin=True)
+    assert [(rule.provider, rule.flag) for rule in decision.rules] == [("cloq_plugin", "")]
+    assert (
+        "not with --quantization humming, which reads asymmetric files of version 1 one step off" in decision.notes[1]
+    )
+
+
+def test_humming_has_no_line_per_channel() -> None:
+    message = r"reads 2 bits in gptq_v2 on CUDA with group size 16, 32, 64, 128 and 256, not -1"
+    with pytest.raises(UsageError, match=message):
+        ask("vllm==0.33", make_specs(bits=2, group_size=-1), layout="gptq_v2", device="cuda")
+
+
+def test_a_flag_holds_for_all_modules() -> None:
+    # Marlin takes one group per channel and Humming does not, which alone takes 2 bits.
+    mixed = make_specs(symmetric=True, down_proj=QuantSpec(2, 64, symmetric=True))
+    assert {rule.flag for rule in ask("vllm==0.33", mixed, layout="gptq_v2").rules} == {"--quantization humming"}
+    mixed = make_specs(group_size=-1, symmetric=True, down_proj=QuantSpec(2, 64, symmetric=True))
+    message = r"reads some of the modules in gptq_v2 on CUDA only with --quantization humming, and others only without"
+    with pytest.raises(UsageError, match=message):
+        ask("vllm==0.33", mixed, layout="gptq_v2")
+    decision = ask("vllm==0.33", mixed, layout="gptq_v2", device="cuda", plugin=True)
+    assert {rule.flag for rule in decision.rules} == {""}
+
+
+def test_all_versions_are_answered_by_lines_that_all_of_them_have() -> None:
+    decision = ask("vllm", make_specs(bits=2), layout="gptq_v2", device="cuda", plugin=True)
+    assert {rule.provider for rule in decision.rules} == {"cloq_plugin"}
+
+
+def test_snippets_have_the_flag() -> None:
+    for ranks in ((), (8,)):
+        exported = Exported(make_specs(bits=2), SHAPES, ranks)
+        by_engine = {entry["engine"]: entry for entry in load_snippets("gptq_v2", exported)}
+        assert 'quantization="humming"' in by_engine["vLLM"]["snippet"]
+        assert by_engine["vLLM"]["version"] == "0.33"
+        assert "--quantization humming" in by_engine["SGLang"]["snippet"]
+        exported = Exported(make_specs(bits=4, symmetric=True), SHAPES, ranks)
+        assert not any("humming" in entry["snippet"] for entry in load_snippets("gptq_v2", exported))
+
+
+# Versions that the table does not know.
+
+
+@pytest.mark.parametrize(
+    ("target", "note"),
+    [
+        ("vllm==0.34.1", "vllm 0.34.1 is not in the table of targets; it is taken for 0.33, the newest before it"),
+        ("gptqmodel==7.5", "gptqmodel 7.5 is not in the table of targets; it is taken for 7.3, the newest before it"),
+    ],
+)
+def test_versions_after_the_first_known_one_are_taken_with_a_note(target, note) -> None:
+    assert ask(target).notes[0] == note
+
+
 # Adapters.
 
 
@@ -302,7 +384,7 @@ def test_snippets_of_compressed_tensors() -> None:
     entries = load_snippets("compressed_tensors", Exported(make_specs(bits=3), SHAPES, ranks=(48,)), folder="me/model")
     assert [(entry["engine"], entry["version"], entry["device"]) for entry in entries] == [
         ("vLLM", "0.32 to 0.33", "CUDA"),
-        ("Transformers", "5.19 to 5.23", "CPU, CUDA"),
+        ("Transformers", "5.19 to 5.24", "CPU, CUDA"),
     ]
     vllm, transformers = (entry["snippet"] for entry in entries)
     assert 'LLM("me/model"' in vllm
@@ -313,7 +395,7 @@ def test_snippets_of_compressed_tensors() -> None:
 
 def test_snippets_without_an_adapter() -> None:
     entries = load_snippets("gptq_v2", Exported(make_specs(), SHAPES))
-    assert [entry["engine"] for entry in entries] == ["Transformers", "GPTQModel"]
+    assert [entry["engine"] for entry in entries] == ["vLLM", "Transformers", "GPTQModel", "SGLang"]
     assert not any("Peft" in entry["snippet"] for entry in entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,10 @@ def test_steps_without_a_number_are_passes_over_the_windows(
 ) -> None:
     made = []
 
-    def watched(layers: Any, objective: Any, **options: Any) -> Any:
+    def watched(layers: Any, objective: Any, schedule: Any) -> Any:
         assert objective.batches == 8  # one of them judges: a pass has seven steps
-        made.append(options["steps"])
-        return train_layers(layers, objective, **options | {"steps": 1})
+        made.append(schedule.steps)
+        return train_layers(layers, objective, dataclasses.replace(schedule, steps=1))
 
     monkeypatch.setattr(f"cloq_export.{place}.train_layers", watched)
     recipe = recipe_for("llama", refine=scheme, **{**SMALL, "refine_steps": asked})

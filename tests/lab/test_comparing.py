@@ -19,7 +19,7 @@ from cloq_export.cli import main
 from cloq_export.errors import CloqError, RecipeError, UsageError
 from cloq_export.lab import comparing
 from cloq_export.lab.comparing import compare
-from cloq_export.lab.comparison import STARTS, Comparison
+from cloq_export.lab.comparison import STARTS, ComparisonRecipe
 from cloq_export.lab.comparison_report import comparison_table
 from cloq_export.recipe import Recipe
 
@@ -54,7 +54,7 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
 def test_rows_means_and_files(
     recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    comparison = Comparison.read(str(recipe_file()))
+    comparison = ComparisonRecipe.read(str(recipe_file()))
     out = tmp_path / "out"
     partial = compare(comparison, out, starts=["cloq"], console=silent)
     assert (partial["missing_rows"], len(partial["rows"])) == (2, 3)
@@ -84,7 +84,7 @@ def test_rows_means_and_files(
 
     monkeypatch.setattr(comparing.ComparisonFolder, "measure", measured_again)
     assert compare(comparison, out, console=silent)["rows"] == result["rows"]
-    other = Comparison.read(str(recipe_file(rate_steps=2)))
+    other = ComparisonRecipe.read(str(recipe_file(rate_steps=2)))
     with pytest.raises(UsageError, match=r"holds another comparison \(rate_steps differ\)"):
         compare(other, out, console=silent)
 
@@ -101,10 +101,11 @@ def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytes
         assert row.get("perplexity", 0) > 0, (name, row)
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]))
     assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq"}
-    # The three splits begin with the same product; LoftQ is worse than CLoQ on the calibration inputs.
+    # The three splits begin with the same product, up to the rounding of activations (bfloat16 where that is fast);
+    # LoftQ is worse than CLoQ on the calibration inputs.
     before = {name: row["held_out_loss_before"] for name, row in rows.items() if "held_out_loss_before" in row}
-    assert before["cloq-balanced"] == pytest.approx(before["cloq"], rel=1e-2)
-    assert before["cloq-transposed"] == pytest.approx(before["cloq"], rel=1e-2)
+    assert before["cloq-balanced"] == pytest.approx(before["cloq"], rel=2**-7)
+    assert before["cloq-transposed"] == pytest.approx(before["cloq"], rel=2**-7)
     assert result["bases"]["int2"]["mean_error_adapted"] < result["bases"]["int2-init-loftq"]["mean_error_adapted"]
 
 
@@ -135,16 +136,16 @@ def test_what_a_task_needs_is_read_before_a_base_is_made(
         task["finetune"]["data"] = str(broken)
     else:
         task |= {"text": str(broken)} if what == "text" else {"questions": "gsm8k", "problems": 2}
-    comparison = Comparison.read(str(recipe_file(tasks={"text": task})))
+    comparison = ComparisonRecipe.read(str(recipe_file(tasks={"text": task})))
     with pytest.raises(CloqError, match=r"line 1 of .*test\.jsonl is not a JSON object"):
         compare(comparison, tmp_path / "out", console=silent)
 
 
 def test_the_small_comparison_of_the_package_is_valid() -> None:
-    small = Comparison.read("small")
+    small = ComparisonRecipe.read("small")
     assert set(small.starts) <= set(STARTS)
     assert len([case for case in small.cases() if case[1] == "cloq" and case[2] == 2]) == 3 * len(small.tasks)
-    assert set(Comparison.read("small", full=True).starts) > set(small.starts)
+    assert set(ComparisonRecipe.read("small", full=True).starts) > set(small.starts)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +174,4 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
 )
 def test_what_cannot_be_compared_is_refused(recipe_file: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        Comparison.read(str(recipe_file(**changes)))
+        ComparisonRecipe.read(str(recipe_file(**changes)))

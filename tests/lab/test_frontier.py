@@ -310,7 +310,7 @@ def test_another_frontier_and_unknown_names_are_refused(recipe_file: Any, silent
     with pytest.raises(UsageError, match="the frontier has no method 'cloq'; it has"):
         measure_frontier(frontier, out, methods=["cloq"], console=silent)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
         measure_frontier(frontier, tmp_path / "file", console=silent)
 
 

@@ -55,6 +55,15 @@ def test_the_configured_length_decides_between_lists() -> None:
     assert find_blocks(TwoTowers(5, 3, 3)).name == "text"
 
 
+def test_the_decoder_that_a_model_names_decides_between_lists_of_one_length() -> None:
+    model = TwoTowers(3, 3, 3)
+    model.language = nn.Module()
+    model.language.layers = model.text
+    del model.text
+    model.get_decoder = lambda: model.language
+    assert find_blocks(model).name == "language.layers"
+
+
 def test_lists_that_cannot_be_told_apart_are_refused_with_the_option_to_use() -> None:
     with pytest.raises(
         UnsupportedModelError,

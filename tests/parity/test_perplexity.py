@@ -12,6 +12,7 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.parity.perplexity import (
+    TextWindows,
     evaluate,
     perplexity,
     ratio_of_losses,
@@ -100,8 +101,8 @@ def test_ratio_is_paired():
 def test_one_window_has_no_standard_error():
     measured = perplexity(Bigram(), text(20), window=20, windows=4, label=None)
     assert math.isnan(measured.standard_error)
-    table = evaluate([("float", Bigram())], text(20), text=TEXT, window=20)
-    assert table["float"]["standard_error"] is None
+    table = evaluate([("float", Bigram())], text(20), TextWindows(TEXT, window=20))
+    assert table.models["float"].standard_error is None
 
 
 def test_evaluate_puts_models_in_one_table():
@@ -114,9 +115,11 @@ def test_evaluate_puts_models_in_one_table():
             yield name, model
             assert model.calls, "a model is measured before the next one is asked for"
 
-    table = evaluate(lazily(), text(60), text=TEXT, window=20, windows=8)
+    table = evaluate(lazily(), text(60), TextWindows(TEXT, 20, 8), begin_tokens=(1,)).to_json()
     assert asked == ["float", "quantized", "adapter"]
-    assert set(table) == {"float", "quantized", "adapter", "tokens", "windows", "window", "text", "text_sha256"}
+    facts = ["tokens", "windows", "window", "text", "text_sha256", "bos", "begin_tokens"]
+    assert list(table) == [*models, *facts]
+    assert (table["bos"], table["begin_tokens"]) == ("auto", [1])
     assert (table["tokens"], table["windows"], table["window"]) == (57, 3, 20)
     assert set(table["float"]) == {"perplexity", "standard_error"}
     assert table["adapter"]["ratio_to_float"] == 1.0

@@ -54,7 +54,9 @@ def test_sweeps_equal_a_plain_loop(in_features, bits, group_size, sweeps, correl
     gram = correlated_gram(in_features, seed=bits)
     weight, codes, _, _, scales, zeros = rounded_problem(in_features, spec, seed=in_features)
     before = codes.clone()
-    swept = sweep_codes(weight, codes, scales, zeros, spec.max_code, gram, sweeps)
+    swept = codes
+    for _ in range(sweeps):
+        swept = sweep_codes(weight, swept, scales, zeros, spec.max_code, gram)
     expected, margins = descend(weight, codes, scales, zeros, spec.max_code, gram, sweeps)
     clear = margins > TIE
     assert clear.mean() > 0.4
@@ -73,7 +75,7 @@ def test_no_sweep_raises_the_objective_of_any_row(bits, correlated_gram) -> None
     last = row_objectives(weight, codes, scales, zeros, gram)
     start = last
     for _ in range(6):
-        codes = sweep_codes(weight, codes, column_scales, column_zeros, spec.max_code, gram, 1)
+        codes = sweep_codes(weight, codes, column_scales, column_zeros, spec.max_code, gram)
         now = row_objectives(weight, codes, scales, zeros, gram)
         assert bool((now <= last * (1 + 1e-5)).all())
         last = now
@@ -84,20 +86,16 @@ def test_many_sweeps_end_where_no_single_code_can_be_bettered(correlated_gram) -
     spec = QuantSpec(2, -1)
     gram = correlated_gram(45, seed=1)
     weight, codes, _, _, scales, zeros = rounded_problem(45, spec, seed=1)
-    settled = sweep_codes(weight, codes, scales, zeros, spec.max_code, gram, 60)
-    assert torch.equal(sweep_codes(weight, settled, scales, zeros, spec.max_code, gram, 1), settled)
+    settled = codes
+    for _ in range(60):
+        settled = sweep_codes(weight, settled, scales, zeros, spec.max_code, gram)
+    assert torch.equal(sweep_codes(weight, settled, scales, zeros, spec.max_code, gram), settled)
     reached = row_objectives(weight, settled, scales, zeros, gram)
     for column in range(45):
         for code in range(spec.max_code + 1):
             tried = settled.clone()
             tried[:, column] = code
             assert bool((row_objectives(weight, tried, scales, zeros, gram) >= reached * (1 - 1e-5)).all())
-
-
-def test_no_sweeps_change_nothing(correlated_gram) -> None:
-    spec = QuantSpec(3, 8)
-    weight, codes, _, _, scales, zeros = rounded_problem(24, spec, seed=0)
-    assert torch.equal(sweep_codes(weight, codes, scales, zeros, spec.max_code, correlated_gram(24), 0), codes)
 
 
 def fit_by_least_squares(weight, codes, scales, zeros, gram) -> np.ndarray:

@@ -129,7 +129,7 @@ def test_refit_and_sweep_follow_each_other_on_the_original_weight(method, target
         return quantize_group([target], spec, damped, QuantizeOptions(method, sweeps=sweeps, refit=refit)).layers[0]
 
     def sweep(layer: QuantizedLayer) -> torch.Tensor:
-        return sweep_codes(target, layer.codes, *spread(layer), spec.max_code, damped.gram, 1)
+        return sweep_codes(target, layer.codes, *spread(layer), spec.max_code, damped.gram)
 
     layer = solve(0, False)
     assert torch.equal(solve(1, False).codes, sweep(layer))

@@ -35,7 +35,7 @@ def test_the_start_is_what_was_given(spec, trains_codes) -> None:
     parameter = nn.Parameter(torch.full(quantized.codes.shape, torch.nan))
     # Far from what the codes say: they still are the start.
     weight = torch.randn(quantized.codes.shape, generator=torch.Generator().manual_seed(5)) if trains_codes else None
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True, weight=weight)
+    layer = TrainedLayer(parameter, (quantized, pair), dtype=torch.float32, scales=True, weight=weight)
     layer.install()
     assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
     stored, stored_pair = layer.result()
@@ -68,7 +68,7 @@ def test_derivatives_equal_finite_differences() -> None:
 
     gradient = (served(parts) * direction).cos() * direction
     parameter = nn.Parameter(torch.empty(shape))
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer = TrainedLayer(parameter, (quantized, pair), dtype=torch.float32, scales=True)
     found = layer.derivatives(gradient.float())
     assert set(found) == set(parts)
     for name, part in parts.items():
@@ -84,7 +84,7 @@ def test_a_step_goes_downhill_and_stays_storable() -> None:
     quantized, pair = solved_layer(QuantSpec(2, 16))
     wanted = quantized.dequantize() * 1.05 + 0.9 * pair.product()
     parameter = nn.Parameter(torch.empty(quantized.codes.shape))
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer = TrainedLayer(parameter, (quantized, pair), dtype=torch.float32, scales=True)
     layer.install()
     before = float((parameter.data - wanted).square().sum())
     for _ in range(20):
@@ -105,8 +105,7 @@ def test_a_step_moves_the_outermost_weight_as_far_on_every_grid(bits: int) -> No
     rates = Rates(scales=1e-2, adapter=0.0, codes=3e-2)
     layer = TrainedLayer(
         nn.Parameter(torch.empty(weight.shape)),
-        quantized,
-        None,
+        (quantized, None),
         dtype=torch.float32,
         scales=True,
         weight=weight,
@@ -124,7 +123,7 @@ def test_a_step_moves_the_outermost_weight_as_far_on_every_grid(bits: int) -> No
 def test_scales_stand_still_where_only_the_pair_is_trained() -> None:
     quantized, pair = solved_layer(QuantSpec(3, 16))
     parameter = nn.Parameter(torch.empty(quantized.codes.shape))
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=False)
+    layer = TrainedLayer(parameter, (quantized, pair), dtype=torch.float32, scales=False)
     layer.step(torch.ones(quantized.codes.shape), 1.0)
     stored, stored_pair = layer.result()
     assert torch.equal(stored.scales, quantized.scales)
@@ -136,7 +135,7 @@ def test_without_a_gradient_nothing_moves() -> None:
     """An expert without a token in the batch."""
     quantized, pair = solved_layer(QuantSpec(2, 16))
     parameter = nn.Parameter(torch.empty(quantized.codes.shape))
-    layer = TrainedLayer(parameter, quantized, pair, dtype=torch.float32, scales=True)
+    layer = TrainedLayer(parameter, (quantized, pair), dtype=torch.float32, scales=True)
     layer.step(torch.zeros(quantized.codes.shape), 1.0)
     layer.install()
     assert torch.equal(parameter.data, quantized.dequantize() + pair.product())
@@ -169,7 +168,7 @@ def test_trained_codes_come_near_the_best_of_all_codes() -> None:
     best = torch.stack([(off @ gram * off).sum(-1).min() for off in offs])
     parameter = nn.Parameter(torch.empty(weight.shape))
     rates = Rates(scales=0.0, adapter=0.0, codes=1e-2)
-    layer = TrainedLayer(parameter, start, None, dtype=torch.float32, scales=False, weight=weight, rates=rates)
+    layer = TrainedLayer(parameter, (start, None), dtype=torch.float32, scales=False, weight=weight, rates=rates)
     layer.install()
     reached = before = errors(parameter.data)
     for step in range(300):
@@ -189,7 +188,7 @@ def test_a_code_goes_straight_through_its_rounding_and_stays_in_its_range() -> N
     weight = quantized.dequantize()
     rates = Rates(scales=0.0, adapter=0.0, codes=0.25)
     parameter = nn.Parameter(torch.empty(weight.shape))
-    layer = TrainedLayer(parameter, quantized, None, dtype=torch.float32, scales=False, weight=weight, rates=rates)
+    layer = TrainedLayer(parameter, (quantized, None), dtype=torch.float32, scales=False, weight=weight, rates=rates)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     expected = gradient.view(7, -1, 16) * quantized.scales.float().unsqueeze(-1)
     assert torch.equal(layer.derivatives(gradient)["positions"], expected)
@@ -208,7 +207,7 @@ def test_what_was_kept_of_trained_codes_comes_back() -> None:
 
     def fresh() -> tuple[nn.Parameter, TrainedLayer]:
         parameter = nn.Parameter(torch.empty(weight.shape))
-        layer = TrainedLayer(parameter, start, None, dtype=torch.float32, scales=True, weight=weight, rates=rates)
+        layer = TrainedLayer(parameter, (start, None), dtype=torch.float32, scales=True, weight=weight, rates=rates)
         layer.install()
         return parameter, layer
 

@@ -13,6 +13,7 @@ from cloq_export.quantize.grid import fit_grid, round_to_grid
 from cloq_export.refine import (
     OutputObjective,
     Refinement,
+    Schedule,
     TrainedLayer,
     held_out_error,
     relative_error,
@@ -58,13 +59,13 @@ class Block:
 
     def layers(self, *, scales: bool = True, rank: int = RANK) -> dict[str, TrainedLayer]:
         return {
-            name: TrainedLayer(parameter, *self.start(name, rank), dtype=torch.float32, scales=scales)
+            name: TrainedLayer(parameter, self.start(name, rank), dtype=torch.float32, scales=scales)
             for name, parameter in self.parameters.items()
         }
 
     def train(self, *, scales: bool = True, rank: int = RANK, steps: int = 120, seed: int = 0) -> Refinement:
         layers = self.layers(scales=scales, rank=rank)
-        return train_layers(layers, OutputObjective(layers, self.forward, self.targets), steps=steps, seed=seed)
+        return train_layers(layers, OutputObjective(layers, self.forward, self.targets), Schedule(steps, seed))
 
 
 def test_the_held_out_error_falls_and_all_parts_together_do_best() -> None:
@@ -129,7 +130,7 @@ def test_an_error_that_is_no_number_leaves_the_best_so_far(calls_before: int) ->
         return plain(batch) * (math.nan if calls > calls_before else 1.0)
 
     layers = block.layers()
-    found = train_layers(layers, OutputObjective(layers, forward, block.targets), steps=50, seed=0)
+    found = train_layers(layers, OutputObjective(layers, forward, block.targets), Schedule(50, 0))
     assert found.diverged
     assert found.steps < 50
     assert (found.layers is None) == (calls_before < 30)
@@ -148,9 +149,9 @@ def test_a_layer_that_no_token_reaches_stands_still() -> None:
     block = Block()
     layers = block.layers()
     start = block.start("up")
-    idle = TrainedLayer(nn.Parameter(torch.empty(INNER, WIDTH)), *start, dtype=torch.float32, scales=True)
+    idle = TrainedLayer(nn.Parameter(torch.empty(INNER, WIDTH)), start, dtype=torch.float32, scales=True)
     layers["idle"] = idle
-    found = train_layers(layers, OutputObjective(layers, block.forward, block.targets), steps=10, seed=0)
+    found = train_layers(layers, OutputObjective(layers, block.forward, block.targets), Schedule(10, 0))
     assert found.layers is not None
     stored, pair = found.layers["idle"]
     assert torch.equal(stored.scales, start[0].scales)

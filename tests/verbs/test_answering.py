@@ -103,7 +103,7 @@ def test_bad_input_is_found_before_a_model_is_read(
     with pytest.raises(UsageError, match="--tasks is 'svmp'"):
         answer(run, ("svmp",), silent)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
         answer(run, tasks, silent, out=tmp_path / "file")
     with pytest.raises(RunDirectoryError, match="run has no adapter 'another'; it has cloq"):
         answer(run, tasks, silent, adapter="another")

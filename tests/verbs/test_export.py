@@ -173,8 +173,9 @@ def test_merged_weights_are_those_that_are_served(
     assert described["certificate"]["layout"] == "merged"
     measured = evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
     served = evaluate(run, EvaluateOptions(texts["eval_text"], 16, 4), console=silent)
-    assert measured.perplexity["merged"]["perplexity"] == pytest.approx(
-        served.perplexity["adapter"]["perplexity"], rel=2e-2
+    assert measured.perplexity.models["merged"].perplexity == pytest.approx(
+        served.perplexity.models["adapter"].perplexity,
+        rel=torch.finfo(wanted).eps,  # every weight is rounded once more
     )
     with pytest.raises(UsageError, match="is a merged export and takes no adapter"):
         evaluate(out, EvaluateOptions(texts["eval_text"], 16, 4, adapter="cloq"), console=silent)
@@ -185,18 +186,21 @@ def test_an_adapter_alone_balanced_and_padded(tmp_path: Path, made: Any, silent:
     options = ExportOptions(format="peft", split="balanced", pad_rank=8, out=out)
     summary = write_export(run, options, console=silent)
     assert summary.adapters[0].record["rank"] == 8
-    assert 0 < summary.adapters[0].record["largest_product_error"] < 2e-3
+    # Balancing rounds A and B once more, each entry by at most half a unit of float16.
+    rounding = 2 * torch.finfo(torch.float16).eps
+    assert 0 < summary.adapters[0].record["largest_product_error"] < rounding
     read, original = read_adapter(out), read_adapter(run / "adapters" / "cloq")
     assert read.extra["split"] == "balanced"
     assert read.extra["padded_to"] == 8
     for name, pair in read.pairs.items():
         assert pair.rank == 8
-        torch.testing.assert_close(pair.product(), original.pairs[name].product(), rtol=5e-3, atol=5e-3)
+        meant = original.pairs[name].product()
+        assert float((pair.product() - meant).norm()) < rounding * float(meant.norm())
     assert inspect_folder(out, verify=True).to_json()["certificate"]["layout"] == "peft"
     write_export(run, options, console=silent)  # over an earlier export
-    torch.testing.assert_close(
-        logits(cloq_export.load(run, out)), logits(cloq_export.load(run, "cloq")), rtol=2e-2, atol=2e-2
-    )
+    served, meant, bare = (logits(cloq_export.load(run, adapter)) for adapter in (out, "cloq", None))
+    # What the logits lose is small beside what the adapter does; the factor is for what the layers between amplify.
+    assert float((served - meant).norm()) < 4 * rounding * float((meant - bare).norm())
 
 
 def test_several_adapters(tmp_path: Path, recipe_for: Any, silent: Console) -> None:
@@ -408,9 +412,9 @@ def test_a_foreign_checkpoint_gets_an_adapter(
     summary = adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)
     assert summary.recipe.bits == 2
     assert_same_integers(tmp_path / "run", checkpoint)
-    measured = summary.perplexity
-    assert measured["adapter"]["perplexity"] < measured["quantized"]["perplexity"]
-    assert RunDirectory.open(tmp_path / "run").recipe["codes_from"] == str(checkpoint)
+    measured = summary.perplexity.models
+    assert measured["adapter"].perplexity < measured["quantized"].perplexity
+    assert RunDirectory.open(tmp_path / "run").recipe.codes_from == str(checkpoint)
     # It is a run like any other.
     before = contents(tmp_path / "run")
     adapt_checkpoint(checkpoint, recipe, tmp_path / "run", console=silent)

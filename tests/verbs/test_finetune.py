@@ -385,19 +385,19 @@ def test_a_begin_token_begins_every_window(
     section = {**SMALL, "data": texts["calibration"], "steps": 1, "eval_every": 1}
     whole = run_and_finetune(recipe.changed({"finetune": section}), tmp_path / "run", console=silent)
     summary = whole.summary
-    assert (summary.perplexity["bos"], summary.perplexity["begin_tokens"]) == ("auto", [1])
-    report = json.loads(Path(whole.report["files"]["json"]).read_text())
+    assert (summary.perplexity.bos, summary.perplexity.begin_tokens) == ("auto", (1,))
+    report = json.loads(Path(whole.report.files["json"]).read_text())
     assert (report["passed"], report["conditions"]["bos"], report["conditions"]["begin_tokens"]) == (True, "auto", [1])
     perplexity = {
         bos: evaluate(tmp_path / "run", EvaluateOptions(texts["eval_text"], 16, 4, bos), console=silent).perplexity
         for bos in (None, "never")
     }
-    assert perplexity[None]["float"] == summary.perplexity["float"]
-    assert (perplexity["never"]["bos"], perplexity["never"]["begin_tokens"]) == ("never", [])
-    assert perplexity["never"]["float"] != summary.perplexity["float"]
+    assert perplexity[None].models["float"] == summary.perplexity.models["float"]
+    assert (perplexity["never"].bos, perplexity["never"].begin_tokens) == ("never", ())
+    assert perplexity["never"].models["float"] != summary.perplexity.models["float"]
     # Calibration begins its windows so, too.
     other = make_run(recipe.changed({"bos": "never"}), tmp_path / "other", console=silent)
-    assert other.perplexity["float"] == perplexity["never"]["float"]
+    assert other.perplexity.models["float"] == perplexity["never"].models["float"]
     assert other.layers.worst_error_adapted != summary.layers.worst_error_adapted
 
 

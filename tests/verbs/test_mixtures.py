@@ -167,7 +167,7 @@ def test_merged_weights_of_a_family_whose_files_hold_fused_experts_are_refused(
     recipe_for: RecipeFor, run_recipe: RunRecipe, tmp_path: Path, silent: Console
 ) -> None:
     run, _ = run_recipe(recipe_for("gpt-oss"))
-    with pytest.raises(UnsupportedModelError, match=r"GptOssForCausalLM reads experts fused .* --format gptq_v2"):
+    with pytest.raises(UnsupportedModelError, match=r"GptOssForCausalLM reads experts fused .* `format=gptq_v2`"):
         write_export(run.path, ExportOptions(format="merged", out=tmp_path / "merged"), console=silent)
     assert not (tmp_path / "merged").exists()
 

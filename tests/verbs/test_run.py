@@ -135,8 +135,8 @@ def test_what_is_loaded_is_what_was_computed(
     assert_close(upstream, served)
 
     assert summary.layers.count == len(layers)
-    assert summary.perplexity == run.read_report("evaluation")
-    assert summary.perplexity["tokens"] == 4 * 15
+    assert summary.perplexity.to_json() == run.read_report("evaluation")
+    assert summary.perplexity.tokens == 4 * 15
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.checkpoint_path)
     assert (
         tokenizer("w1 w2")["input_ids"]
@@ -219,6 +219,7 @@ def test_certificates_hold_on_what_the_layers_really_meet(
         # The drift may be summed from operands rounded to bfloat16, eight bits.
         tolerance = 1e-2 if recipe.error_aware else 2e-3
         assert {key: getattr(certificate, key) for key in expected} == pytest.approx(expected, rel=tolerance), module
+        # By subspace iteration, which stays a few percent below where singular values crowd.
         assert certificate.spectral_error_adapted == pytest.approx(float(largest[0] / largest[1]), rel=3e-2)
         assert certificate.error_bound <= certificate.error_adapted * (1 + 1e-6)
         assert certificate.error_adapted <= 1.01 * certificate.error_bound
@@ -376,6 +377,7 @@ def test_bfloat16_arithmetic_gives_nearly_the_same_statistics(
     )
     for one, other in zip(exact, rounded, strict=True):
         assert one != other
+        # bfloat16 keeps eight bits of each activation; damping is a mean over them, the error a small difference.
         assert one.damping == pytest.approx(other.damping, rel=0.05)
         assert one.error_adapted == pytest.approx(other.error_adapted, rel=0.2)
 
@@ -384,8 +386,8 @@ def test_rank_0_makes_no_adapter(recipe_for: RecipeFor, run_recipe: Any) -> None
     recipe = recipe_for("llama", rank=0)
     run, summary = run_recipe(recipe)
     assert run.adapters.names == []
-    assert set(summary.perplexity) >= {"float", "quantized"}
-    assert "adapter" not in summary.perplexity
+    assert set(summary.perplexity.models) >= {"float", "quantized"}
+    assert "adapter" not in summary.perplexity.models
     assert_close(cloq_export.load(run.path), reference_model(recipe, stored_layers(run), adapted=False))
 
 
@@ -494,15 +496,15 @@ def test_evaluate_gives_what_run_measured(
     run, summary = run_recipe(recipe)
     options = EvaluateOptions(texts["eval_text"], 16, 4)
     measured = evaluate(run.path, options, console=silent)
-    assert measured.to_json() == summary.perplexity
+    assert measured.to_json() == summary.perplexity.to_json()
     alone = evaluate(run.checkpoint_path, options, console=silent)
-    assert alone.perplexity["quantized"]["perplexity"] == measured.perplexity["quantized"]["perplexity"]
-    assert "float" not in alone.perplexity
+    assert alone.perplexity.models["quantized"].perplexity == measured.perplexity.models["quantized"].perplexity
+    assert "float" not in alone.perplexity.models
     assert alone.notes == ("the float model was not measured: name it with `reference`",)
     beside = evaluate(run.checkpoint_path, dataclasses.replace(options, reference=recipe.model), console=silent)
-    assert beside.perplexity["float"] == measured.perplexity["float"]
+    assert beside.perplexity.models["float"] == measured.perplexity.models["float"]
     for name in ("float", "quantized", "adapter"):
-        assert math.isfinite(measured.perplexity[name]["standard_error"])
+        assert math.isfinite(measured.perplexity.models[name].standard_error)
 
 
 def test_the_summary_says_where_things_are_and_what_they_take(recipe_for: RecipeFor, run_recipe: Any) -> None:
@@ -541,8 +543,8 @@ def test_the_demo_falls_back_to_the_embedded_text_and_says_so(
     recipe = recipe_for("llama", calibration="wikitext2", eval_text="wikitext2")
     summary = make_run(recipe, tmp_path / "run", demo=True, console=silent)
     assert "calibrates on the first four fifths of the text embedded in Python" in summary.notes[0]
-    assert summary.perplexity["text"].endswith("last fifth")
-    with pytest.raises(cloq_export.CloqError, match=r"wikitext.*(--calibration|CLOQ_DATA)"):
+    assert summary.perplexity.text.endswith("last fifth")
+    with pytest.raises(cloq_export.CloqError, match=r"wikitext.*(`calibration`|CLOQ_DATA)"):
         make_run(recipe, tmp_path / "other", console=silent)
     assert not (tmp_path / "other").exists()
 

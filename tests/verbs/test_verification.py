@@ -436,14 +436,14 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"runtime": "vlm"}, r"--runtime is 'vlm'; allowed are hf, vllm, vllm-server, onnx. did you mean 'vllm'"),
+        ({"runtime": "vlm"}, r"`runtime` is 'vlm'; allowed are hf, vllm, vllm-server, onnx. did you mean 'vllm'"),
         ({"tasks": ("gsm8",)}, r"--tasks is 'gsm8'; allowed are ppl, gsm8k"),
         ({"adapters": ("a/b=cloq",)}, r"'a/b' cannot be the name of an adapter"),
         ({"adapters": ("a=cloq", "a=second")}, r"two adapters have the name 'a'"),
         ({"window": 4000}, r"model reads at most 64"),
         ({"longest": 400}, r"--longest is 400; the model is served with up to 64 tokens .* choose 64"),
-        ({"problems": 0}, r"--problems is 0; it must be at least 1"),
-        ({"prompts": -1}, r"--prompts is -1; it must be at least 0"),
+        ({"problems": 0}, r"`problems` is 0; it must be at least 1"),
+        ({"prompts": -1}, r"`prompts` is -1; it must be at least 0"),
     ],
 )
 def test_misuse(
@@ -501,7 +501,7 @@ def test_a_place_for_the_report_is_looked_at_first(
 ) -> None:
     monkeypatch.setattr(float_side, "open_model", lambda *_, **__: pytest.fail("the float model was read"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with --out"):
+    with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
         verify(exported, dataclasses.replace(options, out=tmp_path / "file"), console=silent)
 
 

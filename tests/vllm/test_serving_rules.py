@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.types import LoraPair, QuantSpec
 from cloq_export.verbs.options import ServeOptions
-from cloq_export.verbs.serve import plan_serving, served_adapters
+from cloq_export.verbs.serve import plan_serving, served_adapters, unbound_notes
 
 
 @pytest.fixture
@@ -167,6 +168,31 @@ def test_adapters_that_do_not_fit_the_model(export: Any, tmp_path: pathlib.Path)
         ServeOptions(adapters=(f"three={tmp_path / 'other'}",), default="three", port=0, force=True, kv_cache_gib=1),
     )
     assert json.loads(plan.environment[POLICY_VARIABLE])["force"] is True
+
+
+@pytest.mark.usefixtures("on")
+def test_an_adapter_that_names_no_base_is_served_when_trusted_and_that_is_said(
+    export: Any, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(export.adapters["one"], tmp_path / "plain")
+    (tmp_path / "plain" / "cloq_adapter.json").unlink()
+    weights = tmp_path / "plain" / "adapter_model.safetensors"
+    write_safetensors(weights, read_safetensors(weights)[0])
+    pairs = read_adapter(export.adapters["one"]).pairs
+    write_adapter(tmp_path / "other", pairs, base_model="random", base_fingerprint="sha256:0")
+    named = (f"plain={tmp_path / 'plain'}",)
+    message = refuse(export.folder, adapters=named, default="plain")
+    assert "does not say which quantized base it belongs to" in message
+    options = ServeOptions(adapters=named, default="plain", port=0, kv_cache_gib=1, trust_adapters=True)
+    plan = plan_serving(export.folder, options)
+    assert json.loads(plan.environment[POLICY_VARIABLE])["trust_adapters"] is True
+    assert unbound_notes(export.folder, plan) == [
+        "the adapter plain does not say which quantized base it belongs to and was trusted; it is right only if it was "
+        f"trained on {export.folder}"
+    ]
+    # Trust is no force.
+    other = (f"other={tmp_path / 'other'}",)
+    assert "is bound to the base" in refuse(export.folder, adapters=other, default="other", trust_adapters=True)
 
 
 @pytest.mark.usefixtures("on")

@@ -20,7 +20,7 @@ Confidence = Literal["certain", "likely", "open"]
 Level = Literal["wrong", "doubtful", "note"]
 
 SAMPLED_LAYERS = 16
-# Of codes, a layer; a fourth of it may come on top for the zeros and for the scales of the same groups.
+# Bytes of codes read of a layer; up to a fourth as many again are read of the zeros and scales of the same groups.
 LAYER_BYTES = 2 << 20
 
 _USUAL_GROUPS = (32, 64, 128, PER_CHANNEL)
@@ -74,7 +74,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class FamilyVerdict:
     """What one family's examination found."""
 
     label: str | None
@@ -212,9 +212,9 @@ def note_scales(case: Case, scales: Sequence[tuple[str, torch.Tensor]], sampled:
             "negative": wide < 0,
             "subnormal": (wide.abs() < _SMALLEST_NORMAL[code]) & (wide != 0),
         }
-        for fault, found in tests.items():
-            if bool(found.any()):
-                faults[fault].append((module, int(found.sum())))
+        for fault, faulty in tests.items():
+            if bool(faulty.any()):
+                faults[fault].append((module, int(faulty.sum())))
     remedies = {
         "NaN or Inf": "fetch or quantize the file again.",
         "zero": "such groups are all zero: quantize again with a smallest scale above 0.",
@@ -248,7 +248,7 @@ def note_codes(case: Case, counts: Sequence[torch.Tensor], bits: int) -> None:
         case.suspect(
             "striped",
             "doubtful",
-            "codes depend on their place in the words, which weights do not know: the bits may lie in another order",
+            "codes depend on their place in the words, as weights do not: the bits may lie in another order",
             f"{striped:.3f} bits of each code are told by its place among 32",
             "compare a layer with the float original before you use it.",
         )
@@ -264,8 +264,8 @@ def note_codes(case: Case, counts: Sequence[torch.Tensor], bits: int) -> None:
 
 def constant_of(histograms: Iterable[torch.Tensor]) -> int | None:
     """Return the only value that histograms hold, or None."""
-    found = {int(value) for counts in histograms for value in counts.nonzero().flatten()}
-    return found.pop() if len(found) == 1 else None
+    occurring = {int(value) for counts in histograms for value in counts.nonzero().flatten()}
+    return occurring.pop() if len(occurring) == 1 else None
 
 
 def most_common(grids: Iterable[tuple[int, int]]) -> tuple[int | None, int | None]:
@@ -285,10 +285,10 @@ def rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
-def mean_text(found: statistics.ZeroOffset) -> str:
+def mean_text(offset: statistics.ZeroOffset) -> str:
     return (
-        f"mean of codes - stored zeros {found.mean:.3f} +- {found.standard_error:.3f} over {found.layers} layers; 0 is "
-        "usual for zeros stored as they are, 1 for zeros stored less one"
+        f"mean of codes - stored zeros {offset.mean:.3f} +- {offset.standard_error:.3f} over {offset.layers} layers; "
+        "0 is usual for zeros stored as they are, 1 for zeros stored less one"
     )
 
 

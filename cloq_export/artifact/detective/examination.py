@@ -14,9 +14,9 @@ from cloq_export.artifact.detective.case import (
     LAYER_BYTES,
     Case,
     Confidence,
+    FamilyVerdict,
     Level,
     Suspicion,
-    Verdict,
     modules_with,
     whole_number,
 )
@@ -143,19 +143,19 @@ def examine(path: str | os.PathLike[str]) -> Examination:
 
 def _find_quantization(case: Case, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `quantization_config`, from config.json or from where other tools keep it."""
-    found = find_quantization(case.folder, config)
-    if found is None:
+    described = find_quantization(case.folder, config)
+    if described is None:
         return {}
-    if found.elsewhere:
+    if described.elsewhere:
         case.suspect(
             "config-place",
             "doubtful",
             "config.json has no quantization_config at its usual place; "
-            f"{found.source.removeprefix(str(case.folder) + os.sep)[:120]} has one, as older tools write it",
+            f"{described.source.removeprefix(str(case.folder) + os.sep)[:120]} has one, as older tools write it",
             "many readers do not look there",
             "put its content into config.json under quantization_config; cloq convert writes it there.",
         )
-    return found.config
+    return described.config
 
 
 def _note_file_names(case: Case) -> None:
@@ -171,7 +171,7 @@ def _note_file_names(case: Case) -> None:
 
 
 def _conclude(
-    case: Case, method: str | None, modules: list[str], look: Callable[[Case, list[str]], Verdict]
+    case: Case, method: str | None, modules: list[str], look: Callable[[Case, list[str]], FamilyVerdict]
 ) -> Examination:
     """Examine a family that is read, try to read it, and put both together."""
     reading, refusal, checkpoint = None, None, None
@@ -247,7 +247,7 @@ def _unread(case: Case, method: str, evidence: str, *, modules: int) -> Examinat
 
 
 def _examine_other(case: Case, method: str, shown: str | None, modules: int) -> Examination:
-    """Return the examination of a file that carries a label that is read over tensors that are not."""
+    """Return the examination of a file whose label is one that is read and whose tensors are not."""
     label = gptq_label(case)[0] if method == "gptq" else case.text("format") or "none"
     if method == "gptq" and label in UNREAD_GPTQ_FORMATS:
         what, remedy = UNREAD_GPTQ_FORMATS[label]
@@ -262,9 +262,9 @@ def _examine_other(case: Case, method: str, shown: str | None, modules: int) -> 
             "label", "wrong", f"the file is labelled {method}, but its tensors are {seen}", "names and shapes", remedy
         )
     case.suspect("not-read", "note", f"the checkpoint is {what}; it is not read", f"the label is {label!r}", remedy)
-    found = _unread(case, shown or method, f"the label is {label!r}", modules=modules)
+    examination = _unread(case, shown or method, f"the label is {label!r}", modules=modules)
     return dataclasses.replace(
-        found,
+        examination,
         label=label,
         content=None if shown is None else shown,
         confidence="open" if shown is None else "certain",

@@ -15,7 +15,7 @@ from cloq_export.artifact.detective.case import (
     SAMPLED_LAYERS,
     Case,
     Confidence,
-    Verdict,
+    FamilyVerdict,
     compare_grids,
     constant_of,
     counted,
@@ -50,7 +50,7 @@ class _Sample:
     zeros: dict[str, torch.Tensor]
 
 
-def examine_gptq(case: Case, modules: list[str]) -> Verdict:
+def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
     label, spoken = gptq_label(case)
     note_missing(case, modules, ("qweight", "qzeros", "scales"))
     note_extra(case, modules, _PARTS)
@@ -96,7 +96,7 @@ def examine_gptq(case: Case, modules: list[str]) -> Verdict:
         _note_symmetry(case, counts, labelled_symmetric, symmetric, constant, len(samples))
         _note_offsets(case, [sample.offsets[order].slope for sample in samples])
         note_codes(case, [sample.counts[order] for sample in samples], bits)
-    return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
+    return FamilyVerdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
 
 
 def gptq_label(case: Case) -> tuple[str, str]:
@@ -279,16 +279,16 @@ def _version(
     labelled_symmetric: bool,
 ) -> tuple[str | None, Confidence]:
     """Decide whether zeros are stored as they are or less one."""
-    found = statistics.zero_offset([sample.offsets[order] for sample in samples])
-    if found is None or middle is None:
+    offset = statistics.zero_offset([sample.offsets[order] for sample in samples])
+    if offset is None or middle is None:
         return None, "open"
     case.figures["code_minus_zero"] = {
-        "mean": rounded(found.mean),
-        "standard_error": rounded(found.standard_error),
-        "log_odds_as_they_are": rounded(found.log_odds),
-        "layers": found.layers,
+        "mean": rounded(offset.mean),
+        "standard_error": rounded(offset.standard_error),
+        "log_odds_as_they_are": rounded(offset.log_odds),
+        "layers": offset.layers,
     }
-    by_mean = None if found.shift is None else ("gptq_v2", "gptq")[found.shift]
+    by_mean = None if offset.shift is None else ("gptq_v2", "gptq")[offset.shift]
     by_constant = {middle: "gptq_v2", middle - 1: "gptq"}.get(-1 if constant is None else constant)
     if by_constant is not None and by_mean in (None, by_constant):
         return by_constant, "certain" if labelled_symmetric else "likely"
@@ -297,16 +297,16 @@ def _version(
             "zeros-and-codes",
             "doubtful",
             f"all stored zeros are {constant}, as in symmetric layers of {by_constant}, but codes lie as in {by_mean}",
-            mean_text(found),
+            mean_text(offset),
             "compare a layer with the float original before you use it.",
         )
         return None, "open"
-    if not found.explained:
+    if not offset.explained:
         case.suspect(
             "zeros-and-codes",
             "doubtful",
             "the codes lie around neither reading of the zeros; bits may lie in another order, or be of another width",
-            mean_text(found),
+            mean_text(offset),
             "compare a layer with the float original before you use it.",
         )
     return (by_mean, "likely") if by_mean is not None else (None, "open")

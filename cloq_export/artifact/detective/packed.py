@@ -13,7 +13,7 @@ from cloq_export.artifact.detective.case import (
     SAMPLED_LAYERS,
     Case,
     Confidence,
-    Verdict,
+    FamilyVerdict,
     compare_grids,
     counted,
     mean_text,
@@ -37,7 +37,7 @@ _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", 
 _COUNTED_SHAPES = 256
 
 
-def examine_packed(case: Case, modules: list[str]) -> Verdict:
+def examine_packed(case: Case, modules: list[str]) -> FamilyVerdict:
     label = case.text("format") or "pack-quantized"
     ours = case.quantization.get("cloq")
     if isinstance(ours, Mapping) and isinstance(ours.get("layout"), str):
@@ -71,10 +71,10 @@ def examine_packed(case: Case, modules: list[str]) -> Verdict:
     forms: collections.Counter[str] = collections.Counter()
     shapes: dict[str, tuple[int, int]] = {}
     for module in statistics.spread_evenly(sorted(modules, key=natural_order), 256):
-        found = _grid(case, module, said[module][0])
-        if found is not None:
-            shapes[module], seen[module] = found[0], (found[1], found[2])
-            forms[found[3]] += 1
+        grid = _grid(case, module, said[module][0])
+        if grid is not None:
+            shapes[module], seen[module] = grid[0], (grid[1], grid[2])
+            forms[grid[3]] += 1
     compare_grids(case, seen)
     bits, group_size = most_common(seen.values())
     content, confidence = _form(case, forms, bits, label)
@@ -112,7 +112,7 @@ def examine_packed(case: Case, modules: list[str]) -> Verdict:
     if counts and bits is not None:
         note_codes(case, counts, bits)
     symmetric = not any(f"{module}.weight_zero_point" in case.headers for module in modules)
-    return Verdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(counts))
+    return FamilyVerdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(counts))
 
 
 def _is_permuted(case: Case, module: str) -> bool:

@@ -1,13 +1,13 @@
-"""What stored codes and zeros tell about how they were stored, when a file does not say it or says it wrongly.
+"""What stored codes and zeros show about how they were stored, when a file does not say so or is wrong.
 
-Two facts carry everything here; neither is proof, since both lean on what weights usually look like.
+Two facts are used here; neither is proof, since both rest on what weights usually look like.
 
 A weight has about as much above zero as below, and `Q = scales * (codes - zeros)`. So the mean of `codes - zeros` over
 a layer lies near 0, and it lies near 1 where the file holds `zeros - 1` (GPTQ version 1).
 
-Codes of one channel hardly know of each other. So of several ways to cut the same words into codes, the right one gives
-the least entropy per code: cutting elsewhere only regroups the bits of independent codes, and the entropies of parts
-never sum to less than that of the whole.
+Codes of one channel hardly depend on each other. So of several ways to cut the same words into codes, the right one
+gives the least entropy per code: cutting elsewhere only regroups the bits of independent codes, and the entropies of
+parts never sum to less than that of the whole.
 """
 
 from __future__ import annotations

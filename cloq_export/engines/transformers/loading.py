@@ -16,6 +16,7 @@ from torch import nn
 
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
@@ -70,10 +71,11 @@ def load(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    _report_labels(checkpoint)
-    model = _build_model(checkpoint, dtype, _place_packed)
-    # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
-    model.quantization_method = "gptq"
+    report_labels(checkpoint)
+    require_versions()
+    model = empty_model(checkpoint, dtype)
+    fill_packed(model, checkpoint)
+    _read_generation_config(checkpoint, model)
     if found is not None and read is not None:
         _attach(model, found, read, trainable=trainable)
     model.requires_grad_(False)
@@ -81,8 +83,25 @@ def load(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
     model = model.to(torch.device(device)).eval()
-    _report_slow_layers(model)
+    report_slow_layers(model)
     return model
+
+
+def fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Fill a model without weights from a checkpoint, with packed linears in the place of those that it quantizes.
+
+    Args:
+        model: of the class and config of the checkpoint, its experts split, its parameters without memory.
+        checkpoint: gives the numbers, put on the CPU.
+
+    Raises:
+        FormatError: a file is damaged, or does not fit the model.
+    """
+    _fill(model, checkpoint, _place_packed)
+    # PEFT and transformers ask for this word before they merge into, or cast, a model whose weights are packed.
+    model.quantization_method = "gptq"
+    # To which adapters over the model are bound.
+    model.quantized_base = checkpoint
 
 
 def dequantized_model(
@@ -117,8 +136,11 @@ def dequantized_model(
     checkpoint = Checkpoint.open(path)
     found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    _report_labels(checkpoint)
-    model = _build_model(checkpoint, torch.float32, _place_dense)
+    report_labels(checkpoint)
+    require_versions()
+    model = empty_model(checkpoint, torch.float32)
+    _fill(model, checkpoint, _place_dense)
+    _read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
@@ -190,13 +212,13 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     return dense
 
 
-def _report_labels(checkpoint: Checkpoint) -> None:
+def report_labels(checkpoint: Checkpoint) -> None:
     """Warn where the content of a checkpoint counted and not its label."""
     for note in checkpoint.notes:
         warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)
 
 
-def _report_slow_layers(model: PreTrainedModel) -> None:
+def report_slow_layers(model: PreTrainedModel) -> None:
     """Warn once if layers on the CPU compute without the native library."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     slow = sum(module.native is None and module.packed_codes.device.type == "cpu" for module in packed)
@@ -204,14 +226,13 @@ def _report_slow_layers(model: PreTrainedModel) -> None:
         warnings.warn(f"{slow} packed layers compute with plain torch, slowly. {cpu.describe()}", stacklevel=3)
 
 
-def _build_model(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
-) -> PreTrainedModel:
-    """Return the model of a checkpoint, with `place` making the quantized linears."""
-    require_versions()
-    model = empty_model(checkpoint, dtype)
+def _fill(
+    model: PreTrainedModel, checkpoint: Checkpoint, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
+) -> None:
+    """Fill a model without weights, with `place` making the quantized linears."""
     linears = targeted_linears(checkpoint, model)
     placed_names, _ = float_places(checkpoint, model)
+    copies = copies_of_codes(model, checkpoint.specs)
     for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
@@ -221,20 +242,21 @@ def _build_model(
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
         # Its numbers come with the float part.
         placed.bias = linear.bias
-        model.set_submodule(module, placed)
+        for name in (module, *(copy for copy, first in copies.items() if first == module)):
+            model.set_submodule(name, placed)
     for name in placed_names:
         _place_float(model, name, checkpoint.read(name), source=checkpoint.files[name].path)
     _tie_what_is_missing(checkpoint, model)
     _refuse_gaps(checkpoint, model)
-    _read_generation_config(checkpoint, model)
-    return model
 
 
 def _tie_what_is_missing(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Tie head and embeddings as far as the checkpoint does not hold both, whatever its config says."""
     held_apart = {name for name in model.all_tied_weights_keys if name.rpartition(".")[0] in checkpoint.specs}
+    # What shares codes is one module under several names.
+    done = held_apart | {f"{copy}.weight" for copy in copies_of_codes(model, checkpoint.specs)}
     model.all_tied_weights_keys = {
-        target: source for target, source in model.all_tied_weights_keys.items() if target not in held_apart
+        target: source for target, source in model.all_tied_weights_keys.items() if target not in done
     }
     missing = {name for name, tensor in _tensors(model) if tensor.device.type == "meta"}
     with quiet_transformers():

@@ -28,6 +28,7 @@ class EngineSettings:
         max_lora_rank: rank that adapters may have; None takes the least value that the served ones need.
         max_loras: adapters in one batch; None takes all that are served.
         force: take adapters of another base.
+        trust_adapters: take adapters that are bound to no base.
         more: further keyword arguments of vLLM's `LLM`, which win over those that are chosen here.
     """
 
@@ -36,6 +37,7 @@ class EngineSettings:
     max_lora_rank: int | None = None
     max_loras: int | None = None
     force: bool = False
+    trust_adapters: bool = False
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -82,7 +84,13 @@ def engine_options(
     targets = adapter_rules.quantized_suffixes(checkpoint)
     ranks = [1]
     for folder in adapters.values():
-        adapter = adapter_rules.check_adapter(checkpoint, folder, max_rank=max_lora_rank, force=settings.force)
+        adapter = adapter_rules.check_adapter(
+            checkpoint,
+            folder,
+            max_rank=max_lora_rank,
+            force=settings.force,
+            trust_unbound=settings.trust_adapters,
+        )
         ranks += [pair.rank for pair in adapter.pairs.values()]
         targets |= {module.rpartition(".")[2] for module in adapter.pairs}
     if adapters or max_lora_rank is not None or settings.max_loras is not None:

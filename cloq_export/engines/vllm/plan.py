@@ -98,6 +98,7 @@ class ServerOptions:
         kv_cache_gib: memory for keys and values on the CPU; None takes a share of what is free.
         threads: threads on the CPU; None leaves it to vLLM.
         force: take adapters of another base.
+        trust_adapters: take adapters that are bound to no base.
         engine_options: more options of vLLM's server, as typed.
     """
 
@@ -113,6 +114,7 @@ class ServerOptions:
     kv_cache_gib: int | None = None
     threads: int | None = None
     force: bool = False
+    trust_adapters: bool = False
     engine_options: tuple[str, ...] = ()
 
 
@@ -150,6 +152,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         max_lora_rank=options.max_lora_rank,
         max_loras=options.max_loras or max(1, min(len(adapters), 8)),
         force=options.force,
+        trust_adapters=options.trust_adapters,
     )
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
     # Adapters that are loaded while it serves find a place beside those of the start.
@@ -164,7 +167,9 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         ]
     environment = engine_environment(kv_cache_gib, threads=options.threads) | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        POLICY_VARIABLE: ServingPolicy(own, base_name, default, options.force).to_text(),
+        POLICY_VARIABLE: ServingPolicy(
+            own, base_name, default, force=options.force, trust_adapters=options.trust_adapters
+        ).to_text(),
     }
     return ServerPlan(
         command=(*command, *options.engine_options),

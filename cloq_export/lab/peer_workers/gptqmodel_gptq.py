@@ -53,7 +53,7 @@ def _do_without_torchvision() -> None:
     """Let GPTQModel be imported without torchvision, which it does not require but imports for one vision model."""
     try:
         import torchvision  # noqa: F401
-    except Exception:  # a build for another torch raises whatever it likes
+    except Exception:  # a build for another torch may raise anything
         stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
         stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
         sys.modules[stand_in.__name__] = stand_in
@@ -62,8 +62,9 @@ def _do_without_torchvision() -> None:
 def _pack_without_the_parents_lock() -> None:
     """Keep two threads of GPTQModel 7.3.2 from waiting for each other forever, as they do with EoRA.
 
-    One packs a layer under the lock of its parent and wants the processor's; one restores a layer's weight under the
-    processor's and wants that of the parent. What packing guards by the first, it guards by the second too.
+    One packs a layer while it holds the lock of the layer's parent and waits for the processor's; the other restores a
+    layer's weight while it holds the processor's and waits for the parent's. Packing does not need the parent's: the
+    processor's guards the same.
     """
     from gptqmodel.looper import gptq_processor
 

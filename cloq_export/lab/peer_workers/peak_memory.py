@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Watches from its making on; loading a model takes more than the model, and is not to be counted."""
+    """Measures from its creation on: loading a model takes more memory than the model, and does not count."""
 
     def __init__(self) -> None:
         self._before: int | None = None
@@ -14,7 +14,7 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self._before = _resident_bytes("VmRSS")
         except OSError:
-            # No Linux, or one that does not let a process forget its peak.
+            # Not Linux, or a Linux where a process cannot reset its peak.
             pass
 
     def beyond(self) -> int | None:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from cloq_export.artifact.certificate import read_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.pair_record import pair_digest, record_pairs
+from cloq_export.artifact.probe_record import ProbeRecord, TokenizerRecord
 from cloq_export.artifact.provenance import (
     LARGEST_PRODUCT_ERROR,
     AdapterRecord,
     BaseRecord,
-    ProbeRecord,
-    TokenizerRecord,
     adapter_record,
     read_base_record,
     seal_of,

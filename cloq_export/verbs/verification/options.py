@@ -3,73 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 from cloq_export.errors import UsageError
-from cloq_export.recipe import CHOICES
-
-RUNTIME_NAMES = ("hf", "vllm", "vllm-server", "onnx")
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
+from cloq_export.recipe import CHOICES, FIELDS
+from cloq_export.verbs.options import option, refuse_unmeant
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
-    """What `verify` is asked to do.
+    """What `verify` is asked to do."""
 
-    Args:
-        reference: the float model: a folder, a hub id or a GGUF file.
-        runtime: what serves: "hf", "vllm", "vllm-server", or "onnx" for an ONNX export.
-        adapters: NAME=FOLDER, a name in the export, or a folder; none takes all that the export has.
-        tasks: "ppl", and any of `task_names()`, as TASK or TASK=FILE, or a group of them.
-        gate: a gate file; None takes the default limits.
-        dtype: of the served activations.
-        device: of the float model, the reference and the transformers runtime.
-        text: as in `evaluate`.
-        window: tokens in a window.
-        windows: how many at most.
-        bos: what each window and each prompt of the text begins with: "auto", "never" or "always".
-        gsm8k: file of its problems; None takes the data folder's or the hub's.
-        problems: how many questions of each task, from the start, which must be there; None takes up to 100.
-        shots: worked examples before each problem.
-        prompts: greedy continuations that are compared.
-        new_tokens: tokens in each of them.
-        longest: length of the longest text that is measured and continued; None takes what the model is served with,
-            as far as the text, memory and 2048 tokens go.
-        liveness_tokens: tokens on which modules are shown to be live.
-        seed: of the bootstrap.
-        force: take adapters of another base; the report says so.
-        python: the interpreter of the environment in which vLLM is installed; None is this one.
-        out: folder for parity.json and parity.html; None writes none.
-        run: the run that the export was made from, whose artefacts are compared too; None takes what the export
-            records of it.
-        other_reference: take a float model that is not the one that the run was made from; the report says so.
-    """
-
-    reference: str
-    runtime: str = "hf"
-    adapters: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("ppl",)
-    gate: Path | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    text: str = "wikitext2"
-    window: int = 512
-    windows: int = 16
-    bos: str = "auto"
-    gsm8k: str | None = None
-    problems: int | None = None
-    shots: int = 0
-    prompts: int = 32
-    new_tokens: int = 32
-    longest: int | None = None
-    liveness_tokens: int = 64
-    seed: int = 0
-    force: bool = False
-    python: Path | None = None
-    out: Path | None = None
-    run: Path | None = None
-    other_reference: bool = False
+    reference: str = option(dataclasses.MISSING, "The float model: a folder, a hub id or a GGUF file.", metavar="MODEL")
+    runtime: str = option("hf", "What serves.", choices=("hf", "vllm", "vllm-server", "onnx"))
+    adapters: tuple[str, ...] = option(
+        (),
+        "Adapter to serve; can be repeated. Unless given, all that EXPORT has.",
+        flag="--adapter",
+        metavar="NAME=FOLDER|NAME|FOLDER",
+    )
+    tasks: tuple[str, ...] = option(
+        ("ppl",),
+        "What is measured beside the numbers; tasks as in `cloq eval`.",
+        separator=",",
+        metavar="ppl,TASK[=FILE],...",
+    )
+    gate: Path | None = option(None, "YAML file of limits.", metavar="FILE")  # noqa: RUF009 (it returns a field)
+    dtype: str = option("float32", "Of the served activations.", choices=("float32", "bfloat16", "float16"))
+    device: str = option("cpu", "Of transformers models.", metavar="cpu|cuda[:N]")
+    text: str = option(FIELDS["eval_text"].default, "wikitext2, gsm8k, embedded, a file or a hub id.")
+    window: int = option(512, "Tokens in a window.", least=2)
+    windows: int = option(16, "How many windows.", least=1)
+    bos: str = option(
+        FIELDS["bos"].default,
+        "Begin token before each window and prompt of the text: as the tokenizer does by itself, never, or always.",
+        choices=CHOICES["bos"],
+    )
+    gsm8k: str | None = option(None, "The same as --tasks gsm8k=FILE.", metavar="FILE")
+    problems: int | None = option(
+        None, "Questions of each task, which must be there; unless given, up to 100.", least=1, metavar="N"
+    )
+    shots: int = option(0, "Worked examples before each.", least=0)
+    prompts: int = option(32, "Greedy texts to compare.", least=0)
+    new_tokens: int = option(32, "Tokens in each of them.", least=1)
+    longest: int | None = option(
+        None, "Tokens in the longest text; unless given, what is served, up to 2048.", least=2, metavar="N"
+    )
+    liveness_tokens: int = option(64, "Tokens on which every module is shown to be live.", least=2)
+    seed: int = option(0, "Of the bootstrap.")
+    run: Path | None = option(  # noqa: RUF009 (it returns a field)
+        None, "The run that EXPORT was made from: its layers and adapters are compared too.", metavar="RUN"
+    )
+    other_reference: bool = option(False, "Take a float model that is not the revision that the run was made from.")
+    force: bool = option(False, "Take adapters of another base; the report says so.")
+    python: Path | None = option(  # noqa: RUF009 (it returns a field)
+        None, "Interpreter of the environment that has vLLM; unless given, this one.", metavar="PATH"
+    )
+    out: Path | None = option(None, "For parity.json and parity.html.", metavar="FOLDER")  # noqa: RUF009 (it returns a field)
 
     @property
     def measures_packed(self) -> bool:
@@ -82,24 +72,8 @@ class VerifyOptions:
         Raises:
             UsageError: names the first of them.
         """
-        for flag, value, allowed in (
-            ("--runtime", self.runtime, RUNTIME_NAMES),
-            ("--dtype", self.dtype, DTYPE_NAMES),
-            ("--bos", self.bos, CHOICES["bos"]),
-        ):
-            if value not in allowed:
-                near = difflib.get_close_matches(value, allowed, n=1)
-                hint = f" did you mean {near[0]!r}?" if near else ""
-                raise UsageError(f"{flag} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
-        for flag, number, least in (
-            ("--window", self.window, 2),
-            ("--windows", self.windows, 1),
-            ("--problems", 1 if self.problems is None else self.problems, 1),
-            ("--longest", 2 if self.longest is None else self.longest, 2),
-            ("--shots", self.shots, 0),
-            ("--prompts", self.prompts, 0),
-            ("--new-tokens", self.new_tokens, 1),
-            ("--liveness-tokens", self.liveness_tokens, 2),
-        ):
-            if number < least:
-                raise UsageError(f"{flag} is {number}; it must be at least {least}.")
+        if not self.reference:
+            raise UsageError(
+                "no float model was given; name the one that the export was made from with `reference=MODEL`."
+            )
+        refuse_unmeant(self)

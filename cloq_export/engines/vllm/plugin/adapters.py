@@ -35,12 +35,14 @@ class ServingPolicy:
         base_name: the name of the quantized base without an adapter; equal to `name` if there is no adapter.
         default: the name of the adapter that answers to the model's own name, or None if there is no adapter.
         force: load adapters that are bound to another base.
+        trust_adapters: load adapters that are bound to none.
     """
 
     name: str
     base_name: str
     default: str | None = None
     force: bool = False
+    trust_adapters: bool = False
 
     def to_text(self) -> str:
         """Return the text for `POLICY_VARIABLE`."""
@@ -99,6 +101,7 @@ def check_adapter(
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     force: bool = False,
+    trust_unbound: bool = False,
 ) -> Adapter:
     """Read an adapter and refuse it unless it can be served on a base.
 
@@ -108,6 +111,7 @@ def check_adapter(
         max_rank: the largest rank that the engine takes; None takes any that vLLM can be told to take.
         target_modules: last parts of the module names that the engine adapts; None means any.
         force: take it whatever base it is bound to.
+        trust_unbound: take it if it is bound to none.
 
     Returns:
         Adapter: as read.
@@ -119,7 +123,7 @@ def check_adapter(
     """
     if not is_adapter(folder):
         raise FormatError(f"{folder} is no adapter folder; give the folder that holds {CONFIG_NAME}.")
-    adapter = read_bound_adapter(folder, checkpoint, force=force)
+    adapter = read_bound_adapter(folder, checkpoint, force=force, trust_unbound=trust_unbound)
     allowed = None if target_modules is None else set(target_modules)
     for module, pair in adapter.pairs.items():
         shape = _linear_shape(checkpoint, module)

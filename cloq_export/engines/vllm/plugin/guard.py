@@ -12,9 +12,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from cloq_export.artifact.adapters import refuse_other_base
+from cloq_export.artifact.adapters import refuse_other_base, unbound_note
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.vllm.plugin.adapters import (
     LIFELINE_VARIABLE,
@@ -27,6 +28,8 @@ from cloq_export.errors import CloqError, UsageError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.formats.peft.codec import BINDING_NAME
+
+logger = init_logger("vllm.plugins.cloq_export")
 
 
 def register() -> None:
@@ -189,4 +192,13 @@ def _check_request(policy: ServingPolicy, model: str, limits: Any, request: Any)
     folder = expand_user(request.lora_path)
     if base is None:
         return
-    check_adapter(base, folder, max_rank=limits.max_lora_rank, target_modules=limits.target_modules, force=policy.force)
+    adapter = check_adapter(
+        base,
+        folder,
+        max_rank=limits.max_lora_rank,
+        target_modules=limits.target_modules,
+        force=policy.force,
+        trust_unbound=policy.trust_adapters,
+    )
+    if adapter.base_fingerprint is None:
+        logger.warning("%s.", unbound_note(request.lora_name, base))
