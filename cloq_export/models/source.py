@@ -217,7 +217,8 @@ def load_source(
     require_versions()
     import transformers
 
-    gguf, on_disk, reading = None, None, ()
+    gguf, on_disk = None, None
+    reading: tuple[str, ...] = ()
     kind = source.dtype if dtype == "auto" else dtype
     options: dict[str, Any]
     with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
