@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.errors import UnsupportedModelError
+from cloq_export.errors import CloqError, UnsupportedModelError
 
 # What a config counts, and what some classes use only when they compute or write.
 _COUNTS = ("num_key_value_heads", "head_dim", "sliding_window")
@@ -27,14 +27,14 @@ def require_forward(model: Any, source: str) -> None:
     counts = [name for name in _COUNTS if name != "sliding_window" or _slides(config)]
     try:
         for name in counts:
-            value = getattr(config, name, None)
+            value = _count(config, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r:.60}")
         with torch.no_grad():
             cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
             options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
             model(input_ids=ids[:, :1], **options).logits  # noqa: B018
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, CloqError):
         raise
     except Exception as error:  # transformers raises whatever a value that it does not know leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -43,6 +43,13 @@ def require_forward(model: Any, source: str) -> None:
             "as layer_types and sliding_window must be those that transformers knows. Compare the file with the "
             "original, or update transformers."
         ) from error
+
+
+def _count(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # it differs between layers, and the config is asked for all of them
+        return None
 
 
 def _slides(config: Any) -> bool:
