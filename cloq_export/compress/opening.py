@@ -113,6 +113,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
                 session.notes.append(note)
     else:
         checkpoint = Checkpoint.open(recipe.codes_from)
+        session.notes.extend(note for note in checkpoint.notes if note not in session.notes)
         for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
             check_target(loaded.model, module, shape)
         refuse_lost_biases(checkpoint, loaded.model)
