@@ -140,12 +140,18 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
     asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
     single_experts = names_in_files(model, conversions)
+    mixtures = {fused.rpartition(".")[0] for fused in fused_places(model)}
     in_files: dict[str, str] = {}
     for name, tensor in asked.items():
         module, _, part = tensor.rpartition(".")
         renamed = rename_source_key(tensor, backwards, [], reverse=True)[0]
+        owner = next((place for place in mixtures if tensor.startswith(f"{place}.")), None)
         if module in single_experts:
             renamed = f"{single_experts[module]}.{part}"
+        elif owner is not None:
+            # Rules for other layers of the same names do not hold for experts that files hold fused.
+            place = rename_source_key(f"{owner}.weight", backwards, [], reverse=True)[0].removesuffix(".weight")
+            renamed = place + tensor.removeprefix(owner)
         if renamed != tensor and (tensor == name or renamed.endswith(".weight")):
             in_files[name] = renamed
     # A name that reading does not map back to itself is not renamed.
