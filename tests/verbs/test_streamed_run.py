@@ -135,12 +135,14 @@ import io, json, sys
 from pathlib import Path
 import torch
 from rich.console import Console
+from cloq_export.compress import job
 from cloq_export.process.host_memory import MemoryWatch
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.run import run
 import transformers.models.llama.modeling_llama, peft
 torch.set_num_threads(1)
 watch = MemoryWatch()
+job.MemoryWatch = lambda: watch  # its own one would forget the peak while the model is opened
 run(Recipe.from_mapping(json.loads(sys.argv[1])), Path(sys.argv[2]), console=Console(file=io.StringIO()))
 print(watch.stop().beyond_start)
 """
@@ -151,9 +153,9 @@ print(watch.stop().beyond_start)
 def test_the_peak_does_not_grow_with_the_number_of_blocks(
     tmp_path: Path, recipe_for: RecipeFor, model_folder: Callable[..., Path]
 ) -> None:
-    recipe = recipe_for("llama", rank=4, bits=2, samples=2, method="rtn", grid="minmax")
-    shape = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 96}
-    block_bytes = 4 * (4 * 512 * 512 + 3 * 512 * 1376)
+    recipe = recipe_for("llama", rank=0, bits=2, samples=2, method="rtn", grid="minmax")
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 96}
+    block_bytes = 4 * 7 * 512 * 512
     peaks: dict[tuple[int, str], int] = {}
     for blocks in (4, 16):
         folder = tmp_path / f"model-{blocks}"
@@ -165,6 +167,6 @@ def test_the_peak_does_not_grow_with_the_number_of_blocks(
             options = {**recipe.to_mapping(), "model": str(folder), "stream": stream}
             command = [sys.executable, "-c", _MEASURE, json.dumps(options), str(tmp_path / f"run-{blocks}-{stream}")]
             peaks[blocks, stream] = int(subprocess.run(command, check=True, capture_output=True).stdout)
-    # Codes of 2 bits are measured whole: an eighth of a block each, in 16-bit scales and zeros beside.
+    # Codes of 2 bits are measured whole: with their scales and zeros less than an eighth of a block each.
     assert peaks[16, "always"] - peaks[4, "always"] < 3 * block_bytes
     assert peaks[16, "never"] - peaks[4, "never"] > 10 * block_bytes
