@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,16 @@ class BlockArguments:
     def map(
         self,
         change: Callable[[torch.Tensor], torch.Tensor],
-        dictionary: collections.UserDict[Any, Any] | None = None,
+        beside: WrittenBeside | None = None,
     ) -> BlockArguments:
-        """Return the arguments with every tensor changed, and shared dictionaries replaced (by empty ones)."""
-        args, kwargs = _map_tensors((self.args, self.kwargs), change, dictionary)
+        """Return the arguments with every tensor changed.
+
+        Args:
+            change: what is done to a tensor.
+            beside: what the block before wrote, which takes the place of the shared dictionary and of what stands for
+                values handed on; None empties the dictionary and leaves the others.
+        """
+        args, kwargs = _map_tensors((self.args, self.kwargs), change, beside)
         return BlockArguments(args, kwargs, self.keyword)
 
     def invoke(self, block: Callable[..., Any], states: torch.Tensor) -> Any:
@@ -42,8 +49,8 @@ class BlockArguments:
             return block(states, *self.args, **self.kwargs)
         return block(**{self.keyword: states}, **self.kwargs)
 
-    def holds(self, kind: type) -> bool:
-        """Return whether an argument is of a type."""
+    def holds(self, kind: type | tuple[type, ...]) -> bool:
+        """Return whether an argument is of a type, or of one of several."""
         return any(isinstance(value, kind) for value in (*self.args, *self.kwargs.values()))
 
     def equals(self, other: BlockArguments) -> bool:
@@ -74,8 +81,32 @@ class TensorPool:
         return shared
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenBeside:
+    """What blocks wrote for later ones beside the hidden states.
+
+    Args:
+        shared: the dictionary that some models hand to every block (keys and values that layers share).
+        returned: what the last block returned behind its hidden states, which some models hand to the next one.
+    """
+
+    shared: collections.UserDict[Any, Any]
+    returned: tuple[Any, ...] = ()
+
+    def copied(self) -> WrittenBeside:
+        """Return the same for another block to write into."""
+        return WrittenBeside(collections.UserDict(self.shared.data), self.returned)
+
+
+@dataclasses.dataclass(frozen=True)
 class HandedOn:
-    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on."""
+    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on.
+
+    Args:
+        position: among the values behind the hidden states.
+    """
+
+    position: int
 
 
 def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
@@ -83,27 +114,24 @@ def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
     if isinstance(output, torch.Tensor):
         return None
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
-        return tuple(None if value is None else HandedOn() for value in output[1:])
+        return tuple(None if value is None else HandedOn(place) for place, value in enumerate(output[1:]))
     raise UnsupportedModelError(
         f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
         "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
     )
 
 
-def _map_tensors(
-    value: Any,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    dictionary: collections.UserDict[Any, Any] | None,
-) -> Any:
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor], beside: WrittenBeside | None) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
+    if isinstance(value, HandedOn) and beside is not None:
+        return _map_tensors(beside.returned[value.position], change, None)
     if isinstance(value, collections.UserDict):
-        # A fresh one each time: what blocks write there is never read, and would keep their keys and values alive.
-        return collections.UserDict() if dictionary is None else dictionary
+        return collections.UserDict() if beside is None else beside.shared
     if isinstance(value, dict):
-        return {key: _map_tensors(item, change, dictionary) for key, item in value.items()}
+        return {key: _map_tensors(item, change, beside) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, change, dictionary) for item in value)
+        return type(value)(_map_tensors(item, change, beside) for item in value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError
-from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, returned_beside
+from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, WrittenBeside, returned_beside
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
@@ -76,10 +77,9 @@ class BlockStream:
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         self._calls: list[list[BlockArguments]] = []
         self.hidden: list[torch.Tensor] = []
-        # What blocks wrote for later ones in the dictionary that all are given (shared keys and values), by the hidden
-        # states that it belongs to: it lives as long as they do.
-        self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._probe(windows[:1, :_PROBE_TOKENS])
+        # What blocks wrote for later ones, by the hidden states that it belongs to: it lives as long as they do.
+        self._beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._hands_on = self._probe(windows[:1, :_PROBE_TOKENS])
         batches = self._windows = windows.split(batch)
         # The same mask serves every batch of the same shape; one copy is kept.
         pool: list[torch.Tensor] = []
@@ -164,27 +164,28 @@ class BlockStream:
             UnsupportedModelError: blocks read what others wrote for them, and the states are not those of a block.
         """
         with self.block_on_device(index) as block, forward_precision(self._precision, self.device):
-            call, written = self._calls[batch_index][index], collections.UserDict[Any, Any]()
-            shares = call.holds(collections.UserDict)
-            if shares and index:
-                if states not in self._written:
+            call = self._calls[batch_index][index]
+            beside = WrittenBeside(collections.UserDict())
+            if index and call.holds((collections.UserDict, HandedOn)):
+                if states not in self._beside:
                     raise UnsupportedModelError(
-                        f"blocks of {type(self.model).__name__} share keys and values, which are not kept for every "
-                        "step of a refinement of the whole model. Choose --refine block."
+                        f"blocks of {type(self.model).__name__} share more than hidden states (such as keys and "
+                        "values), which is not kept for every step of a refinement of the whole model. Choose "
+                        "--refine block."
                     )
-                written.update(self._written[states])
-            call = call.map(self._as_argument, dictionary=written)
-            output = call.invoke(block, states.to(self.device))
-            after: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-            if shares:
-                self._written[after] = written.data
+                beside = self._beside[states].copied()
+            output = call.map(self._as_argument, beside).invoke(block, states.to(self.device))
+            whole = output if isinstance(output, (tuple, list)) else (output,)
+            after: torch.Tensor = whole[0]
+            if self._hands_on:
+                self._beside[after] = dataclasses.replace(beside, returned=tuple(whole[1:]))
             return after
 
     def _stored(self, after: torch.Tensor) -> torch.Tensor:
         """Return hidden states on `storage`, with what blocks wrote beside them."""
         stored = after.to(self.storage)
-        if after in self._written:
-            self._written[stored] = self._written[after]
+        if after in self._beside:
+            self._beside[stored] = self._beside[after]
         return stored
 
     def differentiable_logits(self, batch_index: int, states: torch.Tensor, positions: slice) -> torch.Tensor:
@@ -265,11 +266,14 @@ class BlockStream:
         narrow = self.rounds_inputs and tensor.dtype == torch.float32
         return tensor.to(self.device, torch.bfloat16 if narrow else tensor.dtype)
 
-    def _probe(self, ids: torch.Tensor) -> None:
+    def _probe(self, ids: torch.Tensor) -> bool:
         """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.
 
-        Blocks may talk to each other through the hidden states, and through a dictionary that all are given. Two other
-        ways are looked for: arguments computed from hidden states, and values returned beside them and handed on.
+        Blocks may talk to each other through the hidden states, a dictionary that all are given, and values returned
+        beside the hidden states and handed on. Another way is looked for: arguments computed from hidden states.
+
+        Returns:
+            bool: blocks are given more than hidden states by each other.
         """
         try:
             _, plain = self._capture(ids, probing=True)
@@ -282,11 +286,12 @@ class BlockStream:
                 "block. Choose another architecture."
             ) from error
         for index, (one, other) in enumerate(zip(plain, shifted, strict=True)):
-            if one.holds(HandedOn) or not one.equals(other):
+            if not one.equals(other):
                 raise UnsupportedModelError(
                     f"block {self.blocks.prefix(index)} of {type(self.model).__name__} receives more from other blocks "
                     "than the hidden states; such models cannot be run block by block. Choose another architecture."
                 )
+        return any(call.holds((collections.UserDict, HandedOn)) for call in plain)
 
     def _capture(
         self, ids: torch.Tensor, *, shift: float = 0.0, probing: bool = False
@@ -301,7 +306,7 @@ class BlockStream:
         first: list[torch.Tensor] = []
         handed_on: list[torch.Tensor] = []
         calls: list[BlockArguments | None] = [None] * len(self.blocks)
-        written = collections.UserDict[Any, Any]()
+        beside_probe = WrittenBeside(collections.UserDict())
 
         def make_stub(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
@@ -316,7 +321,7 @@ class BlockStream:
                     )
                 calls[index] = call
                 if probing and type(block) not in self._returns:
-                    output = call.map(lambda tensor: tensor, dictionary=written).invoke(forward, states)
+                    output = call.map(lambda tensor: tensor, beside_probe).invoke(forward, states)
                     self._returns[type(block)] = returned_beside(output, self.blocks.prefix(index))
                 after = states + shift if shift else states
                 handed_on.append(after)

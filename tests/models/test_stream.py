@@ -244,7 +244,7 @@ def test_no_windows_are_refused(shape: tuple[int, ...], build_model: BuildModel)
         open_stream(build_model("llama"), torch.zeros(shape, dtype=torch.int64))
 
 
-def test_shared_keys_and_values_are_refused(token_windows: torch.Tensor) -> None:
+def test_keys_and_values_that_blocks_share_belong_to_their_hidden_states(token_windows: torch.Tensor) -> None:
     config = transformers.Gemma3nTextConfig(
         vocab_size=96,
         vocab_size_per_layer_input=96,
@@ -260,11 +260,19 @@ def test_shared_keys_and_values_are_refused(token_windows: torch.Tensor) -> None
         layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
         laurel_rank=8,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(
-        UnsupportedModelError, match=r"block model\.layers\.3 of Gemma3nForCausalLM receives more from other blocks"
-    ):
-        open_stream(model, token_windows)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    stream = open_stream(model, token_windows)
+    # Two streams through one object: each block reads what its own stream wrote.
+    one, other = stream.hidden, [2.0 * states for states in stream.hidden]
+    for index in range(len(stream.blocks)):
+        one, other = stream.forward_block(index, one), stream.forward_block(index, other)
+    last = stream.blocks.modules[-1]
+    for batch, windows in zip(one, token_windows.split(2), strict=True):
+        assert torch.equal(batch, states_after(model, last, windows))
+    assert not torch.equal(one[0], other[0])
+    with pytest.raises(UnsupportedModelError, match=r"share more than hidden states .* Choose --refine block"):
+        stream.forward_block(len(stream.blocks) - 1, [torch.zeros_like(one[0])])
 
 
 class Block(nn.Module):
@@ -277,6 +285,8 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, extra: Any = None) -> Any:
         after = hidden_states + self.linear(hidden_states)
+        if isinstance(extra, torch.Tensor):
+            after = after + extra
         return (after, after.mean()) if self.beside else after
 
 
@@ -314,11 +324,18 @@ def test_values_returned_beside_and_dropped_are_fine(token_windows: torch.Tensor
         assert torch.equal(final[0], model(token_windows[:2]))
 
 
+def test_values_returned_beside_are_handed_to_the_next_block(token_windows: torch.Tensor) -> None:
+    model = Loop(lambda layer, states, carried: layer(states, carried), beside=True)
+    final = run_all(open_stream(model, token_windows))
+    with torch.no_grad():
+        assert torch.equal(final[0], model(token_windows[:2]))
+
+
 @pytest.mark.parametrize(
     ("step", "beside", "message"),
     [
         (lambda layer, states, _: (layer(states) * 1.5, None), False, "does not hand the output .* unchanged"),
-        (lambda layer, states, carried: layer(states, carried), True, "layers.1 of Loop receives more from other"),
+        (lambda layer, states, _: (torch.mul(*layer(states)), None), True, "does more with its blocks"),
         (lambda layer, states, _: (layer(states, states.mean()), None), False, "layers.1 of Loop receives more"),
         (lambda layer, states, _: (layer(layer(states)), None), False, "does not hand the output .* unchanged"),
         (lambda layer, states, _: (states + 0 * layer.linear(states), None), False, "did not run every block of"),

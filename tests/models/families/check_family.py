@@ -348,6 +348,9 @@ def check_family(family: str, folder: Path) -> FamilyResult:
         outcome, reason = "refused", str(error)
     except WrongError as error:
         outcome, reason = "wrong", str(error)
+    except ImportError as error:
+        needed = " ".join(str(error).split())[:120]
+        outcome, reason = "refused", f"its class cannot be made without a package that is not installed ({needed})"
     except Exception as error:
         outcome = "crashed"
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -360,7 +363,7 @@ def check_family(family: str, folder: Path) -> FamilyResult:
         configurations.architecture_of(family),
         outcome,
         steps.step,
-        reason,
+        reason.replace(f"{folder}/", ""),
         quantized=tuple(sorted(steps.quantized)),
         floats=tuple(sorted(steps.floats.items())),
         float_share=round(steps.float_share, 4),

@@ -16,8 +16,9 @@ files in which the weights of quantized layers had been replaced by their dequan
 shares no code with this package: same names in files, other tensors the same bytes, log-probabilities within 1e-4 in
 float32.
 
-`run` means that all of this held. `refused` means that the command ended with one line, which is given here. Sizes of
-real models differ: what stays float for its size is decided for each model, and printed before any work.
+`run` means that all of this held; behind it stands what was left out. `refused` means that the command ended with one
+line, which is given here. Sizes of real models differ: what stays float for its size is decided for each model, and
+printed before any work. Not done: {left_out}.
 
 {counts}.
 
@@ -53,9 +54,7 @@ def render_page(results: Mapping[str, FamilyResult], *, version: str) -> str:
 
 
 def _row(result: FamilyResult) -> str:
-    outcome = _OUTCOMES[result.outcome]
-    if result.outcome != "passed":
-        outcome = f"{outcome}: {_short(result.reason)}"
+    outcome = _OUTCOMES[result.outcome] + (f": {_short(result.reason)}" if result.reason else "")
     floats = "; ".join(f"{name}{f': {reason}' if reason else ''}" for name, reason in _last_parts(result.floats))
     quantized = ", ".join(sorted({name.rpartition(".")[2] for name in result.quantized}))
     share = f"{result.float_share:.1%}" if result.outcome == "passed" else ""
