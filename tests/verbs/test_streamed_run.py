@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -18,10 +19,13 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import SourceError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
+from cloq_export.models import block_loading
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.evaluate import evaluate
 from cloq_export.verbs.options import EvaluateOptions
 from cloq_export.verbs.run import run as make_run
+from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verify import verify
 
 RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
@@ -128,6 +132,28 @@ def test_eval_measures_the_same(tmp_path: Path, recipe_for: RecipeFor, silent: C
     assert streamed.perplexity == whole.perplexity
     assert "read from disk block by block" in streamed.notes[0]
     assert not whole.notes
+
+
+def test_verify_reads_the_float_model_block_by_block_where_memory_asks_for_it(
+    tmp_path: Path, recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A matrix of a block stays float, and is compared with the one on disk.
+    recipe = recipe_for("llama", overrides={"*.1.mlp.up_proj": {"skip": True}})
+    make_run(recipe, tmp_path / "run", console=Console(file=io.StringIO()))
+    short = {"window": 16, "windows": 2, "prompts": 2, "new_tokens": 3, "liveness_tokens": 16}
+    options = VerifyOptions(reference=recipe.model, text=recipe.eval_text, **short)
+    reports, said = [], []
+    for free in (10**12, 1000):
+        monkeypatch.setattr(block_loading, "free_bytes", lambda free=free: free)
+        console = Console(file=io.StringIO(), width=300)
+        reports.append(verify(tmp_path / "run", options, console=console))
+        said.append("read from disk block by block" in console.file.getvalue())  # type: ignore[attr-defined]
+    assert said == [False, True]
+    whole, streamed = reports
+    assert streamed.passed
+    assert streamed.quality == whole.quality
+    assert streamed.numerics == whole.numerics
+    assert streamed.float_part == whole.float_part
 
 
 _MEASURE = """
