@@ -162,7 +162,7 @@ class Recipe:
     )
     stream: Literal["auto", "always", "never"] = option(
         "auto",
-        "Read each block from disk when it is used: where the model would not fit into memory, always, or never.",
+        "Read each block from disk when used: where the model does not fit into memory, always, or never.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Arithmetic of the calibration forward passes; H itself is never below float32."
