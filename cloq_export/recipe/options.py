@@ -161,9 +161,7 @@ class Recipe:
         "local", "Where independent layers are solved: here, on every GPU of this machine, or by a Ray cluster."
     )
     stream: Literal["auto", "always", "never"] = option(
-        "auto",
-        "Read the weights of a block from disk while it is used: where the model would not fit into free memory, "
-        "always, or never.",
+        "auto", "Read each block from disk when used: where the model does not fit into memory, always, or never."
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Arithmetic of the calibration forward passes; H itself is never below float32."
