@@ -3,7 +3,7 @@
 `down(silu(gate(x)) * up(x))` is a sum over neurons, so an MLP of 1536 neurons is the sum of 8 MLPs of 192. As a Mixtral
 with a router of zeros every token goes to all of them with weight 1/8, and `down_proj` times 8 makes it the same
 function as the dense model. With `--chosen 4` a router that is fitted on a text takes the four experts that put out
-most: a real sparse model, and another function.
+most. That routes tokens as a sparse model does, but it is another function, and without training a far worse one.
 
     python benchmarks/sliced_experts.py smollm2-demo --out SLICED
     cloq run SLICED --out RUN --bits 3

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cloq_export.artifact.gptq_version import StoredFiles, version_by_content
 from cloq_export.artifact.quantization_description import CONFIG_NAME, QUANTIZE_CONFIG_NAME, find_quantization
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
@@ -20,7 +21,6 @@ from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import MAX_NAME, TensorFile
-from cloq_export.formats.gptq import GptqLayout, version_of_symmetric
 from cloq_export.formats.layout import Headers, StoredGrids
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.models.fetched_code import refuse_fetched_code
@@ -111,7 +111,7 @@ class Checkpoint:
             raise FormatError(f"{folder} holds no quantized module; the checkpoint is damaged.")
         _refuse_strangers(folder, specs, grids, headers)
         if read_as is None and grids.modules is None:
-            grids, notes = _by_content(grids, specs, files, stored)
+            grids, notes = version_by_content(folder, grids, specs, StoredFiles(files, stored))
         return cls(folder, config, grids, specs, files, headers, stored, tuple(notes))
 
     @property
@@ -292,37 +292,6 @@ def _refuse_undescribed(folder: Path) -> None:
             f"{folder / CONFIG_NAME} has no quantization_config, so {folder} is not a quantized checkpoint that can be "
             f"read, although it holds {coded[0]:.200}; fetch the {QUANTIZE_CONFIG_NAME} that its tool wrote beside it."
         )
-
-
-def _by_content(
-    grids: StoredGrids, specs: Mapping[str, QuantSpec], files: Mapping[str, TensorFile], stored: Mapping[str, str]
-) -> tuple[StoredGrids, list[str]]:
-    """Return grids whose version of GPTQ is the one that symmetric layers prove, and a note if the label is another.
-
-    Whether zeros are stored as they are or less one cannot be seen in an asymmetric file for certain; in a symmetric
-    one every zero is the middle.
-    """
-    layout = grids.layout
-    symmetric = [module for module, spec in specs.items() if spec.symmetric]
-    if not isinstance(layout, GptqLayout) or not symmetric:
-        return grids, []
-    proven = set()
-    for module in {symmetric[0], symmetric[len(symmetric) // 2], symmetric[-1]}:
-        name = f"{module}.qzeros"
-        file, file_name = files[name], stored.get(name, name)
-        code, shape = file.headers[file_name]
-        if code != "I32" or len(shape) != 2:
-            return grids, []
-        proven.add(version_of_symmetric(file.read_rows(file_name, 0, 1), specs[module]))
-    version = proven.pop()
-    if proven or version is None or version == layout.version:
-        return grids, []
-    found = layout.in_version(version)
-    note = (
-        f"the label says {layout.name}, but the zeros of its symmetric layers are stored as in {found.name}; read as "
-        f"{found.name}"
-    )
-    return dataclasses.replace(grids, layout=found), [note]
 
 
 def _refuse_strangers(

@@ -25,6 +25,7 @@ from cloq_export.files.tensor_writer import tensor_header
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.layout import Layout
 from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
+from cloq_export.models.weights_on_disk import tensor_of
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 if TYPE_CHECKING:
@@ -149,10 +150,14 @@ class FloatPart:
         for module, shape in layers.shapes.items():
             check_target(model, module, shape)
         tensors = dict(float_tensors(model, layers.specs))
-        headers = {name: tensor_header(name, _narrowed(tensor, dtype)) for name, tensor in tensors.items()}
+
+        def read(name: str) -> torch.Tensor:
+            return _narrowed(tensor_of(model, name, tensors[name]), dtype)
+
+        headers = {name: tensor_header(name, read(name)) for name in tensors}
         return cls(
             headers,
-            lambda name: _narrowed(tensors[name], dtype),
+            read,
             {"architectures": [type(model).__name__], "dtype": str(dtype or model.dtype).removeprefix("torch.")},
             linears_beside(model, layers.specs),
             save_files or (lambda folder: _save_config(model, folder)),
@@ -255,6 +260,8 @@ def _module_in_files(floats: FloatPart, module: str) -> str:
 
 def float_tensors(model: PreTrainedModel, specs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what the quantized modules leave of the model's state, tied tensors once and under their source's name.
+
+    What is on disk comes as it stands in the model; `tensor_of` reads it.
 
     Args:
         model: the float model.

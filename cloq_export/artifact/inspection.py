@@ -15,6 +15,7 @@ from cloq_export.artifact.certificate import CERTIFICATE_NAME, RepeatedCertifica
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import is_ours
 from cloq_export.artifact.detective import examine
+from cloq_export.artifact.detective.gptq import HUMMING_ZEROS
 from cloq_export.artifact.inspection_result import (
     AdapterInspection,
     CheckpointInspection,
@@ -32,6 +33,7 @@ from cloq_export.artifact.stored_sizes import StoredSizes, adapter_bytes
 from cloq_export.errors import FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.files.safe_json import read_json
+from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.merged import MERGED_NAME
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.onnx.record import ADAPTER_NAME as ONNX_ADAPTER_NAME
@@ -246,10 +248,20 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> CheckpointI
         files=tuple(sorted({file.path.name for file in checkpoint.files.values()})),
         companions=tuple(path.relative_to(folder).as_posix() for path in companion_files(folder)),
         sizes=StoredSizes.of(checkpoint),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *_reader_notes(checkpoint)),
         verified=verify,
         certificate=certificate,
     )
+
+
+def _reader_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what to know of readers of a checkpoint of ours; those of other tools are examined."""
+    if not checkpoint.is_ours or checkpoint.layout_name != GPTQ_V1.name:
+        return ()
+    if all(spec.symmetric for spec in checkpoint.specs.values()):
+        return ()
+    finding, _, remedy = HUMMING_ZEROS
+    return (f"{finding}; {remedy}",)
 
 
 def _computed_fingerprint(checkpoint: Checkpoint) -> str:

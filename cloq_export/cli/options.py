@@ -64,6 +64,7 @@ _NAMED = (
     "seed",
     "bos",
     "device",
+    "stream",
     "precision",
     "error_aware",
     "token_weighting",

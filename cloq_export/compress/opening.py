@@ -101,8 +101,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
     """Open the float model of a recipe, and decide what happens to each of its layers."""
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
     dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
-    loaded = session.timed("read model", lambda: open_model(recipe.model, dtype=dtype))
-    session.notes.extend(note for note in loaded.notes if note not in session.notes)
+    loaded = session.timed(
+        "read model", lambda: open_model(recipe.model, dtype=dtype, stream=recipe.stream, blocks=recipe.blocks)
+    )
+    session.notes.extend(note for note in (*loaded.notes, *loaded.reading) if note not in session.notes)
     if not recipe.codes_from:
         plan, notes = plan_model(loaded.model, recipe)
         for note in notes:
@@ -111,6 +113,7 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
                 session.notes.append(note)
     else:
         checkpoint = Checkpoint.open(recipe.codes_from)
+        session.notes.extend(note for note in checkpoint.notes if note not in session.notes)
         for module, shape in LayerSource.of_checkpoint(checkpoint).shapes.items():
             check_target(loaded.model, module, shape)
         refuse_lost_biases(checkpoint, loaded.model)

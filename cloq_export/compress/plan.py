@@ -19,6 +19,7 @@ from cloq_export.compress.left_float import (
 from cloq_export.errors import RecipeError, ShapeError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.blocks import BlockList, find_linears
+from cloq_export.models.weights_on_disk import in_memory
 from cloq_export.quantize import reach_fault
 from cloq_export.recipe import Recipe
 from cloq_export.types import QuantSpec
@@ -128,8 +129,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> ModelPlan:
         modules[name] = dataclasses.replace(modules[name], rank=min(linears[name].weight.shape))
     if not modules:
         raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
-    faults_of = {name: reach_fault(linears[name].weight.detach(), plan.spec) for name, plan in modules.items()}
-    unfit = {name: fault for name, fault in faults_of.items() if fault is not None}
+    unfit = _unfit(blocks, linears, modules)
     return ModelPlan(
         blocks,
         {name: plan for name, plan in modules.items() if name not in unfit},
@@ -197,6 +197,17 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
             raise ShapeError(fault)
     _check_patterns(recipe, list(modules))
     return ModelPlan(blocks, modules, unadapted=unadapted, copies=copies)
+
+
+def _unfit(blocks: BlockList, linears: Mapping[str, nn.Linear], modules: Mapping[str, ModulePlan]) -> dict[str, str]:
+    """Return why the numbers of some planned layers cannot be stored as codes."""
+    unfit: dict[str, str] = {}
+    for index, block in enumerate(blocks):
+        inside = [name for name in modules if name.startswith(f"{blocks.prefix(index)}.")]
+        with in_memory(block):
+            faults = {name: reach_fault(linears[name].weight.detach(), modules[name].spec) for name in inside}
+        unfit |= {name: fault for name, fault in faults.items() if fault is not None}
+    return unfit
 
 
 def _distinct_linears(blocks: BlockList) -> tuple[dict[str, nn.Linear], dict[str, str]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from cloq_export.compress.plan import ModulePlan
 from cloq_export.models.blocks import BlockList, find_linears
+from cloq_export.models.weights_on_disk import in_memory, times, weights_on_disk
 from cloq_export.quantize import LOST_SHARE, exceeds_float16, lost_energy, lost_groups
 from cloq_export.types import QuantSpec
 
@@ -28,29 +29,58 @@ _TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """Two neighbours, and the exponents that balance them.
+    """Two neighbours, and the factors that balance them.
 
     Args:
         names: full module names of the first and the second.
         linears: the two.
         parent: class of the module that holds them: what stands between them is its doing.
-        exponents: of two, what each row of the first is multiplied by, (out of the first) float64.
-        columns: for each column of the second, the row of the first that it meets, (in of the second).
+        factors: powers of two that both weights are multiplied by: (out of the first, 1) and (in of the second),
+            float64.
+        is_exact: whether the dtype of the weights can hold them multiplied without loss.
     """
 
     names: tuple[str, str]
     linears: tuple[nn.Linear, nn.Linear]
     parent: type[nn.Module]
-    exponents: torch.Tensor
-    columns: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor]
+    is_exact: bool
 
-    def rescaled(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return both weights with the factor moved, or None if their dtype cannot hold that without loss."""
-        first, second = (linear.weight.detach() for linear in self.linears)
-        rows, columns = torch.exp2(self.exponents)[:, None], torch.exp2(self.exponents)[self.columns]
-        moved = (_times(first, rows), _times(second, 1.0 / columns))
-        back = (_times(moved[0], 1.0 / rows), _times(moved[1], columns))
-        return moved if torch.equal(back[0], first) and torch.equal(back[1], second) else None
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, str],
+        linears: tuple[nn.Linear, nn.Linear],
+        parent: type[nn.Module],
+        exponents: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> _Pair:
+        """Return the pair for what each row of the first is multiplied by.
+
+        Args:
+            names: as in the class.
+            linears: as in the class, their weights in memory.
+            parent: as in the class.
+            exponents: of two, (out of the first) float64.
+            columns: for each column of the second, the row of the first that it meets, (in of the second).
+        """
+        factors = torch.exp2(exponents)[:, None], 1.0 / torch.exp2(exponents)[columns]
+        weights = [linear.weight.detach() for linear in linears]
+        exact = all(
+            torch.equal(times(times(weight, factor), 1.0 / factor), weight)
+            for weight, factor in zip(weights, factors, strict=True)
+        )
+        return cls(names, linears, parent, factors, exact)
+
+    def move(self, model: nn.Module, *, back: bool = False) -> None:
+        """Multiply both weights by their factors, or undo that."""
+        on_disk = weights_on_disk(model)
+        for name, linear, factor in zip(self.names, self.linears, self.factors, strict=True):
+            weight = f"{name}.weight"
+            if on_disk is not None and weight in on_disk:
+                on_disk.multiply(weight, 1.0 / factor if back else factor)
+            else:
+                linear.weight.data = times(linear.weight.detach(), 1.0 / factor if back else factor)
 
 
 def rescale_neighbours(model: nn.Module, blocks: BlockList, planned: Mapping[str, ModulePlan]) -> list[str]:
@@ -72,8 +102,8 @@ def rescale_neighbours(model: nn.Module, blocks: BlockList, planned: Mapping[str
             first, second = neighbours
             notes.append(
                 f"float16 scales cannot hold {first} of {len(pairs)} layers (the first {pairs[0].names[0]}) beside "
-                f"{second}: rows of {first} were multiplied by powers of two (2^{int(_extreme(pairs, 'amin'))} to "
-                f"2^{int(_extreme(pairs, 'amax'))}) and the matching columns of {second} divided by them, which leaves "
+                f"{second}: rows of {first} were multiplied by powers of two (2^{_extreme(pairs, 'amin')} to "
+                f"2^{_extreme(pairs, 'amax')}) and the matching columns of {second} divided by them, which leaves "
                 "the model's function exactly as it is"
             )
     return notes
@@ -83,22 +113,29 @@ def _pairs_to_balance(
     blocks: BlockList, planned: Mapping[str, ModulePlan], neighbours: tuple[str, str]
 ) -> Iterator[_Pair]:
     for index, block in enumerate(blocks):
-        linears = find_linears(block, blocks.prefix(index))
-        for name, first in linears.items():
-            parent, _, last = name.rpartition(".")
-            beside = f"{parent}.{neighbours[1]}"
-            if last != neighbours[0] or getattr(first, "bias", None) is not None or beside not in linears:
-                continue
-            if name not in planned or beside not in planned:
-                continue
-            second = linears[beside]
-            holder = block.get_submodule(parent.removeprefix(blocks.prefix(index)).removeprefix("."))
-            columns = _matching_rows(first, second, holder)
-            if columns is None:
-                continue
-            exponents = _exponents(first, second, columns, planned[name].spec, planned[beside].spec)
-            if exponents is not None:
-                yield _Pair((name, beside), (first, second), type(holder), exponents, columns)
+        with in_memory(block):
+            yield from _pairs_of_block(block, blocks.prefix(index), planned, neighbours)
+
+
+def _pairs_of_block(
+    block: nn.Module, prefix: str, planned: Mapping[str, ModulePlan], neighbours: tuple[str, str]
+) -> Iterator[_Pair]:
+    linears = find_linears(block, prefix)
+    for name, first in linears.items():
+        parent, _, last = name.rpartition(".")
+        beside = f"{parent}.{neighbours[1]}"
+        if last != neighbours[0] or getattr(first, "bias", None) is not None or beside not in linears:
+            continue
+        if name not in planned or beside not in planned:
+            continue
+        second = linears[beside]
+        holder = block.get_submodule(parent.removeprefix(prefix).removeprefix("."))
+        columns = _matching_rows(first, second, holder)
+        if columns is None:
+            continue
+        exponents = _exponents(first, second, columns, planned[name].spec, planned[beside].spec)
+        if exponents is not None:
+            yield _Pair.of((name, beside), (first, second), type(holder), exponents, columns)
 
 
 def _matching_rows(first: nn.Linear, second: nn.Linear, parent: nn.Module) -> torch.Tensor | None:
@@ -147,8 +184,7 @@ def _exponents(
 
 def _move(model: nn.Module, pairs: Sequence[_Pair]) -> bool:
     """Rescale the pairs, and undo it if the model then says something else or nothing tells; return whether it was."""
-    moved = [pair.rescaled() for pair in pairs]
-    if any(weights is None for weights in moved):
+    if not all(pair.is_exact for pair in pairs):
         return False
     tried: set[type[nn.Module]] = set()
     handles = [
@@ -162,16 +198,14 @@ def _move(model: nn.Module, pairs: Sequence[_Pair]) -> bool:
     # Experts are reached by some tokens only, but all of a class compute alike.
     if before is None or not tried.issuperset(pair.parent for pair in pairs):
         return False
-    kept = [[linear.weight.data for linear in pair.linears] for pair in pairs]
-    for pair, weights in zip(pairs, moved, strict=True):
-        for linear, weight in zip(pair.linears, weights or (), strict=True):
-            linear.weight.data = weight
+    for pair in pairs:
+        pair.move(model)
     after = _says(model)
     if after is not None and bool((after - before).abs().max() <= _TOLERANCE * before.abs().max()):
         return True
-    for pair, old in zip(pairs, kept, strict=True):
-        for linear, weight in zip(pair.linears, old, strict=True):
-            linear.weight.data = weight
+    for pair in pairs:
+        # Powers of two, and tried before: what comes back is what was there.
+        pair.move(model, back=True)
     return False
 
 
@@ -189,10 +223,6 @@ def _says(model: nn.Module) -> torch.Tensor | None:
     return logits if bool(torch.isfinite(logits).all()) else None
 
 
-def _times(weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return (weight.to(torch.float64) * factors).to(weight.dtype)
-
-
-def _extreme(pairs: Sequence[_Pair], which: str) -> float:
-    moved = torch.cat([pair.exponents[pair.exponents != 0] for pair in pairs])
-    return float(getattr(moved, which)())
+def _extreme(pairs: Sequence[_Pair], which: str) -> int:
+    exponents = torch.cat([torch.log2(pair.factors[0]).round().flatten() for pair in pairs])
+    return int(getattr(exponents[exponents != 0], which)())

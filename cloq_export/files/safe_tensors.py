@@ -16,6 +16,7 @@ from cloq_export.files.tensor_writer import DTYPES, tensor_bytes
 
 # Of a tensor, in characters; names of real models stay far below.
 MAX_NAME = 512
+_ALIGNMENT = 64
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -102,6 +103,23 @@ class TensorFile:
         """
         place, _ = self._places[name]
         return self._read(name, place, self.headers[name][1])
+
+    def read_as_mapped(self, name: str) -> torch.Tensor:
+        """Return one tensor at an address that lies between multiples of 64 as if the file were mapped into memory.
+
+        Products of a few rows may be summed in another order where a matrix lies otherwise: so a model that is read
+        tensor by tensor computes what it does where transformers maps its files.
+
+        Raises:
+            FormatError: as `read`.
+        """
+        tensor = self.read(name)
+        buffer = torch.empty(tensor.nbytes + _ALIGNMENT, dtype=torch.uint8)
+        start = (self._places[name][0] - buffer.data_ptr()) % _ALIGNMENT
+        if start % tensor.element_size():
+            return tensor
+        placed = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return placed.copy_(tensor)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return some rows of one tensor without reading the others, on the CPU.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.errors import UnsupportedModelError
+from cloq_export.errors import CloqError, UnsupportedModelError
 
 # What a config counts, and what some classes use only when they compute or write.
 _COUNTS = ("num_key_value_heads", "head_dim", "sliding_window")
@@ -34,7 +34,7 @@ def require_forward(model: Any, source: str) -> None:
             cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
             options = {} if cache is None else {"past_key_values": cache, "use_cache": True}
             model(input_ids=ids[:, :1], **options).logits  # noqa: B018
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, CloqError):
         raise
     except Exception as error:  # transformers raises whatever a value that it does not know leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cloq_export.errors import NonFiniteError, SourceError
+from cloq_export.models.placeholders import is_placeholder
 
 
 def refuse_gaps(name: str, model: Any, report: Mapping[str, Any]) -> None:
@@ -77,23 +78,31 @@ def refuse_untied(name: str, model: Any) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Check that no weight or buffer holds NaN or Inf.
+    """Check that no weight or buffer of a model in memory holds NaN or Inf.
 
     Args:
-        model: any module.
+        model: any module; what stands for weights on disk is left out, which are checked when they are read.
 
     Raises:
         NonFiniteError: names the first tensor that does.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        # A sum is finite only if every term is; it is asked first because it makes no temporary tensor.
-        if bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NonFiniteError(
-                f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
-                "save it again."
-            )
+        if tensor.is_floating_point() and not is_placeholder(tensor):
+            require_finite(name, tensor)
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Check that a weight holds no NaN or Inf.
+
+    Raises:
+        NonFiniteError: it does.
+    """
+    # A sum is finite only if every term is; it is asked first because it makes no temporary tensor.
+    if bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"the weight {name} holds {bad} NaN or Inf values of {tensor.numel()}; the model is damaged. Fetch or "
+            "save it again."
+        )

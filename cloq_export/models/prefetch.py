@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.placeholders import is_placeholder
 
 
 class BlockMover:
@@ -48,7 +49,10 @@ class BlockMover:
             tensor.data = copies[name]
         versions = {name: tensor._version for name, tensor in tensors.items()}
         if self._stream is not None and index + 1 < len(self._blocks):
-            self._ahead = (index + 1, self._copy(_tensors_of(self._blocks.modules[index + 1])))
+            following = _tensors_of(self._blocks.modules[index + 1])
+            # A block that is still on disk is read meanwhile, by whoever holds this one.
+            if not any(map(is_placeholder, following.values())):
+                self._ahead = (index + 1, self._copy(following))
         try:
             yield
         finally:

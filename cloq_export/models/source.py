@@ -22,6 +22,7 @@ from cloq_export.files.fingerprint import FileDigest, added_files, file_digests,
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
+from cloq_export.models.block_loading import Streaming, left_on_disk
 from cloq_export.models.companions import companion_files, hub_patterns
 from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
@@ -113,6 +114,7 @@ class LoadedModel:
         config: its configuration; what it says about head and embeddings is what the weights are.
         source: where it came from.
         notes: what of the files was left out, in plain words.
+        reading: how its weights are read where memory decided that, in plain words.
     """
 
     model: Any
@@ -120,6 +122,7 @@ class LoadedModel:
     config: Any
     source: ModelSource
     notes: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
 
 
 def open_model(
@@ -127,6 +130,8 @@ def open_model(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     untie: bool = False,
+    stream: Streaming = "never",
+    blocks: str = "",
 ) -> LoadedModel:
     """Find and load a model; `find_source` and `load_source` in one.
 
@@ -134,6 +139,8 @@ def open_model(
         name: as in `find_source`.
         dtype: as in `load_source`.
         untie: as in `load_source`.
+        stream: as in `load_source`.
+        blocks: as in `load_source`.
 
     Returns:
         LoadedModel: model, tokenizer, configuration and source.
@@ -145,7 +152,7 @@ def open_model(
         MissingPackageError: an optional package is needed.
     """
     source = find_source(name)
-    return load_source(source, dtype=dtype, untie=untie)
+    return load_source(source, dtype=dtype, untie=untie, stream=stream, blocks=blocks)
 
 
 def find_source(name: str) -> ModelSource:
@@ -181,6 +188,8 @@ def load_source(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     untie: bool = False,
+    stream: Streaming = "never",
+    blocks: str = "",
 ) -> LoadedModel:
     """Load a model and its tokenizer into host memory. Code from a model's repository is never run.
 
@@ -190,6 +199,9 @@ def load_source(
         source: from `find_source`.
         dtype: of the weights in memory; "auto" is the stored one.
         untie: go by the weights where config.json ties head and embeddings that differ, instead of refusing the model.
+        stream: whether the matrices of its blocks stay on disk until a block is used (`models.weights_on_disk`): where
+            the model would not fit into free memory, always, or never.
+        blocks: dotted path of the decoder blocks for that; empty to search.
 
     Returns:
         LoadedModel: model, tokenizer, configuration and source.
@@ -197,14 +209,17 @@ def load_source(
     Raises:
         SourceError: a file cannot be read, the weights do not fill the model, some of them have no place in it, or
             they are not tied as config.json says.
-        UnsupportedModelError: it is not a causal language model that transformers knows.
+        UnsupportedModelError: it is not a causal language model that transformers knows, or its blocks are always to
+            be read from disk and cannot be.
         NonFiniteError: a weight is NaN or Inf.
         MissingPackageError: an installed package is too old.
     """
     require_versions()
     import transformers
 
-    gguf = None
+    gguf, on_disk = None, None
+    reading: tuple[str, ...] = ()
+    kind = source.dtype if dtype == "auto" else dtype
     options: dict[str, Any]
     with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
@@ -217,15 +232,19 @@ def load_source(
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             options = {"use_safetensors": True}
-        model, report = model_class(source.name, config).from_pretrained(
-            source.folder,
-            dtype=source.dtype if dtype == "auto" else dtype,
-            output_loading_info=True,
-            # So that they come back with their names: `refuse_gaps` refuses them.
-            ignore_mismatched_sizes=True,
-            **NO_CODE,
-            **options,
-        )
+            on_disk, reading = left_on_disk(source.name, source.folder, config, kind, stream, blocks)
+        if on_disk is not None:
+            model, report = on_disk.load(config, kind)
+        else:
+            model, report = model_class(source.name, config).from_pretrained(
+                source.folder,
+                dtype=kind,
+                output_loading_info=True,
+                # So that they come back with their names: `refuse_gaps` refuses them.
+                ignore_mismatched_sizes=True,
+                **NO_CODE,
+                **options,
+            )
     tokenizer = read_tokenizer(source.folder, name=source.name, gguf_file=None if gguf is None else gguf.path.name)
     refuse_gaps(source.name, model, report)
     unexpected = sorted(report.get("unexpected_keys") or ())
@@ -239,8 +258,10 @@ def load_source(
     correct_config(model.config, tied=is_tied(model))
     check_finite(model)
     split_experts(model)
+    if on_disk is not None:
+        on_disk.attach(source.name, model)
     require_forward(model.eval(), source.name)
-    return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes))
+    return LoadedModel(model.eval(), tokenizer, model.config, source, tuple(notes), reading)
 
 
 def _find_demo_file() -> Path:

@@ -17,6 +17,7 @@ from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorP
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
+from cloq_export.models.weights_on_disk import in_memory
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
@@ -237,11 +238,12 @@ class BlockStream:
         Nested uses for the same block move nothing. On a GPU the next block is copied meanwhile.
         """
         block = self.blocks.modules[index]
-        if _same_device(_device_of(block), self.device):
-            yield block
-            return
-        with self._mover.lent(index):
-            yield block
+        with in_memory(block):
+            if _same_device(_device_of(block), self.device):
+                yield block
+                return
+            with self._mover.lent(index):
+                yield block
 
     def _check_vocabulary(self, windows: torch.Tensor) -> None:
         rows = getattr(_embeddings(self.model), "num_embeddings", None)

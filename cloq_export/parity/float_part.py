@@ -18,6 +18,7 @@ from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.source import LoadedModel
 from cloq_export.models.tied_head import config_of_json
 from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.models.weights_on_disk import tensor_of
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some, judge_tokenizer
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
@@ -57,7 +58,7 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
         if wanted is None:
             continue  # a reader of the checkpoint refuses what its model has no place for
         held.add(name)
-        fault = _tensor_fault(checkpoint.read(name), wanted, loaded.source.dtype)
+        fault = _tensor_fault(checkpoint.read(name), tensor_of(loaded.model, name, wanted), loaded.source.dtype)
         if fault:
             faults.append(f"{name} {fault}")
     faults += _gaps(state, held, {*checkpoint.specs, *copies_of_codes(loaded.model, checkpoint.specs)})

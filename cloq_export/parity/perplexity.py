@@ -14,6 +14,8 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.models.context import context_length
+from cloq_export.models.stream import BlockStream
+from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.process.progress import show_progress
 from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.types import Perplexity
@@ -65,9 +67,8 @@ def window_losses(
     shown = silent if label is None else show_progress(label, console, unit="windows", transient=True)
     with _evaluating(model), torch.no_grad(), shown as advance:
         start = 0
-        for batch in rows.split(_windows_per_batch(model, window)):
+        for batch, logits in _logits_of(model, rows, _windows_per_batch(model, window)):
             ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
             for index, (predicted, row) in enumerate(zip(logits, ids, strict=True), start):
                 loss = _mean_loss(predicted[:-1], row[1:])
                 if not math.isfinite(loss):
@@ -80,6 +81,23 @@ def window_losses(
                     advance(index + 1, len(rows))
             start += len(ids)
     return losses
+
+
+def _logits_of(model: nn.Module, rows: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield some windows and their logits at a time; each weight that is on disk is read once for all windows."""
+    weights = weights_on_disk(model)
+    batches = rows.split(count)
+    if weights is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        for batch in batches:
+            yield batch, model(input_ids=batch.to(device), use_cache=False).logits
+        return
+    stream = BlockStream(model, weights.blocks, rows, device=next(model.parameters()).device, batch=count)
+    hidden = stream.hidden
+    for index in range(len(weights.blocks)):
+        hidden = stream.forward_block(index, hidden)
+    for number, batch in enumerate(batches):
+        yield batch, stream.differentiable_logits(number, hidden[number], slice(None))
 
 
 def _windows_per_batch(model: nn.Module, window: int) -> int:

@@ -73,6 +73,17 @@ class MemoryWatch:
         return MemoryUse(max(peak, self._peak_before), None if self._start is None else max(0, peak - self._start))
 
 
+def free_bytes() -> int:
+    """Return how much more memory this process may take, as far as the system and a container's limit tell."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        # "max" where there is no limit.
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, free)
+
+
 def _release_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):

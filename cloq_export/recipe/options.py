@@ -40,7 +40,9 @@ REFINE_STEPS = 200
 OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
-NOT_IN_THE_BYTES = ("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune", "solvers")
+NOT_IN_THE_BYTES = (
+    *("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune", "solvers", "stream"),
+)
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
@@ -157,6 +159,9 @@ class Recipe:
     device: str = option("auto", "Where to compute: auto, cpu, cuda, or cuda:N.", _DEVICE)
     solvers: Literal["local", "ray"] = option(
         "local", "Where independent layers are solved: here, on every GPU of this machine, or by a Ray cluster."
+    )
+    stream: Literal["auto", "always", "never"] = option(
+        "auto", "Read each block from disk when used: where the model does not fit into memory, always, or never."
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Arithmetic of the calibration forward passes; H itself is never below float32."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -14,6 +14,7 @@ from cloq_export.artifact.artifact import Artifact
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.files.atomic import make_folder
+from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import open_model
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
@@ -76,7 +77,10 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if questions and options.out is not None:
         make_folder(options.out)
     name = options.reference or recipe.model
-    loaded = open_model(name, dtype=torch.float32) if name else None
+    loaded = None
+    if name:
+        loaded = open_model(name, dtype=torch.float32, stream=cast(Streaming, options.stream), blocks=recipe.blocks)
+        session.notes.extend(loaded.reading)
     perplexity: PerplexityTable | None = None
     if text is not None:
         windows = TextWindows(text, options.window, options.windows, options.bos or recipe.bos)

@@ -114,6 +114,12 @@ class EvaluateOptions:
         None, "Adapter to measure; unless given, the run's own or the only one there is.", metavar="NAME|FOLDER"
     )
     force: bool = option(False, "Take an adapter of another base; the result says so.")
+    stream: str = option(
+        FIELDS["stream"].default,
+        "Read the weights of the float model from disk block by block: where it would not fit into free memory, "
+        "always, or never.",
+        choices=CHOICES["stream"],
+    )
     tasks: tuple[str, ...] = option(
         ("ppl",),
         "What is measured: ppl, gsm8k, word-problems, svamp, mawps, aqua, boolq, ..., or the groups arithmetic and "

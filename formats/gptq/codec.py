@@ -141,7 +141,7 @@ def unpack_layer(
         if int(zeros.max()) == spec.max_code:
             raise FormatError(
                 f"{name}: a stored zero has all bits set, which readers of {layout} take for 0 or for "
-                f"{spec.max_code + 1}; quantize again and write gptq_v2."
+                f"{spec.max_code + 1}; quantize again and write gptq_v2, or read it as gptq_v2 if its label is wrong."
             )
         zeros = zeros + 1
     zeros = zeros.t().contiguous()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.detective import examine
 from cloq_export.artifact.detective.foreign import UNREAD_METHODS
 from cloq_export.errors import FormatError
@@ -162,7 +163,55 @@ def test_the_mean_of_codes_less_zeros_tells_the_version(tmp_path, bits, version,
         assert suspicion.finding == f"the label says {found.label}, but the content is {content} (likely)"
         assert suspicion.remedy == f"read it with: cloq convert --read-as {content}"
         assert "mean" in suspicion.evidence
+    assert found.readable == (found.label == content)
+    if not found.readable:
+        assert f"is labelled {found.label}, but its codes lie as in {content} (mean of codes" in found.refusal
+        assert Checkpoint.open(folder, read_as=content).layout_name == content
+        assert Checkpoint.open(folder, read_as=found.label).layout_name == found.label
     json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+def test_the_label_alone_decides_where_the_content_tells_nothing(tmp_path, label):
+    def make(seed):
+        parts = gptq_parts(4, 64, seed=seed)
+        _, _, zeros = bell(4, 64, seed=seed)
+        half = zeros - (np.arange(OUT) % 2 == 0).astype(np.uint64)[:, None]
+        return parts | {"qzeros": tensor(dense(half.T.copy(), 4))}
+
+    folder = write(tmp_path / "m", gptq_config(4, 64, label), make)
+    found = examine(folder)
+    assert (found.content, found.confidence, found.reading) == (None, "open", label)
+    assert only(found, "version-open").remedy == f"the label alone decides; it is read as {label}."
+    assert Checkpoint.open(folder).layout_name == label
+
+
+@pytest.mark.parametrize(
+    ("label", "version"),
+    [
+        ({"quant_method": "gptq", "desc_act": False}, 1),
+        ({"quant_method": "gptq", "desc_act": False, "checkpoint_format": "gptq_v2"}, 2),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, 2),
+    ],
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_asymmetric_files_of_version_one_are_one_step_off_in_humming(tmp_path, label, version, symmetric):
+    quantization = label | {"bits": 4, "group_size": 64, "sym": symmetric}
+    found = examine(
+        write(
+            tmp_path / "m",
+            quantization,
+            lambda seed: gptq_parts(4, 64, version=version, symmetric=symmetric, seed=seed),
+        )
+    )
+    assert found.readable
+    if symmetric or version == 2:
+        assert "humming" not in kinds(found)
+        return
+    suspicion = only(found, "humming")
+    assert "--quantization humming take stored zeros as they lie" in suspicion.finding
+    assert "cloq convert --format gptq_v2" in suspicion.remedy
 
 
 @pytest.mark.parametrize("version", [1, 2])

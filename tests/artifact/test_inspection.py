@@ -13,6 +13,7 @@ from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.errors import FormatError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
+from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.types import QuantSpec
 
 
@@ -77,6 +78,17 @@ def test_checkpoint(written):
     assert {name: facts[name] for name in expected} == expected
     assert "verified" not in facts
     assert describe(written.folder, verify=True).to_json()["verified"] is True
+
+
+def test_our_own_asymmetric_files_of_version_one_carry_a_warning(tmp_path, write_quantized):
+    of_version_one = {}
+    for symmetric in (False, True):
+        written = write_quantized(tmp_path / str(symmetric), spec=QuantSpec(4, 32, symmetric), layout=GPTQ_V1)
+        of_version_one[symmetric] = describe(written.folder).notes
+    assert of_version_one[True] == ()
+    (note,) = of_version_one[False]
+    assert "--quantization humming take stored zeros as they lie" in note
+    assert "cloq convert --format gptq_v2" in note
 
 
 def test_verify_finds_a_changed_code(tmp_path, written):

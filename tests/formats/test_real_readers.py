@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "real_readers" / "run_compressed_tensors.py"
 GOLDEN = Path(compressed_tensors.__file__).parent / "golden"
 # The release that vLLM 0.32 and 0.33 pin, which is the last but one with padded 3-bit codes; and the newest.
-VERSIONS: dict[str, Layout] = {"0.17.0": COMPRESSED_TENSORS_PADDED, "0.20.0": COMPRESSED_TENSORS}
+VERSIONS: dict[str, Layout] = {"0.17.0": COMPRESSED_TENSORS_PADDED, "0.20.1": COMPRESSED_TENSORS}
 
 LLAMA = {
     "vocab_size": 96,

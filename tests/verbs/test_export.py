@@ -279,10 +279,12 @@ def test_a_target_chooses_the_layout_or_refuses_with_what_works(tmp_path: Path, 
     assert summary.max_lora_rank == 8
     low = write_export(made(bits=2), ExportOptions(target="vllm", device="cpu", out=tmp_path / "c"), console=silent)
     assert any("needs cloq-export installed in the same environment as vLLM" in note for note in low.notes)
+    options = ExportOptions(target="sglang", format="gptq_v2", device="cpu", out=tmp_path / "b")
     with pytest.raises(UsageError, match=r"the nearest that works: --format gptq,"):
-        write_export(run, ExportOptions(target="sglang", format="gptq_v2", out=tmp_path / "b"), console=silent)
+        write_export(run, options, console=silent)
+    options = ExportOptions(target="sglang", format="compressed_tensors", out=tmp_path / "b")
     with pytest.raises(UsageError, match=r"has no kernel for 2 bits in .* the nearest that works"):
-        write_export(made(bits=2), ExportOptions(target="sglang", out=tmp_path / "b"), console=silent)
+        write_export(made(bits=2), options, console=silent)
     with pytest.raises(UsageError, match=r"target 'vlm' is unknown; .* Did you mean vllm"):
         write_export(run, ExportOptions(target="vlm", out=tmp_path / "b"), console=silent)
     assert not (tmp_path / "b").exists()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cloq_export.artifact.detective import statistics
 from cloq_export.artifact.detective.case import (
-    LAYER_BYTES,
-    SAMPLED_LAYERS,
     Case,
     Confidence,
     FamilyVerdict,
@@ -26,35 +22,29 @@ from cloq_export.artifact.detective.case import (
     note_extra,
     note_missing,
     note_scales,
-    read_scales,
     rounded,
     shown,
 )
 from cloq_export.artifact.detective.foreign import UNREAD_GPTQ_FORMATS
-from cloq_export.artifact.run_layers import natural_order
+from cloq_export.artifact.detective.gptq_sample import PARTS, Sample, grid_of_shapes, sample_layers
 from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
 from cloq_export.formats.layout import Headers
-from cloq_export.kernels.bitpack import unpack_columns, unpack_rows
-from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# vLLM's and SGLang's reader for 2 and 3 bits, which takes zeros for those of version 2 whatever a label says.
+HUMMING_ZEROS = (
+    "vLLM and SGLang with --quantization humming take stored zeros as they lie, so every weight of this asymmetric "
+    "file of version 1 comes out one step off there, without a word",
+    "version 1 stores zeros less one",
+    "serve it without that flag, or write version 2 with: cloq convert --format gptq_v2",
+)
 _LABELS = ("gptq", "gptq_v2", "gptq_p")
-
-
-@dataclasses.dataclass
-class _Sample:
-    """Figures of one sampled layer, for each order in which its bits may lie."""
-
-    offsets: dict[str, statistics.LayerOffset]
-    counts: dict[str, torch.Tensor]
-    zeros: dict[str, torch.Tensor]
 
 
 def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
     label, spoken = gptq_label(case)
     note_missing(case, modules, ("qweight", "qzeros", "scales"))
-    note_extra(case, modules, _PARTS)
-    whole = [module for module in modules if all(f"{module}.{part}" in case.headers for part in _PARTS[:3])]
+    note_extra(case, modules, PARTS)
+    whole = [module for module in modules if all(f"{module}.{part}" in case.headers for part in PARTS[:3])]
     lacking = [module for module in whole if f"{module}.g_idx" not in case.headers]
     # AutoRound leaves it out, groups being sequential, and its label says that the file is one of those.
     if lacking and case.text("quant_method") != AUTO_ROUND:
@@ -65,7 +55,7 @@ def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
             f"the first is {lacking[0]}",
             "add a g_idx of i // group_size to each module, or export again with GPTQModel.",
         )
-    seen = {module: _grid(case, module) for module in whole}
+    seen = {module: grid_of_shapes(case, module) for module in whole}
     fitting = {module: grid for module, grid in seen.items() if grid is not None}
     odd = [module for module in whole if module not in fitting]
     if odd:
@@ -73,12 +63,12 @@ def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
             "shapes",
             "wrong",
             f"the tensors of {counted(odd, modules)} do not fit together",
-            f"{odd[0]}: " + ", ".join(f"{part} {case.shape(f'{odd[0]}.{part}')}" for part in _PARTS[:3]),
+            f"{odd[0]}: " + ", ".join(f"{part} {case.shape(f'{odd[0]}.{part}')}" for part in PARTS[:3]),
             "fetch or write the file again.",
         )
     compare_grids(case, fitting)
     bits, group_size = most_common(fitting.values())
-    sampled, samples, act_order, scales = _sample_layers(case, fitting, bits)
+    sampled, samples, act_order, scales = sample_layers(case, fitting, bits)
     note_act_order(case, act_order, sampled)
     note_scales(case, scales, sampled)
     labelled_symmetric = case.quantization.get("sym")
@@ -94,6 +84,8 @@ def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
         counts = torch.stack([sample.zeros[order] for sample in samples]).sum(dim=0)
         _note_stored_zeros(case, counts, bits, content or label, len(samples))
         _note_symmetry(case, counts, labelled_symmetric, symmetric, constant, len(samples))
+        if labelled_symmetric is not True and (content or label) == "gptq":
+            case.suspect("humming", "note", *HUMMING_ZEROS)
         _note_offsets(case, [sample.offsets[order].slope for sample in samples])
         note_codes(case, [sample.counts[order] for sample in samples], bits)
     return FamilyVerdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
@@ -127,123 +119,7 @@ def has_gptq_shape(headers: Headers, module: str) -> bool:
     return len(scales) != 2 or scales[1] == shape[1]
 
 
-def _grid(case: Case, module: str) -> tuple[int, int] | None:
-    """Return (bits, group size) that the shapes of a module show, or None where they fit no grid."""
-    words, zeros, scales = (case.shape(f"{module}.{part}") for part in _PARTS[:3])
-    if any(len(shape) != 2 or 0 in shape for shape in (words, zeros, scales)):
-        return None
-    groups, out_features = scales
-    if words[1] != out_features or zeros[0] != groups:
-        return None
-    bits, rest = divmod(zeros[1] * 32, out_features)
-    if rest or not 1 <= bits <= 8 or (words[0] * 32) % bits:
-        return None
-    in_features = words[0] * 32 // bits
-    index = case.headers.get(f"{module}.g_idx")
-    if (index is not None and index[1] != (in_features,)) or in_features % groups:
-        return None
-    return bits, PER_CHANNEL if groups == 1 else in_features // groups
-
-
-def _sample_layers(
-    case: Case, seen: Mapping[str, tuple[int, int]], bits: int | None
-) -> tuple[list[str], list[_Sample], list[str], list[tuple[str, torch.Tensor]]]:
-    """Read a sample of layers; return (modules, figures, those with act-order, scales)."""
-    fitting = [module for module in seen if seen[module][0] == bits and bits in SUPPORTED_BITS]
-    sampled = statistics.spread_evenly(sorted(fitting, key=natural_order), SAMPLED_LAYERS)
-    samples, act_order, scales = [], [], []
-    for module in sampled:
-        width, (groups, out_features) = int(bits or 1), case.shape(f"{module}.scales")
-        in_features = case.shape(f"{module}.qweight")[0] * 32 // width
-        span = in_features // groups
-        index = _read_index(case, module, in_features, span)
-        if index is not None:
-            act_order.append(module)
-        sample, scale = _sample_layer(case, _PackedLayer(module, width, in_features, out_features, span, index))
-        if sample is not None:
-            samples.append(sample)
-        if scale is not None:
-            scales.append((module, scale))
-    return sampled, samples, act_order, scales
-
-
-def _read_index(case: Case, module: str, in_features: int, span: int) -> torch.Tensor | None:
-    """Return g_idx if it is not sequential, else None."""
-    code, shape = case.headers.get(f"{module}.g_idx", ("", ()))
-    if code not in ("I32", "I64") or shape != (in_features,) or in_features * 8 > LAYER_BYTES:
-        return None
-    index = case.files[f"{module}.g_idx"].read(f"{module}.g_idx").to(torch.int64)
-    return None if torch.equal(index, torch.arange(in_features) // span) else index
-
-
-@dataclasses.dataclass(frozen=True)
-class _PackedLayer:
-    """One layer as its shapes show it; `span` columns share a group, and `index` is g_idx unless it is sequential."""
-
-    module: str
-    bits: int
-    in_features: int
-    out_features: int
-    span: int
-    index: torch.Tensor | None
-
-
-def _sample_layer(case: Case, layer: _PackedLayer) -> tuple[_Sample | None, torch.Tensor | None]:
-    """Return the figures and the scales of one layer, from blocks of columns spread over its inputs."""
-    module, bits, span, index = layer.module, layer.bits, layer.span, layer.index
-    in_features, out_features = layer.in_features, layer.out_features
-    # A block holds whole words, whole planes and whole groups, or lies inside one group.
-    unit = 32 if index is not None or span % 32 == 0 else math.lcm(span, 32)
-    if in_features % unit:
-        unit = in_features
-    each = unit if index is not None else min(unit, span)
-    unit_bytes = unit * bits // 8 * out_features
-    words_name, zeros_name = f"{module}.qweight", f"{module}.qzeros"
-    if unit_bytes > LAYER_BYTES or any(case.headers[name][0] != "I32" for name in (words_name, zeros_name)):
-        return None, None
-    chosen = statistics.spread_evenly(range(in_features // unit), LAYER_BYTES // unit_bytes)
-    starts = [place * unit + offset for place in chosen for offset in range(0, unit, each)]
-    group_of = [start // span for start in starts]
-    rows = sorted(set(group_of)) if index is None else list(range(in_features // span))
-    if len(rows) * case.shape(zeros_name)[1] * 4 > LAYER_BYTES:
-        return None, None
-    height = unit * bits // 32
-    words = torch.cat(
-        [case.files[words_name].read_rows(words_name, place * height, (place + 1) * height) for place in chosen]
-    )
-    stored = _read_some(case, zeros_name, rows)
-    orders: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
-        "dense": (unpack_columns(words, bits), unpack_rows(stored, bits).t())
-    }
-    if bits == 3:
-        orders["planar"] = (
-            statistics.unpack_planar_columns(words),
-            statistics.unpack_planar_columns(stored.t().contiguous()).t(),
-        )
-    sample = _Sample({}, {}, {})
-    place_of = {group: place for place, group in enumerate(rows)}
-    for order, (codes, zeros) in orders.items():
-        cut = codes.reshape(out_features, -1, each)
-        if index is None:
-            beside = zeros[:, [place_of[group] for group in group_of]]
-        else:
-            columns = torch.cat([torch.arange(start, start + each) for start in starts])
-            of_columns = zeros.to(torch.float32)[:, index[columns].clamp(0, in_features // span - 1)]
-            beside = of_columns.view(out_features, -1, each).mean(dim=2)
-        sample.offsets[order] = statistics.layer_offset(cut, beside)
-        sample.counts[order] = statistics.position_counts(codes, bits)
-        sample.zeros[order] = torch.bincount(zeros.reshape(-1).to(torch.int64), minlength=1 << bits)
-    return sample, read_scales(case, f"{module}.scales", rows)
-
-
-def _read_some(case: Case, name: str, rows: Sequence[int]) -> torch.Tensor:
-    """Return some rows of a tensor, in order."""
-    if len(rows) == case.shape(name)[0]:
-        return case.files[name].read(name)
-    return torch.cat([case.files[name].read_rows(name, row, row + 1) for row in rows])
-
-
-def _bit_order(case: Case, samples: Sequence[_Sample], bits: int | None, label: str) -> tuple[str, Confidence]:
+def _bit_order(case: Case, samples: Sequence[Sample], bits: int | None, label: str) -> tuple[str, Confidence]:
     """Decide in which order 3-bit codes lie; other widths have one order."""
     if bits != 3 or not samples:
         return "dense", "certain"
@@ -272,7 +148,7 @@ def _bit_order(case: Case, samples: Sequence[_Sample], bits: int | None, label: 
 
 def _version(
     case: Case,
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     order: str,
     constant: int | None,
     middle: int | None,
@@ -327,7 +203,7 @@ def _compare_label(
                 "doubtful",
                 "the content does not tell whether zeros are stored as they are (gptq_v2) or less one (gptq)",
                 f"{spoken}; " + shown(case.figures.get("code_minus_zero", {})),
-                f"the label is believed: {meant}.",
+                f"the label alone decides; it is read as {meant}.",
             )
     elif content != meant:
         remedy = f"read it with: cloq convert --read-as {content}"

@@ -13,6 +13,7 @@ from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
+from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity.answers import Answers, Respondent
 from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
@@ -74,7 +75,11 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
         GateMissedError: the text is shorter than one window.
     """
     options = plan.options
-    loaded = open_model(options.reference, dtype=torch.float32)
+    # Another device or precision takes the whole model at once.
+    stream: Streaming = "auto" if (options.dtype, options.device) == ("float32", "cpu") else "never"
+    loaded = open_model(options.reference, dtype=torch.float32, stream=stream)
+    for line in loaded.reading:
+        progress.session.say(line)
     _refuse_other_model(loaded, plan)
     with progress.phase("float part"):
         findings = plan.made.findings_of_reference(loaded, other=options.other_reference)

@@ -1,0 +1,220 @@
+"""Open a model with the matrices of its blocks left on disk, where that gives what transformers would load."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cloq_export.errors import UnsupportedModelError
+from cloq_export.files.safe_tensors import TensorFile
+from cloq_export.files.tensor_writer import DTYPES
+from cloq_export.models.blocks import BlockList, find_blocks
+from cloq_export.models.experts import holds_fused_experts
+from cloq_export.models.model_class import model_class
+from cloq_export.models.placeholders import is_placeholder, placeholder
+from cloq_export.models.weight_files import WeightFiles
+from cloq_export.models.weights_on_disk import WeightsOnDisk
+from cloq_export.process.host_memory import free_bytes
+
+# Whether the weights of blocks are read from disk while they are used: where memory asks for it, always, or never.
+Streaming = Literal["auto", "always", "never"]
+# Of the model's bytes: what is written and measured beside it.
+_WORK = 1.3
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOnDisk:
+    """A model whose blocks can be read one after the other.
+
+    Args:
+        folder: its folder.
+        empty: the model without numbers.
+        blocks: of the empty model.
+        files: its weight files.
+        places: tensor in its files -> matrix in the blocks of the model in memory.
+    """
+
+    folder: Path
+    empty: Any
+    blocks: BlockList
+    files: WeightFiles
+    places: Mapping[str, str]
+
+    @classmethod
+    def of(cls, source: str, folder: Path, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
+        """Return the model in a folder, or why its blocks cannot be read one after the other.
+
+        Args:
+            source: name of the model, for messages.
+            folder: of the model.
+            config: as transformers reads it.
+            dtype: of the weights in memory.
+            path: of its blocks; empty to search.
+        """
+        with torch.device("meta"):
+            empty = model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
+        try:
+            blocks = find_blocks(empty, path)
+        except UnsupportedModelError as error:
+            return f"its blocks are not known ({error})"
+        fault = _fault(empty, blocks)
+        if fault is not None:
+            return fault
+        files = WeightFiles.open(folder)
+        matrices = {name for name, each in empty.named_parameters() if each.ndim > 1 and name.startswith(blocks.name)}
+        places: dict[str, str] = {}
+        for stored, name, is_converted in _names_in_memory(empty, files):
+            if name not in matrices:
+                continue
+            if is_converted:
+                return f"transformers makes {name} of several tensors"
+            if DTYPES.get(files.headers[stored][0], torch.int8).is_floating_point:
+                places[stored] = name
+        return cls(folder, empty, blocks, files, places)
+
+    def load(self, config: Any, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+        """Return the model, its blocks' matrices placeholders, and what transformers reports on the loading."""
+        import transformers
+
+        state = {stored: _Stored(file, stored) for stored, file in self.files.files.items()}
+        for stored, name in self.places.items():
+            kind = self.empty.get_parameter(name).dtype
+            state[stored] = placeholder(self.files.headers[stored][1], kind)  # type: ignore[assignment]
+        model, report = type(self.empty).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        model.config.name_or_path = str(self.folder)
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
+        return model, report
+
+    def attach(self, source: str, model: Any) -> None:
+        """Let the blocks of a loaded model be read from disk whenever they are used."""
+        blocks = find_blocks(model, self.blocks.name)
+        places = {
+            name: (self.files.files[stored], stored)
+            for stored, name in self.places.items()
+            if is_placeholder(model.get_parameter(name))
+        }
+        WeightsOnDisk(source, model, blocks, places)
+
+
+def left_on_disk(
+    source: str, folder: Path, config: Any, dtype: torch.dtype, stream: Streaming, path: str
+) -> tuple[ModelOnDisk | None, tuple[str, ...]]:
+    """Decide whether the matrices of a model's blocks stay on disk.
+
+    Args:
+        source: name of the model, for messages.
+        folder: of the model.
+        config: as transformers reads it.
+        dtype: of the weights in memory.
+        stream: what was asked.
+        path: of the blocks; empty to search.
+
+    Returns:
+        The model on disk, or None if it is to be held in memory whole; and what is to be said of it.
+
+    Raises:
+        UnsupportedModelError: they always are to, and cannot.
+    """
+    if stream == "never":
+        return None, ()
+    demand = Demand.of(WeightFiles.open(folder), dtype)
+    if stream == "auto" and demand.fits:
+        return None, ()
+    on_disk = ModelOnDisk.of(source, folder, config, dtype=dtype, path=path)
+    if isinstance(on_disk, ModelOnDisk):
+        return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
+    if stream == "always":
+        raise UnsupportedModelError(
+            f"the weights of {source} cannot be read from disk block by block: {on_disk}. Hold the model in memory "
+            "with `stream=never`."
+        )
+    return None, (f"the weights of {source} cannot be read from disk block by block ({on_disk}): {demand}",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a model takes in memory whole, beside what is free, in bytes."""
+
+    model: int
+    free: int
+
+    @classmethod
+    def of(cls, files: WeightFiles, dtype: torch.dtype) -> Demand:
+        """Return the demand of a model with its weights in a dtype."""
+        count = sum(torch.Size(shape).numel() for _, shape in files.headers.values())
+        return cls(count * dtype.itemsize, free_bytes())
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the model fits beside the work that is done with it."""
+        return _WORK * self.model <= self.free
+
+    def __str__(self) -> str:
+        return f"in memory it takes {self.model / 10**9:.2f} GB, and {self.free / 10**9:.2f} GB are free"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file, read when transformers asks for it, as it asks safetensors."""
+
+    file: TensorFile
+    name: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.file.read_as_mapped(self.name)[index]
+
+    def get_dtype(self) -> str:
+        return self.file.headers[self.name][0]
+
+    def get_shape(self) -> list[int]:
+        return list(self.file.headers[self.name][1])
+
+
+def _fault(empty: Any, blocks: BlockList) -> str | None:
+    """Return why the blocks of a model cannot be read one after the other, as far as its class tells."""
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            full = f"{blocks.prefix(index)}.{name}"
+            if holds_fused_experts(module):
+                return f"{full} holds its experts in one tensor"
+            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+                return f"{full} ({type(module).__name__}) uses its weight in a way of its own"
+    names: dict[int, str] = {}
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        other = names.setdefault(id(parameter), name)
+        if other != name and blocks.name in (name[: len(blocks.name)], other[: len(blocks.name)]):
+            return f"{other} and {name} are one tensor"
+    tied = empty.get_expanded_tied_weights_keys(all_submodels=True)
+    shared = next((pair for pair in tied.items() if any(name.startswith(f"{blocks.name}.") for name in pair)), None)
+    return None if shared is None else f"{shared[0]} and {shared[1]} are one tensor"
+
+
+def _names_in_memory(empty: Any, files: WeightFiles) -> Iterator[tuple[str, str, bool]]:
+    """Yield (name in files, name in memory, whether it is joined or cut), as transformers' loader maps them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    places, prefix = empty.state_dict(), empty.base_model_prefix
+    conversions = get_model_conversion_mapping(empty)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
+    # The loader's own order: some renamings wait for a name that comes before the others.
+    for stored in sorted(files.headers, key=dot_natural_key):
+        name, converter = rename_source_key(stored, renamings, converters, prefix, places)
+        if name not in places and stored in places:
+            name, converter = rename_source_key(stored, [], [], prefix, places)
+        yield stored, name, converter is not None
