@@ -12,10 +12,10 @@ _INTRODUCTION = """# Models
 
 What was done with one tiny random model of every causal family in transformers {version}, and with the wrappers whose
 text part is one. Each was made from its own config class, taken through `cloq run` (4 bits, group 32, adapter of rank
-4), `cloq export` in {layouts},
-`cloq_export.load` and `cloq verify`. What was loaded was compared with the model's own files in which the weights of quantized layers had been replaced by their dequantized codes, read by a decoder that
-shares no code with this package: same names in files, other tensors the same bytes, log-probabilities within 1e-4 in
-float32.
+4), `cloq export` in {layouts}, `cloq_export.load` and `cloq verify`. What was
+loaded was compared with the model's own files in which the weights of quantized layers had been replaced by their
+dequantized codes, read by a decoder that shares no code with this package: same names in files, other tensors the same
+bytes, log-probabilities within 1e-4 in float32.
 
 `run` means that all of this held; behind it stands what was left out. `refused` means that the command ended with one
 line, which is given here. Sizes of real models differ: what stays float for its size is decided for each model, and
