@@ -53,6 +53,7 @@ def refused_output() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        _send_nowhere(sys.stdout)  # what is left in the buffer would fail once more when Python ends
         raise OutputError(
             f"standard output cannot be written: {error.strerror or error}. What the command wrote to files is kept; "
             "send its output to a place that takes it."
@@ -111,7 +112,14 @@ def drop_closed_streams() -> bool:
     """Redirect streams that their reader has closed, so that nothing fails on them; return whether there is one."""
     closed = [stream for stream in (sys.stdout, sys.stderr) if is_closed(stream)]
     for stream in closed:
+        _send_nowhere(stream)
+    return bool(closed)
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    with contextlib.suppress(
+        AttributeError, OSError, ValueError
+    ):  # a stream of a program that calls us may have no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    return bool(closed)

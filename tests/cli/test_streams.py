@@ -115,13 +115,15 @@ def test_the_reader_may_have_left() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["data", "word-problems", "--count", "3"], ["--help"], ["inspect", "--help"]])
-def test_a_full_device_behind_standard_output_is_said(arguments: list[str]) -> None:
+def test_a_full_device_behind_standard_output_is_said(arguments: list[str], unbuffered: str) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-m", "cloq_export", *arguments],
             stdout=full,
             stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             timeout=120,
             check=False,
         )

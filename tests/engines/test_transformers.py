@@ -312,14 +312,13 @@ def test_a_merged_pair_of_a_tied_head_survives_saving(tmp_path, written, log_pro
 
 
 def test_a_pair_under_a_second_name_of_a_layer_is_refused(tmp_path, written, monkeypatch):
-    build = loading._build_model
+    fill = loading._fill
 
-    def with_a_shared_block(*arguments):
-        model = build(*arguments)
+    def with_a_shared_block(model, *arguments):
+        fill(model, *arguments)
         model.model.layers.append(model.model.layers[0])
-        return model
 
-    monkeypatch.setattr(loading, "_build_model", with_a_shared_block)
+    monkeypatch.setattr(loading, "_fill", with_a_shared_block)
     name = "model.layers.0.self_attn.q_proj"
     second = name.replace("0", "2")
     write_adapter(

@@ -106,7 +106,7 @@ def trace_graph(model: Path, scratch: Path, reason: str) -> FloatGraph:
     if code or not (out / "model.onnx").is_file():
         raise UnsupportedModelError(
             f"{reason} {name} could not export it either: {_last_words(tail)} Serve this model with another format, "
-            "e.g. --format gptq_v2."
+            "e.g. `format=gptq_v2`."
         )
     note = f"{reason} The float graph was traced by {name} instead: its attention is not fused, so it is slower."
     return FloatGraph(out / "model.onnx", read_json(out / GENAI_CONFIG), f"{name}, traced", (note,))
