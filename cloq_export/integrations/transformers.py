@@ -104,7 +104,8 @@ class CloqQuantizer(HfQuantizer):
             raise UsageError(
                 "from_pretrained was given no folder; a packed model is filled from one: give the folder of the export."
             )
-        self.checkpoint = Checkpoint.open(Path(files[0]).parent)
+        with torch.device("cpu"):  # transformers makes what is new without memory meanwhile
+            self.checkpoint = Checkpoint.open(Path(files[0]).parent)
         folder = self.checkpoint.folder
         whole = model_class(str(folder), AutoConfig.from_pretrained(folder, **NO_CODE))
         if not isinstance(model, whole):

@@ -16,6 +16,7 @@ from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.tensor_writer import DTYPES
 from cloq_export.models.blocks import BlockList, find_blocks
 from cloq_export.models.experts import holds_fused_experts
+from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
 from cloq_export.models.placeholders import is_placeholder, placeholder
 from cloq_export.models.weight_files import WeightFiles
@@ -93,10 +94,11 @@ class ModelOnDisk:
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **NO_CODE,
         )
         model.config.name_or_path = str(self.folder)
         if (self.folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder, **NO_CODE)
         return model, report
 
     def attach(self, source: str, model: Any) -> None:
