@@ -174,8 +174,8 @@ def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_pat
     with pytest.raises(UsageError, match="is no ONNX export; make one with: cloq export RUN --format onnx"):
         verify(run, VerifyOptions(model, runtime="onnx"), console=silent)
     for options, message in (
-        (ExportOptions(format="gptq_v2", style="qdq"), "--style is about ONNX graphs"),
-        (ExportOptions(format="onnx", style="other"), "--style is 'other'; allowed are matmulnbits and qdq"),
+        (ExportOptions(format="gptq_v2", style="qdq"), "`style` is about ONNX graphs"),
+        (ExportOptions(format="onnx", style="other"), "`style` is 'other'; allowed are matmulnbits"),
         (ExportOptions(format="onnx", two_bit="compact"), "no layer has 2 bits"),
         (ExportOptions(format="onnx", style="qdq", opset=20), "opset 20 has no DequantizeLinear"),
     ):
