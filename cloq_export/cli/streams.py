@@ -117,9 +117,7 @@ def drop_closed_streams() -> bool:
 
 
 def _send_nowhere(stream: TextIO) -> None:
-    with contextlib.suppress(
-        AttributeError, OSError, ValueError
-    ):  # it may have no file
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it may have no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
