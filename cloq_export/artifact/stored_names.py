@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from cloq_export.artifact.expert_names import fused_places, name_in_memory, names_in_files
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
-from cloq_export.models.library_calls import quiet_transformers
+from cloq_export.models.library_calls import NO_CODE, quiet_transformers
 from cloq_export.models.model_class import model_class
+from cloq_export.models.weight_names import loaded_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ def _names_in_memory(folder: Path, config: str, stored: tuple[str, ...]) -> Mapp
     try:
         with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            built = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            built = AutoConfig.from_pretrained(folder, **NO_CODE)
             model = model_class(str(folder), built)._from_config(built)
         split_experts(model)
     except Exception:  # a caller that needs the model builds it too and reports the error
@@ -83,32 +84,24 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
     Returns:
         dict: stored name -> name in memory, of those that differ.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
-
     mixtures = fused_places(model)
     places: Mapping[str, Any] = {**model.state_dict(), **mixtures}
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
+
+    def weight_of(name: str) -> str:
+        module, _, part = name.rpartition(".")
+        return f"{module}.weight" if part in _PARTS and name not in places else name
+
     in_memory: dict[str, str] = {}
     taken = set(stored)
-    # The loader's own order: some renamings take effect only after an earlier name was seen.
-    for name in sorted(stored, key=dot_natural_key):
-        module, _, part = name.rpartition(".")
-        asked = f"{module}.weight" if part in _PARTS and name not in places else name
-        renamed, converter = rename_source_key(asked, renamings, converters, model.base_model_prefix, places)
-        if renamed not in places and asked in places:
-            renamed, converter = rename_source_key(asked, [], [], model.base_model_prefix, places)
-        if converter is not None:
-            patterns = next(entry.source_patterns for entry in converters if converter in entry.source_patterns)
-            renamed = name_in_memory(asked, renamed, mixtures.get(renamed), patterns, converter) or asked
+    for name, asked, renamed, pattern, patterns in loaded_names(model, stored, places, weight_of):
+        if pattern is not None:
+            renamed = name_in_memory(asked, renamed, mixtures.get(renamed), patterns, pattern) or asked
         if renamed not in places or renamed == asked:
             continue
         if asked != name:
             if not renamed.endswith(".weight"):
                 continue
-            renamed = f"{renamed.removesuffix('.weight')}.{part}"
+            renamed = f"{renamed.removesuffix('.weight')}.{name.rpartition('.')[2]}"
         if renamed not in taken:
             in_memory[name] = renamed
             taken.add(renamed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
 from cloq_export.models.placeholders import is_placeholder, placeholder
 from cloq_export.models.weight_files import WeightFiles
+from cloq_export.models.weight_names import loaded_names
 from cloq_export.models.weights_on_disk import WeightsOnDisk
 from cloq_export.process.host_memory import free_bytes
 
@@ -34,26 +34,24 @@ class ModelOnDisk:
     """A model whose blocks can be read one after the other.
 
     Args:
-        folder: its folder.
         empty: the model without numbers.
         blocks: of the empty model.
         files: its weight files.
         places: tensor in its files -> matrix in the blocks of the model in memory.
     """
 
-    folder: Path
     empty: Any
     blocks: BlockList
     files: WeightFiles
     places: Mapping[str, str]
 
     @classmethod
-    def of(cls, source: str, folder: Path, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
+    def of(cls, source: str, files: WeightFiles, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
         """Return the model in a folder, or why its blocks cannot be read one after the other.
 
         Args:
             source: name of the model, for messages.
-            folder: of the model.
+            files: of its weights.
             config: as transformers reads it.
             dtype: of the weights in memory.
             path: of its blocks; empty to search.
@@ -67,17 +65,17 @@ class ModelOnDisk:
         fault = _fault(empty, blocks)
         if fault is not None:
             return fault
-        files = WeightFiles.open(folder)
-        matrices = {name for name, each in empty.named_parameters() if each.ndim > 1 and name.startswith(blocks.name)}
+        inside = f"{blocks.name}."
+        matrices = {name for name, each in empty.named_parameters() if each.ndim > 1 and name.startswith(inside)}
         places: dict[str, str] = {}
-        for stored, name, is_converted in _names_in_memory(empty, files):
+        for stored, _, name, pattern, _ in loaded_names(empty, files.headers, empty.state_dict()):
             if name not in matrices:
                 continue
-            if is_converted:
+            if pattern is not None:
                 return f"transformers makes {name} of several tensors"
             if DTYPES.get(files.headers[stored][0], torch.int8).is_floating_point:
                 places[stored] = name
-        return cls(folder, empty, blocks, files, places)
+        return cls(empty, blocks, files, places)
 
     def load(self, config: Any, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
         """Return the model, its blocks' matrices placeholders, and what transformers reports on the loading."""
@@ -96,9 +94,10 @@ class ModelOnDisk:
             ignore_mismatched_sizes=True,
             **NO_CODE,
         )
-        model.config.name_or_path = str(self.folder)
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder, **NO_CODE)
+        folder = self.files.paths[0].parent
+        model.config.name_or_path = str(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **NO_CODE)
         return model, report
 
     def attach(self, source: str, model: Any) -> None:
@@ -113,13 +112,13 @@ class ModelOnDisk:
 
 
 def left_on_disk(
-    source: str, folder: Path, config: Any, dtype: torch.dtype, stream: Streaming, path: str
+    source: str, files: WeightFiles, config: Any, dtype: torch.dtype, stream: Streaming, path: str
 ) -> tuple[ModelOnDisk | None, tuple[str, ...]]:
     """Decide whether the matrices of a model's blocks stay on disk.
 
     Args:
         source: name of the model, for messages.
-        folder: of the model.
+        files: of its weights.
         config: as transformers reads it.
         dtype: of the weights in memory.
         stream: what was asked.
@@ -133,10 +132,10 @@ def left_on_disk(
     """
     if stream == "never":
         return None, ()
-    demand = Demand.of(WeightFiles.open(folder), dtype)
+    demand = Demand.of(files, dtype)
     if stream == "auto" and demand.fits:
         return None, ()
-    on_disk = ModelOnDisk.of(source, folder, config, dtype=dtype, path=path)
+    on_disk = ModelOnDisk.of(source, files, config, dtype=dtype, path=path)
     if isinstance(on_disk, ModelOnDisk):
         return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
     if stream == "always":
@@ -195,28 +194,12 @@ def _fault(empty: Any, blocks: BlockList) -> str | None:
                 return f"{full} holds its experts in one tensor"
             if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
                 return f"{full} ({type(module).__name__}) uses its weight in a way of its own"
+    inside = f"{blocks.name}."
     names: dict[int, str] = {}
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)
-        if other != name and blocks.name in (name[: len(blocks.name)], other[: len(blocks.name)]):
+        if other != name and (name.startswith(inside) or other.startswith(inside)):
             return f"{other} and {name} are one tensor"
     tied = empty.get_expanded_tied_weights_keys(all_submodels=True)
-    shared = next((pair for pair in tied.items() if any(name.startswith(f"{blocks.name}.") for name in pair)), None)
+    shared = next((pair for pair in tied.items() if any(name.startswith(inside) for name in pair)), None)
     return None if shared is None else f"{shared[0]} and {shared[1]} are one tensor"
-
-
-def _names_in_memory(empty: Any, files: WeightFiles) -> Iterator[tuple[str, str, bool]]:
-    """Yield (name in files, name in memory, whether it is joined or cut), as transformers' loader maps them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
-
-    places, prefix = empty.state_dict(), empty.base_model_prefix
-    conversions = get_model_conversion_mapping(empty)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
-    # The loader's own order: some renamings wait for a name that comes before the others.
-    for stored in sorted(files.headers, key=dot_natural_key):
-        name, converter = rename_source_key(stored, renamings, converters, prefix, places)
-        if name not in places and stored in places:
-            name, converter = rename_source_key(stored, [], [], prefix, places)
-        yield stored, name, converter is not None

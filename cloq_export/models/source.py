@@ -217,7 +217,7 @@ def load_source(
     require_versions()
     import transformers
 
-    gguf, on_disk = None, None
+    gguf, files, on_disk = None, None, None
     reading: tuple[str, ...] = ()
     kind = source.dtype if dtype == "auto" else dtype
     options: dict[str, Any]
@@ -232,7 +232,9 @@ def load_source(
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             options = {"use_safetensors": True}
-            on_disk, reading = left_on_disk(source.name, source.folder, config, kind, stream, blocks)
+            with _damage_of(source.name):
+                files = WeightFiles.open(source.folder)
+            on_disk, reading = left_on_disk(source.name, files, config, kind, stream, blocks)
         if on_disk is not None:
             model, report = on_disk.load(config, kind)
         else:
@@ -251,8 +253,9 @@ def load_source(
     if gguf is not None:
         notes = [*check_gguf(gguf, model, unexpected), *check_gguf_tokenizer(source.name, gguf.header, tokenizer)]
     else:
+        assert files is not None  # it is a folder
         with _damage_of(source.name):
-            notes = refuse_left_over(source.name, model, unexpected, WeightFiles.open(source.folder))
+            notes = refuse_left_over(source.name, model, unexpected, files)
         if not untie:
             refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
