@@ -43,6 +43,11 @@ def emit(result: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console
             raise
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print text as it is: unwrapped and without markup, so that paths and commands can be copied."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
 def _jsonable(value: Any) -> Any:
     """Return the value with NaN and Inf as null, which JSON cannot hold."""
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cloq_export.cli.render import print_line
+from cloq_export.cli.output import print_line
 
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:

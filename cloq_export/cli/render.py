@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cloq_export.cli.output import print_line
+
 _MODEL_LABELS = {
     "float": "float model",
     "quantized": "quantized",
@@ -203,8 +205,3 @@ def _gates(verdicts: Sequence[Mapping[str, Any]], console: Console) -> None:
     for verdict in verdicts:
         word = "passed" if verdict["passed"] else "missed"
         print_line(console, f"gate {word}: {verdict['metric']} {verdict['value']} (limit {verdict['limit']})")
-
-
-def print_line(console: Console, text: str) -> None:
-    """Print text as it is: unwrapped and without markup, so that paths and commands can be copied."""
-    console.print(text, soft_wrap=True, markup=False)

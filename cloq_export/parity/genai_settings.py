@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, TENSOR_NAMES
 from cloq_export.errors import FormatError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
@@ -13,7 +14,6 @@ from cloq_export.formats.onnx.record import GRAPH_NAME
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some
 
-GENAI_CONFIG = "genai_config.json"
 _WHAT = "GenAI settings"
 
 # As the builder writes them where a model's generation settings say nothing.
@@ -32,20 +32,6 @@ _SEARCH = {
 }
 # Of these the builder takes the model's own; of the others it may write the default.
 _TAKEN = ("do_sample", "temperature", "top_k", "top_p")
-_NAMES = {
-    "inputs": {
-        "input_ids": "input_ids",
-        "attention_mask": "attention_mask",
-        "position_ids": "position_ids",
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    },
-    "outputs": {
-        "logits": "logits",
-        "present_key_names": "present.%d.key",
-        "present_value_names": "present.%d.value",
-    },
-}
 
 
 def compare_genai_settings(folder: Path, loaded: LoadedModel) -> Finding:
@@ -105,7 +91,7 @@ def _decoder_faults(decoder: Mapping[str, Any], loaded: LoadedModel) -> Iterator
         wanted = getattr(config, "sliding_window", None)
         if size != wanted:
             yield f"sliding_window is {size!r:.60}, the float model's {wanted!r:.60}"
-    for side, known in _NAMES.items():
+    for side, known in TENSOR_NAMES.items():
         names = decoder.get(side)
         for key, name in dict(names if isinstance(names, Mapping) else {}).items():
             yield from _fault(f"{side}.{key}", name, [known.get(key)])

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_forms import FORMS
+from random_layers import assert_same, make_layer
 
 import cloq_export.formats.compressed_tensors as compressed_tensors
 from cloq_export.errors import FormatError, ShapeError
@@ -30,26 +31,6 @@ def load_generator():
 
 
 oracle = load_generator()
-
-
-def make_layer(spec: QuantSpec, out: int, columns: int, seed: int = 0) -> QuantizedLayer:
-    generator = torch.Generator().manual_seed(seed)
-    groups = spec.group_count(columns)
-    zeros = torch.randint(0, spec.max_code + 1, (out, groups), dtype=torch.uint8, generator=generator)
-    if spec.symmetric:
-        zeros = torch.full_like(zeros, 2 ** (spec.bits - 1))
-    return QuantizedLayer(
-        codes=torch.randint(0, spec.max_code + 1, (out, columns), dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(out, groups, generator=generator) + 0.01).half(),
-        zeros=zeros,
-        spec=spec,
-    )
-
-
-def assert_same(left: QuantizedLayer, right: QuantizedLayer) -> None:
-    assert left.spec == right.spec
-    for name in ("codes", "scales", "zeros"):
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 @st.composite

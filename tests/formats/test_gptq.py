@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gptq_layers import assert_same, make_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_layers import assert_same, make_layer
 
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError, ShapeError

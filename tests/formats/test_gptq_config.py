@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from gptq_layers import assert_same, make_layer
+from random_layers import assert_same, make_layer
 
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from other_readers import installed, run_reader
+from random_layers import make_layer
 from safetensors.torch import load_file, save_file
 
 from cloq_export.formats.gptq import GPTQ_V1, GPTQ_V2
@@ -23,20 +24,6 @@ SCRIPT = Path(__file__).parent / "real_readers" / "run_humming.py"
 PACKAGES = ("humming-kernels==0.1.19", "cuda-bindings==13.5.0", "cuda-pathfinder==1.9.1", "tabulate==0.10.0")
 PACKINGS = ("gptq", "auto_round:auto_gptq", "auto_round:gptqmodel")
 IN, OUT, GROUP = 128, 64, 32
-
-
-def layer_of(bits: int, *, symmetric: bool) -> QuantizedLayer:
-    spec = QuantSpec(bits, GROUP, symmetric)
-    generator = torch.Generator().manual_seed(bits)
-    zeros = torch.randint(1, spec.max_code, (OUT, IN // GROUP), dtype=torch.uint8, generator=generator)
-    if symmetric:
-        zeros = torch.full_like(zeros, 1 << (bits - 1))
-    return QuantizedLayer(
-        codes=torch.randint(0, spec.max_code + 1, (OUT, IN), dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(OUT, IN // GROUP, generator=generator) + 0.01).half(),
-        zeros=zeros,
-        spec=spec,
-    )
 
 
 def weight_of(read: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
@@ -59,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Quantiz
             for bits in (2, 3, 4):
                 for symmetric in (False, True):
                     name = f"{packing.replace(':', '-')} {layout.name} {bits} {symmetric}"
-                    layers[name] = layer_of(bits, symmetric=symmetric)
+                    layers[name] = make_layer(QuantSpec(bits, GROUP, symmetric), OUT, IN, seed=bits, least_zero=1)
                     save_file(layout.pack_layer(layers[name], name=name), folder / f"{name}.safetensors")
                     cases[name] = {"bits": bits, "group_size": GROUP, "symmetric": symmetric, "packing": packing}
     (folder / "cases.json").write_text(json.dumps(cases))

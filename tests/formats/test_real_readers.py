@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from other_readers import installed, run_reader
+from random_layers import assert_same, make_layer
 from safetensors.torch import load_file, save_file
 
 import cloq_export.formats.compressed_tensors as compressed_tensors
@@ -41,26 +42,6 @@ THEIR_GRIDS = {
     "model.layers.1.self_attn.o_proj": QuantSpec(2, 64),
     "re:.*self_attn.v_proj": QuantSpec(4, -1, symmetric=True),
 }
-
-
-def make_layer(spec: QuantSpec, out: int, columns: int, seed: int) -> QuantizedLayer:
-    generator = torch.Generator().manual_seed(seed)
-    groups = spec.group_count(columns)
-    zeros = torch.randint(0, spec.max_code + 1, (out, groups), dtype=torch.uint8, generator=generator)
-    if spec.symmetric:
-        zeros = torch.full_like(zeros, 2 ** (spec.bits - 1))
-    return QuantizedLayer(
-        codes=torch.randint(0, spec.max_code + 1, (out, columns), dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(out, groups, generator=generator) + 0.01).half(),
-        zeros=zeros,
-        spec=spec,
-    )
-
-
-def assert_same(left: QuantizedLayer, right: QuantizedLayer) -> None:
-    assert left.spec == right.spec
-    for name in ("codes", "scales", "zeros"):
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 def layers_to_exchange() -> dict[str, QuantizedLayer]:

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from passing_runtime import PassingRuntime
 from rich.console import Console
 
 from cloq_export.engines.protocol import ServedModel
@@ -97,44 +98,32 @@ def options(float_folder: Path, text: Path) -> VerifyOptions:
     )
 
 
-class Engine:
-    """A runtime that hands everything on; faulty ones change one thing."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
-        return self.inner.prompt_logprobs(token_ids, adapters)
-
-    def generate(self, token_ids: Any, adapters: Any, max_new_tokens: int) -> list[list[int]]:
-        return self.inner.generate(token_ids, adapters, max_new_tokens)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def scoring(change: Callable[[Any, Any, Any], Any]) -> type[Engine]:
+def scoring(change: Callable[[Any, Any, Any], Any]) -> type[PassingRuntime]:
     """Return an engine whose log-probabilities are changed: (engine, token ids, adapters) -> answers."""
-    return type("Scores", (Engine,), {"prompt_logprobs": lambda self, ids, names: change(self.inner, ids, names)})
+    return type(
+        "Scores", (PassingRuntime,), {"prompt_logprobs": lambda self, ids, names: change(self.inner, ids, names)}
+    )
 
 
-def writing(change: Callable[[Any, Any, Any, int], Any]) -> type[Engine]:
+def writing(change: Callable[[Any, Any, Any, int], Any]) -> type[PassingRuntime]:
     """Return an engine whose texts are changed: (engine, prompts, adapters, tokens) -> texts."""
-    return type("Writes", (Engine,), {"generate": lambda self, ids, names, new: change(self.inner, ids, names, new)})
+    return type(
+        "Writes", (PassingRuntime,), {"generate": lambda self, ids, names, new: change(self.inner, ids, names, new)}
+    )
 
 
-def each_score(change: Callable[[torch.Tensor], torch.Tensor]) -> type[Engine]:
+def each_score(change: Callable[[torch.Tensor], torch.Tensor]) -> type[PassingRuntime]:
     return scoring(lambda engine, ids, names: [change(values) for values in engine.prompt_logprobs(ids, names)])
 
 
-def each_text(change: Callable[[list[int]], list[int]]) -> type[Engine]:
+def each_text(change: Callable[[list[int]], list[int]]) -> type[PassingRuntime]:
     return writing(lambda engine, ids, names, new: [change(text) for text in engine.generate(ids, names, new)])
 
 
-def broken_model(change: Callable[[Any, str | None], None]) -> type[Engine]:
+def broken_model(change: Callable[[Any, str | None], None]) -> type[PassingRuntime]:
     """Return an engine whose models are changed when they are loaded: (model, adapter)."""
 
-    class Changed(Engine):
+    class Changed(PassingRuntime):
         def __init__(self, inner: Any) -> None:
             super().__init__(inner)
             load = inner._load_model
@@ -241,7 +230,7 @@ def only_long(change: Callable[[list[int]], list[int]]) -> Callable[[Any, Any, A
     return write
 
 
-FAULTS: dict[str, tuple[type[Engine], str]] = {
+FAULTS: dict[str, tuple[type[PassingRuntime], str]] = {
     # scores of one forward pass
     "wrong beyond a position": (each_score(beyond(40, lambda v: v - 0.3)), "longest_difference_max"),
     "NaN beyond a position": (each_score(beyond(40, lambda v: v * torch.nan)), "longest_difference_max"),
@@ -382,7 +371,7 @@ FAULTS: dict[str, tuple[type[Engine], str]] = {
 }
 
 
-def served_by(kind: type[Engine], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
+def served_by(kind: type[PassingRuntime], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
     def opener(own: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
         return kind(packed_model(export or own, adapters, dtype=engines.DTYPES[options.dtype], **more))
 
@@ -451,7 +440,7 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
 ) -> None:
     name = f"model.layers.{module}"
     copy = with_changed(tmp_path, exported, scaled(name, 1.01))
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=40), console=SILENT)
     assert "scale_error_max" in missed(report)
     worst = report.scales.candidates[0]
@@ -469,7 +458,7 @@ def test_one_hundredth_of_a_scale_is_found_in_bfloat16_on_the_tokens_that_it_tak
     generator = torch.Generator().manual_seed(4)
     drawn = (61 * torch.rand(4200, generator=generator).pow(2)).long()
     (tmp_path / "long.txt").write_text(" ".join(f"w{int(number)}" for number in drawn))
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
     asked = dataclasses.replace(
         options, dtype="bfloat16", text=str(tmp_path / "long.txt"), windows=90, window=CONTEXT - 20, adapters=("cloq",)
     )
@@ -485,7 +474,7 @@ def test_a_zero_that_is_off_by_one_in_one_group_is_found(
         held["model.layers.0.mlp.up_proj.qzeros"][0, 0] ^= 1
 
     copy = with_changed(tmp_path, exported, change)
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(Engine, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
     assert "logprob_difference_max" in missed(verify(exported, options, console=SILENT))
 
 

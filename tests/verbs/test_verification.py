@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from passing_runtime import PassingRuntime
 from rich.console import Console
 
 from cloq_export.cli import main
@@ -88,23 +89,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., ServedMode
     return replace
 
 
-class Wrapper:
-    """A runtime that hands everything on; broken ones change one thing."""
-
-    def __init__(self, inner: ServedModel) -> None:
-        self.inner = inner
-
-    def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
-        return self.inner.prompt_logprobs(token_ids, adapters)
-
-    def generate(self, token_ids: Any, adapters: Any, max_new_tokens: int) -> list[list[int]]:
-        return self.inner.generate(token_ids, adapters, max_new_tokens)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def wrapped(kind: type[Wrapper]) -> Callable[..., ServedModel]:
+def wrapped(kind: type[PassingRuntime]) -> Callable[..., ServedModel]:
     return lambda export, adapters, options: kind(packed_model(export, adapters))
 
 
@@ -140,7 +125,7 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
     assert not re.search(r"(src|href)=|https?:|<script|@import|url\(", page)
 
 
-class IgnoresModule(Wrapper):
+class IgnoresModule(PassingRuntime):
     """Serves the second adapter without one of its modules."""
 
     def __init__(self, inner: Any) -> None:
@@ -176,7 +161,7 @@ def test_an_ignored_module_misses_even_where_the_numbers_allow_it(
     assert missed(report) == {"live_modules"}
 
 
-class Noisy(Wrapper):
+class Noisy(PassingRuntime):
     """Adds noise to every log-probability, the same to the same request."""
 
     def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
@@ -194,7 +179,7 @@ def test_noise_misses_the_numbers_alone(exported: Path, options: VerifyOptions, 
     assert not missed(report) & {"certificate", "greedy_flips", "live_modules", "mixed_batch_difference_max"}
 
 
-class Leaky(Wrapper):
+class Leaky(PassingRuntime):
     """Gives base requests of a mixed batch the last adapter of the batch."""
 
     def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
@@ -213,14 +198,14 @@ def test_an_adapter_that_leaks_into_base_requests_misses_the_gate(
     assert rows[None] > 1e-2 > rows["cloq"]
 
 
-class Mute(Wrapper):
+class Mute(PassingRuntime):
     """Cannot generate."""
 
     def generate(self, token_ids: Any, adapters: Any, max_new_tokens: int) -> list[list[int]]:
         raise NotImplementedError("this engine scores only")
 
 
-class Nan(Wrapper):
+class Nan(PassingRuntime):
     """Gives NaN for one token."""
 
     def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
@@ -229,7 +214,7 @@ class Nan(Wrapper):
         return answered
 
 
-class Short(Wrapper):
+class Short(PassingRuntime):
     """Drops the last token."""
 
     def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:
@@ -384,7 +369,7 @@ def test_every_adapter_gets_a_prompt(exported: Path, options: VerifyOptions, sil
     assert report.passed
 
 
-class FailsWith(Wrapper):
+class FailsWith(PassingRuntime):
     """Scores the first adapter alone."""
 
     def prompt_logprobs(self, token_ids: Any, adapters: Any) -> list[torch.Tensor]:

@@ -26,6 +26,21 @@ from cloq_export.models.library_calls import NO_CODE
 GENAI_CONFIG = "genai_config.json"
 BUILDER = "onnxruntime-genai"
 TRACER = "transformers"
+# What the tensors of a graph are called, in the words of genai_config.json.
+TENSOR_NAMES = {
+    "inputs": {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "position_ids": "position_ids",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    },
+    "outputs": {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    },
+}
 
 _TAIL = 12
 _UNSUPPORTED = "model is not currently supported"
@@ -186,31 +201,23 @@ def _trace(model_folder: Path, out: Path) -> None:
     padding = getattr(config, "pad_token_id", None)
     first_end = ends[0] if isinstance(ends, list) else ends
     context = getattr(config, "max_position_embeddings", None) or 2048
+    names = {str(value.name) for value in graph.inputs}
     decoder = {
         "session_options": {"log_id": BUILDER, "provider_options": []},
         "filename": "model.onnx",
         "head_size": int(cache.layers[0].keys.shape[-1]),
         "hidden_size": config.hidden_size,
+        # Not every graph has both of these inputs.
         "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            key: name
+            for key, name in TENSOR_NAMES["inputs"].items()
+            if name in names or key not in ("attention_mask", "position_ids")
         },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "outputs": TENSOR_NAMES["outputs"],
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": len(keys),
         "num_key_value_heads": int(cache.layers[0].keys.shape[1]),
     }
-    names = {str(value.name) for value in graph.inputs}
-    for name in ("attention_mask", "position_ids"):
-        if name not in names:
-            del decoder["inputs"][name]
     write_json(
         out / GENAI_CONFIG,
         {
