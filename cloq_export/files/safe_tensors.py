@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -104,22 +107,29 @@ class TensorFile:
         place, _ = self._places[name]
         return self._read(name, place, self.headers[name][1])
 
-    def read_as_mapped(self, name: str) -> torch.Tensor:
+    def read_as_mapped(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one tensor at an address that lies between multiples of 64 as if the file were mapped into memory.
 
         Products of a few rows may be summed in another order where a matrix lies otherwise: so a model that is read
-        tensor by tensor computes what it does where transformers maps its files.
+        tensor by tensor computes what it does where transformers maps its files. Its memory goes back to the system
+        with the tensor, where the allocator would keep it, and in pieces that the next tensor does not fit into.
+
+        Args:
+            name: the tensor.
+            dtype: what it is converted to, and then lies at a multiple of 64; None leaves it as it is.
 
         Raises:
             FormatError: as `read`.
         """
-        tensor = self.read(name)
-        buffer = torch.empty(tensor.nbytes + _ALIGNMENT, dtype=torch.uint8)
-        start = (self._places[name][0] - buffer.data_ptr()) % _ALIGNMENT
-        if start % tensor.element_size():
+        place, _ = self._places[name]
+        code, shape = self.headers[name]
+        stored = DTYPES.get(code)
+        # Numbers that lie across their own boundaries cannot be a tensor, wherever the file is mapped.
+        skipped = place % _ALIGNMENT if stored is not None and place % stored.itemsize == 0 else 0
+        tensor = self._read(name, place, shape, functools.partial(_memory_of_its_own, skipped=skipped))
+        if dtype is None or dtype == tensor.dtype:
             return tensor
-        placed = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return placed.copy_(tensor)
+        return _memory_of_its_own(shape, dtype).copy_(tensor)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return some rows of one tensor without reading the others, on the CPU.
@@ -142,14 +152,16 @@ class TensorFile:
         row = size // shape[0] if shape[0] else 0
         return self._read(name, place + start * row, (stop - start, *shape[1:]))
 
-    def _read(self, name: str, place: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(
+        self, name: str, place: int, shape: tuple[int, ...], memory: Callable[..., torch.Tensor] = torch.empty
+    ) -> torch.Tensor:
         code = self.headers[name][0]
         dtype = DTYPES.get(code)
         if dtype is None:
             raise FormatError(f"{self.path}: {name} is {code}, which is not read.")
         with _refusals(self.path), open(self.path, "rb", buffering=0) as file:
             # Inside the block: torch may refuse the shape of a tensor without bytes, such as (0, 2**70).
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = memory(shape, dtype=dtype)
             file.seek(place)
             view = tensor_bytes(tensor)
             done = 0
@@ -159,6 +171,14 @@ class TensorFile:
                     raise ValueError("it ends before its last tensor")
                 done += count
         return tensor
+
+
+def _memory_of_its_own(shape: tuple[int, ...], dtype: torch.dtype, skipped: int = 0) -> torch.Tensor:
+    """Return a tensor in a mapping that nothing else shares, some bytes behind its start."""
+    count = math.prod(shape) * dtype.itemsize
+    # Not one of no bytes, which no system maps. A private copy of nothing is what anonymous memory is called here.
+    mapping = mmap.mmap(-1, max(1, skipped + count), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[skipped : skipped + count].view(dtype).view(shape)
 
 
 def require_tensor(

@@ -77,7 +77,7 @@ class WeightsOnDisk:
         try:
             if _state(file) != self._states[file.path]:
                 raise FormatError(f"{file.path} was changed since it was opened.")
-            tensor = file.read_as_mapped(stored).to(self._dtypes[name])
+            tensor = file.read_as_mapped(stored, self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
                 f"{name} of {self._source} cannot be read while the model is worked on: {error} Bring the model's "

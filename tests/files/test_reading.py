@@ -9,7 +9,7 @@ import torch
 
 from cloq_export.errors import FormatError
 from cloq_export.files.safe_json import read_json
-from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header, require_tensor
+from cloq_export.files.safe_tensors import TensorFile, read_safetensors, read_safetensors_header, require_tensor
 from cloq_export.files.tensor_writer import write_safetensors
 
 
@@ -86,6 +86,33 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_safetensors(tmp_path / "none.safetensors")
     with pytest.raises(FormatError, match="is a folder; expected a safetensors file"):
         read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_tensors_lie_as_in_a_mapped_file(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        "odd": torch.randn(3, 5, dtype=torch.bfloat16),
+        "wide": torch.randn(7, 33),
+        "half": torch.randn(5).to(torch.float16),
+        "number": torch.tensor(2.5),
+        "nothing": torch.empty(0, 4),
+    }
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    file = TensorFile(tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    places = {name: start + entry["data_offsets"][0] for name, entry in json.loads(content[8:start]).items()}
+    for name, tensor in tensors.items():
+        read = file.read_as_mapped(name, dtype)
+        wanted = dtype or tensor.dtype
+        assert torch.equal(read, tensor.to(wanted))
+        assert read.dtype == wanted
+        if tensor.numel() and places[name] % tensor.element_size() == 0:
+            assert read.data_ptr() % 64 == (places[name] % 64 if wanted == tensor.dtype else 0)
+        # It is nobody else's: writing to it changes neither the file nor what is read next.
+        read.fill_(1)
+        assert torch.equal(file.read_as_mapped(name, dtype), tensor.to(wanted))
 
 
 def test_require_tensor() -> None:
