@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,12 +44,21 @@ class StoredModel:
     adapter: str | None = None
     force: bool = False
 
-    @property
+    @functools.cached_property
     def is_merged(self) -> bool:
         """Return whether these are plain weights with the adapter in them."""
         return Artifact.open(self.path).kind == "merged export"
 
-    @property
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Return the codes and what is not quantized.
+
+        Raises:
+            FormatError: there is no checkpoint, or it is damaged.
+        """
+        return Checkpoint.open(self.path)
+
+    @functools.cached_property
     def adapter_folder(self) -> Path | None:
         """Return the folder of the adapter.
 
@@ -69,7 +79,7 @@ class StoredModel:
             if self.adapter is not None:
                 raise UsageError(f"{self.path} is a merged export and takes no adapter; leave `adapter` out.")
             return
-        checkpoint = Checkpoint.open(self.path)
+        checkpoint = self.checkpoint
         if self.adapter_folder is not None:
             read_bound_adapter(self.adapter_folder, checkpoint, force=self.force)
 
@@ -81,7 +91,7 @@ class StoredModel:
         """Return the packed model with its adapter, noting an adapter that was taken by force."""
         if self.adapter is not None and self.adapter_folder is not None and self.force:
             bound_to = read_adapter(self.adapter_folder).base_fingerprint
-            note = forced_note(self.adapter, bound_to, Checkpoint.open(self.path))
+            note = forced_note(self.adapter, bound_to, self.checkpoint)
             session.notes += [note] if note else []
         return load(self.path, self.adapter, dtype=torch.float32, force=self.force)
 
@@ -162,7 +172,7 @@ def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | Non
         merged = stored.merged_model()
         yield Subject("merged", float_model(merged.model), None, merged.source.fingerprint)
         return
-    base = Checkpoint.open(stored.path).fingerprint
+    base = stored.checkpoint.fingerprint
     model = stored.packed_model(session)
     if stored.adapter_folder is None:
         yield Subject("quantized", float_model(model), None, base)
