@@ -73,6 +73,7 @@ lint: build/tree ## layering, style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/tree && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -p cloq_export
+	cd build/tree && MYPYPATH="$(CURDIR)/benchmarks" "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" "$(CURDIR)"/benchmarks/*.py
 
 format: $(VENV)/.test ## format and mend what ruff can mend
 	$(BIN)/ruff check --fix .

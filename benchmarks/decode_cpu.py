@@ -491,7 +491,12 @@ def main() -> None:
     versions = environment()
     if options.vllm_python:
         versions["vllm"] = engine_facts(options.vllm_python).version
-    report = {"hardware": describe_hardware(), "versions": versions, "kernels": cpu.describe(), "options": settings}
+    report: dict[str, Any] = {
+        "hardware": describe_hardware(),
+        "versions": versions,
+        "kernels": cpu.describe(),
+        "options": settings,
+    }
 
     def write(rows: list[Row]) -> None:
         if options.json:
@@ -509,4 +514,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,6 +6,7 @@ runs in an environment without this package.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def describe_hardware() -> dict[str, Any]:
     return describe()
 
 
-def hardware_line(hardware: dict[str, Any]) -> str:
+def hardware_line(hardware: Mapping[str, Any]) -> str:
     """Return the hardware in one line."""
     from cloq_export.process.hardware import hardware_line as line
 

@@ -9,12 +9,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from environment import describe_hardware
 
 Call = Callable[[], Any]
+_Operand = TypeVar("_Operand")
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -91,7 +92,9 @@ def _captured(calls: Sequence[Call], device: torch.device) -> Call:
     return replay
 
 
-def ring(make: Callable[[int], Any], bytes_each: int, device: torch.device, at_least: int = 256 << 20) -> list[Any]:
+def ring(
+    make: Callable[[int], _Operand], bytes_each: int, device: torch.device, at_least: int = 256 << 20
+) -> list[_Operand]:
     """Return so many fresh operands that together they are larger than any cache; two on a CPU."""
     count = 2 if device.type != "cuda" else max(2, -(-at_least // max(1, bytes_each)))
     return [make(number) for number in range(min(count, 64))]

@@ -22,14 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gpu_clock import describe_device, device_of, measure_ceilings, release, synchronize
 from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.job import CompressJob
+from cloq_export.compress.job import CalibrationWindows, CompressJob
 from cloq_export.compress.plan import make_plan
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
@@ -192,7 +192,7 @@ def measure(
             console = Console(file=io.StringIO())
             began = time.perf_counter()
             # Random windows of a model without a tokenizer stand where those of a text would.
-            drawn = SimpleNamespace(drawn=windows)
+            drawn = cast(CalibrationWindows, SimpleNamespace(drawn=windows))
             job = CompressJob(model, plan, recipe, directory, drawn, strategy_of(recipe), device, compute=None)
             walk = TimedWalk(job, console)
             embedded = time.perf_counter() - began

@@ -460,8 +460,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     # Only the options in which the settings of this file differ.
     telling = [key for key in Recipe().to_mapping() if len({json.dumps(f.get(key)) for f in measured.values()}) > 1]
     for name, fields in measured.items():
-        shown = ", ".join(f"`{key}: {json.dumps(fields.get(key))}`" for key in telling)
-        lines.append(f"| {name} | {shown or 'as all others'} |")
+        options = ", ".join(f"`{key}: {json.dumps(fields.get(key))}`" for key in telling)
+        lines.append(f"| {name} | {options or 'as all others'} |")
     return "\n".join(lines)
 
 

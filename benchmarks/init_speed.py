@@ -115,7 +115,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
             )
             raise _LastLayerSolved
 
-    strategies.BlockWalk = TimedWalk  # type: ignore[misc]
+    strategies.BlockWalk = TimedWalk  # type: ignore[attr-defined,assignment]
     # The text to measure on is never reached, but it is opened beforehand.
     recipe = Recipe.from_mapping({**job["recipe"], "eval_text": "embedded"}, preset=job["preset"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
@@ -183,7 +183,7 @@ def _do_without_torchvision() -> None:
         import torchvision  # noqa: F401
     except Exception:  # a build for another torch raises whatever it likes
         stand_in = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
-        stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
+        stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined,assignment]
         sys.modules[stand_in.__name__] = stand_in
 
 

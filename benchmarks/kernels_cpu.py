@@ -157,7 +157,7 @@ def vllm_cells(problem: Problem, job: dict[str, Any]) -> Iterator[tuple[str, str
     for precision in ("exact", "int8"):
         os.environ["VLLM_CPU_INT4_W4A8"] = "1" if precision == "int8" else "0"
         layer = torch.nn.Module()
-        layer.bias = None
+        layer.register_parameter("bias", None)
         shifts = torch.arange(0, 32, 4)
         words = (
             torch.from_numpy(problem.codes).t().reshape(columns // 8, 8, out).to(torch.int64) << shifts[:, None]

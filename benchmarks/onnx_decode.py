@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -43,7 +43,7 @@ from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.quantize.layers import QuantizeOptions, quantize_group
 from cloq_export.texts.corpora import evaluation_text, tokenize_text
 from cloq_export.types import QuantizedLayer, QuantSpec
-from cloq_export.verbs import export
+from cloq_export.verbs.export import export
 from cloq_export.verbs.options import ExportOptions
 
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
@@ -95,7 +95,11 @@ def run_cases(loaded: LoadedModel, run: Path, styles: Sequence[str]) -> list[Cas
 
     def writer(style: str, two_bit: str) -> Callable[[Path], None]:
         compact = two_bit if two_bit == "compact" else None
-        return lambda out: export(run, ExportOptions(format="onnx", style=style, two_bit=compact, out=out)) and None
+
+        def write(out: Path) -> None:
+            export(run, ExportOptions(format="onnx", style=style, two_bit=compact, out=out))
+
+        return write
 
     def reference(adapter: str | None) -> Any:
         return dequantized_model(run, adapter, merged=False)
@@ -125,10 +129,13 @@ def grid_case(loaded: LoadedModel, modules: Sequence[str], spec: QuantSpec, styl
                 layers[module] = quantize_group([weight], spec, None, QuantizeOptions(method="rtn")).layers[0]
         return layers
 
+    # A style that there is not is refused there.
+    options = GraphOptions(style=cast(Any, style))
+
     def write(out: Path) -> None:
         source = LayerSource.of_mapping(quantized())
         floats = FloatPart.of_model(loaded.model, source, save_files=lambda folder: save_source_files(loaded, folder))
-        export_onnx(out, source, floats, GraphOptions(style=style), base_fingerprint=base_fingerprint(layers.items()))
+        export_onnx(out, source, floats, options, base_fingerprint=base_fingerprint(layers.items()))
 
     def reference(_adapter: str | None) -> Any:
         model = open_model(loaded.source.name).model
@@ -178,6 +185,8 @@ class Decoder:
         self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._decoder = decoder
         self._run_options = onnxruntime.RunOptions()
+        # Held here, since the options of a run do not hold it.
+        self._adapter: Any = None
 
     def with_adapter(self, path: Path) -> Decoder:
         """Return the same session with an adapter active."""

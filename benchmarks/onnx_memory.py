@@ -128,9 +128,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     hardware = describe_hardware()
     print(hardware_line(hardware))
-    with tempfile.TemporaryDirectory(prefix="cloq-onnx-memory-") as place:
+    with tempfile.TemporaryDirectory(prefix="cloq-onnx-memory-") as folder:
         for part in ("graph", *STYLES):
-            words = [sys.executable, __file__, str(options.run), "--part", part, place]
+            words = [sys.executable, __file__, str(options.run), "--part", part, folder]
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
             if part == "graph":
                 continue

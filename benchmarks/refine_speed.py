@@ -51,14 +51,14 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
 
     if job["same_tokens"]:
         strategies.TOKENS_PER_STEP = WINDOWS_PER_ITERATION * job["recipe"]["seqlen"]  # type: ignore[misc]
-    blocks, train = [], refining.train_layers
+    blocks, train = [], refining.train_layers  # type: ignore[attr-defined]
 
     def watched(*arguments: Any, **options: Any) -> Any:
         found = train(*arguments, **options)
         blocks.append({"steps": found.steps, "error_before": found.error_before, "error_after": found.error_after})
         return found
 
-    refining.train_layers = watched
+    refining.train_layers = watched  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(dir=job["folder"]) as place:
         summary = run(Recipe.from_mapping(job["recipe"]), Path(place) / "run").to_json()
     return {"seconds": making_seconds(summary), "stages": summary["seconds"], "blocks": blocks}
@@ -150,7 +150,12 @@ def main() -> None:
         named = {
             key: value for key, value in vars(options).items() if key not in ("json", "side", "job", "environments")
         }
-        content = {"hardware": describe_hardware(), "versions": environment(), "options": named, "medians": medians}
+        content: dict[str, Any] = {
+            "hardware": describe_hardware(),
+            "versions": environment(),
+            "options": named,
+            "medians": medians,
+        }
         content |= {"iterations": ITERATIONS, "windows_per_iteration": WINDOWS_PER_ITERATION, "rounds": found}
         write_json(options.json, content)
 

@@ -96,12 +96,13 @@ def single_answers(
     """
     answers: dict[tuple[str | None, int], Answer] = {}
     for name in [None, *held, *spare]:
-        if name in spare:
-            client.load_adapter(name, spare[name])
+        loaded_now = name if name is not None and name in spare else None
+        if loaded_now is not None:
+            client.load_adapter(loaded_now, spare[loaded_now])
         for number, prompt in enumerate(prompts):
             answers[name, number] = ask(client, prompt, name, new_tokens)
-        if name in spare:
-            client.unload_adapter(name)
+        if loaded_now is not None:
+            client.unload_adapter(loaded_now)
     return answers
 
 
@@ -138,7 +139,7 @@ def soak(
         for number in range(len(prompts))
     )
     draw = random.Random(plan.seed)
-    rounds = []
+    rounds: list[tuple[list[str], list[tuple[str | None, int]]]] = []
     while sum(len(asked) for _, asked in rounds) < plan.requests:
         some = draw.sample(sorted(spare), min(plan.in_round, len(spare)))
         names: list[str | None] = [None, *held, *some]

@@ -42,7 +42,14 @@ def sliced(dense: Any, experts: int, chosen: int | None = None) -> Any:
     config = dense.config
     if config.model_type != "llama" or config.intermediate_size % experts:
         raise SystemExit(f"a Llama with MLPs of a multiple of {experts} neurons can be cut; this is {config}.")
-    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    kept: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     kept += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
     kept += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
     mixture = transformers.MixtralForCausalLM(

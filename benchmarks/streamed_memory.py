@@ -89,7 +89,7 @@ def main() -> None:
     )
     watch, started = MemoryWatch(), time.perf_counter()
     # Its own one would forget the peak while the model is opened.
-    job.MemoryWatch = lambda: watch  # type: ignore[misc,assignment]
+    job.MemoryWatch = lambda: watch  # type: ignore[attr-defined,assignment]
     summary = run(recipe, options.work / f"run-{options.stream}", console=Console(file=sys.stderr))
     figures = {
         "stream": options.stream,

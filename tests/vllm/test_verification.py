@@ -67,7 +67,7 @@ def test_a_real_model(engine_python: str, tmp_path: pathlib.Path) -> None:
         new_tokens=12,
         liveness_tokens=24,
     )
-    assert row.passed, (row["gates"], row["missing"])
+    assert row["passed"], (row["gates"], row["missing"])
     assert row["adapters"] == ["cloq", "noisy1"]
     assert row["metrics"]["greedy_flips"] == 0
     assert row["metrics"]["mixed_batch_difference_max"] <= 1e-4
