@@ -98,6 +98,10 @@ class TensorFile:
                     raise ValueError(f"two headers for {name}")
                 self._places[name] = 8 + length + begin, end - begin
 
+    def paths(self, name: str) -> tuple[Path, ...]:
+        """Return the files that one tensor is read from."""
+        return (self.path,)
+
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, on the CPU.
 

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from cloq_export.errors import UnsupportedModelError
-from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.files.tensor_writer import DTYPES
 from cloq_export.models.blocks import BlockList, find_blocks
 from cloq_export.models.experts import holds_fused_experts
 from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
 from cloq_export.models.placeholders import is_placeholder, placeholder
-from cloq_export.models.weight_files import WeightFiles
+from cloq_export.models.weight_files import TensorReader, WeightFiles
 from cloq_export.models.weight_names import loaded_names
 from cloq_export.models.weights_on_disk import WeightsOnDisk
 from cloq_export.process.host_memory import free_bytes
@@ -79,26 +78,11 @@ class ModelOnDisk:
 
     def load(self, config: Any, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
         """Return the model, its blocks' matrices placeholders, and what transformers reports on the loading."""
-        import transformers
-
-        state = {stored: _Stored(file, stored) for stored, file in self.files.files.items()}
-        for stored, name in self.places.items():
-            kind = self.empty.get_parameter(name).dtype
-            state[stored] = placeholder(self.files.headers[stored][1], kind)  # type: ignore[assignment]
-        model, report = type(self.empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **NO_CODE,
-        )
-        folder = self.files.paths[0].parent
-        model.config.name_or_path = str(folder)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **NO_CODE)
-        return model, report
+        places = {
+            stored: placeholder(self.files.headers[stored][1], self.empty.get_parameter(name).dtype)
+            for stored, name in self.places.items()
+        }
+        return load_from(self.files, type(self.empty), config, dtype, places)
 
     def attach(self, source: str, model: Any) -> None:
         """Let the blocks of a loaded model be read from disk whenever they are used."""
@@ -109,6 +93,45 @@ class ModelOnDisk:
             if is_placeholder(model.get_parameter(name))
         }
         WeightsOnDisk(source, model, blocks, places)
+
+
+def load_from(
+    files: WeightFiles,
+    kind: type[Any],
+    config: Any,
+    dtype: torch.dtype,
+    instead: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Any, Mapping[str, Any]]:
+    """Load a model from tensors as our reader gives them, decoded where they are stored in low precision.
+
+    Args:
+        files: of its weights.
+        kind: its class.
+        config: as transformers reads it, without what it says about quantization.
+        dtype: of the weights in memory.
+        instead: tensor in its files -> what is taken for it.
+
+    Returns:
+        The model, and what transformers reports on the loading.
+    """
+    import transformers
+
+    state = {stored: _Stored(file, stored) for stored, file in files.files.items()}
+    model, report = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict={**state, **(instead or {})},
+        dtype=dtype,
+        output_loading_info=True,
+        # So that they come back with their names: `refuse_gaps` refuses them.
+        ignore_mismatched_sizes=True,
+        **NO_CODE,
+    )
+    folder = files.paths[0].parent
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **NO_CODE)
+    return model, report
 
 
 def left_on_disk(
@@ -172,7 +195,7 @@ class Demand:
 class _Stored:
     """A tensor of a file, read when transformers asks for it, as it asks safetensors."""
 
-    file: TensorFile
+    file: TensorReader
     name: str
 
     def __getitem__(self, index: Any) -> torch.Tensor:

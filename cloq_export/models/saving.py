@@ -11,6 +11,7 @@ from cloq_export.models.companions import copy_companions
 from cloq_export.models.experts import fused_experts
 from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.source import LoadedModel
+from cloq_export.models.stated_quantization import without_quantization
 from cloq_export.models.tied_head import corrected_entries
 
 
@@ -49,9 +50,10 @@ def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
     if loaded.source.kind == "folder":
         written = copy_companions(loaded.source.folder, loaded.source.companions, folder)
         raw = read_json(folder / "config.json")
-        entries = corrected_entries(raw, loaded.config)
-        if entries:
-            write_json(folder / "config.json", {**raw, **entries})
+        # The weights that are written are decoded, whatever the source stored.
+        entries = {**without_quantization(raw), **corrected_entries(raw, loaded.config)}
+        if entries != raw:
+            write_json(folder / "config.json", entries)
         return written
     config = loaded.config.to_diff_dict()
     # Where this machine keeps the GGUF file does not belong into a model folder.

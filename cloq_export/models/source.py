@@ -22,7 +22,7 @@ from cloq_export.files.fingerprint import FileDigest, added_files, file_digests,
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.block_loading import Streaming, left_on_disk
+from cloq_export.models.block_loading import Streaming, left_on_disk, load_from
 from cloq_export.models.companions import companion_files, hub_patterns
 from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
@@ -33,14 +33,13 @@ from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.library_calls import NO_CODE, first_line, quiet_transformers, told_in_one_line
 from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_untied
 from cloq_export.models.model_class import model_class
+from cloq_export.models.stated_quantization import QUANTIZATION_FILES, forget_quantization
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weight_files import (
     INDEX_FILE,
-    QUANTIZATION_FILES,
-    WeightFiles,
+    open_weights,
     refuse_left_over,
-    refuse_quantized,
 )
 
 DEMO_MODEL = "smollm2-demo"
@@ -233,10 +232,15 @@ def load_source(
             config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             options = {"use_safetensors": True}
             with _damage_of(source.name):
-                files = WeightFiles.open(source.folder)
+                files = open_weights(source.name, source.folder, read_json(source.folder / "config.json"))
+            if files.low_precision:
+                # Otherwise transformers would decode once more, or want a GPU for it.
+                forget_quantization(config)
             on_disk, reading = left_on_disk(source.name, files, config, kind, stream, blocks)
         if on_disk is not None:
             model, report = on_disk.load(config, kind)
+        elif files is not None and files.low_precision:
+            model, report = load_from(files, model_class(source.name, config), config, kind)
         else:
             model, report = model_class(source.name, config).from_pretrained(
                 source.folder,
@@ -255,7 +259,7 @@ def load_source(
     else:
         assert files is not None  # it is a folder
         with _damage_of(source.name):
-            notes = refuse_left_over(source.name, model, unexpected, files)
+            notes = [*files.notes, *refuse_left_over(source.name, model, unexpected, files)]
         if not untie:
             refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
@@ -304,8 +308,7 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
     with _damage_of(name):
         config = read_json(config_path)
         refuse_fetched_code(config, str(config_path))
-        weights = WeightFiles.open(folder)
-        refuse_quantized(name, folder, config, weights)
+        weights = open_weights(name, folder, config)
     if (folder / "adapter_config.json").is_file():
         raise SourceError(
             f"{folder} holds adapter_config.json beside a whole model: transformers would put the adapter on it and "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,17 +15,14 @@ from torch import nn
 from cloq_export.errors import SourceError, UnsupportedModelError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import TensorFile
+from cloq_export.models.low_precision import DecodedTensors, LowPrecision, find_low_precision
+from cloq_export.models.stated_quantization import StatedQuantization, stated_quantization
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Files of other writers that say beside config.json how the weights are quantized.
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# "quantization" is MLX's word.
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
-_METHOD_KEYS = ("quant_method", "quant_algo", "format", "quant_type")
 _SHOWN = 3
 # Last parts of names under which only quantized weights and their grids are stored.
 _PACKED = re.compile(
@@ -42,6 +39,10 @@ _LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|crossattention|self_attention|self_attn)\.bias$")
 
 
+# What reads a tensor by its name.
+TensorReader: TypeAlias = TensorFile | DecodedTensors
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
     """The headers of a model's weight files; no tensor is read yet.
@@ -50,11 +51,15 @@ class WeightFiles:
         paths: the files.
         files: tensor name -> the file that holds it.
         headers: tensor name -> (dtype code of safetensors, shape).
+        low_precision: weight that is decoded from floats of 8 or 4 bits -> where it comes from.
+        idle: scales of activations and of the cache, which no weight depends on.
     """
 
     paths: tuple[Path, ...]
-    files: Mapping[str, TensorFile]
+    files: Mapping[str, TensorReader]
     headers: Mapping[str, tuple[str, tuple[int, ...]]]
+    low_precision: Mapping[str, LowPrecision] = dataclasses.field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> WeightFiles:
@@ -107,14 +112,70 @@ class WeightFiles:
         headers = {tensor: file.headers[tensor] for tensor, file in files.items()}
         return cls(tuple(folder / name for name in names), files, headers)
 
+    def decoded(self, block: tuple[int, int] | None) -> WeightFiles:
+        """Return these files with the weights that are stored as floats of 8 or 4 bits decoded while they are read.
+
+        Args:
+            block: rows and columns of one scale, where the config says so.
+        """
+        found, idle = find_low_precision(self.headers, block)
+        files = {name: file for name, file in self.files.items() if isinstance(file, TensorFile)}
+        reader = DecodedTensors(files, found)
+        gone = {part for each in found.values() for part in each.parts} | set(idle)
+        kept = {name: file for name, file in self.files.items() if name not in gone}
+        headers = {name: header for name, header in self.headers.items() if name not in gone}
+        return dataclasses.replace(
+            self,
+            files={**kept, **dict.fromkeys(found, reader)},
+            headers={**headers, **reader.headers},
+            low_precision=found,
+            idle=tuple(idle),
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what is said of weights that are decoded."""
+        if not self.low_precision:
+            return ()
+        kinds = collections.Counter(each.kind for each in self.low_precision.values())
+        counted = ", ".join(f"{count} from {kind}" for kind, count in sorted(kinds.items()))
+        idle = f"; {len(self.idle)} scales of activations and the cache are left out" if self.idle else ""
+        return (f"{len(self.low_precision)} weights are decoded with their scales ({counted}){idle}",)
+
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of most stored numbers."""
+        """Return the dtype of most stored numbers; decoded ones count as bfloat16, as their models are run."""
         sizes: collections.Counter[torch.dtype] = collections.Counter()
-        for code, shape in self.headers.values():
+        for name, (code, shape) in self.headers.items():
             if code in _FLOATS:
-                sizes[_FLOATS[code]] += torch.Size(shape).numel()
+                kind = torch.bfloat16 if name in self.low_precision else _FLOATS[code]
+                sizes[kind] += torch.Size(shape).numel()
         return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def open_weights(name: str, folder: Path, config: Mapping[str, Any]) -> WeightFiles:
+    """Open the weight files of a model, those of 8- and 4-bit floats as what they decode to; refuse other codes.
+
+    Args:
+        name: of the model, for messages.
+        folder: its folder.
+        config: content of config.json.
+
+    Returns:
+        The files, in which every weight is a float.
+
+    Raises:
+        SourceError: files are missing, or do not belong together.
+        FormatError: a file is damaged.
+        UnsupportedModelError: the model is quantized in another way; the message names the method, or the tensors.
+    """
+    weights = WeightFiles.open(folder)
+    statements = stated_quantization(folder, config)
+    # Two sources of truth: a label of integer codes over floats with scales is believed neither way.
+    if all(statement.is_float for statement in statements):
+        weights = weights.decoded(next((each.block for each in statements if each.block), None))
+    refuse_quantized(name, statements, weights)
+    return weights
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -146,23 +207,23 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def refuse_quantized(name: str, folder: Path, config: Mapping[str, Any], weights: WeightFiles) -> None:
+def refuse_quantized(name: str, statements: Sequence[StatedQuantization], weights: WeightFiles) -> None:
     """Refuse a model whose weights are quantized, by what it says anywhere and by what it holds.
 
     Args:
         name: of the model, for the message.
-        folder: its folder.
-        config: content of config.json.
+        statements: what its folder says.
         weights: its files.
 
     Raises:
         UnsupportedModelError: it is quantized; the message names the method, or the tensors.
-        FormatError: a file that says how it is quantized is damaged.
     """
-    for where, method in _said(folder, config):
+    if statements and not weights.low_precision:
+        where, method = statements[0].where, statements[0].method
         raise UnsupportedModelError(
-            f"{name} is already quantized (method {method}), as {where} says; only float weights can be quantized. "
-            "Give the full-precision model it was made from."
+            f"{name} is already quantized (method {method}), as {where} says; float weights can be quantized, and "
+            "fp8, MXFP4 and NVFP4 weights with their scales beside them. Give the full-precision model it was made "
+            "from."
         )
     packed: dict[str, list[str]] = {}
     for tensor, (code, _) in weights.headers.items():
@@ -178,53 +239,14 @@ def refuse_quantized(name: str, folder: Path, config: Mapping[str, Any], weights
         packed.setdefault(f"{kind}, {code}", []).append(tensor)
     if packed:
         kind, tensors = next(iter(packed.items()))
+        contrary = "" if statements else ", though its config does not say so"
         scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
         beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
         raise UnsupportedModelError(
-            f"{name} is already quantized, though its config does not say so: it holds {len(tensors)} tensors of "
-            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized. Give the full-precision model "
-            "it was made from."
+            f"{name} is already quantized{contrary}: it holds {len(tensors)} tensors of "
+            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized, and fp8, MXFP4 and NVFP4 "
+            "weights whose scales fit them. Give the full-precision model it was made from."
         )
-
-
-def _said(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (place, method) wherever a folder says that it is quantized."""
-    for path, content in _nested(config, ()):
-        yield f"{'.'.join(path)} in its config.json", _method(content, path[-1])
-    for file in QUANTIZATION_FILES:
-        if not (folder / file).is_file():
-            continue
-        content = read_json(folder / file)
-        inner = content.get("quantization")
-        if file == "hf_quant_config.json" and isinstance(inner, Mapping):
-            told = [inner.get(key) for key in ("quant_algo", "kv_cache_quant_algo") if inner.get(key)]
-            if told:
-                yield f"its {file}", f"modelopt {told[0]}"
-        elif content:
-            yield f"its {file}", _method(content, file)
-
-
-def _nested(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    for key, value in config.items():
-        if key in _QUANTIZATION_KEYS and (value if key != "quantization_config" else value is not None):
-            yield (*path, key), value if isinstance(value, Mapping) else {"quant_method": str(value)}
-        elif isinstance(value, Mapping):
-            yield from _nested(value, (*path, key))
-
-
-def _method(content: Mapping[str, Any], place: str) -> str:
-    for key in _METHOD_KEYS:
-        if isinstance(content.get(key), str) and content[key]:
-            return str(content[key])[:40]
-    if content.get("load_in_8bit") or content.get("load_in_4bit"):
-        return "bitsandbytes"
-    if place == "quantization":
-        return "mlx"
-    if "desc_act" in content:
-        return "gptq"
-    if "w_bit" in content or "zero_point" in content:
-        return "awq"
-    return "unknown"
 
 
 def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:

@@ -11,16 +11,17 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from cloq_export.errors import FormatError, SourceError
-from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.loaded_weights import require_finite
 from cloq_export.models.placeholders import placeholder
+from cloq_export.models.weight_files import TensorReader
 
 # Attributes that a model and its blocks are given.
 _OF_MODEL, _OF_BLOCK = "_weights_on_disk", "_hold_weights"
@@ -37,12 +38,12 @@ class WeightsOnDisk:
     """
 
     def __init__(
-        self, source: str, model: nn.Module, blocks: BlockList, places: Mapping[str, tuple[TensorFile, str]]
+        self, source: str, model: nn.Module, blocks: BlockList, places: Mapping[str, tuple[TensorReader, str]]
     ) -> None:
         self.blocks = blocks
         self._source = source
         self._places = places
-        self._states = {file.path: _state(file) for file, _ in places.values()}
+        self._states = {path: _state(path) for file, stored in places.values() for path in file.paths(stored)}
         self._parameters = [
             {
                 f"{blocks.prefix(index)}.{name}": parameter
@@ -75,8 +76,9 @@ class WeightsOnDisk:
         """
         file, stored = self._places[name]
         try:
-            if _state(file) != self._states[file.path]:
-                raise FormatError(f"{file.path} was changed since it was opened.")
+            for path in file.paths(stored):
+                if _state(path) != self._states[path]:
+                    raise FormatError(f"{path} was changed since it was opened.")
             tensor = file.read_as_mapped(stored, self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
@@ -166,6 +168,6 @@ def _holding(block: nn.Module) -> Callable[..., Any]:
     return hold_and_run
 
 
-def _state(file: TensorFile) -> tuple[int, int]:
-    found = os.stat(file.path)
+def _state(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
     return found.st_size, found.st_mtime_ns

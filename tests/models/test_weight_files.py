@@ -58,7 +58,8 @@ def test_double_precision_is_a_float_dtype(folder: Path) -> None:
 )
 def test_packed_weights_are_told_by_what_they_are(folder: Path, dtype: torch.dtype, word: str) -> None:
     weight = load_file(folder / "model.safetensors")[f"{Q}.weight"]
-    change_weights(folder, **{f"{Q}.weight": weight.to(dtype), f"{Q}.weight_scale": torch.ones(1)})
+    # Scales that fit a float of 8 bits would make it a weight that is decoded.
+    change_weights(folder, **{f"{Q}.weight": weight.to(dtype), f"{Q}.weight_scale": torch.ones(5)})
     message = refusal(folder, UnsupportedModelError)
     assert "is already quantized, though its config does not say so" in message
     assert f"1 tensors of {word} ({Q}.weight), and 1 scales ({Q}.weight_scale)" in message.replace(
