@@ -111,7 +111,9 @@ class TensorFile:
         place, _ = self._places[name]
         return self._read(name, place, self.headers[name][1])
 
-    def read_as_mapped(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def read_as_mapped(
+        self, name: str, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Return one tensor at an address that lies between multiples of 64 as if the file were mapped into memory.
 
         Products of a few rows may be summed in another order where a matrix lies otherwise: so a model that is read
@@ -121,12 +123,16 @@ class TensorFile:
         Args:
             name: the tensor.
             dtype: what it is converted to, and then lies at a multiple of 64; None leaves it as it is.
+            rows: the first that is read, and the one behind the last; None reads all.
 
         Raises:
             FormatError: as `read`.
         """
-        place, _ = self._places[name]
+        place, size = self._places[name]
         code, shape = self.headers[name]
+        if rows is not None:
+            place += rows[0] * (size // shape[0])
+            shape = (rows[1] - rows[0], *shape[1:])
         stored = DTYPES.get(code)
         # Numbers that lie across their own boundaries cannot be a tensor, wherever the file is mapped.
         skipped = place % _ALIGNMENT if stored is not None and place % stored.itemsize == 0 else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from torch import nn
 from cloq_export.errors import UnsupportedModelError
 from cloq_export.files.tensor_writer import DTYPES
 from cloq_export.models.blocks import BlockList, find_blocks
-from cloq_export.models.experts import holds_fused_experts
+from cloq_export.models.experts import SplitExperts
+from cloq_export.models.experts_on_disk import FusedOnDisk, StoredMatrix, first_of_each_build, fused_on_disk
 from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
 from cloq_export.models.placeholders import is_placeholder, placeholder
@@ -37,12 +39,14 @@ class ModelOnDisk:
         blocks: of the empty model.
         files: its weight files.
         places: tensor in its files -> matrix in the blocks of the model in memory.
+        fused: full name of each fused tensor of experts in the blocks -> what it is in the files.
     """
 
     empty: Any
     blocks: BlockList
     files: WeightFiles
     places: Mapping[str, str]
+    fused: Mapping[str, FusedOnDisk]
 
     @classmethod
     def of(cls, source: str, files: WeightFiles, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
@@ -64,35 +68,89 @@ class ModelOnDisk:
         fault = _fault(empty, blocks)
         if fault is not None:
             return fault
+        fused = fused_on_disk(empty, blocks, files)
+        if isinstance(fused, str):
+            return fused
         inside = f"{blocks.name}."
-        matrices = {name for name, each in empty.named_parameters() if each.ndim > 1 and name.startswith(inside)}
+        # In memory stay biases of fused experts, which are stacked to a matrix, and what uses its weight in a way of
+        # its own (routers).
+        left = {name.rpartition(".")[0] for name in fused} | {
+            name
+            for name, module in empty.named_modules()
+            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        }
+        matrices = {
+            name
+            for name, each in empty.named_parameters()
+            if each.ndim > 1 and name.startswith(inside) and name.rpartition(".")[0] not in left
+        }
         places: dict[str, str] = {}
-        for stored, _, name, pattern, _ in loaded_names(empty, files.headers, empty.state_dict()):
-            if name not in matrices:
+        for entry in loaded_names(empty, files.headers, empty.state_dict()):
+            if entry.name not in matrices:
                 continue
-            if pattern is not None:
-                return f"transformers makes {name} of several tensors"
-            if DTYPES.get(files.headers[stored][0], torch.int8).is_floating_point:
-                places[stored] = name
-        return cls(empty, blocks, files, places)
+            if entry.pattern is not None:
+                return f"transformers makes {entry.name} of several tensors"
+            if DTYPES.get(files.headers[entry.stored][0], torch.int8).is_floating_point:
+                places[entry.stored] = entry.name
+        return cls(empty, blocks, files, places, fused)
 
     def load(self, config: Any, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
-        """Return the model, its blocks' matrices placeholders, and what transformers reports on the loading."""
-        places = {
+        """Return the model, its blocks' matrices placeholders, and what transformers reports on the loading.
+
+        One mixture of experts of each size is loaded as transformers does it, for `attach` to compare.
+        """
+        instead: dict[str, torch.Tensor | None] = {
             stored: placeholder(self.files.headers[stored][1], self.empty.get_parameter(name).dtype)
             for stored, name in self.places.items()
         }
-        return load_from(self.files, type(self.empty), config, dtype, places)
+        compared = first_of_each_build(self.empty, self.fused)
+        for full, tensor in self.fused.items():
+            if full.rpartition(".")[0] not in compared:
+                instead |= dict.fromkeys(tensor.names)
+                instead[full] = placeholder(tensor.shape, self.empty.get_parameter(full).dtype)
+        return load_from(self.files, type(self.empty), config, dtype, instead)
 
     def attach(self, source: str, model: Any) -> None:
-        """Let the blocks of a loaded model be read from disk whenever they are used."""
+        """Let the blocks of a loaded model be read from disk whenever they are used.
+
+        Args:
+            source: name of the model, for messages.
+            model: as `load` returned it, its experts split.
+
+        Raises:
+            UnsupportedModelError: experts that were loaded are not what is read here.
+        """
         blocks = find_blocks(model, self.blocks.name)
         places = {
-            name: (self.files.files[stored], stored)
+            name: StoredMatrix(self.files.files[stored], stored)
             for stored, name in self.places.items()
             if is_placeholder(model.get_parameter(name))
         }
+        mixtures = [(name, each) for name, each in model.named_modules() if isinstance(each, SplitExperts)]
+        for name, mixture in mixtures:
+            places |= self._experts(source, name, mixture)
         WeightsOnDisk(source, model, blocks, places)
+
+    def _experts(self, source: str, name: str, mixture: SplitExperts) -> dict[str, StoredMatrix]:
+        """Return where the matrices of a mixture are read; those in memory are compared and given up."""
+        places: dict[str, StoredMatrix] = {}
+        for fused, parts in mixture.parts.items():
+            on_disk = self.fused.get(f"{name}.{fused}")
+            if on_disk is None:
+                continue
+            for expert, part in itertools.product(range(len(mixture)), range(len(parts))):
+                full = f"{name}.{expert}.{parts[part]}.weight"
+                place = on_disk.matrix(self.files, expert, part)
+                parameter = getattr(mixture.expert(expert), parts[part]).weight
+                if not is_placeholder(parameter):
+                    if not torch.equal(place.read(parameter.dtype), parameter):
+                        raise UnsupportedModelError(
+                            f"{full} of {source} is not what transformers makes of {place.stored}, so its experts "
+                            "cannot be read from disk block by block. Hold the model in memory with `stream=never`."
+                        )
+                    parameter.data = placeholder(tuple(parameter.shape), parameter.dtype)
+                places[full] = place
+        return places
 
 
 def load_from(
@@ -100,7 +158,7 @@ def load_from(
     kind: type[Any],
     config: Any,
     dtype: torch.dtype,
-    instead: Mapping[str, torch.Tensor] | None = None,
+    instead: Mapping[str, torch.Tensor | None] | None = None,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Load a model from tensors as our reader gives them, decoded where they are stored in low precision.
 
@@ -109,18 +167,19 @@ def load_from(
         kind: its class.
         config: as transformers reads it, without what it says about quantization.
         dtype: of the weights in memory.
-        instead: tensor in its files -> what is taken for it.
+        instead: tensor in its files, or in memory -> what is taken for it; None leaves it out.
 
     Returns:
         The model, and what transformers reports on the loading.
     """
     import transformers
 
-    state = {stored: _Stored(file, stored) for stored, file in files.files.items()}
+    state: dict[str, Any] = {stored: _Stored(file, stored) for stored, file in files.files.items()}
+    state |= instead or {}
     model, report = kind.from_pretrained(
         None,
         config=config,
-        state_dict={**state, **(instead or {})},
+        state_dict={name: tensor for name, tensor in state.items() if tensor is not None},
         dtype=dtype,
         output_loading_info=True,
         # So that they come back with their names: `refuse_gaps` refuses them.
@@ -210,13 +269,6 @@ class _Stored:
 
 def _fault(empty: Any, blocks: BlockList) -> str | None:
     """Return why the blocks of a model cannot be read one after the other, as far as its class tells."""
-    for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            full = f"{blocks.prefix(index)}.{name}"
-            if holds_fused_experts(module):
-                return f"{full} holds its experts in one tensor"
-            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-                return f"{full} ({type(module).__name__}) uses its weight in a way of its own"
     inside = f"{blocks.name}."
     names: dict[int, str] = {}
     for name, parameter in empty.named_parameters(remove_duplicate=False):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from cloq_export.errors import UnsupportedModelError
+from cloq_export.models.placeholders import is_placeholder
 
 # Which experts are called, and with which tokens: "routed" calls those that the router chose, with their tokens; so
 # does "visited", and calls the others with no token, so that hooks see every expert in order; "all" calls every expert
@@ -35,7 +36,7 @@ _TRIED_TOKENS = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class ExpertStorage:
     """How a module holds its experts.
 
     Args:
@@ -70,7 +71,8 @@ class _Storage:
             cut = [mine[0::2], mine[1::2]]
         else:
             cut = list(mine.chunk(2))
-        return [piece.contiguous() for piece in cut]
+        # What stands for experts that are left on disk stays one number.
+        return [piece if is_placeholder(piece) else piece.contiguous() for piece in cut]
 
     def join(self, pieces: list[list[torch.Tensor]], *, weight: bool) -> torch.Tensor:
         """Return the fused tensor of all experts' pieces, what `cut` was given."""
@@ -134,7 +136,7 @@ class SplitExperts(nn.ModuleList):
     """
 
     def __init__(self, family: nn.Module) -> None:
-        storage = _storage_of(family)
+        storage = storage_of(family)
         if isinstance(storage, str):
             raise UnsupportedModelError(f"the experts of {type(family).__name__} cannot be split: {storage}.")
         experts: list[dict[str, nn.Linear]] = [{} for _ in range(storage.experts)]
@@ -293,7 +295,7 @@ def split_fault(module: nn.Module) -> str | None:
     Args:
         module: one that `holds_fused_experts`.
     """
-    storage = _storage_of(module)
+    storage = storage_of(module)
     if isinstance(storage, str):
         return storage
     weight: torch.Tensor = getattr(module, DOWN)
@@ -317,7 +319,7 @@ def split_fault(module: nn.Module) -> str | None:
     return None
 
 
-def _storage_of(module: nn.Module) -> _Storage | str:
+def storage_of(module: nn.Module) -> ExpertStorage | str:
     """Return how a module holds its experts, or why that is not known."""
     tensors = dict(module.named_parameters(recurse=False))
     gated = bool(getattr(module, "has_gate", _GATE_UP in tensors))
@@ -338,7 +340,7 @@ def _storage_of(module: nn.Module) -> _Storage | str:
         return f"{first} of shape {tuple(up.shape)} does not fit {DOWN} of shape {tuple(down.shape)}"
     parameters = [one for name, one in inspect.signature(type(module).forward).parameters.items() if name != "self"]
     variadic = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters)
-    return _Storage(
+    return ExpertStorage(
         experts=len(down),
         gated=gated,
         transposed=bool(getattr(module, "is_transposed", not straight)),
@@ -348,7 +350,7 @@ def _storage_of(module: nn.Module) -> _Storage | str:
     )
 
 
-def _tried_arguments(storage: _Storage, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _tried_arguments(storage: ExpertStorage, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return a few tokens, and experts for each of them, whose outputs tell whether the split computes the same."""
     generator = torch.Generator().manual_seed(0)
     width = up.shape[1] if storage.transposed else up.shape[2]

@@ -112,16 +112,20 @@ class DecodedTensors:
         """Return the files that one weight is read from."""
         return tuple(dict.fromkeys(self._files[part].path for part in self._weights[name].parts))
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return one weight, computed in float32.
+
+        Args:
+            name: the weight.
+            rows: of a stack of experts, the first that is read, and the one behind the last; None reads all.
 
         Raises:
             FormatError: a file changed since it was opened.
             SourceError: a scale is not a positive number that can be.
         """
         weight = self._weights[name]
-        numbers = self._files[weight.numbers].read(weight.numbers)
-        scale = self._scale(weight)
+        numbers = self._part(weight, weight.numbers, rows)
+        scale = self._scale(weight, rows)
         decoded = numbers.to(torch.float32) if weight.kind in ("fp8", "mxfp8") else decode_e2m1(numbers)
         if weight.transposed:
             # (experts, rows, groups, 32) beside (experts, rows, groups).
@@ -130,12 +134,20 @@ class DecodedTensors:
             return decoded.mul_(scale)
         return decoded.mul_(_spread(scale, weight.block, weight.shape))
 
-    def read_as_mapped(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def read_as_mapped(
+        self, name: str, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Return one weight, rounded once to a dtype (float32 if None)."""
-        return self.read(name).to(dtype or torch.float32)
+        return self.read(name, rows).to(dtype or torch.float32)
 
-    def _scale(self, weight: LowPrecision) -> torch.Tensor:
-        scale = self._files[weight.scale].read(weight.scale)
+    def _part(self, weight: LowPrecision, part: str, rows: tuple[int, int] | None) -> torch.Tensor:
+        file = self._files[part]
+        # One scale for all experts is no stack.
+        stacked = len(weight.shape) > 2 and len(file.headers[part][1]) > 2
+        return file.read(part) if rows is None or not stacked else file.read_rows(part, *rows)
+
+    def _scale(self, weight: LowPrecision, rows: tuple[int, int] | None) -> torch.Tensor:
+        scale = self._part(weight, weight.scale, rows)
         if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
             exponents = scale.view(torch.uint8).to(torch.int32) - 127
             if bool((exponents == 128).any()):

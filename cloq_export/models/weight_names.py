@@ -18,6 +18,7 @@ class NameInMemory(NamedTuple):
         name: what `asked` is called in memory.
         pattern: of the rule by which the loader joins or cuts the tensor; None if it is taken as it is.
         patterns: all that the rule joins, or cuts.
+        operations: names of the classes of what the rule does, in order.
     """
 
     stored: str
@@ -25,6 +26,7 @@ class NameInMemory(NamedTuple):
     name: str
     pattern: str | None
     patterns: tuple[str, ...]
+    operations: tuple[str, ...]
 
 
 def loaded_names(
@@ -55,4 +57,6 @@ def loaded_names(
         if name not in places and asked in places:
             name, pattern = rename_source_key(asked, [], [], prefix, places)
         rule = next((entry for entry in converters if pattern in entry.source_patterns), None)
-        yield NameInMemory(one, asked, name, pattern, () if rule is None else tuple(rule.source_patterns))
+        patterns = () if rule is None else tuple(rule.source_patterns)
+        operations = () if rule is None else tuple(type(each).__name__ for each in rule.operations)
+        yield NameInMemory(one, asked, name, pattern, patterns, operations)

@@ -19,9 +19,9 @@ from torch import nn
 
 from cloq_export.errors import FormatError, SourceError
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.experts_on_disk import StoredMatrix
 from cloq_export.models.loaded_weights import require_finite
 from cloq_export.models.placeholders import placeholder
-from cloq_export.models.weight_files import TensorReader
 
 # Attributes that a model and its blocks are given.
 _OF_MODEL, _OF_BLOCK = "_weights_on_disk", "_hold_weights"
@@ -34,16 +34,14 @@ class WeightsOnDisk:
         source: name of the model, for messages.
         model: its matrices in blocks are placeholders; calls of its blocks read them from now on.
         blocks: its blocks.
-        places: full name of each of these matrices -> (the file that holds it, its name there).
+        places: full name of each of these matrices -> where it lies in the files.
     """
 
-    def __init__(
-        self, source: str, model: nn.Module, blocks: BlockList, places: Mapping[str, tuple[TensorReader, str]]
-    ) -> None:
+    def __init__(self, source: str, model: nn.Module, blocks: BlockList, places: Mapping[str, StoredMatrix]) -> None:
         self.blocks = blocks
         self._source = source
         self._places = places
-        self._states = {path: _state(path) for file, stored in places.values() for path in file.paths(stored)}
+        self._states = {path: _state(path) for place in places.values() for path in place.paths}
         self._parameters = [
             {
                 f"{blocks.prefix(index)}.{name}": parameter
@@ -74,12 +72,12 @@ class WeightsOnDisk:
             SourceError: its file is gone, changed or damaged.
             NonFiniteError: it holds NaN or Inf.
         """
-        file, stored = self._places[name]
+        place = self._places[name]
         try:
-            for path in file.paths(stored):
+            for path in place.paths:
                 if _state(path) != self._states[path]:
                     raise FormatError(f"{path} was changed since it was opened.")
-            tensor = file.read_as_mapped(stored, self._dtypes[name])
+            tensor = place.read(self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
                 f"{name} of {self._source} cannot be read while the model is worked on: {error} Bring the model's "

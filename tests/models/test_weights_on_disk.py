@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from cloq_export.errors import NonFiniteError, SourceError, UnsupportedModelError
+from cloq_export.errors import NonFiniteError, SourceError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models import block_loading
@@ -101,7 +101,7 @@ def test_files_that_go_or_change_meanwhile_are_named(model_folder: ModelFolder, 
     folder = sharded(model_folder("llama"), tmp_path / "model")
     model = open_model(str(folder), stream="always").model
     places = vars(weights_on_disk(model))["_places"]
-    shard = places[PROJECTION][0].path
+    shard = places[PROJECTION].file.path
     aside = shard.rename(tmp_path / "aside")
     with pytest.raises(SourceError, match=r"layers.1.* of .* cannot be read .*No such file.*same command again"):
         model(input_ids=torch.arange(8)[None])
@@ -140,18 +140,6 @@ def test_what_is_refused_in_memory_is_refused_on_disk(change: str, model_folder:
             open_model(str(folder), stream=stream)
         said.append(str(caught.value))
     assert said[0] == said[1]
-
-
-def test_fused_experts_are_held_in_memory_and_that_is_said(
-    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = str(model_folder("mixtral"))
-    with pytest.raises(UnsupportedModelError, match=r"cannot be read from disk .* in one tensor.*`stream=never`"):
-        open_model(folder, stream="always")
-    monkeypatch.setattr(block_loading, "free_bytes", lambda: 1000)
-    loaded = open_model(folder, stream="auto")
-    assert weights_on_disk(loaded.model) is None
-    assert "cannot be read from disk block by block" in loaded.reading[0]
 
 
 def test_memory_decides_unless_asked(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,10 @@ def but_options(contents: dict[str, str]) -> dict[str, str]:
         ("plain-experts", {"overrides": {"*.0.self_attn.*": {"skip": True}}}),
         ("llama", {"budget": 9.0}),
         ("llama", {"refine": "model", "refine_steps": 4, "bits": 2}),
+        ("qwen3-moe", {"expert_rank": 2}),
+        ("gpt-oss", {"experts": "all", "format": "gptq_v2"}),
     ],
-    ids=["tied", "refined", "float matrices in blocks", "budget", "refined as a whole"],
+    ids=["tied", "refined", "float matrices in blocks", "budget", "refined as a whole", "experts", "fused experts"],
 )
 def test_the_bytes_and_figures_are_those_of_a_run_in_memory(
     family: str,
