@@ -81,6 +81,21 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "default+rank-0": ("default", {"rank": 0}),
     "default+rank-4": ("default", {"rank": 4}),
     "default+rank-16": ("default", {"rank": 16}),
+    "plain+rank-16": ("default", PLAIN | {"rank": 16}),
+    **{
+        f"{base}+low-rank-{rounds}{'-rank-16' if rank == 16 else ''}": (
+            "default",
+            (PLAIN if base == "plain" else {}) | {"low_rank_rounds": rounds, "rank": rank},
+        )
+        for base in ("plain", "default")
+        for rounds in (1, 3, 6)
+        for rank in (64, 16)
+    },
+    "plain+low-rank-3-half": ("default", PLAIN | {"low_rank_rounds": 3, "low_rank_share": 0.5}),
+    "plain+low-rank-3-magr-1e-4": ("default", PLAIN | {"low_rank_rounds": 3, "method": "magr", "magr_alpha": 1e-4}),
+    "plain+low-rank-3-sweeps": ("default", PLAIN | {"low_rank_rounds": 3, "sweeps": 4}),
+    "paper+low-rank-3": ("paper", {"low_rank_rounds": 3}),
+    "default+low-rank-3-refine": ("default", {"low_rank_rounds": 3, "refine": "block"}),
     "default+symmetric": ("default", {"symmetric": True}),
     "default+group-32": ("default", {"group_size": 32}),
     "default+group-128": ("default", {"group_size": 128}),
