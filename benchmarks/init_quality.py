@@ -519,6 +519,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS, help="result file, continued if there (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="render a result file and end")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="with --markdown: put it between the page's marks")
+    parser.add_argument("--mark", default="init_quality", help="with --into: which marks (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -531,7 +532,7 @@ def main() -> int:
         return 0
     if options.markdown:
         content = json.loads(options.markdown.read_text(encoding="utf-8"))
-        put_into(options.into, "init_quality", markdown(content))
+        put_into(options.into, options.mark, markdown(content))
         return 0
     try:
         return run_benchmark(options)

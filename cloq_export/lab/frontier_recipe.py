@@ -45,7 +45,6 @@ METHODS: dict[str, Method] = {
     "apiq-bw": Method({"refine": "apiq-bw"}),
     "cloq-paper": Method(preset="paper"),
     "cloq": Method(),
-    "cloq-low-rank": Method({"low_rank_rounds": 3}),
     "cloq-refine-block": Method({"refine": "block"}),
     "cloq-refine": Method({"refine": "model"}),
 }
