@@ -119,7 +119,7 @@ def test_codes_that_need_their_adapter_say_so_in_every_layout(layout: str) -> No
     headers = {f"a.{part}": header for part, header in LAYOUTS[layout].headers(64, 64, spec).items()}
     assert read_quantization_config(written, headers).needs_adapter
     written["cloq"]["needs_adapter"] = "yes"
-    with pytest.raises(FormatError, match="cloq.needs_adapter is 'yes'; the config is damaged"):
+    with pytest.raises(FormatError, match=r"cloq\.needs_adapter is 'yes'; the config is damaged"):
         read_quantization_config(written, headers)
 
 
