@@ -22,7 +22,7 @@ from cloq_export.engines.vllm import plan as vllm_plan
 from cloq_export.engines.vllm.facts import EngineFacts
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE
 from cloq_export.errors import CloqError, RecipeError, UsageError
-from cloq_export.parity.report import schema
+from cloq_export.parity.report import missed_gates, schema
 from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.adapt_checkpoint import adapt_checkpoint
@@ -184,7 +184,7 @@ def test_verify_judges_it_with_its_adapter_alone(exported: Path, verifying: Veri
     report = verify(exported, verifying, console=silent)
     content = report.to_json()
     jsonschema.validate(content, schema())
-    assert report.passed, [verdict for verdict in report.gates if not verdict.passed]
+    assert report.passed, (missed_gates(report), report.missing)
     assert content["needs_adapter"] is True
     assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq"}
     assert {row.adapter for row in report.isolation.by_adapter} == {"cloq"}

@@ -18,7 +18,6 @@ from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
-from cloq_export.artifact.needed_adapter import needs_adapter_note
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
@@ -73,8 +72,6 @@ def load(
     found = None if adapter is None else AdapterShelf.of(path).find(adapter)
     read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
     report_labels(checkpoint)
-    if read is None and (note := needs_adapter_note(checkpoint)):
-        warnings.warn(f"{checkpoint.folder}: {note}; name it with adapter=", stacklevel=2)
     require_versions()
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
