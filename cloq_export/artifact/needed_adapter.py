@@ -20,11 +20,7 @@ class CodedBase(Protocol):
 
 # Completes a sentence on a base.
 WHY = "its codes were made for what its adapter leaves of the weights (low rank first), so alone they say nothing"
-
-
-def needs_adapter_note(base: CodedBase) -> str | None:
-    """Return what is to be said of a base that needs its adapter, None of any other."""
-    return f"this base needs its adapter: {WHY}" if base.needs_adapter else None
+NOTE = f"this base needs its adapter: {WHY}"
 
 
 def refuse_alone(base: CodedBase, remedy: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, MadeFrom
-from cloq_export.artifact.needed_adapter import needs_adapter_note, refuse_alone
+from cloq_export.artifact.needed_adapter import NOTE, refuse_alone
 from cloq_export.artifact.provenance import BaseRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError, UnsupportedModelError, UsageError
@@ -211,10 +211,7 @@ def _require_adapter(session: Session, source: ExportSource, options: ExportOpti
     """Refuse weights without the adapter that their codes need, and note the need elsewhere."""
     if not source.adapters and options.format == MERGED:
         refuse_alone(source.checkpoint, "merge one in with `adapters`")
-    note = needs_adapter_note(source.checkpoint)
-    assert note is not None  # the checkpoint is of these layers
-    none_goes_along = "; none goes along with this export" if not source.adapters else ""
-    session.notes.append(note + none_goes_along)
+    session.notes.append(NOTE if source.adapters else f"{NOTE}; none goes along with this export")
 
 
 def noted_record(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecord | None:

@@ -87,7 +87,7 @@ class StoredModel:
     @property
     def notes(self) -> list[str]:
         """Return what is to be known of what is measured here."""
-        if self.is_merged or not Checkpoint.open(self.path).needs_adapter:
+        if self.is_merged or not self.checkpoint.needs_adapter:
             return []
         return [f"the figures of the codes without their adapter say nothing of this model: {WHY}"]
 
