@@ -69,9 +69,10 @@ class ServedSide:
             with self.progress.attempt(f"probe of the last step, {of}"):
                 self._probe_last_step(served, adapter)
         if self.plan.adapters:
-            self._score(served, None)
+            if None in self.plan.scored:
+                self._score(served, None)
             with self.progress.attempt("isolation"), self.progress.phase("isolation"):
-                self.isolation = measure_isolation(served, self.texts.isolated, list(self.plan.adapters))
+                self.isolation = measure_isolation(served, self.texts.isolated, self._mixed)
             self._write_mixed(served)
 
     def measure_scales(self) -> None:
@@ -99,6 +100,11 @@ class ServedSide:
                 limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
                 seed=options.seed,
             )
+
+    @property
+    def _mixed(self) -> list[str | None]:
+        """Return what a mixed batch holds, the base first."""
+        return sorted(self.plan.scored, key=lambda name: name is not None)
 
     def _score(self, served: ServedModel, adapter: str | None) -> None:
         """Score the windows and the longest text."""
@@ -144,8 +150,8 @@ class ServedSide:
                 self.greedy.append(compare_greedy(self.side.model, asked, expected, texts, tie))
 
     def _write_mixed(self, served: ServedModel) -> None:
-        """Let the base and all adapters write in one batch, and judge what each has written."""
-        names: list[str | None] = [None, *self.plan.adapters]
+        """Let all that is scored write in one batch, and judge what each has written."""
+        names = self._mixed
         prompts, new = self.texts.prompts[:_MIXED_PROMPTS], self.plan.options.new_tokens
         written: Mapping[str | None, tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]] = {}
         if prompts:
