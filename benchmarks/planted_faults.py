@@ -85,7 +85,7 @@ def try_group(name: str, only: str, subject: Subject, other: Subject, place: Pat
     healthy = subject.export(place / "healthy")
     rows = []
     for number, fault in enumerate(GROUPS[name]):
-        if only not in fault.name:
+        if not any(part in fault.name for part in only.split(",")):
             continue
         own = place / str(number)
         own.mkdir()
@@ -106,7 +106,7 @@ def main() -> None:
     """Plant, print what is not named and a line for each group, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", default=",".join(GROUPS))
-    parser.add_argument("--only", default="", help="part of the names of faults")
+    parser.add_argument("--only", default="", help="parts of the names of faults, joined by commas")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     hardware = describe_hardware()

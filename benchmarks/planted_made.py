@@ -386,9 +386,12 @@ BEFORE = [
     _codes("all codes of a module turned round", _tensor(f"{_LAYER}.qweight", lambda codes: ~codes)),
     _codes("scales of a module rounded", _tensor(f"{_LAYER}.scales", lambda scales: (scales * 256).round() / 256)),
     _codes("the codes of another run", _codes_of_other_run),
-    _codes(
+    Fault(
         "a label of the other version of the layout",
+        "provenance",
+        "checkpoint_format is 'gptq'",
         _file("config.json", lambda c: c["quantization_config"].update(checkpoint_format="gptq")),
+        certified=True,
     ),
     Fault("the export of another run in its place", "reference", "", _whole_other_run),
     # the float model
@@ -397,8 +400,8 @@ BEFORE = [
     Fault("the float model one unit off in one number", "reference", "not the revision", _nudged_reference),
     Fault(
         "the float model with another tokenizer",
-        "provenance",
-        "tokenizer of the reference",
+        "reference",
+        "vocabulary is not the float model's",
         _other_tokenizer_of_reference,
     ),
     # the run beside it
@@ -427,7 +430,7 @@ BEFORE = [
     _float(
         "rope scaling", "rope", _config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
     ),
-    _float("a bias of attention", "attention_bias", _config(attention_bias=True)),
+    _float("a bias of attention", "q_proj.bias", _config(attention_bias=True)),
     _float("the begin token", "bos_token_id", _config(bos_token_id=3)),
     _float("the padding token", "pad_token_id", _config(pad_token_id=7)),
     _float("two end tokens", "eos_token_id", _config(eos_token_id=[2, 9])),

@@ -78,16 +78,15 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     write_safetensors(path, {name: tensor.contiguous() for name, tensor in held.items()}, metadata)
 
 
-def edit_pairs(folder: Path, change: Callable[[str, Any], Any]) -> None:
-    """Change an adapter's pairs where it lies, and leave all else that is noted of it; None leaves a pair out."""
+def edit_pairs(folder: Path, change: Callable[[str, Any], Any], **noted: str) -> None:
+    """Change an adapter's pairs where it lies, and what is given of what is noted of it; None leaves a pair out."""
     from cloq_export.formats.peft import read_adapter, write_adapter
 
     read = read_adapter(folder)
     side = json.loads((folder / "cloq_adapter.json").read_text(encoding="utf-8"))
     pairs = {module: made for module, pair in read.pairs.items() if (made := change(module, pair)) is not None}
-    write_adapter(
-        folder, pairs, base_model=side["base_model"], base_fingerprint=side["base_fingerprint"], extra=side["extra"]
-    )
+    kept = {key: side[key] for key in ("base_model", "base_fingerprint", "extra")}
+    write_adapter(folder, pairs, **(kept | noted))
 
 
 def edit_config(folder: Path, **values: Any) -> None:
@@ -107,13 +106,8 @@ def certify_again(folder: Path) -> None:
     modules = {module: {**kept.modules.get(module, {}), "sha256": digest} for module, digest in digests.items()}
     if base != kept.base_fingerprint:
         # An exporter notes the base that it wrote, wherever it does.
-        for path in (folder / "config.json", *sorted(folder.glob("adapters/*/cloq_adapter.json"))):
-            text = path.read_text(encoding="utf-8")
-            if path.name != "config.json":
-                side = json.loads(text)
-                side["base_fingerprint"] = base
-                text = json.dumps(side)
-            else:
-                text = text.replace(kept.base_fingerprint, base)
-            path.write_text(text, encoding="utf-8")
+        config = folder / "config.json"
+        config.write_text(config.read_text(encoding="utf-8").replace(kept.base_fingerprint, base), encoding="utf-8")
+        for adapter in sorted((folder / "adapters").iterdir()):
+            edit_pairs(adapter, lambda module, pair: pair, base_fingerprint=base)
     write_certificate(folder, kept.layout, base, modules, dict(kept.facts))

@@ -50,7 +50,10 @@ class Alternatives:
         width = min([count + 1, *map(len, ordered)])
         tokens = [row[:width] for row in ordered]
         logprobs = [[entry[token] for token in row] for entry, row in zip(entries, tokens, strict=True)]
-        return cls(torch.tensor(tokens, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32))
+        shape = (len(entries), width)
+        return cls(
+            torch.tensor(tokens, dtype=torch.int64).view(shape), torch.tensor(logprobs, dtype=torch.float32).view(shape)
+        )
 
     def looked_up(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is said of other tokens in the same places.

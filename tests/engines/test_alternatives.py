@@ -32,6 +32,7 @@ def test_entries_are_ordered_and_cut_to_what_every_place_has() -> None:
     found = Alternatives.of_entries([3, 9, 4], places, 3)
     assert found.tokens.tolist() == [[9, 4, 7], [4, 1, 0]]
     assert found.logprobs.tolist() == [[-1.0, -0.5, -3.0], pytest.approx([-0.1, -2.0, -4.0])]
+    assert Alternatives.of_entries([3], [], 3).tokens.shape == (0, 4)
 
 
 def test_other_tokens_are_looked_up_one_by_one() -> None:
