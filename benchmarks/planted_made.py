@@ -139,7 +139,7 @@ _ADAPTERS: dict[str, tuple[InFolder, str]] = {
     "another sign in one module": (_one_b(lambda b: -b), "has -1 times the product"),
     "two rows of one module exchanged": (_one_b(lambda b: b[[1, 0, *range(2, len(b))]]), "has other numbers"),
     "columns of B exchanged without the rows of A": (_all_b(lambda b: b.flip(1)), "has other numbers"),
-    "noise of a hundredth": (_all_b(_noise(0.01)), "was rounded after it was made"),
+    "noise of a hundredth": (_all_b(_noise(0.01)), "relative difference"),
     "noise of a thousandth": (_all_b(_noise(0.001)), "was rounded after it was made"),
     "rounded to eight bits": (_all_b(_integers), "was rounded after it was made"),
     "rounded to an eight-bit float": (_all_b(_float8), "has other numbers"),

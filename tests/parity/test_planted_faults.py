@@ -444,9 +444,10 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=40), console=SILENT)
     assert "scale_error_max" in missed(report)
     worst = report.scales.candidates[0]
-    assert worst.module == name
+    # v and o scale the same.
+    assert worst.module in (name, name.replace("v_proj", "o_proj"))
     assert worst.error == pytest.approx(0.01, abs=0.003)
-    assert f"the scale of {name} is off by +" in str(missed_gates(report))
+    assert f"the scale of {worst.module} is off by +" in str(missed_gates(report))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from cloq_export.verbs.verification.reference_side import ReferenceSide, perplex
 # The prompts that are continued in mixed batches.
 _MIXED_PROMPTS = 4
 # Tokens on which the scales of modules are measured, and tokens of each window on which modules are compared at first.
-_SCALE_TOKENS = {"float32": 1024}
+_SCALE_TOKENS = {"float32": 512}
 _SCALE_TOKENS_HALF = 4096
 _SCREENED_TOKENS = 128
 _KINDS = {"greedy": "greedy text", "longest": "text behind long prompts", "mixed": "text in a mixed batch"}
@@ -123,9 +123,10 @@ class ServedSide:
         found: dict[str | None, list[int]] = {name: [] for name in names}
         for number, subject in self._shared_windows()[1]:
             adapter = names[subject]
-            # The base alone is scored on the first windows.
+            # In float32 what was scored is enough; of the base alone those are the first windows.
+            scored = self.texts.windows_of(adapter) if self.plan.options.dtype == "float32" else self.texts.windows
             number = number if adapter in self.plan.subjects else number // len(names)
-            if number < len(self.texts.windows_of(adapter)):
+            if number < len(scored):
                 found[adapter].append(number)
         return found
 
@@ -153,17 +154,17 @@ class ServedSide:
         ]
 
     def _score(self, served: ServedModel, adapter: str | None) -> None:
-        """Score the windows and the longest text."""
+        """Score the longest text and the windows."""
+        longest: torch.Tensor | None = None
+        with self.progress.attempt(f"the longest text, {adapter or 'base'}"), self.progress.phase("longest"):
+            [longest] = measure_logprobs(served, [self.texts.longest], [adapter])
+            self._note("served at length", adapter, [longest], self.side.longest[adapter])
         with self.progress.attempt(f"served logits, {adapter or 'base'}"):
-            windows = self.texts.windows_of(adapter)
-            logprobs = measure_logprobs(served, windows, [adapter] * len(windows))
+            logprobs = self.texts.scored_windows(served, adapter, longest)
             self._note("served", adapter, logprobs, self.side.logprobs[adapter])
             if adapter in self.plan.subjects:
                 self.perplexity += perplexity_rows(self.plan, self.known, "served", adapter, logprobs)
             self.logprobs[adapter] = logprobs
-        with self.progress.attempt(f"the longest text, {adapter or 'base'}"), self.progress.phase("longest"):
-            logprobs = measure_logprobs(served, [self.texts.longest], [adapter])
-            self._note("served at length", adapter, logprobs, self.side.longest[adapter])
 
     def _note(
         self, measured: str, adapter: str | None, logprobs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
