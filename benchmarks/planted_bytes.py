@@ -62,7 +62,10 @@ def _certificate(change: Callable[[dict], object]) -> Callable[[Scene], None]:
 
 
 def _renamed(name: str, other: str) -> Callable[[Scene], None]:
-    return lambda scene: (scene.export / name).rename(scene.export / other) and None
+    def plant(scene: Scene) -> None:
+        (scene.export / name).rename(scene.export / other)
+
+    return plant
 
 
 def _linked(name: str) -> Callable[[Scene], None]:

@@ -114,17 +114,17 @@ def main() -> None:
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="cloq-faults-") as name:
-        subjects = []
-        for seed in (0, 1):
-            (Path(name) / str(seed)).mkdir()
-            subjects.append(make_subject(Path(name) / str(seed), seed=seed))
-        report = verify(subjects[0].export(Path(name) / "healthy"), subjects[0].options(), console=SILENT)
+        places = [Path(name) / str(seed) for seed in (0, 1)]
+        for place in places:
+            place.mkdir()
+        subject, other = (make_subject(place, seed=seed) for seed, place in enumerate(places))
+        report = verify(subject.export(Path(name) / "healthy"), subject.options(), console=SILENT)
         if not report.passed:
             sys.exit(f"the healthy export misses already: {missed_gates(report)}")
         for group in arguments.groups.split(","):
             place = Path(name) / group
             place.mkdir()
-            rows += try_group(group, arguments.only, *subjects, place)
+            rows += try_group(group, arguments.only, subject, other, place)
     short = []
     for group in arguments.groups.split(","):
         own = [row["named"] for row in rows if row["group"] == group]

@@ -146,21 +146,21 @@ class ScaleErrors(Result):
         adapters: that windows were served with; None is the base alone.
         tokens: on which scales were measured.
         modules: how many there are.
-        rounding_shared: b, the share of the reference's own rounding in the served precision; None in float32.
         unseen: modules that the text does not reach.
         largest: the largest sure error; None if nothing can be said.
         candidates: the modules that explain the error of serving best, the surest first.
         found: full name of each module -> the smallest error that would have been beyond the limit on all windows.
+        rounding_shared: b, the share of the reference's own rounding in the served precision; None in float32.
     """
 
     adapters: tuple[str | None, ...]
     tokens: int
     modules: int
-    rounding_shared: float | None = None
     unseen: tuple[str, ...] = ()
     largest: float | None = None
     candidates: tuple[ScaleError, ...] = ()
     found: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rounding_shared: float | None = None
 
 
 def measure_scales(
