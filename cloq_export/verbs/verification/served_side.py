@@ -37,6 +37,8 @@ _MIXED_PROMPTS = 4
 # Tokens on which the scales of modules are measured, and tokens of each window on which modules are compared at first.
 _SCALE_TOKENS = {"float32": 512}
 _SCALE_TOKENS_HALF = 4096
+# Each adapter and the base are judged by themselves too.
+_SCALE_TOKENS_OF_EACH = 256
 _SCREENED_TOKENS = 128
 _KINDS = {"greedy": "greedy text", "longest": "text behind long prompts", "mixed": "text in a mixed batch"}
 Judge = Callable[[AskedTexts, Sequence[Sequence[int]]], None]
@@ -109,8 +111,9 @@ class ServedSide:
             )
 
     def _shared_windows(self) -> tuple[int, list[tuple[int, int]]]:
-        tokens = _SCALE_TOKENS.get(self.plan.options.dtype, _SCALE_TOKENS_HALF)
-        return share_windows(len(self.texts.windows), tokens, self.plan.options.window, len(self.plan.scored))
+        subjects = len(self.plan.scored)
+        tokens = max(_SCALE_TOKENS.get(self.plan.options.dtype, _SCALE_TOKENS_HALF), _SCALE_TOKENS_OF_EACH * subjects)
+        return share_windows(len(self.texts.windows), tokens, self.plan.options.window, subjects)
 
     @property
     def _scale_length(self) -> int:
