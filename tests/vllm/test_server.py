@@ -140,6 +140,15 @@ def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, expo
         assert float((scores - export.logprobs(ids, name)).abs().max()) < 1e-4
 
 
+def test_the_server_lists_alternatives(server: ServerClient, export: Any) -> None:
+    listed = server.alternative_logprobs(SEQUENCES[:2], [None, "two"], 19)
+    for ids, name, found in zip(SEQUENCES, [None, "two"], listed, strict=False):
+        assert found.tokens.shape == (len(ids) - 1, 20)
+        assert found.tokens[:, 0].tolist() == list(ids[1:])
+        assert float((found.logprobs[:, 0] - export.logprobs(ids, name)).abs().max()) < 1e-4
+        assert (found.logprobs[:, 1:].diff(dim=1) <= 0).all()
+
+
 def test_adapters_come_and_go_while_it_serves(
     server: ServerClient, export: Any, write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import torch
 
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.vllm.engine import check_requests
 from cloq_export.errors import EngineError
 from cloq_export.files.spelled_paths import expand_user
@@ -77,6 +78,26 @@ class ServerClient:
             return torch.tensor(values, dtype=torch.float32)
 
         return self._each(score, token_ids, adapters)
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: the server died or refused.
+        """
+
+        def list_places(ids: list[int], name: str | None) -> Alternatives:
+            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=count + 1)
+            places = [
+                {int(token): float(entry["logprob"]) for token, entry in place.items()}
+                for place in answer["prompt_logprobs"][1:]
+            ]
+            return Alternatives.of_entries(ids, places, count)
+
+        return self._each(list_places, token_ids, adapters)
 
     def generate(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], max_new_tokens: int

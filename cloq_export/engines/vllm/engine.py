@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.vllm.options import EngineSettings, engine_options
 from cloq_export.engines.vllm.process import EngineProcess, engine_environment
 from cloq_export.errors import EngineError, UsageError
@@ -154,6 +155,22 @@ class VllmModel:
         """
         answer = self._ask({"prompt_logprobs": self._requests(token_ids, adapters)}, "answer")
         return [torch.tensor(values, dtype=torch.float32) for values in answer]
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: the engine died or refused.
+        """
+        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": count + 1}
+        answer = self._ask(request, "answer")
+        return [
+            Alternatives.of_entries(ids, [dict(map(tuple, place)) for place in places], count)
+            for ids, places in zip(token_ids, answer, strict=True)
+        ]
 
     def generate(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], max_new_tokens: int

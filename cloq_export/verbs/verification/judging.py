@@ -66,7 +66,7 @@ def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Condition
         prompts=len(texts.prompts),
         new_tokens=options.new_tokens,
         longest=len(texts.longest),
-        liveness_tokens=options.liveness_tokens,
+        liveness_tokens=len(texts.probes[0]),
         seed=options.seed,
         device=options.device,
         threads=torch.get_num_threads(),
