@@ -92,7 +92,7 @@ def engine_options(
             trust_unbound=settings.trust_adapters,
         )
         ranks += [pair.rank for pair in adapter.pairs.values()]
-        targets |= {module.rpartition(".")[2] for module in adapter.pairs}
+        targets |= {adapter_rules.target_name(module) for module in adapter.pairs}
     if adapters or max_lora_rank is not None or settings.max_loras is not None:
         options |= {
             "enable_lora": True,

@@ -2,12 +2,15 @@
 
 vLLM calls `register` in every one of its processes (entry point `vllm.general_plugins`). It adds
 
-- a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`);
+- a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`), quantized
+  experts among them on the CPU (`experts`, `expert_parts`, `mixture`);
 - on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`);
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
+- on the CPU, adapters of single experts (`expert_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
   log-probabilities with adapters (`punica`);
-- a check of every adapter that is loaded onto a base of ours (`guard`);
+- a check of every adapter that is loaded onto a base of ours (`guard`), and its modules under the names of the files
+  (`adapter_names`);
 - keys of known prompts that tell the loads of one name apart (`prefix_cache`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
@@ -54,11 +57,22 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.engines.vllm.plugin import cpu_kernel, fused_lora, guard, prefix_cache, punica, quantization
+    from cloq_export.engines.vllm.plugin import (
+        adapter_names,
+        cpu_kernel,
+        expert_lora,
+        fused_lora,
+        guard,
+        prefix_cache,
+        punica,
+        quantization,
+    )
 
     quantization.register()
     cpu_kernel.register()
     punica.register()
     fused_lora.register()
+    expert_lora.register()
+    adapter_names.register()
     guard.register()
     prefix_cache.register()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -16,6 +18,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.vllm.plugin.experts import experts_method
 from cloq_export.engines.vllm.plugin.linear import CloqLinearMethod
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config
@@ -32,6 +36,7 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 _LABELS = (None, METHOD, "gptq")
+_USUAL_PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # What this plugin does not compute. `desc_act` is not among it: whether groups have an order, g_idx tells.
 _UNSERVED = {"lm_head": "a quantized head"}
 
@@ -61,6 +66,16 @@ def claims(config: Mapping[str, Any]) -> bool:
     return not all(
         (spec.bits, spec.symmetric) in _STOCK_GRIDS and spec.group_size in _STOCK_GROUP_SIZES for spec in specs
     )
+
+
+def grids_of_files(checkpoint: Checkpoint) -> StoredGrids:
+    """Return the grids of a checkpoint's modules under their names in the files."""
+    specs = {checkpoint.stored_module(module): spec for module, spec in checkpoint.specs.items()}
+    grids = checkpoint.grids
+    own = {module: spec for module, spec in specs.items() if spec != grids.default}
+    # What the config says of modules that stay float is kept: they are in no list.
+    apart = {module: spec for module, spec in grids.overrides.items() if spec is None}
+    return dataclasses.replace(grids, modules=tuple(sorted(specs)), overrides={**apart, **own}, rules=())
 
 
 class CloqConfig(QuantizationConfig):
@@ -131,12 +146,16 @@ class CloqConfig(QuantizationConfig):
         return METHOD if user_quant == METHOD or claims(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Find the quantized modules in the files, where a foreign config does not list them."""
-        if self.grids.modules is not None:
-            return
-        names = get_safetensors_params_metadata(model_name, revision=revision)
-        modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
-        self.grids = self.grids.with_modules(modules)
+        """Find the quantized modules in the files, where a foreign config does not list them.
+
+        Ours are listed as they are called in memory; vLLM goes by their names in the files.
+        """
+        if self.grids.modules is None:
+            names = get_safetensors_params_metadata(model_name, revision=revision)
+            modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+            self.grids = self.grids.with_modules(modules)
+        elif Path(model_name).is_dir():
+            self.grids = grids_of_files(Checkpoint.open(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as the model of vLLM does."""
@@ -148,21 +167,17 @@ class CloqConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return how a layer is loaded and computed; None for what is no linear layer.
+        """Return how a layer is loaded and computed; None for what is neither linear nor a layer of experts.
 
         Raises:
-            FormatError: a part of a fused layer is quantized and another is not, or the experts of a mixture are.
+            FormatError: a part of a fused layer is quantized and another is not.
+            EngineError: quantized experts are of a kind, or on a device, that the plugin does not compute.
         """
         if isinstance(layer, ParallelLMHead):
             return None
+        if isinstance(layer, RoutedExperts):
+            return experts_method(layer, prefix, self.grids.spec_for, first_version=self.grids.layout is GPTQ_V1)
         if not isinstance(layer, LinearBase):
-            if any(module.startswith(f"{prefix}.") for module in self.grids.modules or ()) and hasattr(
-                layer, "moe_config"
-            ):
-                raise FormatError(
-                    f"{prefix} is a mixture of quantized experts, which this plugin does not compute; serve a merged "
-                    "export (cloq export --format merged)."
-                )
             return None
         names = self._module_names(prefix)
         specs: list[QuantSpec | None] = [self.grids.spec_for(name) for name in names]
@@ -180,7 +195,8 @@ class CloqConfig(QuantizationConfig):
     def _module_names(self, prefix: str) -> list[str]:
         """Return the modules of the checkpoint that a layer of vLLM is made of."""
         parent, dot, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last)
+        # Some classes of vLLM add to their table after they have handed it over, as Qwen3-MoE does for dense layers.
+        parts = self.packed_modules_mapping.get(last) or _USUAL_PARTS.get(last)
         if not parts or self.grids.spec_for(prefix) is not None:
             # A layer that is fused in the checkpoint too is listed under its own name.
             return [prefix]
