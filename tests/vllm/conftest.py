@@ -51,8 +51,19 @@ class Export:
         folder = self.adapters[adapter] if isinstance(adapter, str) else adapter
         model = _reference(self.folder, folder, dtype)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([list(token_ids)])).logits[0].to(torch.float32)
+            logits = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0].to(torch.float32)
         return torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+    def greedy(self, token_ids: Sequence[int], adapter: str | None, count: int) -> list[int]:
+        """Return the continuation that the same runtime finds likeliest, to the end-of-sequence token at most."""
+        model = _reference(self.folder, self.adapters[adapter] if adapter else None, torch.float32)
+        ids = list(token_ids)
+        for _ in range(count):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] == 2:
+                break
+        return ids[len(token_ids) :]
 
 
 @pytest.fixture(autouse=True)
@@ -134,10 +145,11 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
         *,
         overrides: Mapping[str, QuantSpec | None] | None = None,
         dtype: torch.dtype = torch.float32,
+        model: Any = None,
         **options: Any,
     ) -> Export:
         folder = tmp_path_factory.mktemp("exports") / "tiny"
-        model = _random_model().to(dtype)
+        model = (model or _random_model()).to(dtype)
         layers = {}
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear) or name == "lm_head":

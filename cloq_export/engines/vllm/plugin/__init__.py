@@ -4,7 +4,8 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 
 - a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`), quantized
   experts among them on the CPU (`experts`, `expert_parts`, `mixture`);
-- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`);
+- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`), and their
+  experts (`compressed_experts`);
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
 - on the CPU, adapters of single experts (`expert_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
@@ -59,6 +60,7 @@ def register() -> None:
         return
     from cloq_export.engines.vllm.plugin import (
         adapter_names,
+        compressed_experts,
         cpu_kernel,
         expert_lora,
         fused_lora,
@@ -70,6 +72,7 @@ def register() -> None:
 
     quantization.register()
     cpu_kernel.register()
+    compressed_experts.register()
     punica.register()
     fused_lora.register()
     expert_lora.register()

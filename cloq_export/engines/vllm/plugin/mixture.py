@@ -321,8 +321,8 @@ def cpu_mixture_op(
     weighs_input: bool,
 ) -> torch.Tensor:
     """Compute what `compute_mixture` returns without adapters; for compiled models, which cannot look inside."""
-    layers = [_stacked(tensors, sizes) for tensors, sizes in ((up, up_sizes), (down, down_sizes))]
-    return compute_mixture(Mixture(*layers, activation, weighs_input), x, chosen, weights)
+    mixture = Mixture(_stacked(up, up_sizes), _stacked(down, down_sizes), activation, weighs_input)
+    return compute_mixture(mixture, x, chosen, weights)
 
 
 @cpu_mixture_op.register_fake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.vllm.plugin.experts import experts_method
 from cloq_export.engines.vllm.plugin.linear import CloqLinearMethod
+from cloq_export.engines.vllm.plugin.stored_grids import grids_of_files, mapped_grids, modules_of
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config
 from cloq_export.formats.layout import StoredGrids
@@ -36,7 +36,7 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 _LABELS = (None, METHOD, "gptq")
-_USUAL_PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What this plugin does not compute. `desc_act` is not among it: whether groups have an order, g_idx tells.
 _UNSERVED = {"lm_head": "a quantized head"}
 
@@ -46,18 +46,32 @@ def register() -> None:
     register_quantization_config(METHOD)(CloqConfig)
 
 
+def reads(config: Mapping[str, Any]) -> bool:
+    """Return whether a `quantization_config` is one that this plugin reads."""
+    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+        return False
+    try:
+        parse_quantization_config(config)
+    except CloqError:
+        return False  # not ours to explain: vLLM's own config says what it thinks of it
+    return True
+
+
+def is_mixture(hf_config: Any) -> bool:
+    """Return whether a model's config tells of experts, by the names that transformers' classes have for their number."""
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    return any((getattr(text, name, None) or 0) > 1 for name in _NUMBERS_OF_EXPERTS)
+
+
 def claims(config: Mapping[str, Any]) -> bool:
     """Return whether a `quantization_config` is one that this plugin reads and vLLM itself does not.
 
     Args:
         config: as it stands in config.json.
     """
-    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+    if not reads(config):
         return False
-    try:
-        grids = parse_quantization_config(config)
-    except CloqError:
-        return False  # not ours to explain: vLLM's own config says what it thinks of it
+    grids = parse_quantization_config(config)
     if (grids.overrides or grids.rules) and grids.modules is not None:
         # vLLM looks rules up under the names of fused layers, which no rule of ours has, and would take the default.
         return True
@@ -66,16 +80,6 @@ def claims(config: Mapping[str, Any]) -> bool:
     return not all(
         (spec.bits, spec.symmetric) in _STOCK_GRIDS and spec.group_size in _STOCK_GROUP_SIZES for spec in specs
     )
-
-
-def grids_of_files(checkpoint: Checkpoint) -> StoredGrids:
-    """Return the grids of a checkpoint's modules under their names in the files."""
-    specs = {checkpoint.stored_module(module): spec for module, spec in checkpoint.specs.items()}
-    grids = checkpoint.grids
-    own = {module: spec for module, spec in specs.items() if spec != grids.default}
-    # What the config says of modules that stay float is kept: they are in no list.
-    apart = {module: spec for module, spec in grids.overrides.items() if spec is None}
-    return dataclasses.replace(grids, modules=tuple(sorted(specs)), overrides={**apart, **own}, rules=())
 
 
 class CloqConfig(QuantizationConfig):
@@ -143,7 +147,9 @@ class CloqConfig(QuantizationConfig):
         """Claim a checkpoint that vLLM itself refuses, and any GPTQ one for which `--quantization cloq` was given."""
         if hf_quant_cfg.get("quant_method") != "gptq" or user_quant not in _LABELS:
             return None
-        return METHOD if user_quant == METHOD or claims(hf_quant_cfg) else None
+        # On the CPU vLLM computes no experts of GPTQ checkpoints at all.
+        experts = current_platform.is_cpu() and is_mixture(hf_config) and reads(hf_quant_cfg)
+        return METHOD if user_quant == METHOD or experts or claims(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Find the quantized modules in the files, where a foreign config does not list them.
@@ -159,12 +165,7 @@ class CloqConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as the model of vLLM does."""
-        modules = self.grids.modules
-        self.grids = dataclasses.replace(
-            self.grids,
-            modules=None if modules is None else tuple(hf_to_vllm_mapper.apply_list(list(modules))),
-            overrides=hf_to_vllm_mapper.apply_dict(dict(self.grids.overrides)),
-        )
+        self.grids = mapped_grids(self.grids, hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return how a layer is loaded and computed; None for what is neither linear nor a layer of experts.
@@ -179,7 +180,7 @@ class CloqConfig(QuantizationConfig):
             return experts_method(layer, prefix, self.grids.spec_for, first_version=self.grids.layout is GPTQ_V1)
         if not isinstance(layer, LinearBase):
             return None
-        names = self._module_names(prefix)
+        names = modules_of(prefix, self.grids, self.packed_modules_mapping)
         specs: list[QuantSpec | None] = [self.grids.spec_for(name) for name in names]
         quantized = [spec for spec in specs if spec is not None]
         if not quantized:
@@ -191,13 +192,3 @@ class CloqConfig(QuantizationConfig):
                 "none, with an override in the recipe."
             )
         return CloqLinearMethod(names, quantized, first_version=self.grids.layout is GPTQ_V1)
-
-    def _module_names(self, prefix: str) -> list[str]:
-        """Return the modules of the checkpoint that a layer of vLLM is made of."""
-        parent, dot, last = prefix.rpartition(".")
-        # Some classes of vLLM add to their table after they have handed it over, as Qwen3-MoE does for dense layers.
-        parts = self.packed_modules_mapping.get(last) or _USUAL_PARTS.get(last)
-        if not parts or self.grids.spec_for(prefix) is not None:
-            # A layer that is fused in the checkpoint too is listed under its own name.
-            return [prefix]
-        return [f"{parent}{dot}{part}" for part in parts]
