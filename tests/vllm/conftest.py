@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+import tiny_mixtures
 import tokenizers
 import torch
 import transformers
@@ -26,6 +27,8 @@ from cloq_export.engines.vllm.process import SAFE_PATH
 from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.experts import split_experts
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(93))]
@@ -167,6 +170,25 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
             for name, seed in (("one", 1), ("two", 2))
         }
         return Export(folder, adapters, layers, fingerprint)
+
+    return write
+
+
+@pytest.fixture
+def mixture(monkeypatch: pytest.MonkeyPatch, write_export: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function from a family to a 2-bit export with two adapters, wide enough for vLLM's attention."""
+    monkeypatch.setitem(tiny_mixtures._SIZES, "hidden_size", 128)
+    for _, options in tiny_mixtures.MIXTURES.values():
+        if options.get("head_dim"):
+            monkeypatch.setitem(options, "head_dim", 32)
+
+    def write(family: str, layout: str = "gptq_v2", **options: Any) -> Any:
+        model = tiny_mixtures.build_mixture(family)
+        split_experts(model)
+        overrides = {"gate": None, "router.layer": None, **options.pop("overrides", {})}
+        return write_export(
+            QuantSpec(bits=2, group_size=32), model=model, layout=LAYOUTS[layout], overrides=overrides, **options
+        )
 
     return write
 

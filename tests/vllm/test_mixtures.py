@@ -7,21 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import tiny_mixtures
 import torch
 
 from cloq_export.engines.vllm.engine import VllmModel
-from cloq_export.errors import EngineError
-from cloq_export.formats.registry import LAYOUTS
-from cloq_export.models.experts import split_experts
-from cloq_export.types import QuantSpec
+from cloq_export.errors import FormatError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_on_cpu")]
 
 GENERATOR = torch.Generator().manual_seed(3)
 SEQUENCES = [torch.randint(96, (length,), generator=GENERATOR).tolist() for length in (12, 5, 9, 2, 17, 1, 30, 7)]
 ADAPTERS = [None, "one", "two", None, "two", "one", None, "one"]
-TWO_BITS = QuantSpec(bits=2, group_size=32)
 # Dense layers beside mixtures; other names in files than in memory; shared experts; experts fused in files; and
 # routers with groups and a correction.
 CASES = [
@@ -33,23 +28,6 @@ CASES = [
     ("glm4-moe", "gptq_v2"),
     ("qwen3-moe", "compressed_tensors"),
 ]
-
-
-@pytest.fixture
-def mixture(monkeypatch: pytest.MonkeyPatch, write_export: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function from a family to a 2-bit export with two adapters, wide enough for vLLM's attention."""
-    monkeypatch.setitem(tiny_mixtures._SIZES, "hidden_size", 128)
-    for _, options in tiny_mixtures.MIXTURES.values():
-        if options.get("head_dim"):
-            monkeypatch.setitem(options, "head_dim", 32)
-
-    def write(family: str, layout: str = "gptq_v2", **options: Any) -> Any:
-        model = tiny_mixtures.build_mixture(family)
-        split_experts(model)
-        overrides = {"gate": None, "router.layer": None, **options.pop("overrides", {})}
-        return write_export(TWO_BITS, model=model, layout=LAYOUTS[layout], overrides=overrides, **options)
-
-    return write
 
 
 def furthest(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -120,5 +98,5 @@ def test_half_quantized_experts_do_not_start(
     mixture: Callable[..., Any], load_engine: Callable[..., VllmModel]
 ) -> None:
     export = mixture("olmoe", overrides={"layers.1.mlp.experts.3.up_proj": None})
-    with pytest.raises(EngineError, match=r"layers\.1\.mlp\.experts\.3\.up_proj is not quantized; quantize all"):
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.experts\.3\.up_proj is not quantized; quantize all"):
         load_engine(export.folder, {})

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import os
 
+from cloq_export.errors import EngineError
+
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Versions of vLLM whose sources the plugin was written against; any other is left untouched."""
 
@@ -39,6 +41,9 @@ def register() -> None:
     """Add to vLLM what it lacks; a second call in one process changes nothing.
 
     A version that is not supported gets one log line and is left as it is.
+
+    Raises:
+        EngineError: a supported version lacks a piece that the plugin builds on.
     """
     global _registered
     if _registered:
@@ -58,6 +63,14 @@ def register() -> None:
                 version,
             )
         return
+    from cloq_export.engines.vllm.plugin.pieces import missing_piece
+
+    missing = missing_piece()
+    if missing is not None:
+        raise EngineError(
+            f"vLLM {version} has no {missing}, which the plugin of cloq-export builds on; install the published "
+            f"version {' or '.join(SUPPORTED_VERSIONS)}, or update cloq-export."
+        )
     from cloq_export.engines.vllm.plugin import (
         adapter_names,
         compressed_experts,

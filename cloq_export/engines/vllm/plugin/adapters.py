@@ -163,6 +163,24 @@ def target_name(module: str) -> str:
     return "experts" if _EXPERT.search(module) else module.rpartition(".")[2]
 
 
+def refuse_half_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a base of whose experts only some are quantized, which vLLM computes as one layer.
+
+    Raises:
+        FormatError: it is one.
+    """
+    mixtures = {module[: match.start()] for module in checkpoint.specs if (match := _EXPERT.search(module))}
+    for name in checkpoint.headers:
+        match = _EXPERT.search(name)
+        if match and name.endswith(".weight") and name[: match.start()] in mixtures:
+            module = name.removesuffix(".weight")
+            if module not in checkpoint.specs:
+                raise FormatError(
+                    f"vLLM computes the experts of {name[: match.start()]} as one layer, but {module} is not "
+                    "quantized; quantize all of them or none, with an override in the recipe."
+                )
+
+
 def _linear_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer of a base, quantized or not, or None if there is no such layer."""
     if module in checkpoint.specs:

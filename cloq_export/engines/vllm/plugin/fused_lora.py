@@ -48,6 +48,7 @@ def register() -> None:
         return
     stock_make, stock_update = model_manager.from_layer, PunicaWrapperCPU.update_metadata
 
+    @functools.wraps(stock_make)
     def from_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, MoERunner):
             experts = ExpertsWithLoRA(layer)

@@ -58,7 +58,7 @@ def reads(config: Mapping[str, Any]) -> bool:
 
 
 def is_mixture(hf_config: Any) -> bool:
-    """Return whether a model's config tells of experts, by the names that transformers' classes have for their number."""
+    """Return whether a model's config tells of experts, by what transformers' classes call their number."""
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     return any((getattr(text, name, None) or 0) > 1 for name in _NUMBERS_OF_EXPERTS)
 
