@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 PIECES: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.layers.base:BaseLayerWithLoRA": (),
@@ -48,7 +49,7 @@ def missing_piece(pieces: Mapping[str, tuple[str, ...]] = PIECES) -> str | None:
     for piece, parameters in pieces.items():
         module, _, path = piece.partition(":")
         try:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for name in path.split("."):
                 found = getattr(found, name)
         except (ImportError, AttributeError):
