@@ -91,8 +91,8 @@ def _fault(layer: Any) -> str | None:
         return "with biases"
     if config.intermediate_size_per_partition * config.tp_size != config.intermediate_size:
         return f"whose {config.intermediate_size} inner features cannot be cut evenly into {config.tp_size} ranks"
-    if config.dp_size > 1:
-        return "in data-parallel engines; start without --data-parallel-size"
+    if config.dp_size > 1 or config.pcp_size > 1 or config.is_sequence_parallel:
+        return "where ranks hold other tokens; start without data, context or sequence parallelism"
     if config.num_experts != config.num_logical_experts or layer.expert_map_manager.num_fused_shared_experts:
         return "that vLLM copies or adds to; start without --enable-eplb"
     return None
