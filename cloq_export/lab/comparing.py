@@ -87,7 +87,8 @@ class ComparisonFolder:
         self.comparison = comparison
         self.out = out
         self.console = console
-        self.rows = RowFolder(out, "comparison", dataclasses.asdict(comparison))
+        asked = {**dataclasses.asdict(comparison), "reserve": comparison.reserve}
+        self.rows = RowFolder(out, "comparison", asked)
         (out / "bases").mkdir(exist_ok=True)
 
     def measure(self, task: str, start: str, width: int, seed: int) -> dict[str, Any]:
@@ -105,6 +106,8 @@ class ComparisonFolder:
         before = curve["evaluations"][0]["loss"] if curve["evaluations"] else None
         row |= {"learning_rate": rate, "tried_rates": tried, "steps": curve["steps"], "kept_step": curve["kept_step"]}
         row |= {"held_out_loss_before": before, "held_out_loss": curve["kept_loss"]}
+        if curve.get("held_out"):
+            row["held_out_tokens_calibrated_on"] = curve["held_out"]["calibrated_tokens"]
         return row | self._judge(task, model, tokenizer, f"{start}-{width}-{seed}") | {"curve": curve}
 
     def _trainer(self, start: str, width: int) -> Trainer:
@@ -115,7 +118,8 @@ class ComparisonFolder:
     def base(self, start: str, width: int) -> Path:
         """Return the run that a start trains over, made if need be, with its adapter."""
         own = STARTS[start]
-        recipe = base_recipe(self.comparison.model, {**self.comparison.quantize, **own.quantize, "bits": width})
+        options = {**self.comparison.quantize, **own.quantize, "bits": width, "reserve": self.comparison.reserve}
+        recipe = base_recipe(self.comparison.model, options)
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()

@@ -117,6 +117,18 @@ class ComparisonRecipe:
         )
 
     @property
+    def reserve(self) -> int:
+        """Return how many tokens at the end of each calibration text no base sees.
+
+        A training holds the end of its text out, and learning rates are chosen there: no start may know it before.
+        """
+        trainings = [FineTuneRecipe.from_mapping(task["finetune"]) for task in self.tasks.values()]
+        own = base_recipe(self.model, self.quantize).reserve
+        # One sequence more: the last one may not be full.
+        held_out = [(each.eval_samples + 1) * each.seqlen for each in trainings if not each.eval_data]
+        return max([own, *held_out])
+
+    @property
     def bos(self) -> str:
         """Return what each window of a text begins with, in training and in judging."""
         return base_recipe(self.model, self.quantize).bos

@@ -17,6 +17,7 @@ from torch import nn
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
 from cloq_export.compress.session import Session
+from cloq_export.compress.strategies import strategy_of
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CloqError, RecipeError, UsageError
@@ -32,7 +33,8 @@ from cloq_export.models.source import open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.recipe import Recipe
-from cloq_export.texts.corpora import calibration_windows, evaluation_text, evaluation_tokens, load_text
+from cloq_export.texts.corpora import evaluation_text, evaluation_tokens, load_text
+from cloq_export.texts.windows import draw_windows
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
@@ -133,17 +135,16 @@ class FrontierFolder:
         if not (folder / "config.json").exists():
             save_plain(loaded, folder)
         options = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model, "seed": case.seed})
-        calibration = load_text(options.calibration)
-        windows = calibration_windows(
-            loaded.tokenizer, calibration, options.samples, options.seqlen, case.seed, options.bos
-        )
+        # Those that refined rows are solved on: without overlap, and none of the text that judges these.
+        counts = strategy_of(options.changed({"refine": "block"})).window_counts(options)
+        drawn = draw_windows(loaded.tokenizer, load_text(options.calibration), options, counts)
         job = {
             "model": str(folder.resolve()),
             "bits": case.bits,
             "group_size": options.group_size,
             "rank": case.rank,
             "seed": case.seed,
-            "windows": windows.tolist(),
+            "windows": drawn.solving.ids.tolist(),
             "out": str((place / "made").resolve()),
         }
         report = run_peer(case.method, job, self.out / "peers", place, console=self.console)

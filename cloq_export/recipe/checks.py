@@ -62,9 +62,20 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
 
 ABOVE_ZERO = ValueRule(lambda value: bool(value > 0), "it must be above 0")
 SHARE = between(0, 1)
+SHRINK = ValueRule(lambda value: bool(0 < value <= 1), "it must be above 0 and at most 1")
 FILE_NAME = matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
 )
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
+
+
+def bytes_of_size(text: str) -> int | None:
+    """Return a size such as 500MB in bytes, None if the text is none."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
 
 class Options:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from cloq_export.recipe.checks import (
     ABOVE_ZERO,
     FILE_NAME,
     SHARE,
+    SHRINK,
     Options,
     ValueRule,
     at_least,
@@ -85,6 +85,9 @@ class Recipe:
         "searched", "Range of a group: searched for the least error, or its minimum and maximum."
     )
     damping: float = option(0.01, "Added to the diagonal of H, as a share of its mean; 0 to 1.", SHARE)
+    range_shrink: float = option(
+        1.0, "Share of its range that a group's minmax grid spans, as MagR's authors shrink it; above 0.", SHRINK
+    )
     magr_alpha: float = option(1e-3, "Strength of MagR's penalty on the largest weight of a group; 0 to 1.", SHARE)
     sweeps: int = option(0, "COMQ coordinate sweeps over the codes after OPTQ; 0 is none.", at_least(0))
     refit: bool = option(False, "Refit the scales by least squares after OPTQ.")
@@ -151,6 +154,12 @@ class Recipe:
     samples: int = option(128, "Number of calibration windows.", at_least(1))
     seqlen: int = option(2048, "Tokens in a calibration window.", at_least(2))
     seed: int = option(0, "Seed that draws the calibration windows.", at_least(0), below_power_of_two(63))
+    reserve: int = option(
+        0,
+        "Tokens at the end of each calibration text that no window is drawn from: what a training on that text holds "
+        "out is then new to the codes.",
+        at_least(0),
+    )
     bos: Literal["auto", "never", "always"] = option(
         "auto",
         "Begin token before each window of text, in calibration, evaluation and training: auto (where the tokenizer "
@@ -318,27 +327,6 @@ FIELDS, CHOICES = _OPTIONS.fields, _OPTIONS.choices
 
 # What `cloq export` writes: a layout, or one of two things that hold no codes.
 EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft", "onnx", "onnx-adapter")
-
-# (option, choice) -> "module:attribute" of what does it.
-_REGISTERED: dict[tuple[str, str], str] = {}
-
-
-def register_choice(name: str, choice: str, home: str) -> None:
-    """Let an option have one more value.
-
-    Args:
-        name: an option of a recipe that allows only some values.
-        choice: the value.
-        home: what does it, as "module:attribute"; it is imported when it is needed.
-    """
-    _REGISTERED[name, choice] = home
-    CHOICES[name] = tuple(dict.fromkeys((*CHOICES[name], choice)))
-
-
-def registered_choice(name: str, choice: str) -> Any:
-    """Return what does a registered value of an option."""
-    module, _, attribute = _REGISTERED[name, choice].partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _faults_of(name: str, value: Any) -> list[str]:

@@ -139,51 +139,9 @@ def evaluation_tokens(tokenizer: Any, text: str, window: int, bos: str) -> torch
     ids, begin = torch.tensor(tokens.text_ids(text), dtype=torch.int64), tokens.window_begin(bos)
     if not begin:
         return ids
-    _check_room(begin, window)
+    check_room(begin, window)
     first = torch.tensor(begin, dtype=torch.int64)
     return torch.cat([part for piece in ids.split(window - len(begin)) for part in (first, piece)])
-
-
-def calibration_windows(
-    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int, bos: str
-) -> torch.Tensor:
-    """Return random windows of a text; of a mix, window i is from the text i modulo their number.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        calibration: one text or a mix.
-        samples: number of windows, at least 1.
-        seqlen: tokens per window, at least 1.
-        seed: of the draw from each text.
-        bos: what each window begins with, as in `TextTokens.window_begin`; it counts among its tokens.
-
-    Returns:
-        Tensor: (samples, seqlen) int64.
-
-    Raises:
-        CalibrationError: a text is shorter than one window, there are fewer windows than texts, or none is asked for.
-        UsageError: as in `evaluation_tokens`.
-    """
-    tokens = TextTokens(tokenizer)
-    begin = tokens.window_begin(bos)
-    _check_room(begin, seqlen)
-    parts = calibration.parts or (calibration,)
-    if 1 <= samples < len(parts):
-        raise CalibrationError(
-            f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
-            "(`samples`)."
-        )
-    first, room = torch.tensor(begin, dtype=torch.int64), seqlen - len(begin)
-    drawn = [
-        sample_windows(
-            torch.tensor(tokens.text_ids(part.text), dtype=torch.int64),
-            len(range(place, samples, len(parts))),
-            room,
-            seed,
-        )
-        for place, part in enumerate(parts)
-    ]
-    return torch.stack([torch.cat([first, drawn[i % len(parts)][i // len(parts)]]) for i in range(samples)])
 
 
 def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -203,22 +161,41 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     Raises:
         CalibrationError: the text is shorter than one window, or no window is asked for.
     """
+    starts = sample_starts(token_ids.shape[0], samples, seqlen, seed)
+    return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+
+
+def sample_starts(available: int, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Return the first tokens of the windows of `sample_windows`, (samples,) int64.
+
+    Args:
+        available: tokens of the text.
+        samples: as there.
+        seqlen: as there.
+        seed: as there.
+
+    Raises:
+        CalibrationError: as there.
+    """
     if samples < 1 or seqlen < 1:
         raise CalibrationError(
             f"{samples} windows of {seqlen} tokens were asked for; at least 1 of each is needed (`samples`, `seqlen`)."
         )
-    available = token_ids.shape[0]
     if available < seqlen:
         raise CalibrationError(
             f"the calibration text has {available} tokens, one window needs {seqlen}; give a longer text with "
             "`calibration`, or shorter windows with `seqlen`."
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(available - seqlen + 1, (samples,), generator=generator)
-    return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+    return torch.randint(available - seqlen + 1, (samples,), generator=generator)
 
 
-def _check_room(begin: tuple[int, ...], window: int) -> None:
+def check_room(begin: tuple[int, ...], window: int) -> None:
+    """Refuse windows that have no room behind their begin tokens.
+
+    Raises:
+        UsageError: they have none.
+    """
     if begin and window <= len(begin):
         raise UsageError(
             f"a window has {window} tokens, and {len(begin)} of them begin each window; choose longer windows, or bos "

@@ -70,6 +70,9 @@ def test_rows_means_and_files(
     assert rows["cloq", 2, "mean"]["perplexity"] == pytest.approx(sum(both) / 2)
     assert rows["cloq", 2, "mean"]["perplexity_spread"] == pytest.approx(torch.tensor(both).std().item(), rel=1e-4)
     assert rows["cloq", 2, 0]["tried_rates"].keys() == {"0.001"}
+    # Rates are chosen on text that no base was calibrated on: four sequences, and one that is not full.
+    assert RunDirectory.open(out / "bases" / "int2").recipe.reserve == comparison.reserve == 5 * 16
+    assert [rows["cloq", 2, seed]["held_out_tokens_calibrated_on"] for seed in (0, 1)] == [0, 0]
     assert json.loads((out / "compare.json").read_text())["rows"] == result["rows"]
     assert result["missing_rows"] == 0
     assert "| cloq |" in comparison_table(result)
@@ -143,6 +146,7 @@ def test_what_a_task_needs_is_read_before_a_base_is_made(
 
 def test_the_small_comparison_of_the_package_is_valid() -> None:
     small = ComparisonRecipe.read("small")
+    assert small.reserve == 33 * 128
     assert set(small.starts) <= set(STARTS)
     assert len([case for case in small.cases() if case[1] == "cloq" and case[2] == 2]) == 3 * len(small.tasks)
     assert set(ComparisonRecipe.read("small", full=True).starts) > set(small.starts)

@@ -15,7 +15,6 @@ import torch
 from cloq_export.errors import CalibrationError, MissingPackageError
 from cloq_export.texts.corpora import (
     CalibrationText,
-    calibration_windows,
     evaluation_text,
     load_text,
     sample_windows,
@@ -191,33 +190,18 @@ def test_too_short_text_is_refused() -> None:
         sample_windows(torch.arange(100), 0, 64, seed=0)
 
 
-def _letters(text: str, **options: Any) -> dict[str, list[int]]:
-    return {"input_ids": [ord(letter) for letter in text]}
-
-
-def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
+def test_a_mix_holds_its_texts(tmp_path: Path) -> None:
     for name, letter in (("one", "a"), ("two", "b"), ("c+c", "c")):
         (tmp_path / f"{name}.txt").write_text(letter * 50, encoding="utf-8")
     mix = load_text(f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}")
     assert mix.origin == f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}"
     assert mix.sha256 == hashlib.sha256(mix.text.encode()).hexdigest()
-    windows = calibration_windows(_letters, mix, 5, 4, 0, "auto")
-    assert "".join(chr(row[0]) for row in windows) == "ababa"
-    assert windows.shape == (5, 4)
-    assert all(len(set(row.tolist())) == 1 for row in windows)
-    with pytest.raises(CalibrationError, match="1 windows were asked for from a mix of 2 texts"):
-        calibration_windows(_letters, mix, 1, 4, 0, "auto")
+    assert [part.text[0] for part in mix.parts] == ["a", "b"]
     # A file's own name may have the sign in it.
     single = load_text(str(tmp_path / "c+c.txt"))
     assert (single.text, single.parts) == ("c" * 50, ())
     with pytest.raises(CalibrationError, match=r"'missing\.txt' is not a readable text file"):
         load_text(f"{tmp_path / 'one.txt'}+missing.txt")
-
-
-def test_windows_of_one_text_are_those_of_its_tokens(tmp_path: Path) -> None:
-    text = CalibrationText.of("".join(chr(97 + i % 26) for i in range(300)), "here")
-    tokens = tokenize_text(_letters, text.text)
-    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3, "auto"), sample_windows(tokens, 7, 20, 3))
 
 
 def test_tokenizing_adds_nothing() -> None:

@@ -12,9 +12,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from cloq_export.errors import DataError, UsageError
 from cloq_export.parity.answers import Respondent, continue_prompts, score_continuations
-from cloq_export.texts.corpora import CalibrationText, calibration_windows, evaluation_tokens, tokenize_text
+from cloq_export.recipe import Recipe
+from cloq_export.texts.corpora import CalibrationText, evaluation_tokens, sample_windows, tokenize_text
 from cloq_export.texts.examples import ChatExample, Example, Message
 from cloq_export.texts.tokens import TextTokens
+from cloq_export.texts.windows import WindowCounts, draw_windows
 from cloq_export.train.sequences import NOT_LEARNED, make_sequences
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -188,11 +190,14 @@ def test_windows_begin_as_asked(post: str, bos: str, begin: tuple[int, ...]) -> 
     assert torch.equal(windows[:, len(begin) :].reshape(-1), plain[: count * room])
     assert all(tuple(window[: len(begin)].tolist()) == begin for window in windows)
     text = CalibrationText.of(LONG, "here")
-    drawn = calibration_windows(tokenizer, text, 5, 8, 3, bos)
+    recipe = Recipe(model="m", seqlen=8, seed=3, bos=bos)
+    made_windows = draw_windows(tokenizer, text, recipe, WindowCounts(5))
+    assert made_windows.to_json()["begin_tokens"] == list(begin)
+    drawn = made_windows.solving.ids
     assert drawn.shape == (5, 8)
     assert torch.equal(drawn[:, : len(begin)], torch.tensor(begin, dtype=torch.int64).expand(5, -1))
     # Behind it stands what would be drawn for windows that are shorter by the begin token.
-    bare = calibration_windows(make_tokenizer("bytes"), text, 5, room, 3, "auto")
+    bare = sample_windows(plain, 5, room, 3)
     assert torch.equal(drawn[:, len(begin) :], bare)
     made = make_sequences([Example(None, LONG)], tokenizer, 8, bos=bos)
     assert [row["input_ids"].tolist() for row in made.rows] == windows.tolist()
