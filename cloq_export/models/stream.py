@@ -17,6 +17,7 @@ from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorP
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
+from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.weights_on_disk import in_memory
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
@@ -67,6 +68,7 @@ class BlockStream:
                 "Give more text, or fewer tokens per window with --seqlen."
             )
         self.model = model.eval()
+        forget_lengths(model)
         self.blocks = blocks
         self.device = torch.device(device)
         self._mover = BlockMover(blocks, self.device)
