@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cloq_export.lab.comparison_report import write_comparison
 from cloq_export.lab.row_folder import RowFolder, making_cost, row_path
 from cloq_export.lab.trainers import FloatTrainer, RunTrainer, Trainer, UnavailableError
 from cloq_export.parity.perplexity import perplexity
+from cloq_export.parity.tasks import expand_names
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens
 from cloq_export.texts.named_sets import load_examples
@@ -171,11 +173,16 @@ class ComparisonFolder:
             measured = perplexity(model, tokens, **sizes, console=self.console)
             judged |= {"perplexity": measured.perplexity, "standard_error": measured.standard_error}
         if "questions" in options:
-            questions = read_questions({options["questions"]: None}, options["problems"], 0)
+            questions = read_questions(expand_names([options["questions"]]), options["problems"], 0)
             session = Session(self.console)
             subject = Subject(name, float_model(model), None, name)
-            entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[options["questions"]]
-            judged |= {"accuracy": entry["models"][name]["accuracy"], "questions": entry["questions"]}
+            entries = answer_tasks(session, questions, [subject], tokenizer, None, None)
+            accuracies = {task: entry["models"][name]["accuracy"] for task, entry in entries.items()}
+            asked = sum(entry["questions"] for entry in entries.values())
+            # Of a group the mean over its tasks, as the paper's tables have it.
+            judged |= {"accuracy": statistics.fmean(accuracies.values()), "questions": asked}
+            if len(accuracies) > 1:
+                judged["accuracies"] = accuracies
         return judged
 
 
@@ -192,4 +199,4 @@ def _check_data(options: Mapping[str, Any]) -> None:
     if "text" in options:
         evaluation_text(options["text"])
     if "questions" in options:
-        read_questions({options["questions"]: None}, options["problems"], 0)
+        read_questions(expand_names([options["questions"]]), options["problems"], 0)

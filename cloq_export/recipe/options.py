@@ -34,7 +34,7 @@ from cloq_export.recipe.checks import (
     recipe_error,
 )
 from cloq_export.recipe.finetune import finetune_faults
-from cloq_export.recipe.presets import PRESETS
+from cloq_export.recipe.presets import PRESETS, preset_options
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 # Steps of a refinement where a recipe says 0: more bring little.
@@ -228,7 +228,7 @@ class Recipe:
         faults: list[str] = []
         if preset not in PRESETS:
             faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {listed(PRESETS)}")
-        values: dict[str, Any] = dict(PRESETS.get(preset, {}))
+        values: dict[str, Any] = {}
         for name, value in mapping.items():
             if name not in FIELDS:
                 faults.append(f"{name!r} is not an option of a recipe{near(str(name), FIELDS)}")
@@ -244,7 +244,8 @@ class Recipe:
                 values[name] = _OPTIONS.number_of(name, value)
         if faults:
             raise recipe_error(faults)
-        return cls(**values)
+        grid = [values.get(name, FIELDS[name].default) for name in ("bits", "group_size")]
+        return cls(**{**preset_options(preset, *grid), **values})
 
     def to_mapping(self) -> dict[str, Any]:
         """Return every option as plain JSON values.
@@ -308,7 +309,8 @@ class Recipe:
     def preset_name(self) -> str:
         """Return the preset whose every setting this recipe has, or "custom"."""
         touched = {name for settings in PRESETS.values() for name in settings}
-        for preset, settings in PRESETS.items():
+        for preset in PRESETS:
+            settings = preset_options(preset, self.bits, self.group_size)
             expected = {**{name: FIELDS[name].default for name in touched}, **settings}
             if all(getattr(self, name) == value for name, value in expected.items()):
                 return preset

@@ -16,14 +16,17 @@ from cloq_export.texts.data_sets import hub_rows, local_file
 from cloq_export.texts.examples import forms_of, numbered_rows, text_of
 from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
 from cloq_export.texts.tokens import TextTokens
+from cloq_export.texts.wikitext import WIKITEXTS, read_wikitext
 
 WIKITEXT2 = "wikitext2"
 GSM8K = "gsm8k"
 EMBEDDED = "embedded"
 
-_WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
-_WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
 _GSM8K_HUB = ("openai/gsm8k", "main")
+_REMEDY = (
+    "Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that the environment "
+    "variable CLOQ_DATA names."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +74,11 @@ def load_text(name: str) -> CalibrationText:
     """Return a calibration text, or a mix of several.
 
     Args:
-        name: "wikitext2" (validation split, from the data folder or the hub), "gsm8k" (training split, questions and
-            answers), "embedded" (a text that every Python installation has), a file (plain text, or .jsonl or .json
-            rows with "text" or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train"
-            unless named). Several, joined by "+", are a mix.
+        name: "wikitext2" (validation split, from the data folder or the hub; ":SPLIT" names another), "wikitext2-raw"
+            (the raw form, its lines joined by two line feeds as papers do; the same splits), "gsm8k" (training split,
+            questions and answers), "embedded" (a text that every Python installation has), a file (plain text, or
+            .jsonl or .json rows with "text" or with "question" and "answer"), or a hub data set
+            `ID[:CONFIG[:SPLIT]]` (split "train" unless named). Several, joined by "+", are a mix.
 
     Returns:
         CalibrationText: the text with its origin and hash.
@@ -213,8 +217,9 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
 
 
 def _load(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
-    if name == WIKITEXT2:
-        return _wikitext(wikitext_split)
+    form, _, split = name.partition(":")
+    if form in WIKITEXTS and ":" not in split:
+        return CalibrationText.of(*read_wikitext(form, split or wikitext_split, remedy=_REMEDY))
     if name == GSM8K:
         return _gsm8k(gsm8k_split)
     if name == EMBEDDED:
@@ -243,16 +248,6 @@ def _embedded() -> CalibrationText:
         ) from None
     text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
     return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")
-
-
-def _wikitext(split: str) -> CalibrationText:
-    path = local_file(_WIKITEXT_FILES[split])
-    if path is not None:
-        return CalibrationText.of(_read_file(path), str(path))
-    rows = _hub_rows(*_WIKITEXT_HUB, split)
-    # The hub drops the blank that the original file has on empty lines.
-    text = "".join(row["text"] or " \n" for row in rows)
-    return CalibrationText.of(text, f"hub:{':'.join(_WIKITEXT_HUB)}:{split}")
 
 
 def _gsm8k(split: str) -> CalibrationText:
@@ -284,10 +279,4 @@ def _join_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    return hub_rows(
-        identifier,
-        config,
-        split,
-        remedy="Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that "
-        "the environment variable CLOQ_DATA names.",
-    )
+    return hub_rows(identifier, config, split, remedy=_REMEDY)

@@ -21,6 +21,8 @@ from cloq_export.lab import comparing
 from cloq_export.lab.comparing import compare
 from cloq_export.lab.comparison import STARTS, ComparisonRecipe
 from cloq_export.lab.comparison_report import comparison_table
+from cloq_export.models.source import open_model
+from cloq_export.parity.tasks import GROUPS
 from cloq_export.recipe import Recipe
 
 
@@ -94,7 +96,18 @@ def test_rows_means_and_files(
 
 @pytest.mark.slow
 def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["cloq", "cloq-balanced", "cloq-transposed", "zero", "zero-on-cloq", "svd", "loftq", "lora", "qlora"]
+    names = [
+        "cloq",
+        "cloq-balanced",
+        "cloq-transposed",
+        "zero",
+        "zero-on-cloq",
+        "svd",
+        "loftq",
+        "apiq-bw",
+        "lora",
+        "qlora",
+    ]
     path = recipe_file(starts=names, seeds={2: [0]})
     assert main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -103,7 +116,7 @@ def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytes
     for name, row in rows.items():
         assert row.get("perplexity", 0) > 0, (name, row)
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]))
-    assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq"}
+    assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq", "int2-refine-apiq-bw"}
     # The three splits begin with the same product, up to the rounding of activations (bfloat16 where that is fast);
     # LoftQ is worse than CLoQ on the calibration inputs.
     before = {name: row["held_out_loss_before"] for name, row in rows.items() if "held_out_loss_before" in row}
@@ -149,7 +162,45 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
     assert small.reserve == 33 * 128
     assert set(small.starts) <= set(STARTS)
     assert len([case for case in small.cases() if case[1] == "cloq" and case[2] == 2]) == 3 * len(small.tasks)
-    assert set(ComparisonRecipe.read("small", full=True).starts) > set(small.starts)
+    full = ComparisonRecipe.read("small", full=True, model="mistralai/Mistral-7B-v0.1")
+    assert set(full.starts) > {*small.starts, "apiq-lw", "apiq-bw"}
+    assert list(full.tasks) == ["wikitext2", "gsm8k", "math10k", "commonsense170k"]
+    assert full.model == "mistralai/Mistral-7B-v0.1"
+    assert (full.bos, full.reserve) == ("never", 257 * 512)
+    # Measured on the split of the paper's tables, calibrated and trained on the training split, of which the end that
+    # trainings hold out is new to every base.
+    assert full.tasks["wikitext2"]["text"] == "wikitext2-raw:validation"
+    assert full.tasks["wikitext2"]["finetune"]["data"] == full.quantize["calibration"] == "wikitext2-raw:train"
+
+
+def test_a_group_of_tasks_is_judged_by_the_mean_of_its_accuracies(
+    recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GROUPS, "both", ("short-word-problems", "word-problems"))
+    task = yaml.safe_load(recipe_file().read_text())["tasks"]["text"]
+    task = {"finetune": task["finetune"], "questions": "both", "problems": 2}
+    comparison = ComparisonRecipe.read(str(recipe_file(tasks={"problems": task})))
+    folder = comparing.ComparisonFolder(comparison, tmp_path / "out", silent)
+    loaded = open_model(comparison.model, dtype=torch.float32)
+    asked: list[str] = []
+
+    def answered(_: Any, questions: Any, subjects: Any, *more: Any) -> dict[str, Any]:
+        asked.extend(questions)
+        return {
+            name: {"models": {"start": {"accuracy": 0.25 + 0.5 * place}}, "questions": 2}
+            for place, name in enumerate(questions)
+        }
+
+    monkeypatch.setattr(comparing, "answer_tasks", answered)
+    judged = folder._judge("problems", loaded.model, loaded.tokenizer, "start")
+    assert asked == ["short-word-problems", "word-problems"]
+    assert judged == {
+        "accuracy": 0.5,
+        "questions": 4,
+        "accuracies": {"short-word-problems": 0.25, "word-problems": 0.75},
+    }
+    with pytest.raises(RecipeError, match="a task or group out of"):
+        ComparisonRecipe.read(str(recipe_file(tasks={"problems": {**task, "questions": "none"}})))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +220,7 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
         ({"tasks": {"a": {"finetune": {"steps": "x"}}}}, "the task 'a': steps is 'x'; a whole number is needed"),
         (
             {"tasks": {"a": {"finetune": {}, "questions": "gsm", "problems": 0}}},
-            "questions is 'gsm'; a task out of gsm8k, .*problems is 0; a whole number of at least 1 is needed; "
+            "questions is 'gsm'; a task or group out of gsm8k, .*problems is 0; a whole number of at least 1 is needed; "
             "the task 'a' learns from nothing; give data",
         ),
         ({"tasks": {"a": {"finetune": {}}}}, "the task 'a' is judged by nothing"),

@@ -20,6 +20,8 @@ from cloq_export.texts.corpora import (
     sample_windows,
     tokenize_text,
 )
+from cloq_export.texts.examples import Example
+from cloq_export.texts.named_sets import load_examples
 
 
 @pytest.fixture
@@ -188,6 +190,32 @@ def test_too_short_text_is_refused() -> None:
         sample_windows(torch.arange(10), 4, 64, seed=0)
     with pytest.raises(CalibrationError, match="0 windows of 64 tokens"):
         sample_windows(torch.arange(100), 0, 64, seed=0)
+
+
+RAW = " \n = Title = \n \n A line with \u2028 in it . \n \n"
+
+
+def test_the_raw_form_joins_its_lines_as_papers_do(data_folder: Path, hub: dict[str, Any]) -> None:
+    """Two line feeds between the hub's rows, which are lines with their line feed, and empty texts for empty lines."""
+    hub["rows"] = [{"text": text} for text in ("", " = Title = \n", "", " A line with \u2028 in it . \n", "")]
+    joined = "\n\n".join(row["text"] for row in hub["rows"])
+    assert evaluation_text("wikitext2-raw:validation").text == joined
+    assert hub["asked"] == [("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")]
+    (data_folder / "wikitext2-raw").mkdir()
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        (data_folder / "wikitext2-raw" / f"{name}.txt").write_text(RAW + split, encoding="utf-8")
+        text = load_text(f"wikitext2-raw:{split}")
+        assert text.text == joined + "\n\n" + split
+        assert text.origin.endswith(f"{name}.txt")
+        # What is trained on is the very text that is calibrated on.
+        (example,) = load_examples(f"wikitext2-raw:{split}").examples
+        assert example == Example(None, text.text)
+    # Unless a split is named: calibration on validation, measured on test, as of the other form.
+    assert load_text("wikitext2-raw").text.endswith("validation")
+    assert evaluation_text("wikitext2-raw").text.endswith("test")
+    assert load_text("wikitext2:test").text == " \n = Test = \n"
+    with pytest.raises(CalibrationError, match=r"wikitext2-raw has no split 'dev'; it has train, validation, test\."):
+        load_text("wikitext2-raw:dev")
 
 
 def test_a_mix_holds_its_texts(tmp_path: Path) -> None:

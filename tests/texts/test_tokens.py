@@ -126,6 +126,43 @@ def test_no_token_begins_or_ends_a_text_twice(kind: str, post: str) -> None:
     assert learned.count(EOS) == 1
 
 
+# Where the tokenizers of these families put a begin token: Llama 2 and Mistral, Gemma, Llama 3; Qwen has none.
+FAMILIES = {
+    "llama 2": ("llama 2", "begins"),
+    "gemma": ("metaspace", "begins"),
+    "llama 3": ("bytes", "begins"),
+    "qwen": ("bytes", "none"),
+}
+
+
+def harness_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return what lm-evaluation-harness asks (`HFLM.tok_encode` without arguments and with no `add_bos_token`).
+
+    The rule: the tokenizer's own `add_special_tokens`, whatever that is; none where the text begins with the begin
+    token already.
+    """
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer.encode(text, **({"add_special_tokens": False} if begins else {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", ["Q: ab\nA:", "<s>Q: ab\nA:", "ab", " 4"])
+def test_prompts_are_asked_as_the_harness_asks_them(family: str, text: str) -> None:
+    kind, post = FAMILIES[family]
+    tokenizer = make_tokenizer(kind, post)
+    expected = harness_ids(tokenizer, text)
+    assert expected[0] == BOS or post == "none"
+    assert TextTokens(tokenizer).prompt_ids(text) == expected
+    assert learned_of(tokenizer, text, " 4")[0] == expected
+    # Of a tokenizer that ends texts by itself the harness keeps the end token, behind which no model goes on.
+    ends = make_tokenizer(kind, "both" if post == "begins" else "ends")
+    assert [*TextTokens(ends).prompt_ids(text), *([] if text.startswith("<s>") else [EOS])] == harness_ids(ends, text)
+    # The windows of texts begin as prompts do, unless they are asked otherwise.
+    begin = TextTokens(tokenizer).window_begin("auto")
+    assert list(begin) == expected[: len(begin)]
+    assert begin == ((BOS,) if post == "begins" else ())
+
+
 @pytest.mark.parametrize("post", POSTS)
 def test_choices_are_parted_as_the_harness_does(post: str) -> None:
     tokenizer = make_tokenizer("llama 2", post)
