@@ -16,6 +16,7 @@ from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
+from cloq_export.compress.job import WINDOWS_REPORT
 from cloq_export.compress.session import Session
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.engines.transformers.loading import load
@@ -97,7 +98,8 @@ class FrontierFolder:
         self.frontier = frontier
         self.out = out
         self.console = console
-        self.rows = RowFolder(out, "frontier-recipe", dataclasses.asdict(frontier))
+        # Rows from before windows that judge were held apart are not of the same table.
+        self.rows = RowFolder(out, "frontier-recipe", {**dataclasses.asdict(frontier), "judged": "apart"})
 
     def measure(self, case: FrontierRow) -> dict[str, Any]:
         """Make what a row is about, and judge it."""
@@ -126,7 +128,12 @@ class FrontierFolder:
         model = load(place, adapter, dtype=torch.float32)
         tokenizer = read_tokenizer(RunDirectory.open(place).checkpoint_path)
         stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
-        made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
+        windows = RunDirectory.open(place).read_report(WINDOWS_REPORT)["windows"]
+        made = {
+            "stored_bits_per_weight": stored,
+            **making_cost(summary, in_one_go=in_one_go),
+            "distinct_tokens": {kind: told["distinct_tokens"] for kind, told in windows.items()},
+        }
         return self._judge(model, tokenizer, case) | made
 
     def _of_peer(self, case: FrontierRow, place: Path) -> dict[str, Any]:
@@ -153,6 +160,7 @@ class FrontierFolder:
         stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
         model = load(checkpoint, adapter, dtype=torch.float32, force=True)
         told = {name: report[name] for name in ("seconds", "memory_beyond_model_bytes", "versions")}
+        told["distinct_tokens"] = {"solved": drawn.distinct(drawn.solving)}
         return self._judge(model, loaded.tokenizer, case) | {"stored_bits_per_weight": stored, **told}
 
     def _judge(self, model: nn.Module, tokenizer: Any, case: FrontierRow) -> dict[str, Any]:

@@ -220,8 +220,8 @@ def test_a_group_of_tasks_is_judged_by_the_mean_of_its_accuracies(
         ({"tasks": {"a": {"finetune": {"steps": "x"}}}}, "the task 'a': steps is 'x'; a whole number is needed"),
         (
             {"tasks": {"a": {"finetune": {}, "questions": "gsm", "problems": 0}}},
-            "questions is 'gsm'; a task or group out of gsm8k, .*problems is 0; a whole number of at least 1 is needed; "
-            "the task 'a' learns from nothing; give data",
+            "questions is 'gsm'; a task or group out of gsm8k, .*problems is 0; a whole number of at least 1 is "
+            "needed; the task 'a' learns from nothing; give data",
         ),
         ({"tasks": {"a": {"finetune": {}}}}, "the task 'a' is judged by nothing"),
         ({"bits": 2}, "bits is 2; a list of widths out of 2, 3, 4 and 8 is needed"),
