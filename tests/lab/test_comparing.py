@@ -173,6 +173,16 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
     assert full.tasks["wikitext2"]["finetune"]["data"] == full.quantize["calibration"] == "wikitext2-raw:train"
 
 
+def test_a_row_whose_held_out_text_was_calibrated_on_says_so() -> None:
+    row = {"task": "text", "init": "cloq", "bits": 2, "seed": 0, "held_out_tokens_calibrated_on": 12}
+    result = {"rows": [row], "bases": {}, "environments": {}, "missing_rows": 0}
+    assert (
+        "- cloq, text, 2 bits, seed 0: the codes were calibrated on 12 of the tokens that are held out, so its rate "
+        "and its held-out perplexity are not of new text\n"
+    ) in comparison_table(result)
+    assert "held out" not in comparison_table({**result, "rows": [{**row, "held_out_tokens_calibrated_on": 0}]})
+
+
 def test_a_group_of_tasks_is_judged_by_the_mean_of_its_accuracies(
     recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
