@@ -68,16 +68,6 @@ FILE_NAME = matching(
 )
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
-
-
-def bytes_of_size(text: str) -> int | None:
-    """Return a size such as 500MB in bytes, None if the text is none."""
-    match = _SIZE.fullmatch(text)
-    return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
-
-
 class Options:
     """The options of one dataclass: their fields, and the values of those that allow only some.
 

@@ -112,7 +112,7 @@ class ReferenceModel(TransformersModel):
         """
         model = self.model(adapter)
         results: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
-        for batch in batches_of(list(range(len(token_ids))), token_ids, tokens_per_batch(model)):
+        for batch in batches_of(list(range(len(token_ids))), token_ids, model):
             padded = padded_rows([token_ids[row] for row in batch], model)
             with torch.no_grad():
                 logits = model(input_ids=padded, use_cache=False).logits

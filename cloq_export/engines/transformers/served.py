@@ -67,7 +67,7 @@ class TransformersModel:
         results: list[Alternatives | None] = [None] * len(token_ids)
         for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
             model = self.model(adapter)
-            for batch in batches_of(rows, token_ids, tokens_per_batch(model)):
+            for batch in batches_of(rows, token_ids, model):
                 padded = padded_rows([token_ids[row] for row in batch], model)
                 with torch.no_grad():
                     logits = model(input_ids=padded, use_cache=False).logits
