@@ -14,6 +14,7 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.models.context import context_length
+from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.process.progress import show_progress
@@ -85,6 +86,7 @@ def window_losses(
 
 def _logits_of(model: nn.Module, rows: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield some windows and their logits at a time; each weight that is on disk is read once for all windows."""
+    forget_lengths(model)
     weights = weights_on_disk(model)
     batches = rows.split(count)
     if weights is None:
