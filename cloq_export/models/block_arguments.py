@@ -81,6 +81,27 @@ class TensorPool:
         return shared
 
 
+class OnDevice:
+    """Copies tensors to a device, one that is given several times once.
+
+    Args:
+        device: where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # As in `TensorPool`.
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the device, itself if it lies there."""
+        if tensor.device == self._device:
+            return tensor
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = (tensor, tensor.to(self._device))
+        return self._copies[id(tensor)][1]
+
+
 @dataclasses.dataclass(frozen=True)
 class WrittenBeside:
     """What blocks wrote for later ones beside the hidden states.

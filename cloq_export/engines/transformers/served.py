@@ -147,7 +147,8 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
     padded = padded_rows(token_ids, model)
     with torch.no_grad():
         logits = model(input_ids=padded, use_cache=False).logits
-    return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+    rows = [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+    return list(torch.cat(rows).cpu().split([len(ids) - 1 for ids in token_ids]))
 
 
 def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:
@@ -240,12 +241,12 @@ def tokens_per_batch(model: Any) -> int:
 
 
 def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(logits)[targets] as float32 on the CPU; logits (n, vocabulary), targets (n,)."""
+    """Return log softmax(logits)[targets] as float32; logits (n, vocabulary), targets (n,)."""
     pieces = [
         -nn.functional.cross_entropy(part.to(torch.float32), wanted, reduction="none")
         for part, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
     ]
-    return torch.cat(pieces).cpu()
+    return torch.cat(pieces)
 
 
 def device_of(model: nn.Module) -> torch.device:
