@@ -30,7 +30,7 @@ from cloq_export.models.weights_on_disk import in_memory
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
 # Hidden states stay on an accelerator while they take less than this share of its free memory.
-_STORAGE_SHARE = 0.25
+STORAGE_SHARE = 0.25
 
 
 class BlockStream:
@@ -111,6 +111,10 @@ class BlockStream:
     def rounds_inputs(self) -> bool:
         """Return whether linear layers multiply their inputs rounded to bfloat16."""
         return self._precision == "bfloat16"
+
+    def arguments(self, index: int) -> BlockArguments:
+        """Return what a block is given beside the hidden states in the first batch."""
+        return self._calls[0][index]
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """Compute for a while as the blocks do, for callers that run a part of a block by itself."""
@@ -285,7 +289,7 @@ class BlockStream:
         if self.device.type == "cuda":
             # Two streams, each with the states before and after the block.
             needed = 4 * batches * hidden.numel() * hidden.element_size()
-            return self.device if needed < _STORAGE_SHARE * cuda().free_bytes(self.device) else _HOST
+            return self.device if needed < STORAGE_SHARE * cuda().free_bytes(self.device) else _HOST
         return self.device if self.device.type == "cpu" else _HOST
 
     def _as_argument(self, tensor: torch.Tensor) -> torch.Tensor:
