@@ -19,7 +19,7 @@ def render_plan(plan: Mapping[str, Any], console: Console) -> None:
         print_line(console, f"{count} of {plan['layers']} layers: {grid}")
     device = plan["device"]
     about = "about, " if device["estimated"] else ""
-    table = Table("on a GPU", "at most", f"{about}of which", title_justify="left")
+    table = Table(f"on a GPU, in {device['dtype']}", "at most", f"{about}of which", title_justify="left")
     for stage in device["stages"]:
         parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in stage["parts"].items() if count)
         table.add_row(stage["stage"], format_bytes(stage["bytes"]), parts)

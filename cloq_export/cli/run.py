@@ -33,7 +33,8 @@ def command(finetune: bool, plan: bool, gate_texts: tuple[str, ...], as_json: bo
     """
     gates = parse_gates(gate_texts)
     if plan:
-        return _show_plan({**options, "out": options["out"] or Path()}, as_json=as_json)
+        _show_plan({**options, "out": options["out"] or Path()}, as_json=as_json)
+        return
     recipe, out = build_recipe(options, finetune=finetune)
     if recipe.rank == 0 and "adapter_perplexity" in gates:
         raise UsageError(

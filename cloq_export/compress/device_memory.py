@@ -19,8 +19,7 @@ from torch import nn
 from cloq_export.adapt.cloq import EXACT_SIDE, OVERSAMPLING
 from cloq_export.models.block_arguments import BlockArguments
 from cloq_export.models.blocks import find_linears
-from cloq_export.models.lending import tensor_bytes
-from cloq_export.models.stream import STORAGE_SHARE
+from cloq_export.models.lending import STORAGE_SHARE, tensor_bytes
 from cloq_export.process.storage_counter import StorageCounter
 from cloq_export.quantize.optq import BLOCK_COLUMNS
 from cloq_export.recipe import Recipe
@@ -66,9 +65,7 @@ class BlockShape:
     traced: bool = True
 
     @classmethod
-    def of(
-        cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]
-    ) -> BlockShape:
+    def of(cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]) -> BlockShape:
         """Return the shape of a block; `trace` and `estimate` say how, the second where the first cannot.
 
         Args:
@@ -141,9 +138,7 @@ class BlockShape:
         given, states = call.map(lambda tensor: tensor.to("meta")), states.to("meta")
         try:
             with torch.no_grad(), counter:
-                given.invoke(
-                    lambda *args, **kwargs: torch.func.functional_call(block, empty, args, kwargs), states
-                )
+                given.invoke(lambda *args, **kwargs: torch.func.functional_call(block, empty, args, kwargs), states)
         finally:
             for handle in handles:
                 handle.remove()

@@ -32,6 +32,7 @@ class DevicePlan:
 
     Args:
         device: its name, or "cpu".
+        dtype: of the float weights that were counted; on a GPU they keep the one that they are stored in.
         total: bytes of the device; None without one.
         free: bytes of it that are free; None without one.
         windows_per_batch: windows of one forward pass that fit, 0 if none do; without a device, what is usual.
@@ -40,6 +41,7 @@ class DevicePlan:
     """
 
     device: str
+    dtype: str
     total: int | None
     free: int | None
     windows_per_batch: int
@@ -62,7 +64,16 @@ class DevicePlan:
         total, free = (cuda().total_bytes(device), cuda().free_bytes(device)) if there else (None, None)
         shape = largest_shape(block_shapes(model, plan, recipe))
         batch = usual if free is None else fitting_windows(shape, recipe, usual, free)
-        return cls(name, total, free, batch, walk_stages(shape, recipe, batch or 1, _ANY if free is None else free), not shape.traced)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return cls(
+            name,
+            dtype,
+            total,
+            free,
+            batch,
+            walk_stages(shape, recipe, batch or 1, _ANY if free is None else free),
+            not shape.traced,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cloq run --plan --json` prints of it."""

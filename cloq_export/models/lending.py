@@ -1,4 +1,4 @@
-"""Hold a whole model on a device for a while."""
+"""What is held on a device beside the block that computes: a whole model for a while, or hidden states."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from cloq_export.kernels.gpu import cuda
+
+# Hidden states stay on an accelerator while they take less than this share of its free memory.
+STORAGE_SHARE = 0.25
+
+
+def place_of_states(device: torch.device, needed: int) -> torch.device:
+    """Return where hidden states of so many bytes are kept: on a GPU that has much more, else in host memory."""
+    if device.type == "cuda" and needed < STORAGE_SHARE * cuda().free_bytes(device):
+        return device
+    return device if device.type == "cpu" else torch.device("cpu")
 
 
 def tensor_bytes(model: nn.Module) -> int:

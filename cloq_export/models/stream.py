@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError
-from cloq_export.kernels.gpu import cuda
 from cloq_export.models.block_arguments import (
     BlockArguments,
     HandedOn,
@@ -23,14 +22,13 @@ from cloq_export.models.block_arguments import (
     returned_beside,
 )
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.lending import place_of_states
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
 from cloq_export.models.weights_on_disk import in_memory
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
-# Hidden states stay on an accelerator while they take less than this share of its free memory.
-STORAGE_SHARE = 0.25
 
 
 class BlockStream:
@@ -95,11 +93,12 @@ class BlockStream:
         pool: list[torch.Tensor] = []
         for batch_index, ids in enumerate(batches):
             hidden, calls = self._capture(ids)
-            shared = TensorPool(pool, grows=batch_index == 0)
             if batch_index == 0:
-                self.storage = self._choose_storage(hidden, len(batches))
+                # Two streams, each with the states before and after the block.
+                self.storage = place_of_states(self.device, 4 * len(batches) * hidden.numel() * hidden.element_size())
                 place = OnDevice(self.storage)
-            self._calls.append([call.map(lambda tensor: place.put(shared.share(tensor))) for call in calls])
+            shared = TensorPool(pool, place, grows=batch_index == 0)
+            self._calls.append([call.map(shared.share) for call in calls])
             self.hidden.append(hidden.to(self.storage))
 
     @property
@@ -285,13 +284,6 @@ class BlockStream:
                 "tokenizer and model do not belong together. Use the tokenizer that came with the model."
             )
 
-    def _choose_storage(self, hidden: torch.Tensor, batches: int) -> torch.device:
-        if self.device.type == "cuda":
-            # Two streams, each with the states before and after the block.
-            needed = 4 * batches * hidden.numel() * hidden.element_size()
-            return self.device if needed < STORAGE_SHARE * cuda().free_bytes(self.device) else _HOST
-        return self.device if self.device.type == "cpu" else _HOST
-
     def _as_argument(self, tensor: torch.Tensor) -> torch.Tensor:
         # Rotary tables and masks in the dtype of the products, as a bfloat16 model has them: float32 tables would turn
         # queries and keys back to float32.
@@ -370,9 +362,6 @@ class BlockStream:
                 "blocks with --blocks, e.g. --blocks model.layers."
             )
         return first[0], [call for call in calls if call is not None]
-
-
-_HOST = torch.device("cpu")
 
 
 def _embeddings(model: nn.Module) -> nn.Module:

@@ -20,11 +20,11 @@ from cloq_export.compress.device_memory import InputGroup, solve_bytes, walk_sta
 from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.plan import ModulePlan, make_plan
-from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.compress.planned import block_shapes
+from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
-from cloq_export.models import stream
+from cloq_export.models import lending
 from cloq_export.models.blocks import find_blocks
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerStats, QuantSpec
@@ -80,11 +80,12 @@ def test_a_walk_takes_what_was_counted(
     plan = make_plan(blocks, recipe)
     shapes = block_shapes(model, plan, recipe)
     if not inside:
-        for module in (device_memory, stream):
+        for module in (device_memory, lending):
             monkeypatch.setattr(module, "STORAGE_SHARE", 0.0)
-    with pretended_gpus() as gpus, RunDirectory.create_or_resume(
-        tmp_path / "run", recipe.to_mapping(), "f", {}
-    ) as directory:
+    with (
+        pretended_gpus() as gpus,
+        RunDirectory.create_or_resume(tmp_path / "run", recipe.to_mapping(), "f", {}) as directory,
+    ):
         windows = SimpleNamespace(drawn=torch.randint(96, (8, 128), generator=torch.Generator().manual_seed(0)))
         job = CompressJob(model, plan, recipe, directory, windows, strategy_of(recipe), torch.device("cuda"), None)
         walk = BlockWalk(job, silent, windows_per_batch=2)

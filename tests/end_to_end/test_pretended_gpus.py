@@ -169,7 +169,10 @@ def test_a_run_is_that_of_the_processor(
     for name, measured in here.perplexity.models.items():
         assert there.perplexity.models[name].perplexity == pytest.approx(measured.perplexity, rel=0.02)
     # What is said differs where weights are on disk: by what is free, and by where they are measured.
-    said = [[note for note in notes if "on disk" not in note and "from disk" not in note] for notes in (there.notes, here.notes)]
+    said = [
+        [note for note in notes if "on disk" not in note and "from disk" not in note]
+        for notes in (there.notes, here.notes)
+    ]
     assert said[0] == said[1]
     used = {index for index, peak in gpus.peak.items() if peak and index >= 0}
     assert used == ({0, 1} if devices == 2 and device == "cuda" else {1 if device == "cuda:1" else 0})
@@ -211,7 +214,7 @@ def test_training_waits_as_often_in_every_step(
             finetune(tmp_path / str(steps), FineTuneRecipe.from_mapping({**recipe, "steps": steps}), console=silent)
         check(gpus)
         waits.append(sum(count for (what, _), count in gpus.waits.items() if what != "copy from the host"))
-    # Rows with labels, a loss that is finite, and four of the trainer, which shows loss and gradient norm of every step.
+    # Rows with labels, a loss that is finite, and four of the trainer, which shows loss and norm of every step.
     assert waits[1] - waits[0] <= 6 * 4
 
 
