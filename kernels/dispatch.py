@@ -13,6 +13,7 @@ import importlib.util
 import torch
 
 from cloq_export.kernels.cpu import library
+from cloq_export.kernels.gpu import cuda
 
 # Where Triton's kernels run. Tests add "cpu", which its interpreter serves.
 TRITON_DEVICES = {"cuda"}
@@ -61,7 +62,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def _is_capable(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return device.type != "cuda" or cuda().capability(device) >= _LEAST_CAPABILITY
 
 
 def triton_takes(*tensors: torch.Tensor | None) -> bool:
@@ -87,14 +88,14 @@ def triton_takes_layer(bits: int, in_features: int, groups: int, *tensors: torch
 
 def describe_gpu() -> str:
     """Return one line: whether the GPU's kernels are used, or why not; `kernels.cpu.describe` says it of the CPU."""
-    if not torch.cuda.is_available():
+    if not cuda().count():
         return "GPU kernels: none, because torch sees no GPU."
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
+    device = cuda().current_device()
+    name = cuda().name(device)
     if not has_triton():
         return f"GPU kernels: the torch reference on {name}, because Triton is not installed; run pip install triton."
     if not _is_capable(device):
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        found = ".".join(map(str, cuda().capability(device)))
         return f"GPU kernels: the torch reference on {name}, because its compute capability {found} is below 8.0."
     import triton
 

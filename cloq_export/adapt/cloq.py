@@ -14,7 +14,7 @@ from cloq_export.types import LoraPair, Split
 
 # Above this size the exact decomposition of the smaller side gives way to subspace iteration.
 EXACT_SIDE = 2048
-_OVERSAMPLING = 32
+OVERSAMPLING = 32
 _MAX_ITERATIONS = 60
 _RESIDUAL_TOLERANCE = 1e-3
 
@@ -62,7 +62,7 @@ def _svd_by_gram(matrix: torch.Tensor, rank: int) -> TruncatedSvd:
 def _svd_by_subspace(matrix: torch.Tensor, rank: int) -> TruncatedSvd | None:
     """Return the leading triplets by block power iteration, or None if they do not settle."""
     generator = torch.Generator().manual_seed(0)
-    width = min(rank + _OVERSAMPLING, *matrix.shape)
+    width = min(rank + OVERSAMPLING, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(_MAX_ITERATIONS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,14 +19,22 @@ from cloq_export.errors import GateMissedError, UsageError
     is_flag=True,
     help="With --demo: train the adapter too, export and verify. A recipe with a finetune section does so unasked.",
 )
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Only say what the run would do with each layer, and what it would take of the device; --out is not needed.",
+)
 @gate_option()
 @json_option()
-def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(finetune: bool, plan: bool, gate_texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """From MODEL to a measured 2/3/4-bit checkpoint with its adapter.
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. The same command continues a run that was interrupted.
     """
     gates = parse_gates(gate_texts)
+    if plan:
+        _show_plan({**options, "out": options["out"] or Path()}, as_json=as_json)
+        return
     recipe, out = build_recipe(options, finetune=finetune)
     if recipe.rank == 0 and "adapter_perplexity" in gates:
         raise UsageError(
@@ -50,3 +59,15 @@ def command(finetune: bool, gate_texts: tuple[str, ...], as_json: bool, **option
     raise_if_missed(verdicts)
     if missed:
         raise GateMissedError(f"gate missed: {missed}")
+
+
+def _show_plan(options: dict[str, Any], *, as_json: bool) -> None:
+    recipe, _ = build_recipe(options)
+
+    from cloq_export.cli.output import emit, progress_console
+    from cloq_export.cli.plan_table import render_plan
+    from cloq_export.verbs.plan import plan_run
+
+    with progress_console(as_json=as_json) as console:
+        content = plan_run(recipe, console=console).to_json()
+    emit(content, render_plan, as_json=as_json)

@@ -205,7 +205,8 @@ def divergences_of(
     if not missing:
         return measured
     hidden = stream.hidden[0]
-    with torch.no_grad(), session.progress("measure each layer's weight in the whole") as progress:
+    shown = session.progress("measure each layer's weight in the whole")
+    with torch.no_grad(), shown as progress, stream.head_on_device():
         expected = _log_probabilities(stream, _through(stream, 0, hidden))
         for index, block in enumerate(stream.blocks):
             linears = find_linears(block, stream.blocks.prefix(index))

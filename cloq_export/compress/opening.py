@@ -22,6 +22,7 @@ from cloq_export.compress.session import Session
 from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
 from cloq_export.files.versions import environment
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.kernels.gpu import cuda
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
@@ -45,9 +46,9 @@ def started_run(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDir
 def device_of(recipe: Recipe) -> torch.device:
     """Return the device that a recipe asks for."""
     if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if cuda().count() else "cpu")
     device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not cuda().count():
         raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
     return device
 

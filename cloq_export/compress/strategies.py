@@ -82,7 +82,8 @@ class Strategy:
                 if at_once == 1:
                     raise UsageError(
                         "memory ran out with one calibration window in a forward pass; what is finished is kept. "
-                        f"Choose a smaller --seqlen than {job.recipe.seqlen}, --device cpu, or a larger device."
+                        f"Choose fewer --samples than {job.recipe.samples}, a smaller --seqlen than "
+                        f"{job.recipe.seqlen}, --device cpu, or a larger device; --plan says what takes most."
                     ) from None
             # Finished layers are kept, so the walk only catches up.
             at_once //= 2

@@ -20,6 +20,7 @@ from cloq_export.compress.solve import SolveRequest, served_weight
 from cloq_export.compress.walked_block import WalkedBlock
 from cloq_export.compress.workers import LocalWorkers, Workers
 from cloq_export.errors import NonFiniteError
+from cloq_export.kernels.gpu import cuda
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.experts import calling_experts
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
@@ -344,7 +345,7 @@ class BlockWalk:
         """Solve groups and yield their layers, stored unless their block is still to be refined."""
         if self._job.device.type == "cuda":
             # Work that is still queued on the device must not be counted as solving.
-            torch.cuda.synchronize(self._job.device)
+            cuda().synchronize(self._job.device)
         started = time.perf_counter()
         for solved in workers.solve(requests):
             self.seconds.solve += time.perf_counter() - started

@@ -18,6 +18,7 @@ from cloq_export.compress.problem import SolvedLayer
 from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.errors import EngineError, MissingPackageError, UsageError
 from cloq_export.files.versions import require_versions
+from cloq_export.kernels.gpu import cuda
 from cloq_export.recipe import Recipe
 
 # How often a request is given to another worker after its own was lost.
@@ -76,7 +77,7 @@ def _solve(request: SolveRequest, device: torch.device) -> dict[str, SolvedLayer
 
 def _free(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        cuda().release_cached()
 
 
 def _noted(solved: Mapping[str, SolvedLayer], note: str) -> dict[str, SolvedLayer]:
@@ -189,5 +190,5 @@ def workers_of(recipe: Recipe, device: torch.device) -> Workers:
             )
         return RayWorkers(device)
     if device == torch.device("cuda"):
-        return LocalWorkers([torch.device("cuda", number) for number in range(torch.cuda.device_count())])
+        return LocalWorkers([torch.device("cuda", number) for number in range(cuda().count())])
     return LocalWorkers([device])

@@ -150,9 +150,11 @@ def _continue_together(
                 options["logits_to_keep"] = 1
             output = model(input_ids=ids, **options)
             logits, cache = output.logits[:, -1].to(torch.float32), output.past_key_values
-            _refuse_overflow(logits)
             chosen = logits.argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
+            # Read together: a GPU's host waits once for each token.
+            *tokens, finite = torch.cat([chosen, torch.isfinite(logits).all()[None]]).tolist()
+            _refuse_overflow(bool(finite))
+            for row, token in enumerate(tokens):
                 if open_rows[row]:
                     text = results[alive[row]]
                     text.append(token)
@@ -174,16 +176,16 @@ def _continue_together(
 def _filled_up(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and their mask, (prompts, longest), filled up in front."""
     longest = max(len(ids) for ids in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, longest - len(prompt) :] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
-def _refuse_overflow(logits: torch.Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
+def _refuse_overflow(finite: bool) -> None:
+    if not finite:
         raise NonFiniteError("the model gives NaN or Inf while it generates; run it in float32.")
 
 
@@ -234,7 +236,7 @@ class _Watch:
 
     def check(self, _: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits as they are."""
-        _refuse_overflow(logits)
+        _refuse_overflow(bool(torch.isfinite(logits).all()))
         return logits
 
     def has_ended(self, ids: torch.Tensor, _: Any, **options: Any) -> torch.Tensor:

@@ -59,17 +59,18 @@ class BlockArguments:
 
 
 class TensorPool:
-    """Replaces a tensor by an equal one that is already kept."""
+    """Replaces a tensor by an equal one that is already kept, on the device where it is used."""
 
-    def __init__(self, kept: list[torch.Tensor], *, grows: bool) -> None:
+    def __init__(self, kept: list[torch.Tensor], place: OnDevice, *, grows: bool) -> None:
         self._kept = kept
+        self._place = place
         self._grows = grows
         # Blocks of one call mostly receive the same object; this spares comparing it again. The tensors stand in the
         # values so that their ids are not given to others meanwhile.
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor that is kept for one, itself if there is none."""
+        """Return the tensor that is kept for one, itself if there is none, on the device."""
         if id(tensor) in self._seen:
             return self._seen[id(tensor)][1]
         shared = next((kept for kept in self._kept if _equal(kept, tensor)), None)
@@ -77,8 +78,29 @@ class TensorPool:
             shared = tensor
             if self._grows:
                 self._kept.append(tensor)
-        self._seen[id(tensor)] = (tensor, shared)
-        return shared
+        self._seen[id(tensor)] = (tensor, self._place.put(shared))
+        return self._seen[id(tensor)][1]
+
+
+class OnDevice:
+    """Copies tensors to a device, one that is given several times once.
+
+    Args:
+        device: where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # As in `TensorPool`.
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the device, itself if it lies there."""
+        if tensor.device == self._device:
+            return tensor
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = (tensor, tensor.to(self._device))
+        return self._copies[id(tensor)][1]
 
 
 @dataclasses.dataclass(frozen=True)

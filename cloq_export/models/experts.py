@@ -184,7 +184,8 @@ class SplitExperts(nn.ModuleList):
         # Stable, so that the tokens of an expert come in order. Numbers beyond the experts are nobody's, as in the
         # family's own function.
         order = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=len(self))[: len(self)].tolist()
+        ends = torch.searchsorted(chosen[order], torch.arange(len(self), device=chosen.device), right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
         result = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, weights.dtype), device=tokens.device)
         end = 0
         for expert, count in zip(self, counts, strict=True):

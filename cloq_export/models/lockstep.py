@@ -159,6 +159,7 @@ def run_in_lockstep(
                 ]
                 visit(group, inputs)
                 visited.add(group)
+            stream.refuse_overflow()
     finally:
         for handle in handles:
             handle.remove()

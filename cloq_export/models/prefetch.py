@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from cloq_export.kernels.gpu import cuda
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.placeholders import is_placeholder
 
@@ -27,7 +28,7 @@ class BlockMover:
     def __init__(self, blocks: BlockList, device: torch.device) -> None:
         self._blocks = blocks
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = cuda().make_stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, dict[str, torch.Tensor]] | None = None
 
     @contextlib.contextmanager
@@ -39,7 +40,7 @@ class BlockMover:
         copies = self._ahead[1]
         self._ahead = None
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
+            current = cuda().current_stream(self._device)
             current.wait_stream(self._stream)
             for copy in copies.values():
                 # Made on the other stream: its memory must not be given away while this one still reads it.
@@ -64,7 +65,7 @@ class BlockMover:
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self._stream is None:
             return {name: tensor.data.to(self._device, copy=True) for name, tensor in tensors.items()}
-        with torch.cuda.stream(self._stream):
+        with cuda().on_stream(self._stream):
             return {
                 name: (tensor.data if tensor.data.is_pinned() or tensor.data.is_cuda else tensor.data.pin_memory()).to(
                     self._device, non_blocking=True, copy=True

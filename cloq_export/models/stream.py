@@ -13,8 +13,16 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError
-from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorPool, WrittenBeside, returned_beside
+from cloq_export.models.block_arguments import (
+    BlockArguments,
+    HandedOn,
+    OnDevice,
+    TensorPool,
+    WrittenBeside,
+    returned_beside,
+)
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.lending import place_of_states
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
 from cloq_export.models.rotary_switch import forget_lengths
@@ -22,8 +30,6 @@ from cloq_export.models.weights_on_disk import in_memory
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
 _PROBE_TOKENS = 4
-# Hidden states stay on an accelerator while they take less than this share of its free memory.
-_STORAGE_SHARE = 0.25
 
 
 class BlockStream:
@@ -76,6 +82,8 @@ class BlockStream:
         self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
         self._check_vocabulary(windows)
 
+        # Sums of outputs that nobody has looked at yet: on a GPU the host would wait for each.
+        self._unseen: list[tuple[int, torch.dtype, torch.Tensor]] = []
         # What each kind of block returns beside the hidden states; None: nothing, not even a tuple.
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         self._calls: list[list[BlockArguments]] = []
@@ -88,10 +96,12 @@ class BlockStream:
         pool: list[torch.Tensor] = []
         for batch_index, ids in enumerate(batches):
             hidden, calls = self._capture(ids)
-            shared = TensorPool(pool, grows=batch_index == 0)
-            self._calls.append([call.map(shared.share) for call in calls])
             if batch_index == 0:
-                self.storage = self._choose_storage(hidden, len(batches))
+                # Two streams, each with the states before and after the block.
+                self.storage = place_of_states(self.device, 4 * len(batches) * hidden.numel() * hidden.element_size())
+                place = OnDevice(self.storage)
+            shared = TensorPool(pool, place, grows=batch_index == 0)
+            self._calls.append([call.map(shared.share) for call in calls])
             self.hidden.append(hidden.to(self.storage))
 
     @property
@@ -103,6 +113,10 @@ class BlockStream:
     def rounds_inputs(self) -> bool:
         """Return whether linear layers multiply their inputs rounded to bfloat16."""
         return self._precision == "bfloat16"
+
+    def arguments(self, index: int) -> BlockArguments:
+        """Return what a block is given beside the hidden states in the first batch."""
+        return self._calls[0][index]
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """Compute for a while as the blocks do, for callers that run a part of a block by itself."""
@@ -124,12 +138,15 @@ class BlockStream:
             NonFiniteError: the block's output overflows.
         """
         with self.block_on_device(index):
-            return [self.forward_batch(index, batch_index, states) for batch_index, states in enumerate(hidden)]
+            after = [self.forward_batch(index, batch_index, states) for batch_index, states in enumerate(hidden)]
+            self.refuse_overflow()
+            return after
 
     def forward_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
         """Run one block over one batch, for callers that alternate between streams batch by batch.
 
-        Wrap the calls for one block in `block_on_device(index)`, or the block is moved for each of them.
+        Wrap the calls for one block in `block_on_device(index)`, or the block is moved for each of them. On a GPU an
+        overflow is told by `refuse_overflow`, or where the block is left.
 
         Args:
             index: number of the block.
@@ -145,12 +162,25 @@ class BlockStream:
         with self.block_on_device(index), torch.no_grad():
             after = self.differentiable_batch(index, batch_index, states)
             # A sum is finite only if every term is, and costs a tenth of asking each.
-            if not bool(torch.isfinite(after.sum(dtype=torch.float32))):
-                raise NonFiniteError(
-                    f"block {self.blocks.prefix(index)} gives NaN or Inf in {after.dtype}: the model overflows on the "
-                    "calibration text. Run it with --precision float32, or check the model's weights."
-                )
+            self._unseen.append((index, after.dtype, after.sum(dtype=torch.float32)))
+            if self.device.type == "cpu":
+                self.refuse_overflow()
             return self._stored(after)
+
+    def refuse_overflow(self) -> None:
+        """Look at the outputs that `forward_batch` has made since the last look.
+
+        Raises:
+            NonFiniteError: one of them overflows.
+        """
+        unseen, self._unseen = self._unseen, []
+        if not unseen or bool(torch.isfinite(torch.stack([total for _, _, total in unseen])).all()):
+            return
+        index, dtype = next((index, dtype) for index, dtype, total in unseen if not bool(torch.isfinite(total)))
+        raise NonFiniteError(
+            f"block {self.blocks.prefix(index)} gives NaN or Inf in {dtype}: the model overflows on the "
+            "calibration text. Run it with --precision float32, or check the model's weights."
+        )
 
     def differentiable_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
         """Run one block over one batch with the gradients that the caller has switched on, overflow or not.
@@ -247,6 +277,7 @@ class BlockStream:
                 return
             with self._mover.lent(index):
                 yield block
+                self.refuse_overflow()
 
     def _check_vocabulary(self, windows: torch.Tensor) -> None:
         rows = getattr(_embeddings(self.model), "num_embeddings", None)
@@ -255,13 +286,6 @@ class BlockStream:
                 f"the calibration tokens reach id {int(windows.max())}, the model's vocabulary has {rows} entries: "
                 "tokenizer and model do not belong together. Use the tokenizer that came with the model."
             )
-
-    def _choose_storage(self, hidden: torch.Tensor, batches: int) -> torch.device:
-        if self.device.type == "cuda":
-            # Two streams, each with the states before and after the block.
-            needed = 4 * batches * hidden.numel() * hidden.element_size()
-            return self.device if needed < _STORAGE_SHARE * torch.cuda.mem_get_info(self.device)[0] else _HOST
-        return self.device if self.device.type == "cpu" else _HOST
 
     def _as_argument(self, tensor: torch.Tensor) -> torch.Tensor:
         # Rotary tables and masks in the dtype of the products, as a bfloat16 model has them: float32 tables would turn
@@ -341,9 +365,6 @@ class BlockStream:
                 "blocks with --blocks, e.g. --blocks model.layers."
             )
         return first[0], [call for call in calls if call is not None]
-
-
-_HOST = torch.device("cpu")
 
 
 def _embeddings(model: nn.Module) -> nn.Module:

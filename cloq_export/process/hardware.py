@@ -25,6 +25,8 @@ def describe_hardware() -> dict[str, Any]:
     """
     import torch
 
+    from cloq_export.kernels.gpu import cuda
+
     fields: dict[str, str] = {}
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -33,7 +35,7 @@ def describe_hardware() -> dict[str, Any]:
                 fields.setdefault(key.strip(), value.strip())
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = [cuda().name(torch.device("cuda", index)) for index in range(cuda().count())]
     hardware: dict[str, Any] = {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": cores,

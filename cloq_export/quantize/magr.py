@@ -131,10 +131,12 @@ def _reduce_rows(
         stepped = torch.addmm(lookahead, weight - lookahead, metric).view(-1, span)
         updated = _shrink_from(stepped, alpha, level).view_as(weight)
         change = updated - current
-        if float(change.norm()) <= limit:
+        # Read together: a GPU's host waits once.
+        moved, uphill = torch.stack([change.norm(), ((lookahead - updated) * change).sum()]).tolist()
+        if moved <= limit:
             return MagrResult(updated, iteration, True)
         # Restart the momentum where it points uphill (O'Donoghue and Candes, gradient scheme).
-        if float(((lookahead - updated) * change).sum()) > 0:
+        if uphill > 0:
             momentum = 1.0
         next_momentum = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
         lookahead = updated + ((momentum - 1.0) / next_momentum) * change

@@ -11,6 +11,7 @@ import torch
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import UsageError
+from cloq_export.kernels.gpu import cuda
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.recipe import FineTuneRecipe
 
@@ -34,16 +35,21 @@ class Placement:
         """Return what a recipe asks for; "auto" takes CUDA where there is one, and the fastest safe precision.
 
         Raises:
-            UsageError: CUDA is asked for and there is none.
+            UsageError: CUDA is asked for and there is none, or bfloat16 of a GPU that does not multiply it.
         """
-        has_cuda = torch.cuda.is_available()
+        has_cuda = bool(cuda().count())
         if recipe.device == "cuda" and not has_cuda:
             raise UsageError("`device=cuda` was asked for, but torch sees no CUDA device; use `device=cpu`.")
         device = torch.device(recipe.device if recipe.device != "auto" else "cuda" if has_cuda else "cpu")
+        if device.type == "cuda" and recipe.precision == "bfloat16" and not cuda().has_bfloat16():
+            raise UsageError(
+                f"`precision=bfloat16` was asked for, and {cuda().name(device)} does not multiply bfloat16; use "
+                "`precision=float16` or `precision=float32`."
+            )
         if recipe.precision != "auto":
             return cls(device, DTYPES[recipe.precision])
         if device.type == "cuda":
-            return cls(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+            return cls(device, torch.bfloat16 if cuda().has_bfloat16() else torch.float16)
         return cls(device, torch.bfloat16 if has_fast_bfloat16(device) else torch.float32)
 
     @property
@@ -78,6 +84,6 @@ def first_process_first() -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not cuda().count())
     with state.main_process_first():
         yield

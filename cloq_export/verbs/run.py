@@ -13,6 +13,7 @@ from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
+from cloq_export.compress.opening import device_of
 from cloq_export.compress.session import Session
 from cloq_export.compress.strategies import check_low_rank_first
 from cloq_export.models.source import LoadedModel
@@ -74,7 +75,8 @@ def run(
         note_source(directory, model)
         write_run_adapter(session, directory, recipe)
         write_run_checkpoint(session, directory, model, recipe)
-        stored = StoredModel(out, choose_adapter(session, out, recipe.adapter_name))
+        adapter = choose_adapter(session, out, recipe.adapter_name)
+        stored = StoredModel(out, adapter, device=device_of(recipe))
         session.notes.extend(stored.notes)
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))

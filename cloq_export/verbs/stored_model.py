@@ -22,13 +22,20 @@ from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
+from cloq_export.kernels.gpu import cuda
+from cloq_export.models.lending import lent, tensor_bytes
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows
 from cloq_export.parity.perplexity import evaluate as measure
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.answering import Subject
 from cloq_export.verbs.recording import CODES_ALONE, probe_model
+
+_HOST = torch.device("cpu")
+# Logits, their float32 copies and activations while perplexity is measured, in bytes.
+_BESIDE_WEIGHTS = 2 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +46,13 @@ class StoredModel:
         path: a run directory, an export or a checkpoint folder.
         adapter: name or folder; None measures the codes alone.
         force: take an adapter of another base.
+        device: where perplexity is measured, as far as the models fit there.
     """
 
     path: Path
     adapter: str | None = None
     force: bool = False
+    device: torch.device = _HOST
 
     @functools.cached_property
     def is_merged(self) -> bool:
@@ -143,11 +152,13 @@ def measure_perplexity(
     """
     merged = stored.is_merged
     model = stored.merged_model().model if merged else stored.packed_model(session)
+    model = model.to(_fitting(session, model, stored.device, "the quantized model"))
     tokenizer = loaded.tokenizer if loaded is not None else stored.tokenizer()
 
     def models() -> Iterator[tuple[str, nn.Module]]:
         if loaded is not None:
-            yield "float", loaded.model
+            with lent(loaded.model, _fitting(session, loaded.model, stored.device, "the float model")):
+                yield "float", loaded.model
         if merged:
             yield "merged", model
             return
@@ -164,6 +175,23 @@ def measure_perplexity(
 
     begin_tokens = tuple(TextTokens(tokenizer).window_begin(on.bos))
     return measure(models(), on.tokens(tokenizer), on, begin_tokens=begin_tokens, console=session.console)
+
+
+def _fitting(session: Session, model: nn.Module, device: torch.device, what: str) -> torch.device:
+    """Return the device, or the CPU if a model does not fit there or its weights are on disk, and note that."""
+    if device.type == "cpu":
+        return _HOST
+    if weights_on_disk(model) is not None:
+        session.notes.append(f"{what} is measured on the CPU: its weights are on disk")
+        return _HOST
+    needed, free = tensor_bytes(model) + _BESIDE_WEIGHTS, cuda().free_bytes(device)
+    if needed <= free:
+        return device
+    session.notes.append(
+        f"{what} is measured on the CPU: it takes {needed / 10**9:.1f} GB, and {free / 10**9:.1f} GB of {device} are "
+        "free"
+    )
+    return _HOST
 
 
 def subjects_of(session: Session, stored: StoredModel, loaded: LoadedModel | None) -> Iterator[Subject]:

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cloq_export.kernels.gpu import cuda
 from cloq_export.kernels.reference.lora import Adapters
 from cloq_export.kernels.triton.dequantize import tile_units
 from cloq_export.kernels.triton.linear_kernels import add_partial_sums, matrix_product, vector_product
@@ -43,7 +44,7 @@ _RUNS = {2: 4, 3: 3, 4: 2, 8: 1}
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return cuda().processors(device)
 
 
 def _splits(out_features: int, units: int, width: int, device: torch.device) -> int:

@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import triton
 
+from cloq_export.kernels.gpu import cuda
+
 # Triton decides this when a kernel is declared: under the interpreter nothing can be timed, and shapes are kept small.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -21,7 +23,7 @@ def on_its_device(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
     @functools.wraps(function)
     def launch(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with torch.cuda.device_of(cast(torch.Tensor, args[0])):
+        with cuda().launching_on(cast(torch.Tensor, args[0])):
             return function(*args, **kwargs)
 
     return launch

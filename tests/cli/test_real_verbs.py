@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from pretended_device import pretended_gpus
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
@@ -145,3 +146,19 @@ def test_an_error_names_what_is_typed(made: tuple[Path, dict[str, Any]], words: 
     printed = cloq(*[made[0] if word == "RUN" else word for word in words])
     assert printed.code == 2
     assert message in printed.err
+
+
+def test_a_plan_says_what_a_run_would_take(options: Words, model: str, tmp_path: Path) -> None:
+    printed = cloq("run", model, "--plan", "--json", *options).content
+    assert printed["layers"] == 14
+    assert printed["grids"] == {"3 bits, groups of 32, rank 4": 14}
+    assert [stage["stage"] for stage in printed["device"]["stages"]] == ["forward and statistics", "solve"]
+    for stage in printed["device"]["stages"]:
+        assert stage["bytes"] == sum(stage["parts"].values()) > 0
+    assert (printed["device"]["device"], printed["device"]["free"]) == ("cpu", None)
+    with pretended_gpus(total=80 << 20):
+        shown = cloq("run", model, "--plan", "--device", "cuda", *options)
+    assert "4 windows in a forward pass fit" in shown.out
+    with pretended_gpus(total=1 << 18):
+        shown = cloq("run", model, "--plan", "--device", "cuda", *options)
+    assert "not even one window in a forward pass fits" in shown.out.replace("\n", " ")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from pretended_device import pretended_gpus
 from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
-from cloq_export.models import stream as stream_module
+from cloq_export.models import lending
 from cloq_export.models.blocks import find_blocks, find_linears
 from cloq_export.models.precision import forward_precision
 from cloq_export.models.stream import BlockStream
@@ -357,19 +359,19 @@ def test_a_block_that_returns_something_else_is_refused(token_windows: torch.Ten
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("share", "storage"), [(0.25, "cuda"), (0.0, "cpu")])
 def test_blocks_visit_the_device_and_return(
     share: float, storage: str, build_model: BuildModel, token_windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_STORAGE_SHARE", share)
+    monkeypatch.setattr(lending, "STORAGE_SHARE", share)
     model = build_model("gemma3")
     expected = run_all(open_stream(model, token_windows))
-    stream = open_stream(model, token_windows, device="cuda")
-    seen: list[str] = []
-    stream.blocks.modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].device.type))
-    final = run_all(stream)
-    assert seen == ["cuda"] * 3
-    assert final[0].device.type == storage
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    assert torch.allclose(final[0].cpu(), expected[0], atol=1e-4)
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretended_gpus():
+        stream = open_stream(model, token_windows, device="cuda")
+        seen: list[str] = []
+        stream.blocks.modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].device.type))
+        final = run_all(stream)
+        assert seen == ["cuda"] * 3
+        assert final[0].device.type == storage
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        assert torch.allclose(final[0].cpu(), expected[0], atol=1e-4)

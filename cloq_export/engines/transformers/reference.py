@@ -278,7 +278,9 @@ def _scale_gradients(
         total = (logprobs * weight.to(device, torch.float32)).sum()
         gradients = torch.autograd.grad(total, factors, retain_graph=True, allow_unused=True)
         found.append(
-            torch.stack([torch.zeros(rows) if g is None else g.cpu() for g in gradients], dim=1).to(torch.float64)
+            torch.stack([factors[0].new_zeros(rows) if g is None else g for g in gradients], dim=1)
+            .cpu()
+            .to(torch.float64)
         )
     return torch.stack(found)
 

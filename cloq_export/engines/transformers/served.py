@@ -177,7 +177,8 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
         for place, row in enumerate(together):
             length = len(token_ids[row])
             found[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
-    return found
+    # One copy for all.
+    return list(torch.cat(found).cpu().split([len(ids) - 1 for ids in token_ids]))
 
 
 def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:
@@ -278,12 +279,12 @@ def tokens_per_batch(model: Any) -> int:
 
 
 def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(logits)[targets] as float32 on the CPU; logits (n, vocabulary), targets (n,)."""
+    """Return log softmax(logits)[targets] as float32; logits (n, vocabulary), targets (n,)."""
     pieces = [
         -nn.functional.cross_entropy(part.to(torch.float32), wanted, reduction="none")
         for part, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
     ]
-    return torch.cat(pieces).cpu()
+    return torch.cat(pieces)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,6 +18,7 @@ from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.peft import Adapter
+from cloq_export.kernels.gpu import cuda
 from cloq_export.parity.gate import (
     SIGNIFICANCE,
     default_limits,
@@ -71,7 +72,7 @@ class Plan:
         chosen = {} if options.gate is None else read_gate_file(options.gate)
         options.check()
         asked = _asked_tasks(options)
-        if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        if torch.device(options.device).type == "cuda" and not cuda().count():
             raise UsageError(
                 f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu."
             )

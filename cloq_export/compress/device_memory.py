@@ -1,0 +1,277 @@
+"""What a run takes of a device's memory, counted before the work from the shapes of its layers.
+
+The counts follow the code: `test_device_memory.py` holds them against the book-keeping of a pretended GPU. What a GPU's
+libraries take inside of one operation is beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.adapt.cloq import EXACT_SIDE, OVERSAMPLING
+from cloq_export.models.block_arguments import BlockArguments
+from cloq_export.models.blocks import find_linears
+from cloq_export.models.lending import STORAGE_SHARE, tensor_bytes
+from cloq_export.process.storage_counter import StorageCounter
+from cloq_export.quantize.optq import BLOCK_COLUMNS
+from cloq_export.recipe import Recipe
+
+_HALF, _SINGLE, _DOUBLE = 2, 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroup:
+    """The layers of a block that read one input.
+
+    Args:
+        in_features: width of the input.
+        outs: number of outputs of each layer.
+        rank: of the adapter of each, the largest.
+        held: bytes that a forward pass of one window holds where it reaches the group, the input included.
+    """
+
+    in_features: int
+    outs: tuple[int, ...]
+    rank: int
+    held: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """All that the memory of one block's work follows from.
+
+    Args:
+        groups: in order of execution.
+        weights: bytes of the block's tensors.
+        linears: bytes of its linear weights.
+        hidden: bytes of the hidden states of one window.
+        activations: bytes that a forward pass of one window takes at most, beside the hidden states.
+        traced: False if the forward pass was only estimated.
+    """
+
+    groups: tuple[InputGroup, ...]
+    weights: int
+    linears: int
+    hidden: int
+    activations: int
+    traced: bool = True
+
+    @classmethod
+    def of(cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]) -> BlockShape:
+        """Return the shape of a block; `trace` and `estimate` say how, the second where the first cannot.
+
+        Args:
+            block: a decoder block.
+            call: what it is given beside the hidden states, for one window.
+            states: hidden states of one window, (1, seqlen, hidden).
+            ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
+        """
+        try:
+            return cls.trace(block, call, states, ranks)
+        except (RuntimeError, NotImplementedError):
+            return cls.estimate(block, states, ranks)
+
+    @classmethod
+    def estimate(cls, block: nn.Module, states: torch.Tensor, ranks: Mapping[str, int]) -> BlockShape:
+        """Return the shape of a block whose forward pass depends on numbers, as that of experts does.
+
+        Layers of one module and one width are taken to read one input; at it a forward pass holds the residual, its
+        normed form and the input of the widest layer that every token goes through.
+        """
+        linears = find_linears(block, "")
+        together: dict[tuple[str, int], list[str]] = {}
+        for name in ranks:
+            together.setdefault((name.rpartition(".")[0], linears[name].in_features), []).append(name)
+        hidden = states.numel() * states.element_size()
+        width = hidden // states.shape[-1]
+        groups = tuple(
+            InputGroup(
+                inputs,
+                tuple(linears[name].out_features for name in names),
+                max(ranks[name] for name in names),
+                # Experts see a share of the tokens: about as many as stand in the hidden states, all together.
+                2 * hidden + min(width * inputs, hidden),
+            )
+            for (_, inputs), names in together.items()
+        )
+        widest = max(sum(group.outs) + group.in_features for group in groups)
+        of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
+        return cls(groups, tensor_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
+
+    @classmethod
+    def trace(
+        cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]
+    ) -> BlockShape:
+        """Return the shape of a block, by running it on tensors that hold nothing.
+
+        Args:
+            block: a decoder block.
+            call: what it is given beside the hidden states, for one window.
+            states: hidden states of one window, (1, seqlen, hidden).
+            ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
+        """
+        empty = {
+            name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*block.named_parameters(), *block.named_buffers())
+        }
+        counter = StorageCounter()
+        reached: list[_Reached] = []
+        linears = find_linears(block, "")
+
+        def reach(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                if not reached or reached[-1].inputs() is not args[0]:
+                    reached.append(_Reached([], counter.in_use, weakref.ref(args[0])))
+                reached[-1].names.append(name)
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(reach(name)) for name, linear in linears.items()]
+        given, states = call.map(lambda tensor: tensor.to("meta")), states.to("meta")
+        try:
+            with torch.no_grad(), counter:
+                given.invoke(lambda *args, **kwargs: torch.func.functional_call(block, empty, args, kwargs), states)
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = tuple(
+            InputGroup(
+                linears[each.names[0]].in_features,
+                tuple(linears[name].out_features for name in each.names if name in ranks),
+                max(ranks[name] for name in each.names if name in ranks),
+                each.held,
+            )
+            for each in reached
+            if any(name in ranks for name in each.names)
+        )
+        of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
+        return cls(groups, tensor_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reached:
+    """The layers that were reached with one input, which is not held: that would be counted."""
+
+    names: list[str]
+    held: int
+    inputs: weakref.ref[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMemory:
+    """The most that one stage of a run holds on a device.
+
+    Args:
+        stage: its name, for people.
+        parts: what -> bytes, of what is held at the same time.
+    """
+
+    stage: str
+    parts: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Return the sum of the parts."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq run --plan --json` prints of it."""
+        return {"stage": self.stage, "bytes": self.bytes, "parts": dict(self.parts)}
+
+
+def solve_bytes(group: InputGroup, recipe: Recipe) -> int:
+    """Return what the solve of layers that read one input takes beside their weights and H, in bytes.
+
+    n is the number of inputs, M that of all outputs, m that of the widest layer. The damped H and its factor stand in
+    float64; the walk over the columns holds its numbers in float32, and the closed form in float64.
+    """
+    n, outs = group.in_features, group.outs
+    every, widest = sum(outs), max(outs)
+    moved, several = recipe.error_aware > 0.0, len(outs) > 1
+    # Damped H, its factor, that in float32; then weights and targets.
+    entry = (2 * _DOUBLE + _SINGLE) * n * n + _SINGLE * n * every * (1 + moved)
+    stacked = _SINGLE * n * every * (several + (recipe.method == "magr"))
+    grids = 2 * _SINGLE * n * every
+    if recipe.method == "rtn":
+        columns = 2 * _SINGLE * n * every + n * every
+    else:
+        block = _SINGLE * min(n, BLOCK_COLUMNS) * every
+        columns = max(3 * _DOUBLE * n * n, _SINGLE * n * n + (4 * _SINGLE + 1) * n * every + block)
+    codes = entry + stacked + grids + columns
+    # Codes of all layers, Q of this one and of the one before, what the ones before serve.
+    pairs = entry + n * every + _SINGLE * n * (widest * (1 + several) + every - widest)
+    rank, side = group.rank, min(n, widest)
+    if not rank:
+        return max(codes, pairs + 5 * _SINGLE * n * widest)
+    factor = _DOUBLE * n * widest
+    if recipe.svd == "full":
+        return max(codes, pairs + 2 * factor + _DOUBLE * side * (n + widest))
+    if side <= EXACT_SIDE:
+        return max(codes, pairs + 2 * factor + max(factor, 3 * _DOUBLE * side * side))
+    width = min(rank + OVERSAMPLING, side)
+    return max(codes, pairs + 3 * factor + 2 * _DOUBLE * width * (n + widest) + 3 * _DOUBLE * rank * n)
+
+
+def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free: int) -> tuple[StageMemory, ...]:
+    """Return what the walk over the blocks holds on a device while it runs them forward, and while it solves.
+
+    Args:
+        shape: of the blocks; of the largest, where they differ.
+        recipe: every option of the run.
+        windows_per_batch: windows of one forward pass.
+        free: bytes of the device that are free; hidden states are kept there while they take a small share.
+    """
+    windows, batch = recipe.samples, min(windows_per_batch, recipe.samples)
+    refines = recipe.refine != "none"
+    paired = recipe.error_aware > 0.0 or refines
+    share = 1.0 if refines else recipe.float_share
+    batches = math.ceil(windows / batch)
+    streams = windows + min(windows, math.ceil(share * batches) * batch) if paired else windows
+    inside = 4 * windows * shape.hidden < STORAGE_SHARE * free
+    held: dict[str, int] = {
+        # The next block is copied while one computes; behind the compressed prefix a block stands in two forms.
+        "blocks": 2 * shape.weights + shape.linears * paired,
+        # Those before the block; a walk that does not wait inside of it has those behind it too when it solves.
+        "hidden states": (1 if paired else 2) * streams * shape.hidden if inside else 0,
+    }
+    sums = [_SINGLE * group.in_features**2 for group in shape.groups]
+    forward = {"activations": batch * (shape.activations + (0 if inside else shape.hidden))}
+    largest: list[StageMemory] = []
+    for group, gram in zip(shape.groups, sums, strict=True):
+        if paired:
+            # All batches wait where the group's input is, with what a forward pass holds there.
+            waiting = {"batches that wait": streams * (group.held + (0 if inside else shape.hidden))}
+            tokens = {"H and D": gram * (2 + (recipe.float_share < 1.0))}
+        else:
+            waiting, tokens = {}, {"H of all inputs": sum(sums) + gram}
+        largest.append(StageMemory("solve", {**held, **waiting, **tokens, "solve": solve_bytes(group, recipe)}))
+    # A batch that ends still holds what it held at the last group.
+    waited = max((group.held for group in shape.groups), default=0) * (streams - batch) if paired else sum(sums)
+    behind = 2 * streams * shape.hidden if inside else 0
+    what = "batches that wait" if paired else "H of all inputs"
+    return (
+        StageMemory("forward and statistics", {**held, "hidden states": behind, what: waited, **forward}),
+        max(largest, key=lambda stage: stage.bytes),
+    )
+
+
+def fitting_windows(shape: BlockShape, recipe: Recipe, most: int, free: int) -> int:
+    """Return how many windows of one forward pass fit into what is free of a device, at most `most`; 0 if none do."""
+    counts = itertools.takewhile(bool, itertools.accumulate(itertools.repeat(2), lambda now, _: now // 2, initial=most))
+    for count in counts:
+        if all(stage.bytes <= free for stage in walk_stages(shape, recipe, count, free)):
+            return count
+    return 0
+
+
+def largest_shape(shapes: Sequence[BlockShape]) -> BlockShape:
+    """Return the shape of the block that takes most."""
+    return max(shapes, key=lambda shape: shape.weights)

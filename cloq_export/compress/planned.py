@@ -1,0 +1,104 @@
+"""What a run would take of a device, shown before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloq_export.compress.device_memory import (
+    BlockShape,
+    StageMemory,
+    fitting_windows,
+    largest_shape,
+    walk_stages,
+)
+from cloq_export.compress.plan import ModelPlan
+from cloq_export.compress.strategies import strategy_of
+from cloq_export.kernels.gpu import cuda
+from cloq_export.models.stream import BlockStream
+from cloq_export.recipe import Recipe
+
+# Without a device, hidden states are taken to stay in host memory, as they do where they are large.
+_ANY = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicePlan:
+    """What a run would take of a device.
+
+    Args:
+        device: its name, or "cpu".
+        dtype: of the float weights that were counted; on a GPU they keep the one that they are stored in.
+        total: bytes of the device; None without one.
+        free: bytes of it that are free; None without one.
+        windows_per_batch: windows of one forward pass that fit, 0 if none do; without a device, what is usual.
+        stages: the most that each stage holds, with that many windows.
+        estimated: the forward pass was estimated, because it depends on numbers (experts).
+    """
+
+    device: str
+    dtype: str
+    total: int | None
+    free: int | None
+    windows_per_batch: int
+    stages: tuple[StageMemory, ...]
+    estimated: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: ModelPlan, recipe: Recipe, device: torch.device) -> DevicePlan:
+        """Return what a run takes, on a device or, where that is the CPU, on any GPU that it would be given.
+
+        Args:
+            model: the float model.
+            plan: what happens to its layers.
+            recipe: every option of the run.
+            device: where it would compute.
+        """
+        usual = min(recipe.samples, strategy_of(recipe).windows_per_batch(recipe))
+        there = device.type == "cuda"
+        name = cuda().name(device) if there else "cpu"
+        total, free = (cuda().total_bytes(device), cuda().free_bytes(device)) if there else (None, None)
+        shape = largest_shape(block_shapes(model, plan, recipe))
+        batch = usual if free is None else fitting_windows(shape, recipe, usual, free)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return cls(
+            name,
+            dtype,
+            total,
+            free,
+            batch,
+            walk_stages(shape, recipe, batch or 1, _ANY if free is None else free),
+            not shape.traced,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `cloq run --plan --json` prints of it."""
+        return {**dataclasses.asdict(self), "stages": [stage.to_json() for stage in self.stages]}
+
+
+def block_shapes(model: nn.Module, plan: ModelPlan, recipe: Recipe) -> list[BlockShape]:
+    """Return the shapes of the blocks of a model, each kind once.
+
+    Args:
+        model: the float model, in host memory or on disk.
+        plan: what happens to its layers.
+        recipe: its `seqlen` is the length of a window.
+    """
+    window = torch.zeros(1, recipe.seqlen, dtype=torch.int64)
+    stream = BlockStream(model, plan.blocks, window, device=next(model.parameters()).device)
+    shapes: dict[tuple[object, ...], BlockShape] = {}
+    for index, block in enumerate(plan.blocks):
+        ranks = _ranks(plan, index)
+        kind = (type(block), *((name, tuple(tensor.shape)) for name, tensor in block.named_parameters()), *ranks)
+        if kind not in shapes and ranks:
+            shapes[kind] = BlockShape.of(block, stream.arguments(index), stream.hidden[0], ranks)
+    return list(shapes.values())
+
+
+def _ranks(plan: ModelPlan, index: int) -> Mapping[str, int]:
+    prefix = f"{plan.blocks.prefix(index)}."
+    return {name.removeprefix(prefix): planned.rank for name, planned in plan.of_block(index).items()}

@@ -1,0 +1,75 @@
+"""All that the package asks of CUDA beside computing: devices, memory, streams; the tests replace it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+class Cuda:
+    """The GPUs of this machine, as torch sees them."""
+
+    def count(self) -> int:
+        """Return how many there are."""
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    def current_device(self) -> torch.device:
+        """Return the one that `cuda` without a number means."""
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def name(self, device: torch.device) -> str:
+        """Return the name of one."""
+        return torch.cuda.get_device_name(device)
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """Return its compute capability."""
+        return torch.cuda.get_device_capability(device)
+
+    def processors(self, device: torch.device) -> int:
+        """Return the number of its multiprocessors."""
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def has_bfloat16(self) -> bool:
+        """Return whether it multiplies bfloat16 itself, instead of going by way of float32."""
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+    def total_bytes(self, device: torch.device) -> int:
+        """Return its memory."""
+        return torch.cuda.mem_get_info(device)[1]
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Return what is free of its memory."""
+        return torch.cuda.mem_get_info(device)[0]
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until it has done all that it was given."""
+        torch.cuda.synchronize(device)
+
+    def release_cached(self) -> None:
+        """Give back the memory that torch keeps for later tensors."""
+        torch.cuda.empty_cache()
+
+    def make_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return a new queue of work."""
+        return torch.cuda.Stream(device)
+
+    def current_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the queue that work goes to now."""
+        return torch.cuda.current_stream(device)
+
+    def on_stream(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+        """Let work go to a queue for a while."""
+        return torch.cuda.stream(stream)  # type: ignore[arg-type]
+
+    def launching_on(self, tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+        """Make the device of a tensor the current one for a while, where Triton launches."""
+        return torch.cuda.device_of(tensor)
+
+
+_cuda = Cuda()
+
+
+def cuda() -> Cuda:
+    """Return the GPUs."""
+    return _cuda
