@@ -34,6 +34,13 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     for row in report["numerics"]:
         numerics.add_row(escape(label_of(row)), row["against"], *map(figure, _spread(row)))
     console.print(numerics)
+    if report["divergence"]:
+        table = _table("KL divergence", ("measured", "against"), ("mean", "99%", "max", "same best token"))
+        for row in report["divergence"]:
+            mark = "" if row["estimate"] == "exact" else "≥ "
+            values = [mark + figure(row[key]) for key in ("kl_mean", "kl_quantile_99", "kl_max")]
+            table.add_row(escape(label_of(row)), row["against"], *values, share(row["top1_agreement"]))
+        console.print(table)
     if report["quality"]["perplexity"]:
         table = _table("perplexity", ("model",), ("perplexity", "± s.e.", "over float", "95% interval"))
         for row in report["quality"]["perplexity"]:

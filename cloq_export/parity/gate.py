@@ -65,6 +65,17 @@ class Verdict(Result):
 _NATS = (0.0, 20.0)
 _RATIO = (0.0, 1000.0)
 JUDGED = "judged"
+
+
+def _divergence_gates(model: str, of: str) -> dict[str, Gate]:
+    return {
+        f"kl_to_{model}_mean": Gate("at most", f"mean KL divergence per token of what is served from {of}", _NATS),
+        f"kl_to_{model}_99": Gate("at most", f"KL divergence from {of} that 99 % of the tokens do not exceed", _NATS),
+        f"kl_to_{model}_max": Gate("at most", f"largest KL divergence of a token from {of}", _NATS),
+        f"top1_agreement_{model}": Gate("at least", f"share of tokens whose most probable successor is that of {of}"),
+    }
+
+
 GATES: Mapping[str, Gate] = {
     JUDGED: Gate("at least", "1 if something was judged of the export", of_export=False),
     "certificate": Gate(
@@ -98,6 +109,13 @@ GATES: Mapping[str, Gate] = {
     "longest_difference_over_float": Gate(
         "at most", "mean of these differences over the float model's own in the served precision", _RATIO
     ),
+    "token_mult_prob_error": Gate(
+        "at most",
+        "mean of exp(absolute log-probability difference), served against reference; 1 is perfect",
+        (1.0, _RATIO[1]),
+    ),
+    **_divergence_gates("float", "the float model"),
+    **_divergence_gates("reference", "the reference"),
     "scale_error_max": Gate(
         "at most", "largest relative error of the scale of one quantized module that is surely not zero"
     ),

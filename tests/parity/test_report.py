@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from cloq_export.errors import RunDirectoryError
+from cloq_export.parity.divergence import Divergence
 from cloq_export.parity.gate import GATES, TASK_GATES, judge
 from cloq_export.parity.generation import WorstToken, WrittenTexts
 from cloq_export.parity.isolation import AdapterIsolation, Isolation
@@ -29,6 +30,7 @@ from cloq_export.parity.questions import question_facts
 from cloq_export.parity.report import (
     CertificateCheck,
     Conditions,
+    DivergenceRow,
     FloatModel,
     Judged,
     LayerErrors,
@@ -101,6 +103,11 @@ def report() -> ParityReport:
             *(NumericsRow("served", "reference", name, difference(value)) for name, value in differing.items()),
             NumericsRow("reference", "float", "good", difference(0.5)),
         ),
+        divergence=tuple(
+            DivergenceRow("served", against, name, Divergence(15, estimate, 20, value, 2 * value, 3 * value, 1 - value))
+            for against, estimate in (("float", "exact"), ("reference", "lower bound"))
+            for name, value in (("good", 0.25), (HOSTILE, 0.5))
+        ),
         quality=Quality(
             (perplexity("float", None, 29.0), perplexity("served", "good", 1.2), perplexity("served", HOSTILE, 1.5)),
             {
@@ -161,6 +168,10 @@ def test_the_worst_adapter_counts(report: ParityReport) -> None:
     assert (metrics["decode_gap_max"], metrics["decode_gap_mean"]) == (0.5, 0.0625)
     assert (metrics["mixed_decode_gap_max"], metrics["mixed_decode_gap_mean"]) == (2.0, 0.25)
     assert metrics["scale_error_max"] == 0.02
+    distances = [metrics[f"kl_to_float_{figure}"] for figure in ("mean", "99", "max")]
+    assert distances == [0.5, 1.0, 1.5]
+    assert metrics["top1_agreement_reference"] == 0.5
+    assert metrics["token_mult_prob_error"] == pytest.approx((1 + math.exp(1.5e-4) + math.exp(3e-4)) / 3)
     assert metrics["longest_difference_max"] is None  # no row of it
     asked = [metrics[f"gsm8k_questions_{figure}"] for figure in ("missing", "repeated", "seen")]
     assert asked == [1.0, 1.0, 2.0]

@@ -108,6 +108,12 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
     assert [entry.name for entry in report.adapters] == ["cloq", "second"]
     assert report.noise_floor.max <= 1e-6
     assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq", "second", None}
+    compared = {(row.measured, row.against, row.adapter): row.divergence for row in report.divergence}
+    for name in ("cloq", "second"):
+        near, far = compared["served", "reference", name], compared["served", "float", name]
+        assert (near.estimate, near.tokens, near.top1_agreement) == ("exact", 4 * 23, 1.0)
+        assert near.kl_max < 1e-6 < far.kl_mean
+        assert far.kl_mean == pytest.approx(compared["reference", "float", name].kl_mean, rel=1e-2)
     for row in report.liveness:
         assert row.live_share == 1
         assert len(row.modules) == 14

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cloq_export.engines.vllm.engine import EngineStart, VllmModel
+from cloq_export.engines.transformers.served import packed_model
+from cloq_export.engines.vllm.engine import MOST_PROBABLE, EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
@@ -87,6 +88,18 @@ def test_served_equals_the_reference_and_mixed_equals_single(
         assert 1 <= len(answer) <= 6
         # Half precision may turn a near-tie around.
         assert device == "cuda" or model.generate([ids], [name], 6) == [answer]
+
+
+def test_the_most_probable_tokens_of_each_place(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters)
+    kept = [number for number, ids in enumerate(SEQUENCES) if len(ids) > 1]
+    asked = [SEQUENCES[number] for number in kept], [ADAPTERS[number] for number in kept]
+    for ids, name, found in zip(*asked, model.token_distributions(*asked), strict=True):
+        expected = packed_model(export.folder, export.adapters).token_distributions([ids], [name])[0].logprobs
+        assert found.token_ids is not None
+        assert found.token_ids.shape == (len(ids) - 1, MOST_PROBABLE)
+        assert torch.allclose(found.logprobs, expected.topk(MOST_PROBABLE).values, atol=1e-4)
+        assert torch.allclose(found.logprobs, expected.gather(1, found.token_ids), atol=1e-4)
 
 
 def test_one_adapter_at_a_time(export: Any, load_engine: Callable[..., VllmModel]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm.client import ServerClient
 from cloq_export.errors import EngineError
 from cloq_export.types import QuantSpec
@@ -107,6 +108,15 @@ def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, expo
     sequences = [SEQUENCES[index % len(SEQUENCES)] for index in range(21)]
     for ids, name, scores in zip(sequences, who, server.prompt_logprobs(sequences, who), strict=True):
         assert float((scores - export.logprobs(ids, name)).abs().max()) < 1e-4
+
+
+def test_the_most_probable_tokens_of_each_place(server: ServerClient, export: Any) -> None:
+    ids = SEQUENCES[0]
+    found = server.token_distributions([ids, ids], ["two", None])[0]
+    expected = packed_model(export.folder, export.adapters).token_distributions([ids], ["two"])[0].logprobs
+    assert found.token_ids is not None
+    assert torch.allclose(found.logprobs, expected.gather(1, found.token_ids), atol=1e-4)
+    assert torch.allclose(found.logprobs, expected.topk(found.logprobs.shape[1]).values, atol=1e-4)
 
 
 def test_adapters_come_and_go_while_it_serves(

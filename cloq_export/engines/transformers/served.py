@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cloq_export.engines.decoding import Ended, continue_greedily, prompts_per_batch
+from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
 
@@ -52,6 +53,23 @@ class TransformersModel:
                 measured = sequence_logprobs(model, [token_ids[row] for row in batch])
                 for row, values in zip(batch, measured, strict=True):
                     results[row] = values
+        return results
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the whole vocabulary in each place; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+        """
+        results = [TokenDistributions(torch.empty(0, 0))] * len(token_ids)
+        for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
+            model = self.model(adapter)
+            for row in rows:
+                with torch.no_grad():
+                    logits = model(input_ids=padded_rows([token_ids[row]], model), use_cache=False).logits[0, :-1]
+                results[row] = TokenDistributions(logits.to(torch.float32).log_softmax(-1).cpu())
         return results
 
     def generate(

@@ -10,7 +10,8 @@ from typing import Any
 import httpx2
 import torch
 
-from cloq_export.engines.vllm.engine import check_requests
+from cloq_export.engines.protocol import TokenDistributions
+from cloq_export.engines.vllm.engine import MOST_PROBABLE, check_requests, most_probable_tokens
 from cloq_export.errors import EngineError
 from cloq_export.files.spelled_paths import expand_user
 
@@ -75,6 +76,27 @@ class ServerClient:
             scores = answer["prompt_logprobs"][1:]
             values = [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], scores, strict=True)]
             return torch.tensor(values, dtype=torch.float32)
+
+        return self._each(score, token_ids, adapters)
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the most probable tokens in each place, as many as vLLM gives unless told.
+
+        Args:
+            token_ids: as in `prompt_logprobs`.
+            adapters: as in `prompt_logprobs`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: as `prompt_logprobs`.
+        """
+
+        def score(ids: list[int], name: str | None) -> TokenDistributions:
+            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=MOST_PROBABLE)
+            rows = answer["prompt_logprobs"][1:]
+            return most_probable_tokens([[(int(key), each["logprob"]) for key, each in row.items()] for row in rows])
 
         return self._each(score, token_ids, adapters)
 

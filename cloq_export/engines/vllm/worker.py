@@ -50,7 +50,7 @@ def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=1 if scoring else request["max_new_tokens"],
-        prompt_logprobs=0 if scoring else None,
+        prompt_logprobs=request.get("most_probable", 0) if scoring else None,
         detokenize=False,
     )
     outputs = engine.generate(
@@ -61,6 +61,11 @@ def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -
     )
     if not scoring:
         return [list(output.outputs[0].token_ids) for output in outputs]
+    if "most_probable" in request:
+        return [
+            [[(token, score.logprob) for token, score in scores.items()] for scores in output.prompt_logprobs[1:]]
+            for output in outputs
+        ]
     return [
         [scores[token].logprob for token, scores in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
         for (ids, _), output in zip(batch, outputs, strict=True)

@@ -11,6 +11,7 @@ from cloq_export.engines.transformers.served import tokens_per_batch
 from cloq_export.errors import CalibrationError, GateMissedError, UsageError
 from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel
+from cloq_export.parity.divergence import windows_compared
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.texts.corpora import evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
@@ -36,6 +37,7 @@ class ProbeTexts:
     Args:
         begin: tokens that each window and prompt begins with.
         windows: all equally long.
+        compared: the windows on which whole distributions are compared.
         longest: one text, as long as the model is served with.
         prompts: that are continued.
         probes: on which modules are shown to be live.
@@ -47,6 +49,7 @@ class ProbeTexts:
 
     begin: Sequence[int]
     windows: Sequence[Sequence[int]]
+    compared: Sequence[Sequence[int]]
     longest: Sequence[int]
     prompts: Sequence[Sequence[int]]
     probes: Sequence[Sequence[int]]
@@ -90,6 +93,7 @@ class ProbeTexts:
         return cls(
             begin=begin,
             windows=windows,
+            compared=windows_compared(windows, loaded.config.get_text_config().vocab_size),
             # One text from the start, begun once.
             longest=[*begin, *bare[: length - len(begin)].tolist()],
             prompts=[begin + flat[start : start + width] for start in starts],
