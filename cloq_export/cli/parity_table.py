@@ -15,7 +15,7 @@ from cloq_export.cli.output import print_line
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
-    from cloq_export.parity.page import figure, label_of, share
+    from cloq_export.parity.page import figure, label_of, share, smallest_loss
 
     for note in report["notes"]:
         print_line(console, f"note: {note}")
@@ -85,6 +85,9 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
         word = "[green]passed[/green]" if verdict["passed"] else "[red]missed[/red]"
         gate.add_row(verdict["gate"], figure(verdict["value"]), f"{verdict['bound']} {figure(verdict['limit'])}", word)
     console.print(gate)
+    for verdict in report["gates"]:
+        if verdict["finds"]:
+            print_line(console, f"{verdict['gate']}: {smallest_loss(verdict['finds'])}")
     for name, path in (report.get("files") or {}).items():
         print_line(console, f"{name}: {path}")
     for reason in report["judged"]["reasons"]:
@@ -105,7 +108,8 @@ def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
             print_line(
                 console,
                 f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
-                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
+                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']}), drop "
+                f"{share(pair['drop'])}, at most {share(pair['drop_upper'])} with a confidence of 95%",
             )
         print_line(console, f"{answered['questions']} questions of {answered['origin']} ({answered['definition']})")
         if "power" in answered:

@@ -14,6 +14,7 @@ import yaml
 from cloq_export.errors import UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.parity.plain import Result
+from cloq_export.parity.power import SmallestLoss
 from cloq_export.parity.scales import SCALE_LIMIT
 from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
 
@@ -50,6 +51,7 @@ class Verdict(Result):
         value: that was measured; None if it is missing.
         passed: whether the limit is kept.
         reason: why the gate could not be missed, and has missed; None otherwise.
+        finds: the smallest loss that it could have seen; None where that was not worked out.
     """
 
     gate: str
@@ -59,6 +61,7 @@ class Verdict(Result):
     value: float | None
     passed: bool
     reason: str | None = None
+    finds: SmallestLoss | None = None
 
 
 # Nats: a probability that is off by this factor of hundreds of millions is no probability any more.
@@ -158,6 +161,8 @@ GATES: Mapping[str, Gate] = {
 TASK_GATES: Mapping[str, Gate] = {
     "accuracy": Gate("at least", "share of the questions answered right as served"),
     "accuracy_drop": Gate("at most", "accuracy of the float model minus that as served", (-1.0, 1.0)),
+    "accuracy_drop_upper": Gate("at most", "upper 95 % confidence limit of that drop, paired by question", (-1.0, 1.0)),
+    "drop_upper": Gate("at most", "the same limit for the reference's accuracy minus that as served", (-1.0, 1.0)),
     "p_value": Gate("at least", "McNemar's exact test, served against reference"),
     "recorded_p_value": Gate(
         "at least", "McNemar's exact test, one-sided: answers lost since the run recorded what it answers"

@@ -156,10 +156,13 @@ def _task_metrics(task: str, entries: Sequence[VerifiedTask]) -> dict[str, float
 def _task_figures(task: VerifiedTask) -> dict[str, float | None]:
     models = task.entry.models
     served, reference = models.get("served"), models.get("float")
-    pair = next((each for each in task.entry.comparisons if (each.first, each.second) == ("reference", "served")), None)
+    pairs = {(each.first, each.second): each for each in task.entry.comparisons}
+    pair, beside_float = pairs.get(("reference", "served")), pairs.get(("float", "served"))
     return {
         "accuracy": None if served is None else served.accuracy,
         "accuracy_drop": None if served is None or reference is None else reference.accuracy - served.accuracy,
+        "accuracy_drop_upper": None if beside_float is None else beside_float.test.drop_upper,
+        "drop_upper": None if pair is None else pair.test.drop_upper,
         "p_value": None if pair is None else pair.test.p_value,
         "recorded_p_value": None if task.recorded is None else task.recorded.p_value,
         "agreement": None if pair is None else pair.agreement,

@@ -79,7 +79,7 @@ class Conditions(Result):
         new_tokens: behind each of them.
         longest: tokens of the longest text.
         liveness_tokens: on which modules were shown to be live.
-        seed: of the bootstrap.
+        seed: of the random signs that scales are screened with.
         device: of the transformers models.
         threads: of torch.
     """

@@ -24,6 +24,7 @@ from cloq_export.parity.metrics import collect_metrics
 from cloq_export.parity.numerics import Flip, GreedyTexts, LogprobDifferences, compare_logprobs
 from cloq_export.parity.page import figure, render_html
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
+from cloq_export.parity.power import SmallestLoss
 from cloq_export.parity.provenance import Finding, ProbeDifferences, RecordedRatio
 from cloq_export.parity.quality import ByPosition, PairedTest, PerplexityRow, Ratio
 from cloq_export.parity.questions import question_facts
@@ -61,7 +62,7 @@ def perplexity(model: str, adapter: str | None, value: float) -> PerplexityRow:
 
 
 def verified(adapter: str, models: dict[str, ModelAnswers], recorded: RecordedAnswers | None) -> VerifiedTask:
-    compared = (Comparison("reference", "served", 0.5, PairedTest(1, 0, 1.0)),)
+    compared = (Comparison("reference", "served", 0.5, PairedTest(1, 0, 1.0, 0.5, 0.9)),)
     entry = TaskEntry(2, "00", 0, 256, "3.0", "lm_eval", "file", adapter, "strict", models, compared)
     return VerifiedTask(entry, question_facts(("a", "a"), ({"a"}, {"a"}), {"a"}, asked=3, limit=0.01), recorded)
 
@@ -151,7 +152,8 @@ def report() -> ParityReport:
         versions={"torch": "2"},
     )
     metrics = collect_metrics(made) | {"judged": 0.0}
-    gates = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, metrics)
+    gates = judge({"live_modules": 1.0, "perplexity_ratio": 1.4, "gsm8k_drop_upper": 0.1}, metrics)
+    gates[-1] = dataclasses.replace(gates[-1], finds=SmallestLoss(0.1, 0.004, 0.05))
     return dataclasses.replace(made, metrics=metrics, gates=tuple(gates))
 
 
@@ -216,6 +218,9 @@ def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: P
         ElementTree.fromstring(drawing)
         assert "nan" not in drawing
     assert "undecided, product times 4" in page
+    assert (
+        "It sees a loss of 10.00% with a probability of 95%; it is missed by chance with a probability of 0.4%" in page
+    )
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path, report: ParityReport) -> None:

@@ -23,6 +23,7 @@ from cloq_export.parity.gate import (
     merged_limits,
     read_gate_file,
 )
+from cloq_export.parity.power import CHANCE, CHANCE_HALF, chance_limit, questions_needed
 from cloq_export.parity.questions import DEFAULT_QUESTIONS
 from cloq_export.parity.task_kinds import Questions, Task
 from cloq_export.parity.tasks import PERPLEXITY, expand_names, gate_key
@@ -82,7 +83,7 @@ class Plan:
         checkpoint, folders, adapters = (_read_onnx if artifact.kind == "onnx export" else _read_checkpoint)(
             artifact, options
         )
-        tasks = read_questions(asked, options.problems or DEFAULT_QUESTIONS, options.shots)
+        tasks = read_questions(asked, typed_questions(options) or DEFAULT_QUESTIONS, options.shots)
         made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
             options.dtype,
@@ -92,6 +93,11 @@ class Plan:
             packed=options.measures_packed,
             rounded=_rounds_activations(checkpoint),
         )
+        if not _rounds_activations(checkpoint):
+            defaults |= {
+                f"{gate_key(name)}_drop_upper": options.detect or chance_limit(len(questions.items), chance_of(options))
+                for name, (_, questions) in tasks.items()
+            }
         defaults |= made.limits(options, defaults)
         recorded = [name for name, (task, questions) in tasks.items() if made.recorded_answers(task, questions)]
         defaults |= {f"{gate_key(name)}_recorded_p_value": SIGNIFICANCE for name in recorded}
@@ -116,6 +122,18 @@ class Plan:
     def scored(self) -> list[str | None]:
         """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise."""
         return [*self.adapters, None]
+
+
+def chance_of(options: VerifyOptions) -> float:
+    """Return the share of questions that a model which loses nothing answers otherwise in the served precision."""
+    return CHANCE.get(options.dtype, CHANCE_HALF)
+
+
+def typed_questions(options: VerifyOptions) -> int | None:
+    """Return how many questions of each task must be there: as many as were typed, or as a loss needs; else None."""
+    if options.detect is None:
+        return options.problems
+    return questions_needed(options.detect, chance_of(options))
 
 
 def _rounds_activations(checkpoint: Checkpoint | OnnxExport) -> bool:

@@ -132,7 +132,7 @@ def perplexity_rows(
     if PERPLEXITY not in plan.options.tasks:
         return []
     against = None if model == "float" else known.logprobs
-    return [perplexity_row(model, adapter, logprobs, against, seed=plan.options.seed)]
+    return [perplexity_row(model, adapter, logprobs, against)]
 
 
 def measure_packed(
