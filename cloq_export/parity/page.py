@@ -31,7 +31,8 @@ def render_html(report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "share": share, "found": smallest_loss}
+    environment.filters |= {"figure": figure, "share": share}
+    environment.filters["found"] = smallest_loss
     return environment.from_string(text).render(
         report=report,
         verdict="passed" if report["passed"] else "missed",

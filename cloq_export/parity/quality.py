@@ -120,8 +120,9 @@ def perplexity_row(
     ratio = None
     if reference is not None:
         against = losses_of(reference)
-        ends, rise = ratio_interval(losses, against), smallest_rise(losses, against).loss
-        ratio = Ratio(*map(_finite, (ratio_of_losses(losses, against)[0], *ends)), rise)
+        value, (lower, upper) = ratio_of_losses(losses, against)[0], ratio_interval(losses, against)
+        rise = smallest_rise(losses, against).loss
+        ratio = Ratio(_finite(value), _finite(lower), _finite(upper), rise)
     return PerplexityRow(
         model, adapter, _finite(measured.perplexity), _finite(measured.standard_error), by_position(logprobs), ratio
     )
