@@ -95,6 +95,26 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     print_line(console, "parity: " + ("passed" if report["passed"] else "missed"))
 
 
+def render_applied(report: Mapping[str, Any], console: Console) -> None:
+    """Print whether adapters are applied, question by question."""
+    from cloq_export.parity.page import figure
+
+    table = _table(
+        escape(f"{report['base']} served by {report['runtime']}"), ("question", "adapter"), ("value", "limit", "")
+    )
+    words = {True: "[green]passed[/green]", False: "[red]missed[/red]", None: "not judged"}
+    for check in report["checks"]:
+        limit = "" if check["limit"] is None else figure(check["limit"])
+        row = (escape(check["adapter"] or "all and the base"), figure(check["value"]), limit, words[check["passed"]])
+        table.add_row(check["what"], *row)
+    console.print(table)
+    for check in report["checks"]:
+        print_line(console, f"{check['what']}{_with(check['adapter'])}: {check['reason']}")
+    for entry in report["missing"]:
+        print_line(console, f"not measured: {entry['what']}: {entry['reason']}")
+    print_line(console, "applied: " + ("yes, as far as it was asked" if report["passed"] else "not shown"))
+
+
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
     """Print what models answered, task by task: accuracies, and a comparison of every two models."""
     from cloq_export.parity.page import figure, share

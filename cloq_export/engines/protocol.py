@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from cloq_export.engines.held_adapters import HeldAdapter
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenDistributions:
@@ -20,6 +22,17 @@ class TokenDistributions:
 
     logprobs: torch.Tensor
     token_ids: torch.Tensor | None = None
+
+
+class HoldsAdapters(Protocol):
+    """A served model that tells which weights of its adapters it holds."""
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return what is held of an adapter; None where the engine does not tell.
+
+        Args:
+            name: of the adapter.
+        """
 
 
 class ServedModel(Protocol):

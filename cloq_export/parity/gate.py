@@ -187,7 +187,7 @@ _ALL_GATES: Mapping[str, Gate] = {
 # The reference rounds differently from an engine, and a poor base amplifies it.
 _FLOAT32_LIMIT = 1e-3
 _FLOAT32_LIMIT_2_BITS = 1e-2
-_MIXED_LIMIT = 1e-4
+MIXED_LIMIT = 1e-4
 # Twice what a 2-bit model with activations in int8 measures (docs/onnx.md).
 _ROUNDED_MEAN_LIMIT = 0.25
 # In the mean over prompts, as the mean above: rounded activations turn near-ties around.
@@ -228,7 +228,7 @@ def default_limits(
     """
     limit = float32_limit(bits)
     limits: dict[str, float] = {JUDGED: 1.0, "certificate": 1.0}
-    mixed = {"mixed_batch_difference_max": _MIXED_LIMIT} if adapters else {}
+    mixed = {"mixed_batch_difference_max": MIXED_LIMIT} if adapters else {}
     if rounded:
         limits |= {"logprob_difference_mean": _ROUNDED_MEAN_LIMIT, "longest_difference_mean": _ROUNDED_MEAN_LIMIT}
         limits |= {"decode_gap_mean": _ROUNDED_GAP_LIMIT, **mixed}

@@ -19,12 +19,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
+import cloq_export
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm.client import ServerClient
-from cloq_export.errors import EngineError
+from cloq_export.errors import EngineError, GateMissedError, UsageError
+from cloq_export.parity.canary import SyncCanary
 from cloq_export.types import QuantSpec
 
 pytestmark = pytest.mark.slow
@@ -117,6 +121,31 @@ def test_the_most_probable_tokens_of_each_place(server: ServerClient, export: An
     assert found.token_ids is not None
     assert torch.allclose(found.logprobs, expected.gather(1, found.token_ids), atol=1e-4)
     assert torch.allclose(found.logprobs, expected.topk(found.logprobs.shape[1]).values, atol=1e-4)
+
+
+def test_a_canary_sees_each_sync_of_a_trainer(server: ServerClient, export: Any, tmp_path: pathlib.Path) -> None:
+    cloq_export.register()
+    base = transformers.AutoModelForCausalLM.from_pretrained(export.folder)
+    model = peft.PeftModel.from_pretrained(base, export.adapters["one"], is_trainable=True)
+    canary = SyncCanary(model, server, [SEQUENCES[4], SEQUENCES[6]], needs_weights=True)
+    assert canary.check(0, "one").same_weights
+    for number in (1, 2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / f"step{number}")
+        server.load_adapter(f"policy-{number}", tmp_path / f"step{number}")
+        found = canary.check(number, f"policy-{number}")
+        assert found.same_weights
+        assert found.logprob_difference_max < 1e-4
+        assert found.divergence.estimate == "lower bound"
+        with pytest.raises(GateMissedError, match=f"step {number}: in 14 of 14 modules of one the engine holds other"):
+            canary.check(number, "one")
+    with pytest.raises(UsageError, match="the server has no adapter 'policy-3'"):
+        canary.check(3, "policy-3")
+    for number in (1, 2):
+        server.unload_adapter(f"policy-{number}")
 
 
 def test_adapters_come_and_go_while_it_serves(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cloq_export.engines.decoding import Ended, continue_greedily, prompts_per_batch
+from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
@@ -67,9 +68,7 @@ class TransformersModel:
         for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
             model = self.model(adapter)
             for row in rows:
-                with torch.no_grad():
-                    logits = model(input_ids=padded_rows([token_ids[row]], model), use_cache=False).logits[0, :-1]
-                results[row] = TokenDistributions(logits.to(torch.float32).log_softmax(-1).cpu())
+                results[row] = TokenDistributions(whole_vocabulary(model, token_ids[row]))
         return results
 
     def generate(
@@ -105,6 +104,15 @@ class TransformersModel:
                 for row, ids in zip(batch, continued, strict=True):
                     results[row] = ids
         return results
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the model holds of an adapter, in float32.
+
+        Args:
+            name: of the adapter.
+        """
+        model = self.model(name)
+        return HeldAdapter.of(factors_of(model.named_modules(), "default"), "float32")
 
     def close(self) -> None:
         """Let go of the models."""
@@ -166,6 +174,18 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
     with torch.no_grad():
         logits = model(input_ids=padded, use_cache=False).logits
     return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+
+
+def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return log p(v | x_1..x_{i-1}), i = 2..n, of every token v, (n - 1, vocabulary) float32 on the CPU.
+
+    Args:
+        model: a causal language model.
+        token_ids: two or more tokens.
+    """
+    with torch.no_grad():
+        logits = model(input_ids=padded_rows([token_ids], model), use_cache=False).logits[0, :-1]
+    return logits.to(torch.float32).log_softmax(-1).cpu()
 
 
 def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:

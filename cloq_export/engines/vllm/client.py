@@ -10,9 +10,10 @@ from typing import Any
 import httpx2
 import torch
 
+from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.vllm.engine import MOST_PROBABLE, check_requests, most_probable_tokens
-from cloq_export.errors import EngineError
+from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 
 
@@ -160,6 +161,26 @@ class ServerClient:
         """
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
         self._names.pop(name, None)
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the server holds of an adapter; None before its first use, or without the plugin.
+
+        Args:
+            name: of an adapter that it serves.
+
+        Raises:
+            UsageError: the server does not know the adapter.
+            EngineError: the server died or refused.
+        """
+        try:
+            known = self._get("/v1/held_lora_adapters")["adapters"]
+        except EngineError as error:
+            if "(404)" in str(error):
+                return None  # a server without the plugin
+            raise
+        if name not in known:
+            raise UsageError(f"the server has no adapter {name!r:.80}; it has {', '.join(known) or 'none'}.")
+        return None if known[name] is None else HeldAdapter.from_json(known[name])
 
     def _each(self, ask: Any, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Any]:
         requests = check_requests(token_ids, adapters, self._names)

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.quantization_description import CONFIG_NAME
+from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import TokenDistributions
-from cloq_export.engines.vllm.options import EngineSettings, engine_options
+from cloq_export.engines.vllm.options import EngineSettings, engine_options, float_options
 from cloq_export.engines.vllm.process import EngineProcess, engine_environment
 from cloq_export.errors import EngineError, UsageError
+from cloq_export.files.safe_json import read_json
 
 _WORKER = "cloq_export.engines.vllm.worker"
 # Tokens whose log-probabilities vLLM gives in each place unless `max_logprobs` is raised.
@@ -52,7 +55,7 @@ class VllmModel:
     """An engine with one base and its adapters, loaded and ready.
 
     Args:
-        export: an export, a checkpoint folder, or a run directory.
+        export: an export, a checkpoint folder, or a run directory; with adapters also the folder of a float model.
         adapters: name -> adapter folder.
         settings: how they are served; None leaves all to `EngineSettings`.
         start: how the process is started; None leaves all to `EngineStart`.
@@ -125,7 +128,7 @@ class VllmModel:
             "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
-            **engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib),
+            **self._options(export, folders, settings),
         }
         if not self._start.plugin:
             options.pop("quantization", None)
@@ -135,6 +138,12 @@ class VllmModel:
             "adapters": {name: [number, str(folders[name])] for number, name in enumerate(folders, 1)},
             "force": settings.force,
         }
+
+    def _options(self, export: Path, folders: Mapping[str, Path], settings: EngineSettings) -> dict[str, Any]:
+        config = Path(export) / CONFIG_NAME
+        if folders and config.is_file() and "quantization_config" not in (content := read_json(config)):
+            return float_options(str(export), content, folders, settings)
+        return engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib)
 
     @property
     def is_running(self) -> bool:
@@ -191,6 +200,20 @@ class VllmModel:
         request = {"generate": self._requests(token_ids, adapters), "max_new_tokens": max_new_tokens}
         answer: list[list[int]] = self._ask(request, "answer")
         return answer
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the engine holds of an adapter; None before its first request, or without the plugin.
+
+        Args:
+            name: one of this model's adapters.
+
+        Raises:
+            UsageError: it is not one of this model.
+            EngineError: the engine died or refused.
+        """
+        check_requests([[0]], [name], self.adapters)
+        held = self._ask({"held": name}, "answer")
+        return None if held is None else HeldAdapter.from_json(held)
 
     def close(self) -> None:
         """End the engine; a second call does nothing."""

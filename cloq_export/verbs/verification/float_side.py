@@ -79,6 +79,7 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
     options = plan.options
     # Another device or precision takes the whole model at once.
     stream: Streaming = "auto" if (options.dtype, options.device) == ("float32", "cpu") else "never"
+    assert options.reference is not None  # `VerifyOptions.check` asked for it
     loaded = open_model(options.reference, dtype=torch.float32, stream=stream)
     for line in loaded.reading:
         progress.session.say(line)

@@ -17,7 +17,12 @@ _LEAST_LOSS, _LARGEST_LOSS = 0.005, 0.5
 class VerifyOptions:
     """What `verify` is asked to do."""
 
-    reference: str = option(dataclasses.MISSING, "The float model: a folder, a hub id or a GGUF file.", metavar="MODEL")
+    reference: str | None = option(
+        None,
+        "The float model: a folder, a hub id or a GGUF file. Without it, and with --adapter, all that is asked is "
+        "whether each adapter is applied, on any base.",
+        metavar="MODEL",
+    )
     runtime: str = option("hf", "What serves.", choices=("hf", "vllm", "vllm-server", "onnx"))
     adapters: tuple[str, ...] = option(
         (),
@@ -83,7 +88,8 @@ class VerifyOptions:
         """
         if not self.reference:
             raise UsageError(
-                "no float model was given; name the one that the export was made from with `reference=MODEL`."
+                "no float model was given; name the one that the export was made from with `reference=MODEL`, or "
+                "adapters with `adapters` to ask only whether they are applied."
             )
         refuse_unmeant(self)
         if self.detect is not None and not _LEAST_LOSS <= self.detect <= _LARGEST_LOSS:

@@ -148,7 +148,7 @@ def _read_checkpoint(
     if options.runtime == "onnx":
         raise UsageError(f"{artifact.path} is no ONNX export; make one with: cloq export RUN --format onnx")
     checkpoint = artifact.checkpoint
-    folders = _adapter_folders(artifact.adapters, options.adapters)
+    folders = adapter_folders(artifact.adapters, options.adapters)
     return (
         checkpoint,
         folders,
@@ -169,15 +169,24 @@ def _read_onnx(
     from cloq_export.verbs.verification import onnx_stand_in
 
     opened = OnnxExport.open(artifact.path)
-    folders = _adapter_folders(artifact.adapters, options.adapters)
+    folders = adapter_folders(artifact.adapters, options.adapters)
     adapters = {
         name: onnx_stand_in.read_fitting_adapter(path, opened, force=options.force) for name, path in folders.items()
     }
     return opened, folders, adapters
 
 
-def _adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
-    """Return name -> folder of the adapters that are to be served."""
+def adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
+    """Return name -> folder of the adapters that are to be served.
+
+    Args:
+        shelf: of the base.
+        asked: as typed; nothing means all that are on the shelf.
+
+    Raises:
+        UsageError: a name is not allowed, or is given twice.
+        FormatError, RunDirectoryError: there is no adapter.
+    """
     if not asked:
         return dict(shelf.folders)
     folders: dict[str, Path] = {}

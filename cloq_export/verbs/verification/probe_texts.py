@@ -87,9 +87,7 @@ class ProbeTexts:
         flat = bare[: count * (options.window - len(begin))].tolist()
         step = max(1, (len(flat) - width) // max(1, options.prompts))
         starts = range(0, len(flat) - width + 1, step)[: options.prompts]
-        probes = _LIVENESS_SEQUENCES.get(options.dtype, _LIVENESS_SEQUENCES_HALF)
-        longest = max(_ISOLATION_LENGTHS)
-        pieces = zip(windows * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
+        probes = liveness_sequences(options.dtype)
         return cls(
             begin=begin,
             windows=windows,
@@ -98,7 +96,7 @@ class ProbeTexts:
             longest=[*begin, *bare[: length - len(begin)].tolist()],
             prompts=[begin + flat[start : start + width] for start in starts],
             probes=[window[: options.liveness_tokens] for window in windows[:probes]],
-            isolated=[window[: max(2, each * min(options.window, longest) // longest)] for window, each in pieces],
+            isolated=isolated_texts(windows),
             places=_changing_places(loaded.config),
             ends=end_tokens(loaded.model),
             subjects=plan.subjects,
@@ -112,6 +110,18 @@ class ProbeTexts:
         """Return the prompts of the subject of this number: they are dealt out in turn, and to each at least one."""
         count = len(self.prompts)
         return self.prompts[number :: len(self.subjects)] or self.prompts[number % max(1, count) :][:1]
+
+
+def liveness_sequences(dtype: str) -> int:
+    """Return on how many windows modules are shown to be live in a precision."""
+    return _LIVENESS_SEQUENCES.get(dtype, _LIVENESS_SEQUENCES_HALF)
+
+
+def isolated_texts(windows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return texts of several lengths for mixed batches, from windows that are all equally long."""
+    longest = max(_ISOLATION_LENGTHS)
+    pieces = zip([*windows] * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
+    return [window[: max(2, each * min(len(window), longest) // longest)] for window, each in pieces]
 
 
 def _longest_length(plan: Plan, model: Any, tokens: int) -> int:

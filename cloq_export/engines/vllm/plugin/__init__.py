@@ -8,6 +8,7 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
   log-probabilities with adapters (`punica`);
 - a check of every adapter that is loaded onto a base of ours (`guard`);
+- an answer to which weights of its adapters it holds (`held_adapters`);
 - keys of known prompts that tell the loads of one name apart (`prefix_cache`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
@@ -54,11 +55,20 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.engines.vllm.plugin import cpu_kernel, fused_lora, guard, prefix_cache, punica, quantization
+    from cloq_export.engines.vllm.plugin import (
+        cpu_kernel,
+        fused_lora,
+        guard,
+        held_adapters,
+        prefix_cache,
+        punica,
+        quantization,
+    )
 
     quantization.register()
     cpu_kernel.register()
     punica.register()
     fused_lora.register()
     guard.register()
+    held_adapters.register()
     prefix_cache.register()

@@ -23,6 +23,7 @@ from cloq_export.engines.vllm.plugin.adapters import (
     check_adapter,
     check_name,
 )
+from cloq_export.engines.vllm.plugin.held_adapters import note_loaded
 from cloq_export.engines.vllm.plugin.prefix_cache import files_signature
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.files.safe_json import read_json
@@ -84,7 +85,9 @@ def _guard_workers() -> None:
         binding = Path(lora_request.lora_path) / BINDING_NAME
         if base is not None and binding.is_file() and not (policy and policy.force):
             refuse_other_base(binding.parent, str(read_json(binding).get("base_fingerprint")), base)
-        return stock_load(self, lora_request)
+        loaded = stock_load(self, lora_request)
+        note_loaded(self, lora_request.lora_int_id, loaded)
+        return loaded
 
     load.of_cloq_export = True  # type: ignore[attr-defined]
     WorkerLoRAManager.__init__, WorkerLoRAManager._load_adapter = init, load
