@@ -28,6 +28,7 @@ import cloq_export
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm.client import ServerClient
 from cloq_export.errors import EngineError, GateMissedError, UsageError
+from cloq_export.integrations.trl import AdapterRollouts, RolloutOptions
 from cloq_export.parity.canary import SyncCanary
 from cloq_export.types import QuantSpec
 
@@ -146,6 +147,50 @@ def test_a_canary_sees_each_sync_of_a_trainer(server: ServerClient, export: Any,
         canary.check(3, "policy-3")
     for number in (1, 2):
         server.unload_adapter(f"policy-{number}")
+
+
+def test_grpo_learns_on_what_is_served(server: ServerClient, export: Any, tmp_path: pathlib.Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is no dependency of the tests; install trl==1.16.0")
+    datasets = pytest.importorskip("datasets")
+    cloq_export.register()
+    base = transformers.AutoModelForCausalLM.from_pretrained(export.folder)
+    model = peft.PeftModel.from_pretrained(base, export.adapters["one"], is_trainable=True)
+    started = {name: value.detach().clone() for name, value in model.named_parameters() if ".lora_" in name}
+    canary = SyncCanary(model, server, [SEQUENCES[4], SEQUENCES[5]], needs_weights=True)
+    rollouts = AdapterRollouts(server, tmp_path / "sync", RolloutOptions("grpo"), canary)
+    seen: list[list[int]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.extend(completion_ids)
+        return [float(sum(token % 2 for token in ids)) for ids in completion_ids]
+
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(8)]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(export.folder, pad_token="</s>"),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+        ),
+        rollout_func=rollouts,
+    )
+    trainer.train()
+    assert len(seen) == 12
+    assert rollouts.served_as == "grpo-2"
+    assert "grpo-2" in server.models()
+    assert "grpo-1" not in server.models()
+    now = dict(model.named_parameters())
+    assert any(not torch.equal(now[name], before) for name, before in started.items())
+    server.unload_adapter("grpo-2")
 
 
 def test_adapters_come_and_go_while_it_serves(
