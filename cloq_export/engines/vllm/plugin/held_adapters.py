@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 from typing import Any
 
+import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
 from cloq_export.engines.held_adapters import factors_digest
@@ -44,7 +45,7 @@ def note_loaded(manager: Any, number: int, lora: Any) -> None:
     modules = {
         name: factors_digest(each.lora_a, each.lora_b, each.scaling, dtype)
         for name, each in lora.loras.items()
-        if each.lora_a is not None and each.lora_b is not None
+        if isinstance(each.lora_a, torch.Tensor) and isinstance(each.lora_b, torch.Tensor)
     }
     notes = vars(manager).setdefault("held_by_cloq_export", {})
     notes[str(number)] = {"dtype": str(dtype).removeprefix("torch."), "modules": modules}
