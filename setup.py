@@ -39,14 +39,19 @@ ISA_FLAGS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    # Every 64-bit Arm processor has it.
+    "neon": (),
 }
+# Names of a machine -> the instruction sets of its family.
+FAMILIES = {("x86_64", "amd64"): ("avx2", "avx512", "amx"), ("aarch64", "arm64"): ("neon",)}
 
 
 def sources() -> list[str]:
     """Return the C++ files that this machine's processor family can use."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    found = sorted(NATIVE.glob("*.cpp"))
-    return [path.as_posix() for path in found if is_x86 or _isa_of(path.as_posix()) is None]
+    machine = platform.machine().lower()
+    isas = next((isas for names, isas in FAMILIES.items() if machine in names), ())
+    found = sorted(path.as_posix() for path in NATIVE.glob("*.cpp"))
+    return [source for source in found if _isa_of(source) in (None, *isas)]
 
 
 def _isa_of(source: str) -> str | None:

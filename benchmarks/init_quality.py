@@ -81,6 +81,21 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "default+rank-0": ("default", {"rank": 0}),
     "default+rank-4": ("default", {"rank": 4}),
     "default+rank-16": ("default", {"rank": 16}),
+    "plain+rank-16": ("default", PLAIN | {"rank": 16}),
+    **{
+        f"{base}+low-rank-{rounds}{'-rank-16' if rank == 16 else ''}": (
+            "default",
+            (PLAIN if base == "plain" else {}) | {"low_rank_rounds": rounds, "rank": rank},
+        )
+        for base in ("plain", "default")
+        for rounds in (1, 3, 6)
+        for rank in (64, 16)
+    },
+    "plain+low-rank-3-half": ("default", PLAIN | {"low_rank_rounds": 3, "low_rank_share": 0.5}),
+    "plain+low-rank-3-magr-1e-4": ("default", PLAIN | {"low_rank_rounds": 3, "method": "magr", "magr_alpha": 1e-4}),
+    "plain+low-rank-3-sweeps": ("default", PLAIN | {"low_rank_rounds": 3, "sweeps": 4}),
+    "paper+low-rank-3": ("paper", {"low_rank_rounds": 3}),
+    "default+low-rank-3-refine": ("default", {"low_rank_rounds": 3, "refine": "block"}),
     "default+symmetric": ("default", {"symmetric": True}),
     "default+group-32": ("default", {"group_size": 32}),
     "default+group-128": ("default", {"group_size": 128}),
@@ -504,6 +519,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS, help="result file, continued if there (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="render a result file and end")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="with --markdown: put it between the page's marks")
+    parser.add_argument("--mark", default="init_quality", help="with --into: which marks (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -516,7 +532,7 @@ def main() -> int:
         return 0
     if options.markdown:
         content = json.loads(options.markdown.read_text(encoding="utf-8"))
-        put_into(options.into, "init_quality", markdown(content))
+        put_into(options.into, options.mark, markdown(content))
         return 0
     try:
         return run_benchmark(options)

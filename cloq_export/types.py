@@ -7,7 +7,7 @@ B `(out, rank)`, and the served weight is `W' = Q + (alpha / rank) * B @ A` with
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -290,6 +290,9 @@ class LayerCertificate:
             held-out windows at the start of the refinement; None without refinement, or where it is NaN or Inf.
         refined_error_after: the same error of what was kept.
         refined_step: the step that was kept, 0 for the start.
+        low_rank_round: where A and B were taken out of the weight before its codes were made (low rank first), the
+            round that was kept, 0 for codes of the weight itself; None where nobody asked for it.
+        needs_adapter: the codes were made for what A and B leave of the weight, so Q alone says nothing.
     """
 
     module: str
@@ -312,6 +315,17 @@ class LayerCertificate:
     refined_error_before: float | None = None
     refined_error_after: float | None = None
     refined_step: int | None = None
+    low_rank_round: int | None = None
+    needs_adapter: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object; those on codes that need their adapter stand there only where they do."""
+        content = dataclasses.asdict(self)
+        if self.low_rank_round is None:
+            del content["low_rank_round"]
+        if not self.needs_adapter:
+            del content["needs_adapter"]
+        return content
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Layout(abc.ABC):
         base_fingerprint: str,
         skipped: Iterable[str] = (),
         producer: str = "",
+        needs_adapter: bool = False,
     ) -> dict[str, Any]:
         """Return the `quantization_config` of config.json.
 
@@ -119,6 +120,7 @@ class Layout(abc.ABC):
             base_fingerprint: of the quantized base.
             skipped: linear modules of the same kind that stay float.
             producer: "name:version" of the program that writes.
+            needs_adapter: the codes were made for what their adapter leaves of the weights.
 
         Raises:
             FormatError: there is no module, or the layout cannot say this.
@@ -133,19 +135,22 @@ class Binding:
         layout: name of the layout.
         modules: the quantized modules, sorted.
         base_fingerprint: of the quantized base.
+        needs_adapter: the codes were made for what their adapter leaves of the weights; alone they say nothing.
     """
 
     layout: str
     modules: tuple[str, ...]
     base_fingerprint: str
+    needs_adapter: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object as a config holds it."""
+        """Return the object as a config holds it; that codes need their adapter stands there only where they do."""
         return {
             "format_version": BINDING_VERSION,
             "layout": self.layout,
             "base_fingerprint": self.base_fingerprint,
             "modules": list(self.modules),
+            **({"needs_adapter": True} if self.needs_adapter else {}),
         }
 
 
@@ -178,7 +183,10 @@ def read_binding(config: Mapping[str, Any], *, source: str) -> Binding | None:
         raise FormatError(f"{source}: cloq.base_fingerprint is {fingerprint!r:.80}; the config is damaged.")
     if not isinstance(layout, str):
         raise FormatError(f"{source}: cloq.layout is {layout!r:.80}; the config is damaged.")
-    return Binding(layout, tuple(sorted(modules)), fingerprint)
+    needs_adapter = ours.get("needs_adapter", False)
+    if not isinstance(needs_adapter, bool):
+        raise FormatError(f"{source}: cloq.needs_adapter is {needs_adapter!r:.80}; the config is damaged.")
+    return Binding(layout, tuple(sorted(modules)), fingerprint, needs_adapter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +201,7 @@ class StoredGrids:
         base_fingerprint: of the quantized base; None if the config does not carry one.
         rules: (pattern, grid or None for float) in their order; the first that matches a module without an override
             counts.
+        needs_adapter: as in Binding.
     """
 
     layout: Layout
@@ -201,6 +210,7 @@ class StoredGrids:
     modules: tuple[str, ...] | None
     base_fingerprint: str | None
     rules: tuple[tuple[NamePattern, QuantSpec | None], ...] = ()
+    needs_adapter: bool = False
 
     def spec_for(self, module: str) -> QuantSpec | None:
         """Return the grid of a module, or None if it stays float."""

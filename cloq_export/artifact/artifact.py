@@ -98,7 +98,7 @@ class Artifact:
         base = self.base
         if isinstance(base, Checkpoint):
             return LayerSource.of_checkpoint(base)
-        return LayerSource(base.specs, base.shapes, base.read_layer)
+        return LayerSource(base.specs, base.shapes, base.read_layer, base.needs_adapter)
 
     @property
     def floats(self) -> FloatPart:

@@ -162,7 +162,10 @@ def certify_checkpoint(
             f"{folder} was read back as the base {computed}, its config says {checkpoint.grids.base_fingerprint}, and "
             f"{base_fingerprint} was to be written; write it again."
         )
-    return write_certificate(folder, checkpoint.grids.layout.name, base_fingerprint, modules, facts)
+    needed = {"needs_adapter": True} if checkpoint.needs_adapter else {}
+    return write_certificate(
+        folder, checkpoint.grids.layout.name, base_fingerprint, modules, {**(facts or {}), **needed}
+    )
 
 
 def write_certificate(

@@ -120,6 +120,11 @@ class Checkpoint:
         return self.grids.modules is not None
 
     @property
+    def needs_adapter(self) -> bool:
+        """Return whether the codes were made for what their adapter leaves of the weights, so that alone they fail."""
+        return self.grids.needs_adapter
+
+    @property
     def noted_fingerprint(self) -> str | None:
         """Return the base fingerprint that the config carries, whatever the tensors are; None if it carries none."""
         return self.grids.base_fingerprint

@@ -73,11 +73,13 @@ class LayerSource:
         specs: full module name -> its grid, in the order in which the layers are written.
         shapes: full module name -> (out, in).
         read: gives one layer.
+        needs_adapter: the codes were made for what their adapter leaves of the weights.
     """
 
     specs: Mapping[str, QuantSpec]
     shapes: Mapping[str, tuple[int, int]]
     read: Callable[[str], QuantizedLayer]
+    needs_adapter: bool = False
 
     @classmethod
     def of_run(cls, run: RunDirectory) -> LayerSource:
@@ -85,13 +87,14 @@ class LayerSource:
         files = run.layer_files()
         specs = {name: file.spec for name, file in files.items()}
         shapes = {name: file.shape for name, file in files.items()}
-        return cls(specs, shapes, run.read_codes)
+        needs_adapter = any(file.certificate is not None and file.certificate.needs_adapter for file in files.values())
+        return cls(specs, shapes, run.read_codes, needs_adapter)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> LayerSource:
         """Return the layers of a checkpoint, unpacked from its layout."""
         shapes = {name: checkpoint.features(name) for name in checkpoint.specs}
-        return cls(checkpoint.specs, shapes, checkpoint.read_layer)
+        return cls(checkpoint.specs, shapes, checkpoint.read_layer, checkpoint.needs_adapter)
 
     @classmethod
     def of_mapping(cls, layers: Mapping[str, QuantizedLayer]) -> LayerSource:
@@ -244,6 +247,7 @@ def export_checkpoint(
             # Some readers match names in memory, others those in the files.
             skipped={*floats.skipped, *(_module_in_files(floats, name) for name in floats.skipped)},
             producer=f"cloq_export:{__version__}",
+            needs_adapter=layers.needs_adapter,
         )
         config = {**read_json(filling / CONFIG_NAME), **floats.config}
         drop_private(config)

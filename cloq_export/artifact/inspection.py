@@ -28,6 +28,7 @@ from cloq_export.artifact.inspection_result import (
     RunInspection,
     UnreadInspection,
 )
+from cloq_export.artifact.needed_adapter import NOTE
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import StoredSizes, adapter_bytes
 from cloq_export.errors import FormatError
@@ -180,7 +181,11 @@ def _describe_onnx(folder: Path, shelf: AdapterShelf, *, verify: bool) -> OnnxIn
         exporter=record.exporter,
         base_fingerprint=record.base_fingerprint,
         quantized_modules=len(record.modules),
-        notes=(*record.notes, *shelf.notes),
+        notes=(
+            *record.notes,
+            *([NOTE] if record.needs_adapter else []),
+            *shelf.notes,
+        ),
         graph_bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*") if path.is_file()),
         grids=tuple(
             OnnxGridCount(
@@ -248,7 +253,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, *, verify: bool) -> CheckpointI
         files=tuple(sorted({file.path.name for file in checkpoint.files.values()})),
         companions=tuple(path.relative_to(folder).as_posix() for path in companion_files(folder)),
         sizes=StoredSizes.of(checkpoint),
-        notes=(*checkpoint.notes, *_reader_notes(checkpoint)),
+        notes=(*checkpoint.notes, *([NOTE] if checkpoint.needs_adapter else []), *_reader_notes(checkpoint)),
         verified=verify,
         certificate=certificate,
     )

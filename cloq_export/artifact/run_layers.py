@@ -63,7 +63,7 @@ def write_layer_file(path: Path, module: str, layer: StoredLayer) -> None:
         tensors |= {"lora_A": layer.lora.lora_A, "lora_B": layer.lora.lora_B}
         metadata["alpha"] = repr(float(layer.lora.alpha))
     if layer.certificate is not None:
-        metadata["certificate"] = json.dumps(dataclasses.asdict(layer.certificate), sort_keys=True)
+        metadata["certificate"] = json.dumps(layer.certificate.to_json(), sort_keys=True)
     write_safetensors(path, tensors, metadata)
 
 

@@ -22,8 +22,8 @@ from cloq_export.cli.options import PATH, json_option
 def command(recipe: str, out: Path, full: bool, as_json: bool, **only: tuple[Any, ...]) -> None:
     """Train from several start points on the same data and steps.
 
-    NAME is a recipe of the package, small or refined; FILE is one of your own in YAML. Rows that are measured already
-    stay; an interrupted call continues.
+    NAME is a recipe of the package, small, refined or low-rank; FILE is one of your own in YAML. Rows that are measured
+    already stay; an interrupted call continues.
     """
     from rich.console import Console
 

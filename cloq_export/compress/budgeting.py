@@ -194,7 +194,7 @@ def spend(
 
 def measuring_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe under which costs are measured: layers on their own, nothing trained, no adapters."""
-    return recipe.changed({"error_aware": 0.0, "refine": "none", "rank": 0, "solvers": "local"})
+    return recipe.changed({"error_aware": 0.0, "refine": "none", "rank": 0, "low_rank_rounds": 0, "solvers": "local"})
 
 
 def _cheapest_plan(model: nn.Module, recipe: Recipe) -> ModelPlan:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from cloq_export.adapt import GramRoot, init_cloq
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import bytes_of
+from cloq_export.compress.low_rank_first import leading_product, taken_out
 from cloq_export.compress.problem import ADAPTER_DTYPES, SolvedLayer
 from cloq_export.compress.session import Session
-from cloq_export.compress.solve import SolveRequest
+from cloq_export.compress.solve import SolveRequest, root_of
 from cloq_export.compress.workers import LocalWorkers
 from cloq_export.errors import CloqError, ShapeError
 from cloq_export.formats.registry import LAYOUTS
@@ -34,7 +36,8 @@ class CostMeter:
     """Solves each layer on its cheapest grid, and records the error of every other grid at every rank.
 
     The loss of a layer is `sum_{k > r} s_k^2`, s the singular values of `(Q - W) R^T`, `R^T R = H`: what the closed
-    form of rank r leaves (CLoQ Theorem 3.1).
+    form of rank r leaves (CLoQ Theorem 3.1). With rounds of low rank first Q differs for each rank: it is the better of
+    Q for the weight itself and Q of a single round, because all rounds on all grids would take hours.
 
     Args:
         recipe: every option of the run.
@@ -69,15 +72,57 @@ class CostMeter:
         weights = [request.weights[name].to(self._device, torch.float32) for name in names]
         shapes = [tuple(weight.shape) for weight in weights]
         grids = []
+        taken = None
+        if recipe.low_rank_rounds and damped is not None:
+            taken = _TakenOut(recipe, dict(zip(names, weights, strict=True)), damped, root_of(request.stats, damped))
         for spec in candidate_grids(recipe, shapes):
             layers = quantize_group(weights, spec, damped, options).layers
             left = {
                 name: _left_by_rank(weight - layer.dequantize(), damped, candidate_ranks(recipe, name, shape))
                 for name, weight, layer, shape in zip(names, weights, layers, shapes, strict=True)
             }
+            if taken is not None:
+                for name, at, value in taken.left(spec, options):
+                    left[name][at] = min(left[name][at], value)
             grids.append({"bits": spec.bits, "group_size": spec.group_size, "left": left})
         stored = (weight - cheapest[name].weight for name, weight in zip(names, weights, strict=True))
         return {"grids": grids, "left_by_cheapest": sum(_left_by_rank(error, damped, [0])[0] for error in stored)}
+
+
+class _TakenOut:
+    """What one round of low rank first leaves of some layers of one input, for every rank.
+
+    Args:
+        recipe: every option of the run.
+        weights: module -> W, (out, in) float32.
+        damped: the damped H.
+        root: its root.
+    """
+
+    def __init__(self, recipe: Recipe, weights: Mapping[str, torch.Tensor], damped: DampedGram, root: GramRoot) -> None:
+        self._recipe, self._weights, self._damped = recipe, weights, damped
+        self._ranks = {name: candidate_ranks(recipe, name, tuple(weight.shape)) for name, weight in weights.items()}
+        # A round takes less than the whole layer out, see `LowRankFirst`.
+        self._pairs = {
+            name: init_cloq(weight, torch.zeros_like(weight), root, self._ranks[name][-1]).pair
+            for name, weight in weights.items()
+            if self._ranks[name][-1]
+        }
+
+    def left(self, spec: QuantSpec, options: QuantizeOptions) -> Iterator[tuple[str, int, float]]:
+        """Yield module, number of its rank, and `sum_{k > r} s_k^2` of what the codes of the round leave on a grid."""
+        for rank in sorted({rank for name in self._pairs for rank in self._ranks[name] if rank}):
+            kept = taken_out(rank, self._recipe.low_rank_share)
+            names = [
+                name for name in self._pairs if rank in self._ranks[name] and kept < min(self._weights[name].shape)
+            ]
+            if not names:
+                continue
+            rest = [self._weights[name] - leading_product(self._pairs[name], kept) for name in names]
+            layers = quantize_group(rest, spec, self._damped, options).layers
+            for name, layer in zip(names, layers, strict=True):
+                error = self._weights[name] - layer.dequantize()
+                yield name, self._ranks[name].index(rank), _left_by_rank(error, self._damped, [rank])[0]
 
 
 def _left_by_rank(error: torch.Tensor, damped: DampedGram | None, ranks: Sequence[int]) -> list[float]:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from cloq_export.adapt import CloqOptions, init_cloq, init_svd
+from cloq_export.compress.low_rank_first import LowRankFirst
 from cloq_export.compress.problem import ADAPTER_DTYPES, BestPair, Dequantized, LayerProblem, Solution
 from cloq_export.errors import NonFiniteError
 from cloq_export.formats.registry import LAYOUTS
@@ -58,8 +59,25 @@ class _CodesFirst(Initialisation):
 class ClosedForm(_CodesFirst):
     """CLoQ's closed form on the calibration inputs (Theorem 3.1)."""
 
+    def solve(self, problems: Sequence[LayerProblem], recipe: Recipe) -> Iterator[Solution]:
+        """Yield codes and pairs of layers that read one input, in their order."""
+        solutions = super().solve(problems, recipe)
+        if not recipe.low_rank_rounds:
+            return solutions
+        rounds = LowRankFirst(
+            recipe.low_rank_rounds,
+            recipe.low_rank_share,
+            codes_of=lambda rest: _quantized(rest, recipe),
+            pair_of=lambda problem, weight: self.pair_for(problem, weight, recipe),
+        )
+        return rounds.improve(problems, list(solutions))
+
     def best_pair(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> BestPair:
         """Return the pair for given codes of a layer, which are on the device of the solve."""
+        return self.pair_for(problem, codes.weight, recipe)
+
+    def pair_for(self, problem: LayerProblem, quantized: torch.Tensor, recipe: Recipe) -> BestPair:
+        """Return the pair for a given Q, (out, in) float32 on the device of the solve."""
         rank, dtype = problem.plan.rank, ADAPTER_DTYPES[recipe.adapter_dtype]
         if not rank:
             return BestPair(None)
@@ -70,7 +88,7 @@ class ClosedForm(_CodesFirst):
             start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
             return BestPair(LoraPair(start.to(dtype), torch.zeros(out_features, rank, dtype=dtype), float(rank)))
         options = CloqOptions(recipe.split, recipe.svd, dtype)
-        result = init_cloq(problem.target, codes.weight, problem.root, rank, options)
+        result = init_cloq(problem.target, quantized, problem.root, rank, options)
         fell_back = result.svd_method == "full" and recipe.svd == "truncated"
         notes = ("the truncated SVD did not settle: the full one was taken",) if fell_back else ()
         return BestPair(result.pair, result.bound, (*notes, *wider_notes(result.pair, dtype)))

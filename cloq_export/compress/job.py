@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.opening import compute_dtype, device_of, open_planned
 from cloq_export.compress.plan import ModelPlan
@@ -77,6 +78,29 @@ class CalibrationWindows:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptCodes:
+    """Codes that are kept, so that only adapters are made.
+
+    Args:
+        read: gives those of a module.
+        need_adapter: they were made for what another adapter leaves of the weights.
+    """
+
+    read: Callable[[str], QuantizedLayer]
+    need_adapter: bool = False
+
+    @classmethod
+    def of_run(cls, run: RunDirectory) -> KeptCodes:
+        """Return the codes of a run."""
+        return cls(run.read_codes, LayerSource.of_run(run).needs_adapter)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> KeptCodes:
+        """Return the codes of a checkpoint."""
+        return cls(checkpoint.read_layer, checkpoint.needs_adapter)
+
+
+@dataclasses.dataclass(frozen=True)
 class CompressJob:
     """The layers that are to be made: of which model, how, on what, and where they go.
 
@@ -89,7 +113,7 @@ class CompressJob:
         strategy: makes the layers.
         device: where to compute.
         compute: precision of the forward passes, see `BlockStream`.
-        kept_codes: gives the codes that a module keeps (only adapters are made); None makes codes.
+        kept_codes: the codes that modules keep; None makes codes.
     """
 
     model: nn.Module
@@ -100,7 +124,7 @@ class CompressJob:
     strategy: Strategy
     device: torch.device
     compute: torch.dtype | None
-    kept_codes: Callable[[str], QuantizedLayer] | None = None
+    kept_codes: KeptCodes | None = None
 
     @classmethod
     def of(
@@ -110,7 +134,7 @@ class CompressJob:
         recipe: Recipe,
         directory: RunDirectory,
         text: CalibrationText,
-        kept_codes: Callable[[str], QuantizedLayer] | None = None,
+        kept_codes: KeptCodes | None = None,
     ) -> CompressJob:
         """Return the job of a recipe.
 
@@ -159,7 +183,7 @@ def compress_model(
     if check is not None:
         check(loaded)
     check_space(directory, plan, loaded, recipe)
-    codes = Checkpoint.open(recipe.codes_from).read_layer if recipe.codes_from else None
+    codes = KeptCodes.of_checkpoint(Checkpoint.open(recipe.codes_from)) if recipe.codes_from else None
     make_layers(session, CompressJob.of(loaded, plan, recipe, directory, calibration, codes))
     directory.write_report("layers", layers_report(directory.certificates(), plan))
     return loaded
@@ -200,6 +224,6 @@ def make_layers(session: Session, job: CompressJob) -> None:
 
 def layers_report(certificates: list[LayerCertificate], plan: ModelPlan | None = None) -> dict[str, Any]:
     """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
-    report: dict[str, Any] = {"layers": [dataclasses.asdict(certificate) for certificate in certificates]}
+    report: dict[str, Any] = {"layers": [certificate.to_json() for certificate in certificates]}
     left_float = {} if plan is None else {**plan.spared, **plan.unfit}
     return {**report, "stays_float": left_float} if left_float else report

@@ -46,6 +46,8 @@ class LayerProblem:
         root: its root for the closed form, or None.
         figures: the figures of a certificate that depend on the input alone.
         notes: what did not go the ordinary way.
+        low_rank_round: as in LayerCertificate.
+        needs_adapter: the codes that it has were made for what a pair leaves of the target.
     """
 
     plan: ModulePlan
@@ -55,6 +57,13 @@ class LayerProblem:
     root: GramRoot | None
     figures: InputFigures
     notes: tuple[str, ...]
+    low_rank_round: int | None = None
+    needs_adapter: bool = False
+
+    def left(self, served: torch.Tensor) -> float:
+        """Return `||(T - W') L||_F`, `L L^T` the damped H, for a served weight W' (out, in); unweighted without H."""
+        error = self.target - served
+        return float((error if self.damped is None else self.damped.weighted(error)).norm(dtype=torch.float64))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ class SolveRequest:
         recipe: every option of the run.
         initialisation: makes codes and pairs.
         kept: full module name -> codes that it keeps; None makes codes.
+        kept_need_adapter: codes that are kept were made for what another adapter leaves of the weights.
     """
 
     plans: tuple[ModulePlan, ...]
@@ -44,6 +45,7 @@ class SolveRequest:
     recipe: Recipe
     initialisation: Initialisation
     kept: Mapping[str, QuantizedLayer] | None = None
+    kept_need_adapter: bool = False
 
     def on(self, device: torch.device) -> SolveRequest:
         """Return the request with weights and statistics on a device."""
@@ -113,13 +115,14 @@ def _problems(request: SolveRequest) -> list[LayerProblem]:
         # float32 is enough for a correction.
         of_drift = damped if whole else damp_gram(stats.drift_gram, recipe.damping, torch.float32)
     figures = InputFigures.of(stats, damped)
-    root = _root(stats, damped) if damped is not None else None
+    root = root_of(stats, damped) if damped is not None else None
     problems: list[LayerProblem] = []
     for plan in request.plans:
         weight = target = request.weights[plan.name].to(torch.float32)
         if of_drift is not None:
             target = error_aware_target(weight, stats, of_drift, recipe.target_share(plan.spec.bits))
-        problems.append(LayerProblem(plan, weight, target, damped, root, figures, tuple(notes)))
+        problem = LayerProblem(plan, weight, target, damped, root, figures, tuple(notes))
+        problems.append(dataclasses.replace(problem, needs_adapter=request.kept_need_adapter))
     return problems
 
 
@@ -154,7 +157,8 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
     return tuple(notes)
 
 
-def _root(stats: LayerStats, damped: DampedGram) -> GramRoot:
+def root_of(stats: LayerStats, damped: DampedGram) -> GramRoot:
+    """Return the root of H for the closed form."""
     # Damping that was raised for the quantizer would blur the closed form; a singular H has a pseudo-inverse instead.
     return eigen_root(stats.gram.to(torch.float64)) if damped.increases else cholesky_root(damped.lower)
 
@@ -207,6 +211,8 @@ def finish_layer(
         effective_rank=figures.effective_rank,
         dead_columns=figures.dead_columns,
         spectral_error_adapted=spectral_norm(left) / (spectral_norm(whole) or 1.0),
+        low_rank_round=problem.low_rank_round,
+        needs_adapter=problem.needs_adapter,
         notes=(*problem.notes, *solution.best.notes, *notes),
         **(refinement or {}),
     )

@@ -12,7 +12,7 @@ import torch
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.block_refined import BlockRefiner
-from cloq_export.compress.initialisations import Initialisation, initialisation_of
+from cloq_export.compress.initialisations import CLOQ, Initialisation, initialisation_of
 from cloq_export.compress.model_refined import refine_model, refined_layers, refinement_batches
 from cloq_export.compress.opening import started_run
 from cloq_export.compress.session import Session
@@ -143,6 +143,36 @@ class ModelRefined(BlockRefined):
 
 
 _OWN: dict[str, Strategy] = {"none": Strategy(), "block": BlockRefined(), "model": ModelRefined()}
+
+
+def check_low_rank_first(recipe: Recipe) -> None:
+    """Refuse rounds of low rank first where there is nothing to take out of the weight, or nobody who would.
+
+    Raises:
+        UsageError: codes are kept, A and B are not CLoQ's closed form, or no layer has a rank.
+    """
+    if not recipe.low_rank_rounds:
+        return
+    leave = "leave `low_rank_rounds` at 0"
+    if recipe.codes_from:
+        raise UsageError(
+            f"low_rank_rounds makes codes for what A and B leave of the weight, and codes_from keeps them; {leave}."
+        )
+    if recipe.init != CLOQ:
+        raise UsageError(
+            f"low_rank_rounds repeats CLoQ's closed form, and init is {recipe.init}; take `init={CLOQ}`, or {leave}."
+        )
+    if strategy_of(recipe).initialisation(recipe).makes_codes:
+        raise UsageError(
+            f"low_rank_rounds solves codes and adapter in turns, and refine is {recipe.refine}, which solves nothing; "
+            f"take `refine=block`, or {leave}."
+        )
+    ranks = [recipe.rank, recipe.expert_rank, *(settings.get("rank", 0) for settings in recipe.overrides.values())]
+    if not any(ranks):
+        raise UsageError(
+            "low_rank_rounds takes A and B out of the weight before its codes are made, and no layer has any: the rank "
+            f"is 0. Make codes and adapter together, with a `rank`, or {leave}."
+        )
 
 
 def strategy_of(recipe: Recipe) -> Strategy:

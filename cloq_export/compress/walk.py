@@ -317,7 +317,8 @@ class BlockWalk:
             stats,
             self._job.recipe,
             self._initialisation,
-            None if keep is None else {name: keep(name) for name in group},
+            None if keep is None else {name: keep.read(name) for name in group},
+            keep is not None and keep.need_adapter,
         )
 
     def _solve(self, requests: Iterable[SolveRequest], workers: Workers) -> Iterator[dict[str, SolvedLayer]]:

@@ -8,7 +8,11 @@ from typing import Protocol
 
 import torch
 
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.held_adapters import HeldAdapter
+
+# vLLM names 20 tokens of each place at most, unless it is started otherwise, and the one that comes may be among them.
+MOST_ALTERNATIVES = 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,20 @@ class ServedModel(Protocol):
 
         Returns:
             list: one for each sequence, on the CPU.
+        """
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return what `prompt_logprobs` does, and in each place the most probable other tokens.
+
+        Args:
+            token_ids: as in `prompt_logprobs`.
+            adapters: as in `prompt_logprobs`.
+            count: how many others, `MOST_ALTERNATIVES` at most.
+
+        Returns:
+            list: one for each sequence.
         """
 
     def generate(

@@ -45,6 +45,7 @@ STARTS: dict[str, Start] = {
     "cloq": Start(),
     "cloq-paper": Start(quantize={"preset": "paper"}),
     "cloq-refine": Start(quantize={"refine": "model"}),
+    "cloq-low-rank": Start(quantize={"low_rank_rounds": 3}),
     # Table 6 of the CLoQ paper.
     "cloq-balanced": Start(adapt={"split": "balanced"}),
     "cloq-transposed": Start(adapt={"split": "transposed"}),

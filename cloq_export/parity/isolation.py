@@ -36,18 +36,19 @@ class Isolation(Result):
     by_adapter: tuple[AdapterIsolation, ...]
 
 
-def measure_isolation(served: ServedModel, token_ids: Sequence[Sequence[int]], adapters: Sequence[str]) -> Isolation:
+def measure_isolation(
+    served: ServedModel, token_ids: Sequence[Sequence[int]], names: Sequence[str | None]
+) -> Isolation:
     """Compare the answers of a mixed batch with those of single requests.
 
-    The batch holds every sequence once with the base and once with each adapter, so that neighbours differ, in two
-    orders: what a request finds beside itself must not matter.
+    The batch holds every sequence once with each name, so that neighbours differ, in two orders: what a request finds
+    beside itself must not matter.
 
     Args:
         served: the runtime.
         token_ids: sequences of two or more tokens.
-        adapters: names of all adapters.
+        names: of all adapters, and None for the base.
     """
-    names: list[str | None] = [None, *adapters]
     requests = [(ids, name) for ids in token_ids for name in names]
     alone = [measure_logprobs(served, [ids], [name])[0] for ids, name in requests]
     mixed: list[list[torch.Tensor]] = []

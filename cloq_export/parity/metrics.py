@@ -55,8 +55,8 @@ def collect_metrics(report: ParityReport) -> dict[str, float | None]:
 
 def _numeric_metrics(report: ParityReport, adapters: Sequence[str]) -> dict[str, float | None]:
     """Return differences of log-probabilities and gaps of texts, in nats and over the float model's own."""
-    scored: list[str | None] = [*adapters, None]
-    subjects = scored[:-1] or [None]
+    subjects: list[str | None] = [*adapters] or [None]
+    scored = subjects if report.needs_adapter else list(dict.fromkeys([*subjects, None]))
     served = _rows(report.numerics, "served", scored)
     packed = _rows(report.numerics, "packed", subjects)
     if not packed and report.runtime == "hf" and report.dtype == "float32":

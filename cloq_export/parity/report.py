@@ -233,6 +233,7 @@ class ParityReport:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     versions: Mapping[str, Any]
+    needs_adapter: bool = False
     files: Mapping[str, str] | None = None
 
     @property

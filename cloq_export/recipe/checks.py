@@ -57,6 +57,9 @@ def matching(pattern: str, wanted: str) -> ValueRule:
     return ValueRule(lambda value: re.fullmatch(pattern, value) is not None, wanted)
 
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
+
 ABOVE_ZERO = ValueRule(lambda value: bool(value > 0), "it must be above 0")
 SHARE = between(0, 1)
 FILE_NAME = matching(
@@ -119,6 +122,12 @@ class Options:
         if kind == "str" and not isinstance(value, str):
             return "a text is needed"
         return ""
+
+
+def bytes_of_size(text: str) -> int | None:
+    """Return a size such as 500MB or 5GiB in bytes, None if the text is none."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
 
 def mapping_faults(name: str, value: Any, wanted: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from cloq_export.recipe.checks import (
+    ABOVE_ZERO,
     FILE_NAME,
     SHARE,
     Options,
@@ -24,6 +25,7 @@ from cloq_export.recipe.checks import (
     at_least,
     below_power_of_two,
     between,
+    bytes_of_size,
     listed,
     mapping_faults,
     matching,
@@ -44,16 +46,6 @@ NOT_IN_THE_BYTES = (
     *("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune", "solvers", "stream"),
 )
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
-
-
-def _bytes_of_size(text: str) -> int | None:
-    """Return a size in bytes, None if the text is none."""
-    match = _SIZE.fullmatch(text)
-    return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
-
-
 _GROUP_SIZE = ValueRule(
     lambda value: value == -1 or (value >= 8 and value % 8 == 0),
     "allowed are -1 (one group per output channel) or a multiple of 8, usually 32, 64 or 128",
@@ -61,7 +53,7 @@ _GROUP_SIZE = ValueRule(
 _DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "allowed are auto, cpu, cuda, cuda:N, xpu, mps")
 _OF_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _MODULE_PATH = matching(r"|\w+(\.\w+)*", "a dotted module path is needed, for example model.layers")
-_SHARD_SIZE = ValueRule(lambda value: bool(_bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
+_SHARD_SIZE = ValueRule(lambda value: bool(bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
 _TEXT = ValueRule(lambda value: bool(value.strip()), "give wikitext2, gsm8k, embedded, a file or a hub id")
 
 
@@ -110,6 +102,14 @@ class Recipe:
         "truncated", "Truncated SVD with a checked residual, or the slow full one."
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "Dtype in which A and B are stored.")
+    low_rank_rounds: int = option(
+        0,
+        "Rounds in which A and B are taken out of the weight before its codes are made; these need their adapter then.",
+        at_least(0),
+    )
+    low_rank_share: float = option(
+        1.0, "Share of the rank that such a round takes out; above 0, to 1.", ABOVE_ZERO, SHARE
+    )
     budget: float = option(
         0.0,
         "Stored bits per weight, codes, scales, zeros and adapters together: bits, group size and rank (at most rank) "
@@ -308,7 +308,7 @@ class Recipe:
     @property
     def max_shard_bytes(self) -> int:
         """Return `max_shard_size` in bytes; GB is 10**9 and GiB is 2**30, as transformers counts."""
-        size = _bytes_of_size(self.max_shard_size)
+        size = bytes_of_size(self.max_shard_size)
         assert size is not None  # checked on creation
         return size
 

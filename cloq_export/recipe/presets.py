@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "split": "paper",
         "error_aware": 0.0,
         "token_weighting": "none",
+        "low_rank_rounds": 0,
         "refine": "none",
     },
 }

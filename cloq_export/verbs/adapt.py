@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.initialisations import initialisation_of
-from cloq_export.compress.job import CompressJob, layers_report, make_layers
+from cloq_export.compress.job import CompressJob, KeptCodes, layers_report, make_layers
 from cloq_export.compress.opening import open_planned, refuse_other_source, refuse_unfinished, started_run
 from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
@@ -62,7 +62,8 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         texts = calibration_text_of(directory, recipe)
         session.notes.extend(texts.notes)
         bind_text(directory, texts.calibration)
-        make_layers(session, CompressJob.of(loaded, plan, recipe, parts, texts.calibration, directory.read_codes))
+        codes = KeptCodes.of_run(directory)
+        make_layers(session, CompressJob.of(loaded, plan, recipe, parts, texts.calibration, codes))
         write_run_adapter(session, directory, recipe, parts)
         certificates = parts.certificates()
         directory.write_report(f"adapter-{recipe.adapter_name}", layers_report(certificates))
@@ -94,7 +95,8 @@ def _recipe_of_adapter(directory: RunDirectory, changes: Mapping[str, Any]) -> R
             f"{', '.join(frozen)} would change the codes, and adapt keeps them; allowed are "
             f"{', '.join(ADAPTER_OPTIONS)}. Make another run with: cloq run {base_recipe.model} --out OTHER"
         )
-    recipe = base_recipe.changed(asked)
+    # The codes stay as they are, however they were made.
+    recipe = base_recipe.changed({**asked, "low_rank_rounds": 0})
     if recipe.rank == 0:
         raise UsageError("the rank is 0, which makes no adapter; choose one with `rank`.")
     refuse_codes_of_alternations(recipe)

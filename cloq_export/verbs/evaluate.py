@@ -74,6 +74,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     text = evaluation_text(options.text) if PERPLEXITY in options.tasks else None
     stored = StoredModel(path, options.adapter or choose_adapter(session, path, recipe.adapter_name), options.force)
     stored.check()
+    session.notes.extend(stored.notes)
     if questions and options.out is not None:
         make_folder(options.out)
     name = options.reference or recipe.model

@@ -10,6 +10,7 @@ from typing import Any
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, MadeFrom
+from cloq_export.artifact.needed_adapter import NOTE, refuse_alone
 from cloq_export.artifact.provenance import BaseRecord
 from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError, UnsupportedModelError, UsageError
@@ -121,6 +122,8 @@ def write_export(session: Session, source: ExportSource, options: ExportOptions)
             f"{checkpoint.folder} is a wrapper of the type {checkpoint.config.get('model_type')}, and an ONNX export "
             "is a decoder of text, without the wrapper's other parts; choose another format, e.g. `format=gptq_v2`."
         )
+    if layers.needs_adapter:
+        _require_adapter(session, source, options)
     adapters = prepare_adapters(session, source.path, source.adapters, checkpoint, options)
     refuse_strange_modules(adapters, layers, checkpoint)
     format, decision = _choose_format(session, source, adapters, options)
@@ -202,6 +205,13 @@ def check_export_options(options: ExportOptions, adapters: Sequence[str]) -> Non
         require_packages()
     if options.format in ADAPTERS_ALONE and not adapters:
         raise UsageError("there is no adapter to export; make one with `cloq adapt`, or name a folder with `adapters`.")
+
+
+def _require_adapter(session: Session, source: ExportSource, options: ExportOptions) -> None:
+    """Refuse weights without the adapter that their codes need, and note the need elsewhere."""
+    if not source.adapters and options.format == MERGED:
+        refuse_alone(source.checkpoint, "merge one in with `adapters`")
+    session.notes.append(NOTE if source.adapters else f"{NOTE}; none goes along with this export")
 
 
 def noted_record(session: Session, read: Callable[[], BaseRecord | None]) -> BaseRecord | None:

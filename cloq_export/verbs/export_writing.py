@@ -159,7 +159,8 @@ def write_onnx(job: ExportJob) -> None:
             f"opset {report.record.opset}, float graph of {report.record.exporter}, style {report.record.style}"
         )
         session.notes.extend(report.record.notes)
-        certificate = write_certificate(folder, job.format, job.fingerprint, report.modules, job.certificate_facts())
+        facts = job.certificate_facts() | ({"needs_adapter": True} if job.layers.needs_adapter else {})
+        certificate = write_certificate(folder, job.format, job.fingerprint, report.modules, facts)
         job.write_card(folder, certificate, notes=tuple(session.notes))
 
     def write() -> None:

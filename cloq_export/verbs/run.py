@@ -14,6 +14,7 @@ from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
+from cloq_export.compress.strategies import check_low_rank_first
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_windows
 from cloq_export.recipe import Recipe
@@ -51,6 +52,7 @@ def run(
     """
     if recipe.codes_from:
         refuse_codes_of_alternations(recipe)
+    check_low_rank_first(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
     session = Session(console or Console(stderr=True))
     texts = run_texts(recipe, demo=demo)
@@ -71,6 +73,7 @@ def run(
         write_run_adapter(session, directory, recipe)
         write_run_checkpoint(session, directory, model, recipe)
         stored = StoredModel(out, choose_adapter(session, out, recipe.adapter_name))
+        session.notes.extend(stored.notes)
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))
         directory.write_report("evaluation", perplexity.to_json())

@@ -159,6 +159,11 @@ def _check_options(recipe: Recipe, tuning: FineTuneRecipe) -> None:
             "the rank is 0, so there is no adapter to start the training from; choose one with `rank`, or "
             f"`finetune.start={ZERO_START}`."
         )
+    if recipe.low_rank_rounds and tuning.start == ZERO_START:
+        raise UsageError(
+            "codes of low_rank_rounds need their adapter, and the training is to start without it; leave "
+            "`finetune.start` out, or `low_rank_rounds` at 0."
+        )
     if recipe.rank and tuning.name == recipe.adapter_name:
         raise UsageError(
             f"the adapter {tuning.name!r} is made together with the codes; give the trained one another name with "

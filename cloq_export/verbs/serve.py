@@ -54,6 +54,8 @@ class Serving:
         """Return what a plan has become; `notes` are those on its adapters."""
         if plan.default is None:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
+        if plan.needs_adapter:
+            notes = [*notes, f"the base needs its adapter, so {plan.base_name} is not served"]
         options = dict(plan.options)
         return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan), notes)
 

@@ -15,6 +15,7 @@ from torch import nn
 from cloq_export.artifact.adapters import AdapterShelf, forced_note, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.needed_adapter import WHY
 from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
@@ -82,6 +83,13 @@ class StoredModel:
         checkpoint = self.checkpoint
         if self.adapter_folder is not None:
             read_bound_adapter(self.adapter_folder, checkpoint, force=self.force)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what is to be known of what is measured here."""
+        if self.is_merged or not self.checkpoint.needs_adapter:
+            return []
+        return [f"the figures of the codes without their adapter say nothing of this model: {WHY}"]
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that lies beside the weights."""

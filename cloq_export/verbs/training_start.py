@@ -14,6 +14,7 @@ from torch import nn
 
 from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.needed_adapter import refuse_alone
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import BindingError, DivergedError, RunDirectoryError, UsageError
 from cloq_export.files.atomic import write_json
@@ -73,7 +74,8 @@ class TrainingStart:
         Raises:
             RunDirectoryError: there is no adapter to start from.
             BindingError: the base has changed since the interrupted call.
-            UsageError: the interrupted call had other options, data or another adapter to start from.
+            UsageError: the interrupted call had other options, data or another adapter to start from; or an adapter
+                that changes nothing yet is to be trained over codes that need theirs.
         """
         work = checkpoints.parent
         adapter = _adapter_to_start_from(directory, base, recipe, work)
@@ -185,6 +187,10 @@ def _adapter_to_start_from(directory: RunDirectory, base: Checkpoint, recipe: Fi
         folder = directory.adapters.find(name)
         read_bound_adapter(folder, base, force=False)
         return folder
+    remedy = (
+        f"start from its own adapter, {directory.recipe.adapter_name!r}, by leaving `start` out, or train over a run"
+    )
+    refuse_alone(base, f"{remedy} without `low_rank_rounds`")
     folder = work / _ZERO_ADAPTER
     if not folder.exists():
         run_recipe = directory.recipe

@@ -119,4 +119,5 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         notes=(*session.notes, *judging.notes_of(plan, (*proven, *known.float_part))),
         seconds=dict(session.seconds),
         versions={},
+        needs_adapter=plan.checkpoint.needs_adapter,
     )

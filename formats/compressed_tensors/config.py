@@ -50,6 +50,7 @@ def quantization_config(
     base_fingerprint: str,
     skipped: Iterable[str] = (),
     producer: str = "",
+    needs_adapter: bool = False,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json; SPEC.md section 4.
 
@@ -60,6 +61,7 @@ def quantization_config(
         skipped: linear modules that stay float, so that other readers do not look for codes; `lm_head` need not be
             named.
         producer: "name:version" of the program that writes, kept in `meta`.
+        needs_adapter: the codes were made for what their adapter leaves of the weights.
 
     Returns:
         A JSON object.
@@ -96,7 +98,7 @@ def quantization_config(
         "config_groups": groups,
         "ignore": ignored,
         "kv_cache_scheme": None,
-        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint).to_json(),
+        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint, needs_adapter).to_json(),
     }
     if producer:
         config["meta"] = {"quantizer": [producer]}

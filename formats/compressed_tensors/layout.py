@@ -125,10 +125,16 @@ class CompressedTensorsLayout(Layout):
         base_fingerprint: str,
         skipped: Iterable[str] = (),
         producer: str = "",
+        needs_adapter: bool = False,
     ) -> dict[str, Any]:
         """Return the config; see `quantization_config`."""
         return quantization_config(
-            specs, layout=self.name, base_fingerprint=base_fingerprint, skipped=skipped, producer=producer
+            specs,
+            layout=self.name,
+            base_fingerprint=base_fingerprint,
+            skipped=skipped,
+            producer=producer,
+            needs_adapter=needs_adapter,
         )
 
 
@@ -181,7 +187,14 @@ def parse_quantization_config(
     overrides |= {module: spec for module, spec in grids.items() if spec != default}
     if binding is None:
         return StoredGrids(layout, default, overrides, None, None)
-    return StoredGrids(layout, default, overrides, binding.modules, binding.base_fingerprint)
+    return StoredGrids(
+        layout,
+        default,
+        overrides,
+        binding.modules,
+        binding.base_fingerprint,
+        needs_adapter=binding.needs_adapter,
+    )
 
 
 def _possible_forms(

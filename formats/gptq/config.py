@@ -46,6 +46,7 @@ def quantization_config(
     base_fingerprint: str,
     skipped: Iterable[str] = (),
     producer: str = "",
+    needs_adapter: bool = False,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json; SPEC.md section 4.
 
@@ -55,6 +56,7 @@ def quantization_config(
         base_fingerprint: of the quantized base.
         skipped: linear modules of the same kind that stay float, so that other readers do not look for codes.
         producer: "name:version" of the program that writes, kept in `meta`.
+        needs_adapter: the codes were made for what their adapter leaves of the weights.
 
     Returns:
         A JSON object.
@@ -87,7 +89,7 @@ def quantization_config(
         "desc_act": False,
         "lm_head": any(is_head(module) for module in specs),
         "pack_dtype": "int32",
-        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint).to_json(),
+        "cloq": Binding(layout, tuple(sorted(specs)), base_fingerprint, needs_adapter).to_json(),
     }
     if dynamic:
         config["dynamic"] = dynamic

@@ -81,7 +81,15 @@ def parse_quantization_config(
         raise FormatError(
             f"{source}: cloq.layout is {binding.layout!r} but checkpoint_format is {layout_name(layout)!r}."
         )
-    return StoredGrids(_LAYOUTS[layout], default, overrides, binding.modules, binding.base_fingerprint, rules)
+    return StoredGrids(
+        _LAYOUTS[layout],
+        default,
+        overrides,
+        binding.modules,
+        binding.base_fingerprint,
+        rules,
+        needs_adapter=binding.needs_adapter,
+    )
 
 
 def version_of_symmetric(qzeros: torch.Tensor, spec: QuantSpec) -> Version | None:
@@ -188,10 +196,16 @@ class GptqLayout(Layout):
         base_fingerprint: str,
         skipped: Iterable[str] = (),
         producer: str = "",
+        needs_adapter: bool = False,
     ) -> dict[str, Any]:
         """Return the config; see `quantization_config`."""
         return quantization_config(
-            specs, version=self.version, base_fingerprint=base_fingerprint, skipped=skipped, producer=producer
+            specs,
+            version=self.version,
+            base_fingerprint=base_fingerprint,
+            skipped=skipped,
+            producer=producer,
+            needs_adapter=needs_adapter,
         )
 
     def in_version(self, version: Version) -> GptqLayout:

@@ -95,6 +95,11 @@ class OnnxExport:
         """Return the fingerprint of the quantized base."""
         return self.record.base_fingerprint
 
+    @property
+    def needs_adapter(self) -> bool:
+        """Return whether the codes were made for what their adapter leaves of the weights."""
+        return self.record.needs_adapter
+
     def read_layer(self, module: str) -> QuantizedLayer:
         """Return the integers of one module.
 

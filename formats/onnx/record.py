@@ -71,6 +71,7 @@ class GraphRecord:
         exporter: what made the float graph, e.g. "onnxruntime-genai 0.18.0".
         modules: full module name -> what lies in the graph.
         notes: what was done to the grids so that the operators take them, one sentence each.
+        needs_adapter: the codes were made for what their adapter leaves of the weights; alone they say nothing.
     """
 
     base_fingerprint: str
@@ -80,6 +81,7 @@ class GraphRecord:
     exporter: str
     modules: Mapping[str, ModuleRecord]
     notes: tuple[str, ...] = ()
+    needs_adapter: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of cloq_onnx.json."""
@@ -92,6 +94,7 @@ class GraphRecord:
             "opset": self.opset,
             "exporter": self.exporter,
             "notes": list(self.notes),
+            **({"needs_adapter": True} if self.needs_adapter else {}),
             "modules": {
                 name: {
                     "bits": module.spec.bits,
@@ -140,10 +143,13 @@ def read_record(folder: str | os.PathLike[str]) -> GraphRecord:
         )
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise FormatError(f"{path}: notes are {notes!r:.80}; the file is damaged.")
+    needs_adapter = content.get("needs_adapter", False)
+    if not isinstance(needs_adapter, bool):
+        raise FormatError(f"{path}: needs_adapter is {needs_adapter!r:.80}; the file is damaged.")
     if not isinstance(modules, dict) or not modules:
         raise FormatError(f"{path} names no quantized module; the file is damaged.")
     read = {name: _module(path, name, entry, style) for name, entry in modules.items()}
-    return GraphRecord(fingerprint, style, two_bit, opset, exporter, read, tuple(notes))
+    return GraphRecord(fingerprint, style, two_bit, opset, exporter, read, tuple(notes), needs_adapter)
 
 
 def _module(path: Path, name: str, entry: Any, style: Style) -> ModuleRecord:

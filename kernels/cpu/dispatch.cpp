@@ -18,9 +18,10 @@
 
 namespace {
 
-enum Isa { kScalar, kAvx2, kAvx512, kAmx, kIsaCount };
+// In rising order within a family of processors; a build has code for one family alone.
+enum Isa { kScalar, kAvx2, kAvx512, kAmx, kNeon, kIsaCount };
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx", "neon"};
 
 bool is_built(int isa) {
     switch (isa) {
@@ -34,12 +35,15 @@ bool is_built(int isa) {
 #if defined(CLOQ_HAVE_AMX)
         case kAmx: return true;
 #endif
+#if defined(CLOQ_HAVE_NEON)
+        case kNeon: return true;
+#endif
         default: return false;
     }
 }
 
 struct Machine {
-    bool runs[kIsaCount] = {true, false, false, false};
+    bool runs[kIsaCount] = {true, false, false, false, false};
     // AMD before Zen 3 has the bit gather of BMI2 in microcode, tens of times slower than shifts and masks.
     bool fast_bit_gather = false;
 };
@@ -78,7 +82,13 @@ Machine detect() {
     return machine;
 }
 #else
-Machine detect() { return Machine(); }
+Machine detect() {
+    Machine machine;
+#if defined(__aarch64__)
+    machine.runs[kNeon] = true;  // part of the architecture
+#endif
+    return machine;
+}
 #endif
 
 const Machine& machine() {
@@ -215,6 +225,9 @@ const LinearKernels* linear_kernels(int bits) {
 #if defined(CLOQ_HAVE_AVX2)
         case kAvx2: return linear_avx2(bits);
 #endif
+#if defined(CLOQ_HAVE_NEON)
+        case kNeon: return linear_neon(bits);
+#endif
         default: return linear_scalar(bits);
     }
 }
@@ -225,6 +238,9 @@ const RowKernels* row_kernels() {
 #endif
 #if defined(CLOQ_HAVE_AVX2)
     if (active() >= kAvx2) return rows_avx2();
+#endif
+#if defined(CLOQ_HAVE_NEON)
+    if (active() == kNeon) return rows_neon();
 #endif
     return rows_scalar();
 }

@@ -17,7 +17,7 @@ LIBRARY_VARIABLE = "CLOQ_EXPORT_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent / "libcloq_cpu.so")
 ABI_VERSION = 4
 ISA_VARIABLE = "CLOQ_EXPORT_CPU_ISA"
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avx512", "amx", "neon")
 
 _POINTER, _SIZE, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 

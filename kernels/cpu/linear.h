@@ -150,6 +150,8 @@ const RowKernels* rows_avx2();
 const LinearKernels* linear_avx512(int bits);
 const RowKernels* rows_avx512();
 const LinearKernels* linear_amx(int bits);
+const LinearKernels* linear_neon(int bits);
+const RowKernels* rows_neon();
 
 // In dispatch.cpp: the tables of the instruction set in use.
 const LinearKernels* linear_kernels(int bits);

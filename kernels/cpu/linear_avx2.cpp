@@ -12,6 +12,8 @@ namespace {
 struct Vector {
     __m256 low, high;
 
+    static constexpr int kSums = 4;
+
     static Vector zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
     static Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }

@@ -13,7 +13,7 @@ namespace {
 template <int bits, int width>
 struct Float32Block {
     // One token alone needs several sums side by side to hide the latency of the multiply-add.
-    static constexpr int kChains = width == 1 ? 4 : width == 2 ? 2 : 1;
+    static constexpr int kChains = width == 1 ? Vector::kSums : width == 2 ? (Vector::kSums + 1) / 2 : 1;
     static constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);
 
     static void run(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {

@@ -12,6 +12,8 @@ namespace {
 struct Vector {
     float lane[cloq::kLanes];
 
+    static constexpr int kSums = 4;
+
     static Vector zero() { return all(0.0f); }
     static Vector all(float value) {
         Vector v;

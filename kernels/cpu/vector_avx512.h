@@ -12,6 +12,8 @@ namespace {
 struct Vector {
     __m512 v;
 
+    static constexpr int kSums = 4;
+
     static Vector zero() { return {_mm512_setzero_ps()}; }
     static Vector all(float value) { return {_mm512_set1_ps(value)}; }
     static Vector load(const float* from) { return {_mm512_loadu_ps(from)}; }

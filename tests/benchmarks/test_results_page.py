@@ -21,6 +21,7 @@ def test_the_page_is_what_the_files_say(monkeypatch: pytest.MonkeyPatch) -> None
     files = {path.name for path in results.RESULTS.glob("*.json")}
     elsewhere = {
         "init_quality.json",
+        "init_quality_low_rank.json",
         "init_quality_tried.json",
         "init_speed.json",
         "kernels_cpu.json",

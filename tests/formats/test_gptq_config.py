@@ -11,6 +11,7 @@ from random_layers import assert_same, make_layer
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError
 from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config, quantization_config
+from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.types import QuantSpec
 
 FINGERPRINT = "sha256:" + "0" * 64
@@ -85,6 +86,7 @@ def test_config_comes_back() -> None:
     assert read.base_fingerprint == FINGERPRINT
     assert {module: read.spec_for(module) for module in SPECS} == SPECS
     assert read.spec_for("left.float") is None
+    assert not read.needs_adapter
     assert read.spec_for("lm_head") is None
 
 
@@ -108,6 +110,17 @@ def test_config_needs_modules_with_plain_names() -> None:
         quantization_config({}, base_fingerprint=FINGERPRINT)
     with pytest.raises(FormatError, match="the module name 'a b' holds characters other than"):
         quantization_config({"x": QuantSpec(2), "y": QuantSpec(2), "a b": QuantSpec(4)}, base_fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_codes_that_need_their_adapter_say_so_in_every_layout(layout: str) -> None:
+    spec = QuantSpec(4, 64)
+    written = LAYOUTS[layout].quantization_config({"a": spec}, base_fingerprint=FINGERPRINT, needs_adapter=True)
+    headers = {f"a.{part}": header for part, header in LAYOUTS[layout].headers(64, 64, spec).items()}
+    assert read_quantization_config(written, headers).needs_adapter
+    written["cloq"]["needs_adapter"] = "yes"
+    with pytest.raises(FormatError, match=r"cloq\.needs_adapter is 'yes'; the config is damaged"):
+        read_quantization_config(written, headers)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def test_weights_that_lie_elsewhere_or_end_early_are_refused(tmp_path: Path) -> 
         OnnxExport.open(out)
 
 
+def test_a_record_says_where_codes_need_their_adapter(tmp_path: Path) -> None:
+    out = write_export(tmp_path, layers_of(QuantSpec(4, 32)))
+    assert not OnnxExport.open(out).needs_adapter
+    record = dataclasses.replace(read_record(out), needs_adapter=True)
+    write_json(out / RECORD_NAME, record.to_json())
+    assert read_record(out) == record
+    assert OnnxExport.open(out).needs_adapter
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -113,6 +123,7 @@ def test_weights_that_lie_elsewhere_or_end_early_are_refused(tmp_path: Path) -> 
         ("modules", {}),
         ("modules", {"m": {"bits": 4}}),
         ("base_fingerprint", "a\nb"),
+        ("needs_adapter", "yes"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, key: str, value: Any) -> None:

@@ -61,11 +61,13 @@ specs = st.builds(
     st.dictionaries(names, specs, min_size=1, max_size=6),
     st.lists(names, max_size=3),
     st.sampled_from(["", "cloq_export:0.1.0"]),
+    st.booleans(),
 )
-def test_what_is_written_fits(layout: str, modules: dict, skipped: list, producer: str) -> None:
+def test_what_is_written_fits(layout: str, modules: dict, skipped: list, producer: str, needs_adapter: bool) -> None:
     config = LAYOUTS[layout].quantization_config(
-        modules, base_fingerprint=FINGERPRINT, skipped=skipped, producer=producer
+        modules, base_fingerprint=FINGERPRINT, skipped=skipped, producer=producer, needs_adapter=needs_adapter
     )
+    assert config["cloq"].get("needs_adapter", False) is needs_adapter
     validator_of(layout).validate(json.loads(json.dumps(config)))
 
 
@@ -89,6 +91,7 @@ COMMON = [
     ("cloq/modules", []),
     ("cloq/modules", ["a", "a"]),
     ("cloq/unknown", 1),
+    ("cloq/needs_adapter", False),
 ]
 OF_GPTQ = [
     *COMMON,

@@ -278,6 +278,21 @@ def _leave_out_modules(export: Path) -> None:
     )
 
 
+def _leave_out_by_pattern(export: Path) -> None:
+    """PEFT takes the modules whose whole name matches."""
+    edit_json(
+        export / "adapters" / "one" / "adapter_config.json",
+        lambda content: content.update(target_modules=r"model\.layers\.1\..*"),
+    )
+
+
+def _unreadable_pattern(export: Path) -> None:
+    edit_json(
+        export / "adapters" / "one" / "adapter_config.json",
+        lambda content: content.update(target_modules=r"(?P<x>a)(?P=x)"),
+    )
+
+
 def _delete_adapter(export: Path) -> None:
     shutil.rmtree(export / "adapters" / "one")
 
@@ -308,6 +323,8 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "the adapter's record edited": (_edit_adapter_record, "was edited after it was written"),
     "the record of another version": (_other_version, "is of version 99"),
     "target modules left out of the config": (_leave_out_modules, "adapter_config.json leaves out"),
+    "target modules left out by a pattern": (_leave_out_by_pattern, "adapter_config.json leaves out model.layers.0"),
+    "target modules of a pattern that nobody reads": (_unreadable_pattern, "target_modules: the pattern"),
     "an adapter deleted": (_delete_adapter, "the export was written with it, and it is not there"),
     "a cost declared that no form has": (_declare_any_error, "was rounded after it was made"),
     "the record deleted": (_delete_record, "the record that the certificate speaks of is missing"),

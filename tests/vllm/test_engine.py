@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cloq_export.engines.held_adapters import HeldAdapter
+from cloq_export.engines.protocol import MOST_ALTERNATIVES
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm.engine import MOST_PROBABLE, EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
@@ -113,6 +114,23 @@ def test_what_is_held_is_what_the_files_hold(export: Any, load_engine: Callable[
         assert held is not None
         wanted = HeldAdapter.of({m: (each.lora_A, each.lora_B, each.scaling) for m, each in pairs.items()}, held.dtype)
         assert held == wanted
+
+
+@pytest.mark.usefixtures("only_on_cpu")
+def test_alternatives_are_those_of_the_reference(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters)
+    rows = [row for row, ids in enumerate(SEQUENCES) if len(ids) > 1]
+    sequences, adapters = [SEQUENCES[row] for row in rows], [ADAPTERS[row] for row in rows]
+    listed = model.alternative_logprobs(sequences, adapters, MOST_ALTERNATIVES)
+    expected = packed_model(export.folder, export.adapters).alternative_logprobs(sequences, adapters, 16)
+    scored = model.prompt_logprobs(sequences, adapters)
+    for ids, theirs, ours, scores in zip(sequences, listed, expected, scored, strict=True):
+        assert theirs.tokens.shape == (len(ids) - 1, 1 + MOST_ALTERNATIVES)
+        assert theirs.tokens[:, 0].tolist() == list(ids[1:])
+        assert float((theirs.logprobs[:, 0] - scores).abs().max()) < 1e-5
+        values, known = theirs.looked_up(ours.tokens)
+        assert known.all()
+        assert float((values - ours.logprobs).abs().max()) < 1e-4
 
 
 def test_one_adapter_at_a_time(export: Any, load_engine: Callable[..., VllmModel]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -69,11 +70,13 @@ def _await_silence(port: int) -> None:
 Running = tuple["subprocess.Popen[str]", ServerClient]
 
 
-@pytest.fixture(scope="module")
-def running(export: Any, engine_python: str) -> Iterator[Running]:
-    """Return a server of `cloq serve` that takes two adapters in one batch, and a client for it."""
+@contextlib.contextmanager
+def _served(
+    folder: pathlib.Path, adapters: Mapping[str, pathlib.Path], engine_python: str
+) -> Iterator[tuple[subprocess.Popen[str], ServerClient, dict[str, Any]]]:
+    """Serve an export that takes two adapters in one batch; yield the process, a client, and what was announced."""
     with _cloq_serve(
-        *(str(export.folder), "--default", "one", "--name", "tiny", "--port", "0", "--python", engine_python),
+        *(str(folder), "--default", "one", "--name", "tiny", "--port", "0", "--python", engine_python),
         *("--threads", "1", "--kv-cache-gib", "1", "--max-loras", "2", "--dtype", "float32", "--json"),
     ) as process:
         assert process.stdout is not None
@@ -85,7 +88,14 @@ def running(export: Any, engine_python: str) -> Iterator[Running]:
         served = json.loads(text)
         # What the server writes from now on has to go somewhere.
         threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
-        yield process, ServerClient(served["url"], served["base_name"], export.adapters)
+        yield process, ServerClient(served["url"], served["base_name"], adapters), served
+
+
+@pytest.fixture(scope="module")
+def running(export: Any, engine_python: str) -> Iterator[Running]:
+    """Return a server of `cloq serve` that takes two adapters in one batch, and a client for it."""
+    with _served(export.folder, export.adapters, engine_python) as (process, client, _):
+        yield process, client
 
 
 @pytest.fixture
@@ -105,6 +115,27 @@ def test_the_default_adapter_answers_to_the_models_own_name(server: ServerClient
         )
         assert answer["model"] == "tiny"
         assert answer["choices"][0]["token_ids"] == greedy["one"]
+
+
+def test_a_base_that_needs_its_adapter_answers_nothing_alone(
+    export: Any, engine_python: str, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(export.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["cloq"]["needs_adapter"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    adapters = {name: folder / "adapters" / name for name in export.adapters}
+    with _served(folder, adapters, engine_python) as (_, client, served):
+        assert client.models() == served["models"] == ["tiny", "one", "two"]
+        assert "the base needs its adapter, so tiny-base is not served" in served["notes"]
+        prompt = {"prompt": SEQUENCES[0], "max_tokens": 4, "temperature": 0, "return_token_ids": True}
+        for model in ({"model": "tiny"}, {}):
+            answer = client._post("/v1/completions", {**model, **prompt})
+            assert answer["choices"][0]["token_ids"] == client.generate([SEQUENCES[0]], ["one"], 4)[0]
+        refused = r"400.*tiny-base needs its adapter: its codes.*Ask for tiny\."
+        with pytest.raises(EngineError, match=refused):
+            client._post("/v1/completions", {"model": "tiny-base", **prompt})
 
 
 def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, export: Any) -> None:
@@ -191,6 +222,15 @@ def test_grpo_learns_on_what_is_served(server: ServerClient, export: Any, tmp_pa
     now = dict(model.named_parameters())
     assert any(not torch.equal(now[name], before) for name, before in started.items())
     server.unload_adapter("grpo-2")
+
+
+def test_the_server_lists_alternatives(server: ServerClient, export: Any) -> None:
+    listed = server.alternative_logprobs(SEQUENCES[:2], [None, "two"], 19)
+    for ids, name, found in zip(SEQUENCES, [None, "two"], listed, strict=False):
+        assert found.tokens.shape == (len(ids) - 1, 20)
+        assert found.tokens[:, 0].tolist() == list(ids[1:])
+        assert float((found.logprobs[:, 0] - export.logprobs(ids, name)).abs().max()) < 1e-4
+        assert (found.logprobs[:, 1:].diff(dim=1) <= 0).all()
 
 
 def test_adapters_come_and_go_while_it_serves(

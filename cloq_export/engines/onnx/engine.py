@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 
 from cloq_export.artifact.adapters import read_bound_adapter
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.onnx.export import ACCURACY_OPTION
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG
 from cloq_export.engines.protocol import TokenDistributions
@@ -103,6 +104,19 @@ class OnnxModel:
         """
         return [
             TokenDistributions(torch.from_numpy(self.logits(ids, adapter)[:-1]).log_softmax(-1))
+            for ids, adapter in zip(token_ids, adapters, strict=True)
+        ]
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: an adapter is unknown.
+        """
+        return [
+            Alternatives.of_logits(torch.from_numpy(self.logits(ids, adapter)[:-1]), torch.tensor(ids[1:]), count)
             for ids, adapter in zip(token_ids, adapters, strict=True)
         ]
 

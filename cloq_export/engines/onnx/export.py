@@ -104,7 +104,7 @@ def export_onnx(
             graph, record = quantize(build_graph(model, scratch, {shape[0] for shape in layers.shapes.values()}))
         except (UnsupportedModelError, UnmatchedLinearError) as error:
             graph, record = quantize(trace_graph(model, scratch, str(error)))
-        record = dataclasses.replace(record, notes=(*record.notes, *graph.notes))
+        record = dataclasses.replace(record, notes=(*record.notes, *graph.notes), needs_adapter=layers.needs_adapter)
         with translate_os_errors(Path(folder)):
             floats.save_files(filling)
             # As the model folder has it: without what describes another layout.

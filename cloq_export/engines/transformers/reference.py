@@ -97,23 +97,50 @@ class ReferenceModel(TransformersModel):
                     results[row] = _gaps(logits[place, first : len(whole[row])], texts[row], ends[row])
         return results
 
+    def logprobs_of(
+        self, token_ids: Sequence[Sequence[int]], adapter: str | None, tokens: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return log-probabilities of several tokens in each place of each sequence.
+
+        Args:
+            token_ids: sequences of n tokens.
+            adapter: of all of them, or None.
+            tokens: (n - 1, c) for each sequence; what lies below zero counts as the token 0.
+
+        Returns:
+            list: one (n - 1, c) float32 tensor on the CPU for each.
+        """
+        model = self.model(adapter)
+        results: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
+        for batch in batches_of(list(range(len(token_ids))), token_ids, tokens_per_batch(model)):
+            padded = padded_rows([token_ids[row] for row in batch], model)
+            with torch.no_grad():
+                logits = model(input_ids=padded, use_cache=False).logits
+            for place, row in enumerate(batch):
+                own = logits[place, : len(token_ids[row]) - 1].to(torch.float32)
+                wanted = tokens[row].clamp(min=0).to(own.device)
+                results[row] = torch.log_softmax(own, -1).gather(1, wanted).cpu()
+        return results
+
     def scale_gradients(
         self,
         token_ids: Sequence[Sequence[int]],
         adapter: str | None,
         modules: Sequence[str],
+        tokens: torch.Tensor,
         weights: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """Return the gradient of weighted sums of log-probabilities with respect to the scale of each quantized module.
 
         The output of module m without its bias is multiplied by `f_m` in each sequence on its own; with `w` the
-        weights, `g_m = d(sum_i w_i log p(x_i | x_1..x_{i-1})) / d f_m` at `f = 1`, all modules in one backward pass.
+        weights, `g_m = d(sum_i,v w_iv log p(v | x_1..x_{i-1})) / d f_m` at `f = 1`, all modules in one backward pass.
 
         Args:
             token_ids: sequences of n tokens, all equally long.
             adapter: the adapter, or None.
             modules: full names of linear modules.
-            weights: (sequences, n - 1) tensors.
+            tokens: v, those that are looked at in each place, (sequences, n - 1, c) int64.
+            weights: w, tensors of this shape.
 
         Returns:
             Tensor: (weights, sequences, modules) float64; zero for a module that a sequence does not reach.
@@ -125,15 +152,42 @@ class ReferenceModel(TransformersModel):
         found = []
         for start in range(0, len(token_ids), count):
             rows = slice(start, start + count)
-            chosen, weighted = token_ids[rows], [weight[rows] for weight in weights]
+            chosen, wanted, weighted = token_ids[rows], tokens[rows], [weight[rows] for weight in weights]
             try:
-                found.append(_scale_gradients(model, chosen, modules, weighted))
+                found.append(_scale_gradients(model, chosen, modules, wanted, weighted))
             except _RowsMixedError:
-                found += [
-                    _scale_gradients(model, [ids], modules, [weight[row : row + 1] for weight in weighted])
-                    for row, ids in enumerate(chosen)
-                ]
+                for row, ids in enumerate(chosen):
+                    one = slice(row, row + 1)
+                    own = [weight[one] for weight in weighted]
+                    found.append(_scale_gradients(model, [ids], modules, wanted[one], own))
         return torch.cat(found, dim=1)
+
+    @contextlib.contextmanager
+    def rounded(self, adapter: str | None, modules: Sequence[str], dtype: torch.dtype) -> Iterator[None]:
+        """Compute with activations and float tensors in another precision for a while, products with Q in float32.
+
+        Args:
+            adapter: with which it is computed, or None.
+            modules: full names of the quantized modules.
+            dtype: the precision.
+        """
+        model = self.model(adapter)
+        layers = [_base_layer(model, module) for module in modules]
+        kept = {id(part) for layer in layers for part in layer.parameters()}
+        kept |= {id(part) for name, part in model.named_parameters() if ".lora_" in name}
+        held = [(owner, key, part) for owner in model.modules() for key, part in owner._parameters.items()]
+        made: dict[int, nn.Parameter] = {}
+        with contextlib.ExitStack() as stack:
+            for owner, key, part in held:
+                if part is not None and id(part) not in kept and part.is_floating_point():
+                    stack.callback(owner._parameters.__setitem__, key, part)
+                    # Tied tensors stay one.
+                    rounded = made.setdefault(id(part), nn.Parameter(part.detach().to(dtype), requires_grad=False))
+                    owner._parameters[key] = rounded
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(_to_float32).remove)
+                stack.callback(layer.register_forward_hook(lambda _m, _i, output: output.to(dtype)).remove)
+            yield
 
     @contextlib.contextmanager
     def scaled(self, adapter: str | None, module: str, factor: float) -> Iterator[None]:
@@ -177,6 +231,10 @@ def _base_layer(model: nn.Module, module: str) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
+def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].to(torch.float32), *inputs[1:])
+
+
 def _gaps(logits: torch.Tensor, text: Sequence[int], ends: frozenset[int] | None) -> torch.Tensor:
     """Return the gap of each token of a text; logits (tokens + 1, vocabulary), of the place behind the text too."""
     rows = len(text)
@@ -189,7 +247,11 @@ def _gaps(logits: torch.Tensor, text: Sequence[int], ends: frozenset[int] | None
 
 
 def _scale_gradients(
-    model: Any, token_ids: Sequence[Sequence[int]], modules: Sequence[str], weights: Sequence[torch.Tensor]
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    modules: Sequence[str],
+    tokens: torch.Tensor,
+    weights: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return (weights, sequences, modules) float64; see `ReferenceModel.scale_gradients`."""
     rows, device = len(token_ids), device_of(model)
@@ -210,9 +272,7 @@ def _scale_gradients(
             stack.callback(_base_layer(model, module).register_forward_hook(scaled(factor)).remove)
         with torch.enable_grad():
             logits = model(input_ids=padded, use_cache=False).logits[:, :-1].to(torch.float32)
-            logprobs = -nn.functional.cross_entropy(
-                logits.transpose(1, 2), padded[:, 1:], reduction="none"
-            )  # (sequences, n - 1)
+            logprobs = torch.log_softmax(logits, -1).gather(2, tokens.to(device))  # (sequences, n - 1, c)
     found = []
     for weight in weights:
         total = (logprobs * weight.to(device, torch.float32)).sum()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.decoding import Ended, continue_greedily, prompts_per_batch
 from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
@@ -70,6 +71,27 @@ class TransformersModel:
             for row in rows:
                 results[row] = TokenDistributions(whole_vocabulary(model, token_ids[row]))
         return results
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+        """
+        results: list[Alternatives | None] = [None] * len(token_ids)
+        for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
+            model = self.model(adapter)
+            for batch in batches_of(rows, token_ids, tokens_per_batch(model)):
+                padded = padded_rows([token_ids[row] for row in batch], model)
+                with torch.no_grad():
+                    logits = model(input_ids=padded, use_cache=False).logits
+                for place, row in enumerate(batch):
+                    length = len(token_ids[row])
+                    targets = padded[place, 1:length]
+                    results[row] = Alternatives.of_logits(logits[place, : length - 1], targets, count)
+        return [each for each in results if each is not None]
 
     def generate(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import torch
 
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.vllm.engine import MOST_PROBABLE, check_requests, most_probable_tokens
@@ -100,6 +101,26 @@ class ServerClient:
             return most_probable_tokens([[(int(key), each["logprob"]) for key, each in row.items()] for row in rows])
 
         return self._each(score, token_ids, adapters)
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: the server died or refused.
+        """
+
+        def list_places(ids: list[int], name: str | None) -> Alternatives:
+            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=count + 1)
+            places = [
+                {int(token): float(entry["logprob"]) for token, entry in place.items()}
+                for place in answer["prompt_logprobs"][1:]
+            ]
+            return Alternatives.of_entries(ids, places, count)
+
+        return self._each(list_places, token_ids, adapters)
 
     def generate(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], max_new_tokens: int

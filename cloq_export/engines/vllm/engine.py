@@ -20,6 +20,7 @@ import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.quantization_description import CONFIG_NAME
+from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.vllm.options import EngineSettings, engine_options, float_options
@@ -180,8 +181,24 @@ class VllmModel:
             UsageError: as `prompt_logprobs`.
             EngineError: as `prompt_logprobs`.
         """
-        request = {"prompt_logprobs": self._requests(token_ids, adapters), "most_probable": MOST_PROBABLE}
+        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": MOST_PROBABLE}
         return [most_probable_tokens(rows) for rows in self._ask(request, "answer")]
+
+    def alternative_logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
+    ) -> list[Alternatives]:
+        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: the engine died or refused.
+        """
+        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": count + 1}
+        answer = self._ask(request, "answer")
+        return [
+            Alternatives.of_entries(ids, [dict(map(tuple, place)) for place in places], count)
+            for ids, places in zip(token_ids, answer, strict=True)
+        ]
 
     def generate(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], max_new_tokens: int

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.needed_adapter import refuse_alone
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings, engine_options
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, ServingPolicy, check_name, derived_name
@@ -62,6 +63,7 @@ class ServerPlan:
         default: the default adapter, or None if there is no adapter.
         adapters: name -> folder.
         options: what vLLM was told, for people to read.
+        needs_adapter: the base says nothing without its adapter: requests for `base_name` are refused.
     """
 
     command: tuple[str, ...]
@@ -73,6 +75,7 @@ class ServerPlan:
     default: str | None
     adapters: Mapping[str, Path]
     options: Mapping[str, Any]
+    needs_adapter: bool = False
 
     @property
     def url(self) -> str:
@@ -127,7 +130,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         options: what is asked.
 
     Raises:
-        UsageError: options that cannot be meant, or a port that is taken.
+        UsageError: options that cannot be meant, a port that is taken, or a base that needs its adapter without one.
         BindingError: an adapter belongs to another base.
         FormatError: a file is missing or damaged, or an adapter does not fit the base.
         SourceError: the checkpoint has no tokenizer.
@@ -143,6 +146,8 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     base_name = f"{own}-base" if adapters else own
     for index, adapter_name in enumerate(adapters):
         check_name(adapter_name, taken=(own, base_name, *list(adapters)[:index]))
+    if not adapters:
+        refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with --adapter NAME=FOLDER")
     default = _choose_default(adapters, options.default)
     facts = engine_facts(options.python)
     kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
@@ -168,7 +173,12 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     environment = engine_environment(kv_cache_gib, threads=options.threads) | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         POLICY_VARIABLE: ServingPolicy(
-            own, base_name, default, force=options.force, trust_adapters=options.trust_adapters
+            own,
+            base_name,
+            default,
+            force=options.force,
+            trust_adapters=options.trust_adapters,
+            needs_adapter=checkpoint.needs_adapter,
         ).to_text(),
     }
     return ServerPlan(
@@ -181,6 +191,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         default=default,
         adapters={key: Path(folder) for key, folder in adapters.items()},
         options=told,
+        needs_adapter=checkpoint.needs_adapter,
     )
 
 

@@ -62,7 +62,8 @@ def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=1 if scoring else request["max_new_tokens"],
-        prompt_logprobs=request.get("most_probable", 0) if scoring else None,
+        # How many tokens are listed in each place beside the one that comes.
+        prompt_logprobs=request.get("listed", 0) if scoring else None,
         detokenize=False,
     )
     outputs = engine.generate(
@@ -73,7 +74,7 @@ def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -
     )
     if not scoring:
         return [list(output.outputs[0].token_ids) for output in outputs]
-    if "most_probable" in request:
+    if "listed" in request:
         return [
             [[(token, score.logprob) for token, score in scores.items()] for scores in output.prompt_logprobs[1:]]
             for output in outputs

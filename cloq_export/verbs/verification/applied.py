@@ -29,7 +29,7 @@ from cloq_export.verbs.options import refuse_unmeant
 from cloq_export.verbs.verification.engines import DTYPES
 from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verification.plan import adapter_folders
-from cloq_export.verbs.verification.probe_texts import isolated_texts, liveness_sequences
+from cloq_export.verbs.verification.probe_texts import isolated_texts, liveness_sequences, liveness_tokens
 from cloq_export.verbs.verification.progress import Progress
 from cloq_export.verbs.verification.reference_side import leave_out
 
@@ -197,7 +197,7 @@ class _Texts:
                 "longer text with `text`, or shorter windows with `window`."
             )
         windows = tokens[: count * options.window].view(count, options.window).tolist()
-        probes = [window[: options.liveness_tokens] for window in windows[: liveness_sequences(options.dtype)]]
+        probes = [window[: liveness_tokens(options)] for window in windows[: liveness_sequences(options.dtype)]]
         return cls(windows, probes, isolated_texts(windows))
 
 
@@ -288,7 +288,7 @@ class _Questions:
         self.checks.append(Check("weights", name, not wrong, share, 1.0, reason))
 
     def _mix(self) -> None:
-        self.isolation = measure_isolation(self.served, self.texts.isolated, list(self.base.folders))
+        self.isolation = measure_isolation(self.served, self.texts.isolated, [None, *self.base.folders])
         value, half = self.isolation.max, self.options.dtype != "float32"
         passed = None if half else value is not None and value <= MIXED_LIMIT
         reason = f"{value} is the largest difference between a mixed batch and single requests"

@@ -10,6 +10,7 @@ import torch
 
 from cloq_export.artifact.adapters import AdapterShelf, carried_note
 from cloq_export.artifact.certificate import verify_certificate, verify_run
+from cloq_export.artifact.needed_adapter import WHY
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError
 from cloq_export.files.versions import environment
@@ -66,7 +67,7 @@ def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Condition
         prompts=len(texts.prompts),
         new_tokens=options.new_tokens,
         longest=len(texts.longest),
-        liveness_tokens=options.liveness_tokens,
+        liveness_tokens=len(texts.probes[0]),
         seed=options.seed,
         device=options.device,
         threads=torch.get_num_threads(),
@@ -95,6 +96,8 @@ def notes_of(plan: Plan, findings: tuple[Finding, ...]) -> list[str]:
     outside = {name: folder for name, folder in plan.folders.items() if folder not in shelf.folders.values()}
     notes += filter(None, (carried_note(name, folder) for name, folder in outside.items()))
     notes += [f"not proven: {each.what}: {each.reason}" for each in findings if each.verdict == NOT_RECORDED]
+    if plan.checkpoint.needs_adapter:
+        notes.append(f"the base alone was not scored, and no limit is set on it: {WHY}")
     if not plan.adapters:
         notes.append("there is no adapter: liveness and isolation were not measured")
     elif plan.rounds_activations:

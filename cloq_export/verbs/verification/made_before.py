@@ -23,6 +23,7 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
+from cloq_export.formats.patterns import NamePattern
 from cloq_export.formats.peft import Adapter, read_adapter
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
@@ -287,7 +288,11 @@ class MadeBefore:
             record, what = self.records.get(name), f"adapter {name}"
             if record is not None and self.is_run and self.serves_all and record.name != name:
                 findings.append(Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}"))
-            left_out = _left_out(adapter) if record is not None else []
+            try:
+                left_out = _left_out(adapter) if record is not None else []
+            except FormatError as error:
+                findings.append(Finding(what, NOT_PROVEN, str(error)))
+                continue
             if left_out:
                 more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
                 reason = f"adapter_config.json leaves out {left_out[0]}{more}, whose pairs the file holds"
@@ -368,6 +373,10 @@ def _left_out(adapter: Adapter) -> list[str]:
     named = config.get("target_modules")
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return sorted(adapter.pairs)
+    if isinstance(named, str):
+        # PEFT compares the whole name; of "all-linear" it takes every linear layer but the head.
+        pattern = NamePattern(f"(?:{named})$", source="target_modules")
+        return [] if named == "all-linear" else sorted(name for name in adapter.pairs if not pattern.matches(name))
     if not isinstance(named, list):
-        return []  # a pattern: PEFT's own reading of it is as good as ours
+        return []  # nothing is said, and an engine goes by the file
     return sorted(module for module in adapter.pairs if not any(f".{module}".endswith(f".{name}") for name in named))

@@ -52,7 +52,7 @@ def write_stand_in(
     Raises:
         FormatError: the graph's modules are not those of the model.
     """
-    layers = LayerSource(export.specs, export.shapes, export.read_layer)
+    layers = LayerSource(export.specs, export.shapes, export.read_layer, export.needs_adapter)
     floats = FloatPart.of_model(loaded.model, layers, dtype=loaded.source.dtype)
     # Of the integers as they are: where they were changed, it is for the certificate to say so.
     fingerprint = base_fingerprint(export.read_layers())

@@ -63,7 +63,12 @@ class VerifyOptions:
     longest: int | None = option(
         None, "Tokens in the longest text; unless given, what is served, up to 2048.", least=2, metavar="N"
     )
-    liveness_tokens: int = option(64, "Tokens on which every module is shown to be live.", least=2)
+    liveness_tokens: int | None = option(
+        None,
+        "Tokens on which every module is shown to be live; unless given, 32 in float32, else 64.",
+        least=2,
+        metavar="N",
+    )
     seed: int = option(0, "Of the random signs that scales of modules are screened with.")
     run: Path | None = option(  # noqa: RUF009 (it returns a field)
         None, "The run that EXPORT was made from: its layers and adapters are compared too.", metavar="RUN"

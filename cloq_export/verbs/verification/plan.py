@@ -13,6 +13,7 @@ import torch
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.needed_adapter import refuse_alone
 from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
@@ -83,6 +84,10 @@ class Plan:
         checkpoint, folders, adapters = (_read_onnx if artifact.kind == "onnx export" else _read_checkpoint)(
             artifact, options
         )
+        if not adapters:
+            refuse_alone(
+                checkpoint, "verify the run or an export that holds it, or name it with `adapters=NAME=FOLDER`"
+            )
         tasks = read_questions(asked, typed_questions(options) or DEFAULT_QUESTIONS, options.shots)
         made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
@@ -120,8 +125,12 @@ class Plan:
 
     @property
     def scored(self) -> list[str | None]:
-        """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise."""
-        return [*self.adapters, None]
+        """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise.
+
+        Codes that need their adapter are not scored alone: their log-probabilities are noise, in which the rounding of
+        any engine shows enlarged, and nobody is served them.
+        """
+        return [*self.adapters] if self.checkpoint.needs_adapter else [*self.adapters, None]
 
 
 def chance_of(options: VerifyOptions) -> float:

@@ -6,19 +6,26 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cloq_export.engines.decoding import end_tokens
+from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.served import tokens_per_batch
 from cloq_export.errors import CalibrationError, GateMissedError, UsageError
 from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.divergence import windows_compared
+from cloq_export.parity.numerics import measure_logprobs
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.texts.corpora import evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.verification.engines import engine_length
+from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verification.plan import Plan
 
 # Half precision hides a module's effect in rounding; more tokens average it out.
+_LIVENESS_TOKENS = {"float32": 32}
+_LIVENESS_TOKENS_HALF = 64
 _LIVENESS_SEQUENCES = {"float32": 1}
 _LIVENESS_SEQUENCES_HALF = 4
 # Of sequences in mixed batches, which differ also where windows are shorter.
@@ -26,8 +33,8 @@ _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
-# Tokens on which the base is scored without its adapters, in whole windows.
-_BASE_TOKENS = 2048
+# Tokens on which the base is scored without its adapters beside the longest text, in whole windows.
+_BASE_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +94,7 @@ class ProbeTexts:
         flat = bare[: count * (options.window - len(begin))].tolist()
         step = max(1, (len(flat) - width) // max(1, options.prompts))
         starts = range(0, len(flat) - width + 1, step)[: options.prompts]
+        probed = liveness_tokens(options)
         probes = liveness_sequences(options.dtype)
         return cls(
             begin=begin,
@@ -95,7 +103,7 @@ class ProbeTexts:
             # One text from the start, begun once.
             longest=[*begin, *bare[: length - len(begin)].tolist()],
             prompts=[begin + flat[start : start + width] for start in starts],
-            probes=[window[: options.liveness_tokens] for window in windows[:probes]],
+            probes=[window[:probed] for window in windows[:probes]],
             isolated=isolated_texts(windows),
             places=_changing_places(loaded.config),
             ends=end_tokens(loaded.model),
@@ -106,6 +114,29 @@ class ProbeTexts:
         """Return the windows that are scored: fewer of the base alone, where it is not what is meant to be served."""
         return self.windows if adapter in self.subjects else self.windows[: -(-_BASE_TOKENS // len(self.windows[0]))]
 
+    def scored_windows(
+        self, model: ServedModel, adapter: str | None, longest: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Score the windows; a first one that the longest text begins with is not computed again.
+
+        Args:
+            model: that is asked.
+            adapter: with which, None is the base.
+            longest: what it said of the longest text, (n - 1,); None if it gave no answer.
+
+        Returns:
+            list: one (window - 1,) float32 tensor per window.
+
+        Raises:
+            ShapeError: as `measure_logprobs`.
+        """
+        windows = self.windows_of(adapter)
+        first = windows[0]
+        if longest is None or list(self.longest[: len(first)]) != list(first):
+            return measure_logprobs(model, windows, [adapter] * len(windows))
+        rest = windows[1:]
+        return [longest[: len(first) - 1], *(measure_logprobs(model, rest, [adapter] * len(rest)) if rest else [])]
+
     def prompts_of(self, number: int) -> Sequence[Sequence[int]]:
         """Return the prompts of the subject of this number: they are dealt out in turn, and to each at least one."""
         count = len(self.prompts)
@@ -115,6 +146,11 @@ class ProbeTexts:
 def liveness_sequences(dtype: str) -> int:
     """Return on how many windows modules are shown to be live in a precision."""
     return _LIVENESS_SEQUENCES.get(dtype, _LIVENESS_SEQUENCES_HALF)
+
+
+def liveness_tokens(options: VerifyOptions) -> int:
+    """Return how many tokens of a window modules are shown to be live on."""
+    return options.liveness_tokens or _LIVENESS_TOKENS.get(options.dtype, _LIVENESS_TOKENS_HALF)
 
 
 def isolated_texts(windows: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -72,9 +72,8 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
     progress.session.say(f"measure the reference with {', '.join(plan.adapters) or 'no adapter'}")
     logprobs, longest = {}, {}
     for adapter in plan.scored:
-        windows = texts.windows_of(adapter)
-        logprobs[adapter] = measure_logprobs(reference, windows, [adapter] * len(windows))
         longest[adapter] = measure_logprobs(reference, [texts.longest], [adapter])
+        logprobs[adapter] = texts.scored_windows(reference, adapter, longest[adapter][0])
     expected, answers, numerics, perplexity = {}, {}, [], []
     divergence: list[DivergenceRow] = []
     for number, adapter in enumerate(plan.subjects):

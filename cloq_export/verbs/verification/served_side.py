@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.alternatives import Alternatives
+from cloq_export.engines.protocol import MOST_ALTERNATIVES, ServedModel
 from cloq_export.parity import generation
 from cloq_export.parity.answers import Respondent
 from cloq_export.parity.gate import tie_gap
@@ -17,7 +18,15 @@ from cloq_export.parity.numerics import GreedyTexts, compare_greedy, compare_log
 from cloq_export.parity.provenance import ProbeDifferences, probe_differences
 from cloq_export.parity.quality import PerplexityRow
 from cloq_export.parity.report import DivergenceRow, NumericsRow
-from cloq_export.parity.scales import SCALE_LIMIT, ScaleErrors, ServedWindow, measure_scales, share_windows
+from cloq_export.parity.scales import (
+    ALTERNATIVES,
+    SCALE_LIMIT,
+    ScaleErrors,
+    ServedWindow,
+    measure_scales,
+    share_windows,
+)
+from cloq_export.verbs.verification.engines import DTYPES
 from cloq_export.verbs.verification.float_side import Answered, FloatSide, ask_tasks
 from cloq_export.verbs.verification.plan import Plan
 from cloq_export.verbs.verification.progress import Progress
@@ -26,8 +35,10 @@ from cloq_export.verbs.verification.reference_side import ReferenceSide, diverge
 # The prompts that are continued in mixed batches.
 _MIXED_PROMPTS = 4
 # Tokens on which the scales of modules are measured, and tokens of each window on which modules are compared at first.
-_SCALE_TOKENS = {"float32": 1024}
+_SCALE_TOKENS = {"float32": 512}
 _SCALE_TOKENS_HALF = 4096
+# Each adapter and the base are judged by themselves too.
+_SCALE_TOKENS_OF_EACH = 256
 _SCREENED_TOKENS = 128
 _KINDS = {"greedy": "greedy text", "longest": "text behind long prompts", "mixed": "text in a mixed batch"}
 Judge = Callable[[AskedTexts, Sequence[Sequence[int]]], None]
@@ -47,6 +58,7 @@ class ServedSide:
         self.plan, self.known, self.side, self.progress = plan, known, side, progress
         self.texts = known.texts
         self.logprobs: dict[str | None, list[torch.Tensor]] = {}
+        self.alternatives: dict[str | None, list[Alternatives]] = {}
         self.numerics: list[NumericsRow] = []
         self.divergence: list[DivergenceRow] = []
         self.perplexity: list[PerplexityRow] = []
@@ -70,42 +82,95 @@ class ServedSide:
             with self.progress.attempt(f"probe of the last step, {of}"):
                 self._probe_last_step(served, adapter)
         if self.plan.adapters:
-            self._score(served, None)
+            if None in self.plan.scored:
+                self._score(served, None)
             with self.progress.attempt("isolation"), self.progress.phase("isolation"):
-                self.isolation = measure_isolation(served, self.texts.isolated, list(self.plan.adapters))
+                self.isolation = measure_isolation(served, self.texts.isolated, self._mixed)
             self._write_mixed(served)
+        if self.plan.options.dtype != "float32":
+            with self.progress.attempt("alternatives"), self.progress.phase("scales"):
+                for adapter, numbers in self._scale_windows().items():
+                    rows = [self.texts.windows[number][: self._scale_length] for number in numbers]
+                    listed = served.alternative_logprobs(rows, [adapter] * len(rows), MOST_ALTERNATIVES)
+                    self.alternatives[adapter] = listed
 
     def measure_scales(self) -> None:
         """Measure the scale of every quantized module on windows that the adapters and the base share."""
-        plan, options, names = self.plan, self.plan.options, self.plan.scored
-        if plan.rounds_activations or set(self.logprobs) != set(names):
+        plan, options = self.plan, self.plan.options
+        known = self.logprobs if options.dtype == "float32" else self.alternatives
+        if plan.rounds_activations or set(known) != set(plan.scored):
             return
-        tokens = _SCALE_TOKENS.get(options.dtype, _SCALE_TOKENS_HALF)
-        length, shared = share_windows(len(self.texts.windows), tokens, options.window, len(names))
-        windows: list[ServedWindow] = []
-        for number, subject in shared:
-            adapter = names[subject]
-            # The base alone is scored on the first windows.
-            number = number if adapter in plan.subjects else number // len(names)
-            if number < len(self.logprobs[adapter]):
-                served, expected = self.logprobs[adapter][number], self.side.logprobs[adapter][number]
-                ids = self.texts.windows[number][:length]
-                windows.append(ServedWindow(ids, adapter, served[: length - 1], expected[: length - 1]))
         with self.progress.attempt("scales of modules"), self.progress.phase("scales"):
+            shared = self._scale_windows()
+            windows = [window for adapter in shared for window in self._served_windows(adapter, shared[adapter])]
             self.scales = measure_scales(
                 self.side.model,
                 windows,
                 list(plan.checkpoint.specs),
-                screened=min(length, _SCREENED_TOKENS),
+                screened=min(self._scale_length, _SCREENED_TOKENS),
                 limit=plan.limits.get("scale_error_max", SCALE_LIMIT),
                 seed=options.seed,
             )
 
+    @property
+    def _mixed(self) -> list[str | None]:
+        """Return what a mixed batch holds, the base first."""
+        return sorted(self.plan.scored, key=lambda name: name is not None)
+
+    def _shared_windows(self) -> tuple[int, list[tuple[int, int]]]:
+        subjects = len(self.plan.scored)
+        tokens = max(_SCALE_TOKENS.get(self.plan.options.dtype, _SCALE_TOKENS_HALF), _SCALE_TOKENS_OF_EACH * subjects)
+        return share_windows(len(self.texts.windows), tokens, self.plan.options.window, subjects)
+
+    @property
+    def _scale_length(self) -> int:
+        """Return how many tokens of a window scales are measured on."""
+        return self._shared_windows()[0]
+
+    def _scale_windows(self) -> dict[str | None, list[int]]:
+        """Return what is served -> numbers of the windows on which scales are measured with it."""
+        names = self.plan.scored
+        found: dict[str | None, list[int]] = {name: [] for name in names}
+        for number, subject in self._shared_windows()[1]:
+            adapter = names[subject]
+            # In float32 what was scored is enough; of the base alone those are the first windows.
+            scored = self.texts.windows_of(adapter) if self.plan.options.dtype == "float32" else self.texts.windows
+            number = number if adapter in self.plan.subjects else number // len(names)
+            if number < len(scored):
+                found[adapter].append(number)
+        return found
+
+    def _served_windows(self, adapter: str | None, numbers: Sequence[int]) -> list[ServedWindow]:
+        """Return windows as they were served, beside what the reference says of the same tokens."""
+        rows = [self.texts.windows[number][: self._scale_length] for number in numbers]
+        if self.plan.options.dtype == "float32":
+            served, expected = self.logprobs[adapter], self.side.logprobs[adapter]
+            return [
+                ServedWindow.of_next(ids, adapter, served[number], expected[number])
+                for ids, number in zip(rows, numbers, strict=True)
+            ]
+        reference, modules = self.side.model, list(self.plan.checkpoint.specs)
+        listed = reference.alternative_logprobs(rows, [adapter] * len(rows), ALTERNATIVES)
+        rounded: Sequence[torch.Tensor | None] = [None] * len(rows)
+        dtype = self.plan.options.dtype
+        with (
+            self.progress.attempt(f"the reference in {dtype}, {adapter or 'base'}"),
+            reference.rounded(adapter, modules, DTYPES[dtype]),
+        ):
+            rounded = reference.logprobs_of(rows, adapter, [each.tokens for each in listed])
+        return [
+            ServedWindow.of_alternatives(ids, adapter, theirs, ours, near)
+            for ids, theirs, ours, near in zip(rows, self.alternatives[adapter], listed, rounded, strict=True)
+        ]
+
     def _score(self, served: ServedModel, adapter: str | None) -> None:
-        """Score the windows and the longest text."""
+        """Score the longest text and the windows."""
+        longest: torch.Tensor | None = None
+        with self.progress.attempt(f"the longest text, {adapter or 'base'}"), self.progress.phase("longest"):
+            [longest] = measure_logprobs(served, [self.texts.longest], [adapter])
+            self._note("served at length", adapter, [longest], self.side.longest[adapter])
         with self.progress.attempt(f"served logits, {adapter or 'base'}"):
-            windows = self.texts.windows_of(adapter)
-            logprobs = measure_logprobs(served, windows, [adapter] * len(windows))
+            logprobs = self.texts.scored_windows(served, adapter, longest)
             self._note("served", adapter, logprobs, self.side.logprobs[adapter])
             if adapter in self.plan.subjects:
                 self.perplexity += perplexity_rows(self.plan, self.known, "served", adapter, logprobs)
@@ -113,9 +178,6 @@ class ServedSide:
         if adapter in self.plan.subjects:
             with self.progress.attempt(f"served distributions, {adapter or 'base'}"):
                 self.divergence += divergence_rows(self.known, self.side.model, ("served", served), adapter)
-        with self.progress.attempt(f"the longest text, {adapter or 'base'}"), self.progress.phase("longest"):
-            logprobs = measure_logprobs(served, [self.texts.longest], [adapter])
-            self._note("served at length", adapter, logprobs, self.side.longest[adapter])
 
     def _note(
         self, measured: str, adapter: str | None, logprobs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
@@ -148,8 +210,8 @@ class ServedSide:
                 self.greedy.append(compare_greedy(self.side.model, asked, expected, texts, tie))
 
     def _write_mixed(self, served: ServedModel) -> None:
-        """Let the base and all adapters write in one batch, and judge what each has written."""
-        names: list[str | None] = [None, *self.plan.adapters]
+        """Let all that is scored write in one batch, and judge what each has written."""
+        names = self._mixed
         prompts, new = self.texts.prompts[:_MIXED_PROMPTS], self.plan.options.new_tokens
         written: Mapping[str | None, tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]] = {}
         if prompts:

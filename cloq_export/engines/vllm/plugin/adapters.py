@@ -36,6 +36,7 @@ class ServingPolicy:
         default: the name of the adapter that answers to the model's own name, or None if there is no adapter.
         force: load adapters that are bound to another base.
         trust_adapters: load adapters that are bound to none.
+        needs_adapter: the base says nothing without its adapter, so nothing is answered by it alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ServingPolicy:
     default: str | None = None
     force: bool = False
     trust_adapters: bool = False
+    needs_adapter: bool = False
 
     def to_text(self) -> str:
         """Return the text for `POLICY_VARIABLE`."""

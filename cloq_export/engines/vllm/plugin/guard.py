@@ -17,6 +17,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 
 from cloq_export.artifact.adapters import refuse_other_base, unbound_note
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.needed_adapter import WHY
 from cloq_export.engines.vllm.plugin.adapters import (
     LIFELINE_VARIABLE,
     ServingPolicy,
@@ -98,6 +99,7 @@ def _guard_server() -> None:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
     policy = ServingPolicy.from_environment()
@@ -162,6 +164,8 @@ def _guard_server() -> None:
 
     async def show_models(self: Any) -> Any:
         models = await stock_models(self)
+        if policy.needs_adapter:
+            models.data = [card for card in models.data if card.id != policy.base_name]
         # Clients without a choice of their own take the first; the quantized base is no model to choose.
         models.data.sort(key=lambda card: (card.id != policy.name, card.id == policy.base_name))
         return models
@@ -169,7 +173,12 @@ def _guard_server() -> None:
     def adapters_for(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if not request.model and policy.name in self.models.lora_requests:
             return self.models.lora_requests[policy.name]
-        return stock_adapters(self, request, *args, **kwargs)
+        found = stock_adapters(self, request, *args, **kwargs)
+        if found is None and policy.needs_adapter:
+            raise VLLMValidationError(
+                f"{policy.base_name} needs its adapter: {WHY}. Ask for {policy.name}.", parameter="model"
+            )
+        return found
 
     OpenAIServingModels._check_load_lora_adapter_request = check_load
     OpenAIServingModels.load_lora_adapter = load
