@@ -35,6 +35,7 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "windows": (int, "N", "how many windows (16)"),
     "gsm8k": (str, "FILE", "problems of GSM8K as JSON lines"),
     "problems": (int, "N", "questions of each task, which must be there (up to 100)"),
+    "detect": (float, "SHARE", "loss of accuracy that is to be seen; chooses how many questions are asked"),
     "longest": (int, "N", "tokens in the longest text (what is served, up to 2048)"),
     "run": (Path, "RUN", "the run that the export was made from"),
     "out": (Path, "FOLDER", "where parity.json and parity.html are written"),

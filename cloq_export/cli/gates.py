@@ -14,7 +14,7 @@ from cloq_export.errors import GateMissedError, UsageError
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _MODELS = ("float", "quantized", "adapter")
-METRICS = (*(f"{model}_perplexity" for model in _MODELS), "ratio")
+METRICS = (*(f"{model}_perplexity" for model in _MODELS), "ratio", "kl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def gate_option() -> Callable[[Decorated], Decorated]:
         multiple=True,
         metavar="KEY=VALUE",
         help=f"Largest value allowed, else exit code 3; can be repeated. Keys: {', '.join(METRICS)} "
-        "(served over float perplexity).",
+        "(served over float perplexity; mean KL divergence per token from the float model).",
     )
 
 
@@ -74,8 +74,13 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
 def measured_value(metric: str, perplexities: Mapping[str, Any]) -> float | None:
     """Return the value of a metric in a `{"float": {"perplexity": ...}, ...}` mapping, or None if it is missing.
 
-    `ratio` is the perplexity of what is served, with the adapter where there is one, over that of the float model.
+    `ratio` is the perplexity of what is served, with the adapter where there is one, over that of the float model, and
+    `kl` its mean KL divergence per token from that model.
     """
+    if metric == "kl":
+        served_entry = perplexities.get("adapter") or perplexities.get("quantized") or {}
+        divergence = (served_entry.get("to_float") or {}).get("kl_mean")
+        return None if divergence is None else float(divergence)
 
     def perplexity_of(model: str) -> float | None:
         entry = perplexities.get(model)

@@ -15,7 +15,7 @@ from cloq_export.cli.output import print_line
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
-    from cloq_export.parity.page import figure, label_of, share
+    from cloq_export.parity.page import figure, label_of, share, smallest_loss
 
     for note in report["notes"]:
         print_line(console, f"note: {note}")
@@ -34,6 +34,13 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     for row in report["numerics"]:
         numerics.add_row(escape(label_of(row)), row["against"], *map(figure, _spread(row)))
     console.print(numerics)
+    if report["divergence"]:
+        table = _table("KL divergence", ("measured", "against"), ("mean", "99%", "max", "same best token"))
+        for row in report["divergence"]:
+            mark = "" if row["estimate"] == "exact" else "≥ "
+            values = [mark + figure(row[key]) for key in ("kl_mean", "kl_quantile_99", "kl_max")]
+            table.add_row(escape(label_of(row)), row["against"], *values, share(row["top1_agreement"]))
+        console.print(table)
     if report["quality"]["perplexity"]:
         table = _table("perplexity", ("model",), ("perplexity", "± s.e.", "over float", "95% interval"))
         for row in report["quality"]["perplexity"]:
@@ -78,11 +85,34 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
         word = "[green]passed[/green]" if verdict["passed"] else "[red]missed[/red]"
         gate.add_row(verdict["gate"], figure(verdict["value"]), f"{verdict['bound']} {figure(verdict['limit'])}", word)
     console.print(gate)
+    for verdict in report["gates"]:
+        if verdict["finds"]:
+            print_line(console, f"{verdict['gate']}: {smallest_loss(verdict['finds'])}")
     for name, path in (report.get("files") or {}).items():
         print_line(console, f"{name}: {path}")
     for reason in report["judged"]["reasons"]:
         print_line(console, f"nothing was judged: {reason}")
     print_line(console, "parity: " + ("passed" if report["passed"] else "missed"))
+
+
+def render_applied(report: Mapping[str, Any], console: Console) -> None:
+    """Print whether adapters are applied, question by question."""
+    from cloq_export.parity.page import figure
+
+    table = _table(
+        escape(f"{report['base']} served by {report['runtime']}"), ("question", "adapter"), ("value", "limit", "")
+    )
+    words = {True: "[green]passed[/green]", False: "[red]missed[/red]", None: "not judged"}
+    for check in report["checks"]:
+        limit = "" if check["limit"] is None else figure(check["limit"])
+        row = (escape(check["adapter"] or "all and the base"), figure(check["value"]), limit, words[check["passed"]])
+        table.add_row(check["what"], *row)
+    console.print(table)
+    for check in report["checks"]:
+        print_line(console, f"{check['what']}{_with(check['adapter'])}: {check['reason']}")
+    for entry in report["missing"]:
+        print_line(console, f"not measured: {entry['what']}: {entry['reason']}")
+    print_line(console, "applied: " + ("yes, as far as it was asked" if report["passed"] else "not shown"))
 
 
 def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
@@ -98,7 +128,8 @@ def render_tasks(tasks: Mapping[str, Any], console: Console) -> None:
             print_line(
                 console,
                 f"{pair['first']} and {pair['second']}: {share(pair['agreement'])} of the answers equal, McNemar's p "
-                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']})",
+                f"{figure(pair['p_value'])} ({pair['only_first']} against {pair['only_second']}), drop "
+                f"{share(pair['drop'])}, at most {share(pair['drop_upper'])} with a confidence of 95%",
             )
         print_line(console, f"{answered['questions']} questions of {answered['origin']} ({answered['definition']})")
         if "power" in answered:

@@ -119,6 +119,15 @@ def render_perplexity(result: Mapping[str, Any], console: Console) -> None:
         ratio = f"{value / reference:.3f}" if reference else ""
         table.add_row(label, f"{value:.3f}", "" if error is None else f"{error:.3f}", ratio)
     console.print(table)
+    for name, label in _MODEL_LABELS.items():
+        far = (result.get(name) or {}).get("to_float")
+        if far and far["kl_mean"] is not None:
+            print_line(
+                console,
+                f"{label}: KL divergence from the float model {far['kl_mean']:.3g} in the mean, "
+                f"{far['kl_quantile_99']:.3g} at 99%, {far['kl_max']:.3g} at most; the same best token for "
+                f"{far['top1_agreement']:.1%} of {far['tokens']} tokens",
+            )
     if result.get("tokens") is not None:
         digest = str(result.get("text_sha256") or "")[:16]
         print_line(

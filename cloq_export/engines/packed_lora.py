@@ -24,10 +24,11 @@ class PackedLoraLinear(lora.Linear):
     With gradients, dropout, a variant of LoRA, or a base that the native library does not hold, PEFT computes.
 
     The pairs are brought into the library's layout once, in the narrowest dtype that holds them exactly, and again when
-    a parameter has been changed in a way that torch counts; writing through `parameter.data` is not counted.
+    a parameter has been changed. Of frozen ones that is what torch counts, and writing through `parameter.data` is not
+    counted; those that are trained are compared number by number, because fused optimizers count nothing either.
     """
 
-    _kept: tuple[tuple[Any, ...], cpu_lora.CpuLora] | None = None
+    _kept: tuple[tuple[Any, ...], cpu_lora.CpuLora, list[torch.Tensor]] | None = None
     _served: _Served | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -54,7 +55,7 @@ class PackedLoraLinear(lora.Linear):
             return result
         self._check_forward_args(x, **kwargs)
         served = _Served(self, names, rows, native, self._packed(names))
-        self._served = None if torch.is_grad_enabled() else served
+        self._served = None if torch.is_grad_enabled() or self._trained(names) else served
         return cpu_linear.lora_linear(x, native, base.bias, served.packed, served.index(x))
 
     def _only_served(self, x: torch.Tensor, names: list[str], rows: list[str] | None) -> bool:
@@ -80,16 +81,22 @@ class PackedLoraLinear(lora.Linear):
         pairs = [(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()) for name in names]
         scaling = [self.scaling[name] for name in names]
         state = tuple((factor.data_ptr(), factor._version, factor.dtype) for pair in pairs for factor in pair)
-        key = (*names, *scaling, *state)
-        if self._kept is None or self._kept[0] != key:
+        trained = self._trained(names)
+        key = (*names, *scaling, *state, len(trained))
+        if self._kept is None or self._kept[0] != key or not all(map(torch.equal, trained, self._kept[2])):
             rank, (out_features, in_features) = max(a.shape[0] for a, _ in pairs), self.base_layer.weight.shape
             factors = [factor for pair in pairs for factor in pair]
             dtype = next(dtype for dtype in _NARROWEST_FIRST if all(_holds(dtype, factor) for factor in factors))
             packed = cpu_lora.allocate_lora(len(pairs), rank, in_features, (out_features,), dtype)
             for index, (a, b) in enumerate(pairs):
                 cpu_lora.place_adapter(packed, index, [(a.to(dtype), b.to(dtype))], scaling[index])
-            self._kept = key, packed
+            self._kept = key, packed, [factor.clone() for factor in trained]
         return self._kept[1]
+
+    def _trained(self, names: list[str]) -> list[torch.Tensor]:
+        """Return the factors of these adapters that an optimizer may change."""
+        factors = (pairs[name].weight for name in names for pairs in (self.lora_A, self.lora_B))
+        return [factor.detach() for factor in factors if factor.requires_grad]
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLoraLinear:
         self._kept = self._served = None

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from cloq_export.engines.alternatives import Alternatives
+from cloq_export.engines.held_adapters import HeldAdapter
 
 # vLLM names 20 tokens of each place at most, unless it is started otherwise, and the one that comes may be among them.
 MOST_ALTERNATIVES = 19
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDistributions:
+    """What a model says of every token that could stand in each place of one sequence.
+
+    Args:
+        logprobs: log p(v | x_1..x_{i-1}), i = 2..n, (n - 1, k) float32.
+        token_ids: v, (n - 1, k) int64, the most probable tokens; None where the whole vocabulary is given in its order.
+    """
+
+    logprobs: torch.Tensor
+    token_ids: torch.Tensor | None = None
+
+
+class HoldsAdapters(Protocol):
+    """A served model that tells which weights of its adapters it holds."""
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return what is held of an adapter; None where the engine does not tell.
+
+        Args:
+            name: of the adapter.
+        """
 
 
 class ServedModel(Protocol):
@@ -25,6 +51,19 @@ class ServedModel(Protocol):
 
         Returns:
             list: one (n - 1,) float32 tensor on the CPU per sequence.
+        """
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of all tokens, or of as many as the runtime gives, in each place.
+
+        Args:
+            token_ids: sequences of two or more tokens.
+            adapters: as in `prompt_logprobs`.
+
+        Returns:
+            list: one for each sequence, on the CPU.
         """
 
     def alternative_logprobs(

@@ -14,6 +14,7 @@ import yaml
 from cloq_export.errors import UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.parity.plain import Result
+from cloq_export.parity.power import SmallestLoss
 from cloq_export.parity.scales import SCALE_LIMIT
 from cloq_export.parity.tasks import PERPLEXITY, gate_key, task_names
 
@@ -50,6 +51,7 @@ class Verdict(Result):
         value: that was measured; None if it is missing.
         passed: whether the limit is kept.
         reason: why the gate could not be missed, and has missed; None otherwise.
+        finds: the smallest loss that it could have seen; None where that was not worked out.
     """
 
     gate: str
@@ -59,12 +61,24 @@ class Verdict(Result):
     value: float | None
     passed: bool
     reason: str | None = None
+    finds: SmallestLoss | None = None
 
 
 # Nats: a probability that is off by this factor of hundreds of millions is no probability any more.
 _NATS = (0.0, 20.0)
 _RATIO = (0.0, 1000.0)
 JUDGED = "judged"
+
+
+def _divergence_gates(model: str, of: str) -> dict[str, Gate]:
+    return {
+        f"kl_to_{model}_mean": Gate("at most", f"mean KL divergence per token of what is served from {of}", _NATS),
+        f"kl_to_{model}_99": Gate("at most", f"KL divergence from {of} that 99 % of the tokens do not exceed", _NATS),
+        f"kl_to_{model}_max": Gate("at most", f"largest KL divergence of a token from {of}", _NATS),
+        f"top1_agreement_{model}": Gate("at least", f"share of tokens whose most probable successor is that of {of}"),
+    }
+
+
 GATES: Mapping[str, Gate] = {
     JUDGED: Gate("at least", "1 if something was judged of the export", of_export=False),
     "certificate": Gate(
@@ -98,6 +112,13 @@ GATES: Mapping[str, Gate] = {
     "longest_difference_over_float": Gate(
         "at most", "mean of these differences over the float model's own in the served precision", _RATIO
     ),
+    "token_mult_prob_error": Gate(
+        "at most",
+        "mean of exp(absolute log-probability difference), served against reference; 1 is perfect",
+        (1.0, _RATIO[1]),
+    ),
+    **_divergence_gates("float", "the float model"),
+    **_divergence_gates("reference", "the reference"),
     "scale_error_max": Gate(
         "at most", "largest relative error of the scale of one quantized module that is surely not zero"
     ),
@@ -140,6 +161,8 @@ GATES: Mapping[str, Gate] = {
 TASK_GATES: Mapping[str, Gate] = {
     "accuracy": Gate("at least", "share of the questions answered right as served"),
     "accuracy_drop": Gate("at most", "accuracy of the float model minus that as served", (-1.0, 1.0)),
+    "accuracy_drop_upper": Gate("at most", "upper 95 % confidence limit of that drop, paired by question", (-1.0, 1.0)),
+    "drop_upper": Gate("at most", "the same limit for the reference's accuracy minus that as served", (-1.0, 1.0)),
     "p_value": Gate("at least", "McNemar's exact test, served against reference"),
     "recorded_p_value": Gate(
         "at least", "McNemar's exact test, one-sided: answers lost since the run recorded what it answers"
@@ -164,7 +187,7 @@ _ALL_GATES: Mapping[str, Gate] = {
 # The reference rounds differently from an engine, and a poor base amplifies it.
 _FLOAT32_LIMIT = 1e-3
 _FLOAT32_LIMIT_2_BITS = 1e-2
-_MIXED_LIMIT = 1e-4
+MIXED_LIMIT = 1e-4
 # Twice what a 2-bit model with activations in int8 measures (docs/onnx.md).
 _ROUNDED_MEAN_LIMIT = 0.25
 # In the mean over prompts, as the mean above: rounded activations turn near-ties around.
@@ -205,7 +228,7 @@ def default_limits(
     """
     limit = float32_limit(bits)
     limits: dict[str, float] = {JUDGED: 1.0, "certificate": 1.0}
-    mixed = {"mixed_batch_difference_max": _MIXED_LIMIT} if adapters else {}
+    mixed = {"mixed_batch_difference_max": MIXED_LIMIT} if adapters else {}
     if rounded:
         limits |= {"logprob_difference_mean": _ROUNDED_MEAN_LIMIT, "longest_difference_mean": _ROUNDED_MEAN_LIMIT}
         limits |= {"decode_gap_mean": _ROUNDED_GAP_LIMIT, **mixed}

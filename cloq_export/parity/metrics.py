@@ -8,7 +8,7 @@ from typing import TypeVar
 from cloq_export.parity.gate import TASK_GATES
 from cloq_export.parity.provenance import NOT_RECORDED, PROVEN, Finding, RecordedRatio
 from cloq_export.parity.quality import PerplexityRow
-from cloq_export.parity.report import NumericsRow, ParityReport
+from cloq_export.parity.report import DivergenceRow, NumericsRow, ParityReport
 from cloq_export.parity.task_report import VerifiedTask
 from cloq_export.parity.tasks import gate_key
 
@@ -39,6 +39,7 @@ def collect_metrics(report: ParityReport) -> dict[str, float | None]:
         "last_step_difference_mean": _worst(row.mean for row in report.provenance.probes),
         "noise_floor_max": report.noise_floor.max,
         **_numeric_metrics(report, adapters),
+        **_divergence_metrics(report.divergence, subjects),
         "scale_error_max": None if report.scales is None else report.scales.largest,
         "perplexity_ratio": _worst(None if ratio is None else ratio.ratio_to_float for ratio in ratios),
         "perplexity_over_recorded": _over_recorded(perplexities, report.provenance.recorded_ratios),
@@ -76,6 +77,7 @@ def _numeric_metrics(report: ParityReport, adapters: Sequence[str]) -> dict[str,
     figures: dict[str, float | None] = {
         "logprob_difference_max": _worst(row.differences.max for row in served),
         "packed_logprob_difference_max": _worst(row.differences.max for row in packed),
+        "token_mult_prob_error": _worst(row.differences.token_mult_prob_error for row in served),
         "longest_difference_max": _worst(row.differences.max for row in longest),
         "decode_gap_max": _worst(row.gap_max for row in written),
         "mixed_decode_gap_max": _worst(row.gap_max for row in mixed),
@@ -85,6 +87,20 @@ def _numeric_metrics(report: ParityReport, adapters: Sequence[str]) -> dict[str,
         if name != "mixed_batch_difference":
             figures[f"{name}_mean"] = mean
         figures[f"{name}_over_float"] = _over(mean, of_float)
+    return figures
+
+
+def _divergence_metrics(rows: Sequence[DivergenceRow], subjects: Sequence[str | None]) -> dict[str, float | None]:
+    figures: dict[str, float | None] = {}
+    for against in ("float", "reference"):
+        served = _whole([row for row in rows if (row.measured, row.against) == ("served", against)], subjects)
+        found = [row.divergence for row in served]
+        figures |= {
+            f"kl_to_{against}_mean": _worst(each.kl_mean for each in found),
+            f"kl_to_{against}_99": _worst(each.kl_quantile_99 for each in found),
+            f"kl_to_{against}_max": _worst(each.kl_max for each in found),
+            f"top1_agreement_{against}": _worst((each.top1_agreement for each in found), least=True),
+        }
     return figures
 
 
@@ -140,10 +156,13 @@ def _task_metrics(task: str, entries: Sequence[VerifiedTask]) -> dict[str, float
 def _task_figures(task: VerifiedTask) -> dict[str, float | None]:
     models = task.entry.models
     served, reference = models.get("served"), models.get("float")
-    pair = next((each for each in task.entry.comparisons if (each.first, each.second) == ("reference", "served")), None)
+    pairs = {(each.first, each.second): each for each in task.entry.comparisons}
+    pair, beside_float = pairs.get(("reference", "served")), pairs.get(("float", "served"))
     return {
         "accuracy": None if served is None else served.accuracy,
         "accuracy_drop": None if served is None or reference is None else reference.accuracy - served.accuracy,
+        "accuracy_drop_upper": None if beside_float is None else beside_float.test.drop_upper,
+        "drop_upper": None if pair is None else pair.test.drop_upper,
         "p_value": None if pair is None else pair.test.p_value,
         "recorded_p_value": None if task.recorded is None else task.recorded.p_value,
         "agreement": None if pair is None else pair.agreement,

@@ -10,6 +10,7 @@ import torch
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.errors import ShapeError
+from cloq_export.parity.divergence import mean_probability_factor
 from cloq_export.parity.generation import AskedTexts
 from cloq_export.parity.plain import Result
 
@@ -70,6 +71,7 @@ class LogprobDifferences(Result):
         mean: of them.
         quantiles: share of the tokens -> smallest value that it does not exceed.
         histogram: of them.
+        token_mult_prob_error: mean of `exp |log p - log p_ref|`, by what factor a probability is off.
     """
 
     tokens: int
@@ -77,6 +79,7 @@ class LogprobDifferences(Result):
     mean: float | None
     quantiles: Mapping[str, float | None]
     histogram: Histogram | None
+    token_mult_prob_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,9 @@ def compare_logprobs(measured: Sequence[torch.Tensor], expected: Sequence[torch.
     ordered = differences.sort().values
     # The smallest value that a share of the tokens does not exceed: a value that was measured, not one between two.
     quantiles = {str(share): float(ordered[math.ceil(share * tokens) - 1]) for share in QUANTILES}
-    return LogprobDifferences(tokens, float(ordered[-1]), float(differences.mean()), quantiles, _histogram(differences))
+    factor = mean_probability_factor(torch.cat(list(measured)), torch.cat(list(expected)))
+    largest, mean = float(ordered[-1]), float(differences.mean())
+    return LogprobDifferences(tokens, largest, mean, quantiles, _histogram(differences), factor)
 
 
 def largest_difference(measured: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:

@@ -32,6 +32,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"figure": figure, "share": share}
+    environment.filters["found"] = smallest_loss
     return environment.from_string(text).render(
         report=report,
         verdict="passed" if report["passed"] else "missed",
@@ -56,6 +57,14 @@ def figure(value: Any) -> str:
 def share(value: float | None) -> str:
     """Return a share in per cent, for people."""
     return "not measured" if value is None else f"{value:.1%}"
+
+
+def smallest_loss(finds: Mapping[str, Any]) -> str:
+    """Return the smallest loss that a gate could have seen, as a sentence without a stop."""
+    if finds["loss"] is None:
+        return "It could have seen no loss"
+    alarm = "" if finds["alpha"] is None else f"; it is missed by chance with a probability of {finds['alpha']:.1%}"
+    return f"It sees a loss of {finds['loss']:.2%} with a probability of {1 - finds['beta']:.0%}{alarm}"
 
 
 def label_of(row: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from cloq_export.models.context import context_length
 from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.weights_on_disk import weights_on_disk
+from cloq_export.parity.divergence import Divergence, Watch, WatchedDivergences
 from cloq_export.process.progress import show_progress
 from cloq_export.texts.corpora import CalibrationText, evaluation_tokens
 from cloq_export.types import Perplexity
@@ -61,7 +62,14 @@ def window_losses(
         UsageError: window or windows is too small, or the window is longer than the model's context.
     """
     check_windows(model, token_ids, window=window, windows=windows)
-    rows = _cut_windows(token_ids, window, windows)
+    return _losses_of(model, _cut_windows(token_ids, window, windows), label, console)
+
+
+def _losses_of(
+    model: nn.Module, rows: torch.Tensor, label: str | None, console: Console | None, watch: Watch | None = None
+) -> torch.Tensor:
+    """Return the loss of each window, (windows,); `watch` is shown the logits of each as they come."""
+    window = rows.shape[1]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     losses = torch.empty(len(rows), dtype=torch.float64)
     silent = contextlib.nullcontext()
@@ -78,6 +86,8 @@ def window_losses(
                         "its weights with `cloq inspect --verify`."
                     )
                 losses[index] = loss
+                if watch is not None:
+                    watch(index, predicted[:-1], row[1:])
                 if advance is not None:
                     advance(index + 1, len(rows))
             start += len(ids)
@@ -225,18 +235,25 @@ class ModelPerplexity:
         standard_error: of the perplexity; None for a single window.
         ratio_to_float: perplexity over that of the float model; None for that model, or where it was not measured.
         ratio_standard_error: of the ratio.
+        to_float: distance of its distributions from the float model's; None as above.
+        token_mult_prob_error: factor by which the probability of a token is off from the float model's in the mean,
+            on the tokens of `to_float`.
     """
 
     perplexity: float
     standard_error: float | None
     ratio_to_float: float | None = None
     ratio_standard_error: float | None = None
+    to_float: Divergence | None = None
+    token_mult_prob_error: float | None = None
 
-    def to_json(self) -> dict[str, float | None]:
-        """Return the figures, the ratio only where there is one."""
-        content = {"perplexity": self.perplexity, "standard_error": self.standard_error}
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures, those beside the float model only where there are any."""
+        content: dict[str, Any] = {"perplexity": self.perplexity, "standard_error": self.standard_error}
         if self.ratio_to_float is not None:
             content |= {"ratio_to_float": self.ratio_to_float, "ratio_standard_error": self.ratio_standard_error}
+        if self.to_float is not None:
+            content["to_float"] = {**self.to_float.to_json(), "token_mult_prob_error": self.token_mult_prob_error}
         return content
 
 
@@ -297,24 +314,23 @@ def evaluate(
         UsageError: window or windows is too small, or the window is longer than a model's context.
     """
     losses: dict[str, torch.Tensor] = {}
+    watched = WatchedDivergences("float")
     for name, model in models:
-        losses[name] = window_losses(
-            model,
-            token_ids,
-            window=on.window,
-            windows=on.windows,
-            label=f"perplexity, {name}",
-            console=console,
-        )
+        check_windows(model, token_ids, window=on.window, windows=on.windows)
+        rows = _cut_windows(token_ids, on.window, on.windows)
+        losses[name] = _losses_of(model, rows, f"perplexity, {name}", console, watched.watch(name))
         del model
     table: dict[str, ModelPerplexity] = {}
     for name, values in losses.items():
         measured = summarize_losses(values, on.window)
         beside_float: tuple[float, float | None] | tuple[()] = ()
         if "float" in losses and name != "float":
-            ratio, error = ratio_of_losses(values, losses["float"])
-            beside_float = (ratio, _or_none(error))
-        table[name] = ModelPerplexity(measured.perplexity, _or_none(measured.standard_error), *beside_float)
+            ratio, of_ratio = ratio_of_losses(values, losses["float"])
+            beside_float = (ratio, _or_none(of_ratio))
+        row = ModelPerplexity(measured.perplexity, _or_none(measured.standard_error), *beside_float)
+        if (found := watched.of(name)) is not None:
+            row = dataclasses.replace(row, to_float=found[0], token_mult_prob_error=found[1])
+        table[name] = row
     count = len(_cut_windows(token_ids, on.window, on.windows))
     return PerplexityTable(
         table, count * (on.window - 1), count, on.window, on.text.origin, on.text.sha256, on.bos, begin_tokens

@@ -1,4 +1,4 @@
-"""Quality beside the float model: perplexity ratios with a bootstrap interval, answers with McNemar's test."""
+"""Quality beside the float model: perplexity ratios with their interval, answers with McNemar's test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from scipy.stats import binomtest
 from cloq_export.errors import ShapeError
 from cloq_export.parity.perplexity import ratio_of_losses, summarize_losses
 from cloq_export.parity.plain import Result
-
-LEVEL = 0.95
-RESAMPLES = 10_000
+from cloq_export.parity.power import drop_upper, ratio_interval, smallest_rise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +31,19 @@ class ByPosition(Result):
 
 @dataclasses.dataclass(frozen=True)
 class Ratio(Result):
-    """A perplexity over the float model's, with the ends of its interval; None is no finite number."""
+    """A perplexity over the float model's; None is no finite number.
+
+    Args:
+        ratio_to_float: the ratio.
+        ratio_lower: lower end of its interval.
+        ratio_upper: upper end of its interval.
+        ratio_smallest_rise: smallest relative rise that the windows tell from chance.
+    """
 
     ratio_to_float: float | None
     ratio_lower: float | None
     ratio_upper: float | None
+    ratio_smallest_rise: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +81,15 @@ class PairedTest(Result):
         only_first: questions that the first model alone answers right.
         only_second: questions that the second model alone answers right.
         p_value: 1 where the two never differ.
+        drop: share of the questions that the second model loses beside the first, those that it wins taken off.
+        drop_upper: upper confidence limit of the drop.
     """
 
     only_first: int
     only_second: int
     p_value: float
+    drop: float
+    drop_upper: float
 
 
 def losses_of(logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -91,55 +101,11 @@ def losses_of(logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([-values.to(torch.float64).mean() for values in logprobs])
 
 
-def bootstrap_ratio(
-    losses: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the ratio of two perplexities on the same windows.
-
-    `ratio = exp(mean d)`, `d = losses - reference`; windows are drawn with replacement, and both models keep their
-    window together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
-
-    Args:
-        losses: (windows,) mean negative log-likelihood of the model in question.
-        reference: (windows,) of the model it is compared with.
-        seed: of the draw.
-        resamples: how often windows are drawn.
-        level: of the interval.
-
-    Returns:
-        (lower, upper); NaN for less than two windows.
-
-    Raises:
-        ShapeError: the two have different windows.
-    """
-    if losses.shape != reference.shape or losses.ndim != 1:
-        raise ShapeError(
-            f"losses of {tuple(losses.shape)} and {tuple(reference.shape)} windows cannot be paired; measure both "
-            "models on the same windows."
-        )
-    count = losses.numel()
-    if count < 2:
-        return math.nan, math.nan
-    difference = (losses - reference).to(torch.float64)
-    drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
-    means = difference[drawn].mean(1)
-    tail = (1 - level) / 2
-    bounds = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).exp()
-    return float(bounds[0]), float(bounds[1])
-
-
 def perplexity_row(
     model: str,
     adapter: str | None,
     logprobs: Sequence[torch.Tensor],
     reference: Sequence[torch.Tensor] | None,
-    *,
-    seed: int = 0,
 ) -> PerplexityRow:
     """Return perplexity with its standard error, and beside a float model the ratio with its interval.
 
@@ -148,15 +114,15 @@ def perplexity_row(
         adapter: with which adapter.
         logprobs: of the model, one (n,) tensor per window, all equally long.
         reference: of the float model on the same windows; None for the float model itself.
-        seed: of the bootstrap.
     """
     losses = losses_of(logprobs)
     measured = summarize_losses(losses, logprobs[0].numel() + 1)
     ratio = None
     if reference is not None:
         against = losses_of(reference)
-        ends = bootstrap_ratio(losses, against, seed=seed)
-        ratio = Ratio(*map(_finite, (ratio_of_losses(losses, against)[0], *ends)))
+        value, (lower, upper) = ratio_of_losses(losses, against)[0], ratio_interval(losses, against)
+        rise = smallest_rise(losses, against).loss
+        ratio = Ratio(_finite(value), _finite(lower), _finite(upper), rise)
     return PerplexityRow(
         model, adapter, _finite(measured.perplexity), _finite(measured.standard_error), by_position(logprobs), ratio
     )
@@ -186,7 +152,7 @@ def mcnemar(
     hypothesis: `p = min(1, 2 P(X <= min(b, c)))`, `X ~ Binomial(b + c, 1/2)` (McNemar, Psychometrika 12, 1947).
 
     Args:
-        first: for each problem whether the first model solves it.
+        first: for each problem whether the first model solves it; without any the drop may be as large as 1.
         second: the same of the second model.
         alternative: "greater" asks whether the first model is better, `p = P(X >= b)`.
 
@@ -199,7 +165,11 @@ def mcnemar(
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     differing = only_first + only_second
     p_value = float(binomtest(only_first, differing, alternative=alternative).pvalue) if differing else 1.0
-    return PairedTest(only_first, only_second, p_value)
+    drop, upper = 0.0, 1.0
+    if first:
+        drop = (only_first - only_second) / len(first)
+        upper = float(drop_upper(only_first, only_second, len(first)))
+    return PairedTest(only_first, only_second, p_value, drop, upper)
 
 
 def _finite(value: float) -> float | None:

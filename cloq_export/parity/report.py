@@ -11,6 +11,7 @@ from typing import Any
 from cloq_export.files.atomic import make_folder, translate_os_errors, write_bytes, write_json
 from cloq_export.files.safe_json import parse_json
 from cloq_export.parity import liveness
+from cloq_export.parity.divergence import Divergence
 from cloq_export.parity.gate import Verdict, explain_miss
 from cloq_export.parity.generation import WrittenTexts
 from cloq_export.parity.isolation import Isolation
@@ -78,7 +79,7 @@ class Conditions(Result):
         new_tokens: behind each of them.
         longest: tokens of the longest text.
         liveness_tokens: on which modules were shown to be live.
-        seed: of the bootstrap.
+        seed: of the random signs that scales are screened with.
         device: of the transformers models.
         threads: of torch.
     """
@@ -150,6 +151,28 @@ class NumericsRow(Result):
 
 
 @dataclasses.dataclass(frozen=True)
+class DivergenceRow(Result):
+    """Distance between the distributions of two models on the same tokens.
+
+    Args:
+        measured: the model in question.
+        against: the model that it is compared with.
+        adapter: with which adapter.
+        divergence: of the distributions.
+    """
+
+    measured: str
+    against: str
+    adapter: str | None
+    divergence: Divergence
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as the report holds it: the figures beside what they are of."""
+        row = super().to_json()
+        return row | row.pop("divergence")
+
+
+@dataclasses.dataclass(frozen=True)
 class Quality(Result):
     """Perplexity of each model, and task -> what was answered with each adapter."""
 
@@ -196,6 +219,7 @@ class ParityReport:
     float_part: tuple[Finding, ...]
     noise_floor: LogprobDifferences
     numerics: tuple[NumericsRow, ...]
+    divergence: tuple[DivergenceRow, ...]
     quality: Quality
     greedy: tuple[GreedyTexts, ...]
     decoding: tuple[WrittenTexts, ...]

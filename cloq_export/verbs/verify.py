@@ -74,7 +74,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         known = measure_float(plan, text.text, place, progress)
     with progress.phase("reference"):
         side = measure_reference(plan, known, progress)
-    packed_numerics, packed_perplexity = measure_packed(plan, known, side, progress)
+    packed_numerics, packed_divergence, packed_perplexity = measure_packed(plan, known, side, progress)
     session.say(f"serve with {options.runtime} in {options.dtype}")
     engine = ServedSide(plan, known, side, progress)
     with progress.phase("start"), served(plan, plan.folders) as model, progress.phase("served"):
@@ -102,6 +102,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         float_part=known.float_part,
         noise_floor=known.noise_floor,
         numerics=(*known.numerics, *side.numerics, *packed_numerics, *engine.numerics),
+        divergence=(*side.divergence, *packed_divergence, *engine.divergence),
         quality=Quality(
             (*perplexity, *side.perplexity, *packed_perplexity, *engine.perplexity),
             judging.verified_tasks(plan, known, side, engine),

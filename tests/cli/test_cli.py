@@ -101,7 +101,16 @@ ANSWERED = {
     "other_rule": "strict",
     "models": {"float": {"accuracy": 0.5, "other_accuracy": 0.0}},
     "comparisons": [
-        {"first": "float", "second": "adapter", "agreement": 0.5, "p_value": 1.0, "only_first": 1, "only_second": 0}
+        {
+            "first": "float",
+            "second": "adapter",
+            "agreement": 0.5,
+            "p_value": 1.0,
+            "drop": 0.0,
+            "drop_upper": 0.1,
+            "only_first": 1,
+            "only_second": 0,
+        }
     ],
 }
 

@@ -66,6 +66,26 @@ def test_one_step_changes_a_and_b_alone_and_the_saved_adapter_is_bound(
     assert torch.equal(log_probabilities(again), log_probabilities(model))
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_what_a_step_has_changed_is_served(written, how):
+    """Fused optimizers write without telling torch's counters; transformers' trainer takes one by default."""
+    model = peft.PeftModel.from_pretrained(from_pretrained(written.folder), written.adapter, is_trainable=True).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, **how)
+    ids = torch.randint(96, (1, 9), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+        output = model(input_ids=ids, labels=ids)
+        assert torch.allclose(before, output.logits, atol=1e-4)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            after = model(input_ids=ids).logits
+        assert (after - before).abs().max() > 1e-2
+        assert torch.allclose(after, model(input_ids=ids).logits, atol=1e-4)
+
+
 def test_an_adapter_of_ours_is_attached_and_trained_on(written, log_probabilities):
     model = peft.PeftModel.from_pretrained(from_pretrained(written.folder), written.adapter, is_trainable=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,16 +1,17 @@
-"""Bootstrap intervals and McNemar's test against scipy."""
+"""Perplexity with its ratio, and McNemar's test against scipy."""
 
 from __future__ import annotations
 
 import math
+from unittest.mock import ANY
 
-import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 from cloq_export.errors import ShapeError
-from cloq_export.parity.quality import bootstrap_ratio, by_position, losses_of, mcnemar, perplexity_row
+from cloq_export.parity.power import drop_upper, ratio_interval
+from cloq_export.parity.quality import Ratio, by_position, losses_of, mcnemar, perplexity_row
 
 
 def pair(windows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,32 +20,19 @@ def pair(windows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     return hard + 0.1 + 0.03 * torch.randn(windows, generator=generator, dtype=torch.float64), hard
 
 
-def test_the_interval_is_that_of_scipy() -> None:
+def test_a_perplexity_has_its_ratio_with_an_interval() -> None:
     losses, reference = pair()
-    lower, upper = bootstrap_ratio(losses, reference, seed=1)
-    other = scipy.stats.bootstrap(
-        ((losses - reference).numpy(),), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert lower == pytest.approx(math.exp(other.low), rel=1e-3)
-    assert upper == pytest.approx(math.exp(other.high), rel=1e-3)
-    assert bootstrap_ratio(losses, reference, seed=1) == (lower, upper)
-    assert bootstrap_ratio(losses, reference, seed=2) != (lower, upper)
-
-
-def test_pairing_removes_how_hard_windows_are() -> None:
-    losses, reference = pair()
-    lower, upper = bootstrap_ratio(losses, reference)
-    assert lower < math.exp(0.1) < upper < lower + 0.1
-    assert bootstrap_ratio(reference, reference) == (1.0, 1.0)
+    row = perplexity_row("served", None, [-losses[:, None][n] for n in range(16)], [-each[None] for each in reference])
+    lower, upper = ratio_interval(losses, reference)
+    assert row.ratio == Ratio(pytest.approx(math.exp(float((losses - reference).mean()))), lower, upper, ANY)
+    assert lower < row.ratio.ratio_to_float < upper
+    assert 0 < row.ratio.ratio_smallest_rise < 0.1
 
 
 def test_one_window_gives_no_interval() -> None:
-    assert all(math.isnan(bound) for bound in bootstrap_ratio(torch.ones(1), torch.ones(1)))
-    with pytest.raises(ShapeError, match="cannot be paired"):
-        bootstrap_ratio(torch.ones(3), torch.ones(4))
     entry = perplexity_row("served", None, [torch.full((5,), -2.0)], [torch.full((5,), -1.0)])
-    assert entry.ratio.ratio_to_float == pytest.approx(math.e)
-    assert entry.ratio.ratio_lower is entry.standard_error is None
+    assert entry.ratio == Ratio(pytest.approx(math.e), None, None, None)
+    assert entry.standard_error is None
 
 
 def test_losses_are_summed_in_double_precision() -> None:
@@ -62,6 +50,8 @@ def test_the_exact_test_is_that_of_scipy(only_first: int, only_second: int) -> N
     wanted = scipy.stats.binomtest(only_first, discordant, 0.5).pvalue if discordant else 1.0
     assert found.p_value == pytest.approx(wanted, rel=1e-9)
     assert mcnemar(second, first).p_value == found.p_value
+    assert found.drop == (only_first - only_second) / len(first) == -mcnemar(second, first).drop
+    assert found.drop < found.drop_upper == drop_upper(only_first, only_second, len(first))
 
 
 def test_answers_to_other_problems_are_not_paired() -> None:

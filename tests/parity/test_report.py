@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from cloq_export.errors import RunDirectoryError
+from cloq_export.parity.divergence import Divergence
 from cloq_export.parity.gate import GATES, TASK_GATES, judge
 from cloq_export.parity.generation import WorstToken, WrittenTexts
 from cloq_export.parity.isolation import AdapterIsolation, Isolation
@@ -23,12 +24,14 @@ from cloq_export.parity.metrics import collect_metrics
 from cloq_export.parity.numerics import Flip, GreedyTexts, LogprobDifferences, compare_logprobs
 from cloq_export.parity.page import figure, render_html
 from cloq_export.parity.plots import histogram_plot, line_plot, matrix_plot, scatter_plot
+from cloq_export.parity.power import SmallestLoss
 from cloq_export.parity.provenance import Finding, ProbeDifferences, RecordedRatio
 from cloq_export.parity.quality import ByPosition, PairedTest, PerplexityRow, Ratio
 from cloq_export.parity.questions import question_facts
 from cloq_export.parity.report import (
     CertificateCheck,
     Conditions,
+    DivergenceRow,
     FloatModel,
     Judged,
     LayerErrors,
@@ -59,7 +62,7 @@ def perplexity(model: str, adapter: str | None, value: float) -> PerplexityRow:
 
 
 def verified(adapter: str, models: dict[str, ModelAnswers], recorded: RecordedAnswers | None) -> VerifiedTask:
-    compared = (Comparison("reference", "served", 0.5, PairedTest(1, 0, 1.0)),)
+    compared = (Comparison("reference", "served", 0.5, PairedTest(1, 0, 1.0, 0.5, 0.9)),)
     entry = TaskEntry(2, "00", 0, 256, "3.0", "lm_eval", "file", adapter, "strict", models, compared)
     return VerifiedTask(entry, question_facts(("a", "a"), ({"a"}, {"a"}), {"a"}, asked=3, limit=0.01), recorded)
 
@@ -100,6 +103,11 @@ def report() -> ParityReport:
         numerics=(
             *(NumericsRow("served", "reference", name, difference(value)) for name, value in differing.items()),
             NumericsRow("reference", "float", "good", difference(0.5)),
+        ),
+        divergence=tuple(
+            DivergenceRow("served", against, name, Divergence(15, estimate, 20, value, 2 * value, 3 * value, 1 - value))
+            for against, estimate in (("float", "exact"), ("reference", "lower bound"))
+            for name, value in (("good", 0.25), (HOSTILE, 0.5))
         ),
         quality=Quality(
             (perplexity("float", None, 29.0), perplexity("served", "good", 1.2), perplexity("served", HOSTILE, 1.5)),
@@ -144,7 +152,8 @@ def report() -> ParityReport:
         versions={"torch": "2"},
     )
     metrics = collect_metrics(made) | {"judged": 0.0}
-    gates = judge({"live_modules": 1.0, "perplexity_ratio": 1.4}, metrics)
+    gates = judge({"live_modules": 1.0, "perplexity_ratio": 1.4, "gsm8k_drop_upper": 0.1}, metrics)
+    gates[-1] = dataclasses.replace(gates[-1], finds=SmallestLoss(0.1, 0.004, 0.05))
     return dataclasses.replace(made, metrics=metrics, gates=tuple(gates))
 
 
@@ -161,6 +170,10 @@ def test_the_worst_adapter_counts(report: ParityReport) -> None:
     assert (metrics["decode_gap_max"], metrics["decode_gap_mean"]) == (0.5, 0.0625)
     assert (metrics["mixed_decode_gap_max"], metrics["mixed_decode_gap_mean"]) == (2.0, 0.25)
     assert metrics["scale_error_max"] == 0.02
+    distances = [metrics[f"kl_to_float_{figure}"] for figure in ("mean", "99", "max")]
+    assert distances == [0.5, 1.0, 1.5]
+    assert metrics["top1_agreement_reference"] == 0.5
+    assert metrics["token_mult_prob_error"] == pytest.approx((1 + math.exp(1.5e-4) + math.exp(3e-4)) / 3)
     assert metrics["longest_difference_max"] is None  # no row of it
     asked = [metrics[f"gsm8k_questions_{figure}"] for figure in ("missing", "repeated", "seen")]
     assert asked == [1.0, 1.0, 2.0]
@@ -205,6 +218,9 @@ def test_the_page_stands_alone_whatever_names_it_shows(tmp_path: Path, report: P
         ElementTree.fromstring(drawing)
         assert "nan" not in drawing
     assert "undecided, product times 4" in page
+    assert (
+        "It sees a loss of 10.00% with a probability of 95%; it is missed by chance with a probability of 0.4%" in page
+    )
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path, report: ParityReport) -> None:

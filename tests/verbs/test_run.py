@@ -19,6 +19,7 @@ from torch import nn
 import cloq_export
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import StoredLayer
+from cloq_export.cli.gates import measured_value
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.transformers.loading import dequantized_model
 from cloq_export.errors import RecipeError, RunDirectoryError, ShapeError, UsageError
@@ -505,6 +506,14 @@ def test_evaluate_gives_what_run_measured(
     assert beside.perplexity.models["float"] == measured.perplexity.models["float"]
     for name in ("float", "quantized", "adapter"):
         assert math.isfinite(measured.perplexity.models[name].standard_error)
+    quantized, adapted = (measured.perplexity.models[name].to_float for name in ("quantized", "adapter"))
+    assert quantized.estimate == adapted.estimate == "exact"
+    assert quantized.tokens == 4 * 15
+    assert 0 < adapted.kl_mean < quantized.kl_mean < quantized.kl_max
+    assert "to_float" not in measured.to_json()["float"]
+    assert measured.to_json()["adapter"]["to_float"]["token_mult_prob_error"] > 1
+    assert measured_value("kl", measured.to_json()) == adapted.kl_mean
+    assert measured_value("kl", alone.to_json()) is None
 
 
 def test_the_summary_says_where_things_are_and_what_they_take(recipe_for: RecipeFor, run_recipe: Any) -> None:

@@ -40,17 +40,20 @@ from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity import liveness
+from cloq_export.parity.answers import Answers
 from cloq_export.parity.gate import GATES
-from cloq_export.parity.questions import question_hash
+from cloq_export.parity.power import SmallestLoss, chance_limit, false_alarm, questions_needed
+from cloq_export.parity.questions import question_hash, smallest_drop
 from cloq_export.parity.report import Judged, ParityReport, missed_gates, schema
 from cloq_export.types import LoraPair
 from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run as make_run
-from cloq_export.verbs.verification import engines, float_side
+from cloq_export.verbs.verification import engines, float_side, reference_side, served_side
 from cloq_export.verbs.verification.made_before import MadeBefore
 from cloq_export.verbs.verification.options import VerifyOptions
+from cloq_export.verbs.verification.plan import Plan, typed_questions
 from cloq_export.verbs.verify import planned_gates, verify
 
 DEAD = "model.layers.1.mlp.up_proj"
@@ -108,6 +111,12 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
     assert [entry.name for entry in report.adapters] == ["cloq", "second"]
     assert report.noise_floor.max <= 1e-6
     assert {row.adapter for row in report.numerics if row.measured == "served"} == {"cloq", "second", None}
+    compared = {(row.measured, row.against, row.adapter): row.divergence for row in report.divergence}
+    for name in ("cloq", "second"):
+        near, far = compared["served", "reference", name], compared["served", "float", name]
+        assert (near.estimate, near.tokens, near.top1_agreement) == ("exact", 4 * 23, 1.0)
+        assert near.kl_max < 1e-6 < far.kl_mean
+        assert far.kl_mean == pytest.approx(compared["reference", "float", name].kl_mean, rel=1e-2)
     for row in report.liveness:
         assert row.live_share == 1
         assert len(row.modules) == 14
@@ -292,6 +301,60 @@ def test_answers_to_problems(tmp_path: Path, exported: Path, options: VerifyOpti
         verify(exported, asked, console=silent)
 
 
+def test_a_loss_that_is_to_be_seen_says_how_many_questions_are_asked(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    asked = dataclasses.replace(options, tasks=("ppl", "word-problems"), detect=0.2)
+    plan = Plan.make(exported, asked)
+    assert len(plan.tasks["word-problems"][1].items) == typed_questions(asked) == questions_needed(0.2, 0.05) == 37
+    assert plan.limits["word_problems_drop_upper"] == 0.2
+    usual = Plan.make(exported, dataclasses.replace(asked, detect=None, problems=37))
+    assert usual.limits["word_problems_drop_upper"] == chance_limit(37, 0.05) < 0.2
+    halved = Plan.make(exported, dataclasses.replace(asked, dtype="bfloat16"))
+    assert len(halved.tasks["word-problems"][1].items) > 37
+
+
+def test_a_verdict_says_the_smallest_loss_that_it_could_have_seen(
+    tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console
+) -> None:
+    rows = [{"question": f"w{n} w{n + 1}?", "answer": f"w3 w4\n#### {n}"} for n in range(40)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("perplexity_ratio_upper: 100\ngsm8k_accuracy_drop_upper: 0.5\n")
+    asked = dataclasses.replace(
+        options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), detect=0.2, gate=gate
+    )
+    report = verify(exported, asked, console=silent)
+    assert report.passed, missed_gates(report)
+    finds = {verdict.gate: verdict.finds for verdict in report.gates}
+    assert finds["gsm8k_drop_upper"] == SmallestLoss(0.2, false_alarm(37, 0.2, 0.05), 0.05)
+    assert finds["gsm8k_drop_upper"].alpha < 0.01
+    assert finds["gsm8k_p_value"] == SmallestLoss(smallest_drop(37, 0.01), 0.01, pytest.approx(0.2))
+    assert finds["gsm8k_accuracy_drop_upper"] == SmallestLoss(0.5, None, 0.05)
+    rises = [row.ratio.ratio_smallest_rise for row in report.quality.perplexity if row.model == "served"]
+    assert finds["perplexity_ratio_upper"] == SmallestLoss(max(rises), pytest.approx(0.025), 0.2)
+    assert finds["certificate"] is None
+    jsonschema.validate(report.to_json(), schema())
+
+
+def test_answers_that_are_lost_miss_where_the_p_value_lets_them_pass(
+    exported: Path, options: VerifyOptions, silent: Console, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 questions seven are lost as served and none is won."""
+    asked = dataclasses.replace(options, tasks=("ppl", "word-problems"), problems=100)
+    answered = Answers(("1",) * 100, ("1",) * 100, (True,) * 100, (True,) * 100)
+    lost = dataclasses.replace(answered, correct=(False,) * 7 + (True,) * 93)
+
+    def ask(plan: Plan, name: str, *_: Any) -> dict[str, Answers]:
+        return {"word-problems": lost if name == "served" else answered}
+
+    for module in (float_side, reference_side, served_side):
+        monkeypatch.setattr(module, "ask_tasks", ask)
+    report = verify(exported, asked, console=silent)
+    assert report.metrics["word_problems_p_value"] == pytest.approx(2 * 0.5**7)
+    assert missed(report) == {"word_problems_drop_upper"}
+
+
 def test_questions_that_show_nothing_miss(
     tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +491,8 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
         ({"window": 4000}, r"model reads at most 64"),
         ({"longest": 400}, r"--longest is 400; the model is served with up to 64 tokens .* choose 64"),
         ({"problems": 0}, r"`problems` is 0; it must be at least 1"),
+        ({"detect": 3.0}, r"`detect` is 3.0; a share of the questions from 0.005 to 0.5 is needed, for example 0.03"),
+        ({"detect": 0.1, "problems": 9}, r"`problems` is 9 and `detect` is 0.1; .* leave one out"),
         ({"prompts": -1}, r"`prompts` is -1; it must be at least 0"),
     ],
 )

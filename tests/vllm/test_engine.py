@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import MOST_ALTERNATIVES
 from cloq_export.engines.transformers.served import packed_model
-from cloq_export.engines.vllm.engine import EngineStart, VllmModel
+from cloq_export.engines.vllm.engine import MOST_PROBABLE, EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.gptq import GPTQ_V1
+from cloq_export.formats.peft import read_adapter
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.types import QuantSpec
 
@@ -89,6 +91,29 @@ def test_served_equals_the_reference_and_mixed_equals_single(
         assert 1 <= len(answer) <= 6
         # Half precision may turn a near-tie around.
         assert device == "cuda" or model.generate([ids], [name], 6) == [answer]
+
+
+def test_the_most_probable_tokens_of_each_place(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters)
+    kept = [number for number, ids in enumerate(SEQUENCES) if len(ids) > 1]
+    asked = [SEQUENCES[number] for number in kept], [ADAPTERS[number] for number in kept]
+    for ids, name, found in zip(*asked, model.token_distributions(*asked), strict=True):
+        expected = packed_model(export.folder, export.adapters).token_distributions([ids], [name])[0].logprobs
+        assert found.token_ids is not None
+        assert found.token_ids.shape == (len(ids) - 1, MOST_PROBABLE)
+        assert torch.allclose(found.logprobs, expected.topk(MOST_PROBABLE).values, atol=1e-4)
+        assert torch.allclose(found.logprobs, expected.gather(1, found.token_ids), atol=1e-4)
+
+
+def test_what_is_held_is_what_the_files_hold(export: Any, load_engine: Callable[..., VllmModel]) -> None:
+    model = load_engine(export.folder, export.adapters)
+    model.prompt_logprobs([SEQUENCES[0]] * 2, ["one", "two"])
+    for name, folder in export.adapters.items():
+        pairs = read_adapter(folder).pairs
+        held = model.held_adapter(name)
+        assert held is not None
+        wanted = HeldAdapter.of({m: (each.lora_A, each.lora_B, each.scaling) for m, each in pairs.items()}, held.dtype)
+        assert held == wanted
 
 
 @pytest.mark.usefixtures("only_on_cpu")

@@ -20,11 +20,17 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
+import cloq_export
+from cloq_export.engines.transformers.served import packed_model
 from cloq_export.engines.vllm.client import ServerClient
-from cloq_export.errors import EngineError
+from cloq_export.errors import EngineError, GateMissedError, UsageError
+from cloq_export.integrations.trl import AdapterRollouts, RolloutOptions
+from cloq_export.parity.canary import SyncCanary
 from cloq_export.types import QuantSpec
 
 pytestmark = pytest.mark.slow
@@ -138,6 +144,84 @@ def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, expo
     sequences = [SEQUENCES[index % len(SEQUENCES)] for index in range(21)]
     for ids, name, scores in zip(sequences, who, server.prompt_logprobs(sequences, who), strict=True):
         assert float((scores - export.logprobs(ids, name)).abs().max()) < 1e-4
+
+
+def test_the_most_probable_tokens_of_each_place(server: ServerClient, export: Any) -> None:
+    ids = SEQUENCES[0]
+    found = server.token_distributions([ids, ids], ["two", None])[0]
+    expected = packed_model(export.folder, export.adapters).token_distributions([ids], ["two"])[0].logprobs
+    assert found.token_ids is not None
+    assert torch.allclose(found.logprobs, expected.gather(1, found.token_ids), atol=1e-4)
+    assert torch.allclose(found.logprobs, expected.topk(found.logprobs.shape[1]).values, atol=1e-4)
+
+
+def test_a_canary_sees_each_sync_of_a_trainer(server: ServerClient, export: Any, tmp_path: pathlib.Path) -> None:
+    cloq_export.register()
+    base = transformers.AutoModelForCausalLM.from_pretrained(export.folder)
+    model = peft.PeftModel.from_pretrained(base, export.adapters["one"], is_trainable=True)
+    canary = SyncCanary(model, server, [SEQUENCES[4], SEQUENCES[6]], needs_weights=True)
+    assert canary.check(0, "one").same_weights
+    for number in (1, 2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / f"step{number}")
+        server.load_adapter(f"policy-{number}", tmp_path / f"step{number}")
+        found = canary.check(number, f"policy-{number}")
+        assert found.same_weights
+        assert found.logprob_difference_max < 1e-4
+        assert found.divergence.estimate == "lower bound"
+        with pytest.raises(GateMissedError, match=f"step {number}: in 14 of 14 modules of one the engine holds other"):
+            canary.check(number, "one")
+    with pytest.raises(UsageError, match="the server has no adapter 'policy-3'"):
+        canary.check(3, "policy-3")
+    for number in (1, 2):
+        server.unload_adapter(f"policy-{number}")
+
+
+def test_grpo_learns_on_what_is_served(server: ServerClient, export: Any, tmp_path: pathlib.Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is no dependency of the tests; install trl==1.16.0")
+    datasets = pytest.importorskip("datasets")
+    cloq_export.register()
+    base = transformers.AutoModelForCausalLM.from_pretrained(export.folder)
+    model = peft.PeftModel.from_pretrained(base, export.adapters["one"], is_trainable=True)
+    started = {name: value.detach().clone() for name, value in model.named_parameters() if ".lora_" in name}
+    canary = SyncCanary(model, server, [SEQUENCES[4], SEQUENCES[5]], needs_weights=True)
+    rollouts = AdapterRollouts(server, tmp_path / "sync", RolloutOptions("grpo"), canary)
+    seen: list[list[int]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.extend(completion_ids)
+        return [float(sum(token % 2 for token in ids)) for ids in completion_ids]
+
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(8)]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(export.folder, pad_token="</s>"),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+        ),
+        rollout_func=rollouts,
+    )
+    trainer.train()
+    assert len(seen) == 12
+    assert rollouts.served_as == "grpo-2"
+    assert "grpo-2" in server.models()
+    assert "grpo-1" not in server.models()
+    now = dict(model.named_parameters())
+    assert any(not torch.equal(now[name], before) for name, before in started.items())
+    server.unload_adapter("grpo-2")
 
 
 def test_the_server_lists_alternatives(server: ServerClient, export: Any) -> None:

@@ -17,6 +17,7 @@ from cloq_export.artifact.adapters import read_bound_adapter
 from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.onnx.export import ACCURACY_OPTION
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG
+from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.errors import FormatError, NonFiniteError, UsageError
 from cloq_export.files.safe_json import read_json
 from cloq_export.formats.onnx.adapter import (
@@ -92,6 +93,19 @@ class OnnxModel:
             targets = torch.tensor(ids[1:], dtype=torch.int64)
             results.append(-torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
         return results
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the whole vocabulary; see `engines.protocol.ServedModel`.
+
+        Raises:
+            UsageError: an adapter is unknown.
+        """
+        return [
+            TokenDistributions(torch.from_numpy(self.logits(ids, adapter)[:-1]).log_softmax(-1))
+            for ids, adapter in zip(token_ids, adapters, strict=True)
+        ]
 
     def alternative_logprobs(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int

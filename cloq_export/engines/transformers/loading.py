@@ -77,7 +77,7 @@ def load(
     fill_packed(model, checkpoint)
     _read_generation_config(checkpoint, model)
     if found is not None and read is not None:
-        _attach(model, found, read, trainable=trainable)
+        attach_adapter(model, found, read, trainable=trainable)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def dequantized_model(
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
     if found is not None and read is not None and not merged:
-        _attach(model, found, read, trainable=False)
+        attach_adapter(model, found, read, trainable=False)
     elif found is not None and read is not None:
         _check_pairs(model, found, read)
         with torch.no_grad():
@@ -353,7 +353,7 @@ def _names_as_they_are() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = before
 
 
-def _attach(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
+def attach_adapter(model: PreTrainedModel, folder: Path, adapter: Adapter, *, trainable: bool) -> None:
     """Let PEFT wrap the adapted linears, and fill in A and B as they are stored."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer

@@ -11,6 +11,8 @@ from torch import nn
 
 from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.decoding import Ended, continue_greedily, prompts_per_batch
+from cloq_export.engines.held_adapters import HeldAdapter, factors_of
+from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
@@ -54,6 +56,21 @@ class TransformersModel:
                 measured = sequence_logprobs(model, [token_ids[row] for row in batch])
                 for row, values in zip(batch, measured, strict=True):
                     results[row] = values
+        return results
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the whole vocabulary in each place; see `ServedModel`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+        """
+        results = [TokenDistributions(torch.empty(0, 0))] * len(token_ids)
+        for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
+            model = self.model(adapter)
+            for row in rows:
+                results[row] = TokenDistributions(whole_vocabulary(model, token_ids[row]))
         return results
 
     def alternative_logprobs(
@@ -110,6 +127,15 @@ class TransformersModel:
                 for row, ids in zip(batch, continued, strict=True):
                     results[row] = ids
         return results
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the model holds of an adapter, in float32.
+
+        Args:
+            name: of the adapter.
+        """
+        model = self.model(name)
+        return HeldAdapter.of(factors_of(model.named_modules(), "default"), "float32")
 
     def close(self) -> None:
         """Let go of the models."""
@@ -179,6 +205,18 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
             found[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
     # One copy for all.
     return list(torch.cat(found).cpu().split([len(ids) - 1 for ids in token_ids]))
+
+
+def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return log p(v | x_1..x_{i-1}), i = 2..n, of every token v, (n - 1, vocabulary) float32 on the CPU.
+
+    Args:
+        model: a causal language model.
+        token_ids: two or more tokens.
+    """
+    with torch.no_grad():
+        logits = model(input_ids=padded_rows([token_ids], model), use_cache=False).logits[0, :-1]
+    return logits.to(torch.float32).log_softmax(-1).cpu()
 
 
 def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:

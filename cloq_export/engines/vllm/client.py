@@ -11,8 +11,10 @@ import httpx2
 import torch
 
 from cloq_export.engines.alternatives import Alternatives
-from cloq_export.engines.vllm.engine import check_requests
-from cloq_export.errors import EngineError
+from cloq_export.engines.held_adapters import HeldAdapter
+from cloq_export.engines.protocol import TokenDistributions
+from cloq_export.engines.vllm.engine import MOST_PROBABLE, check_requests, most_probable_tokens
+from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 
 
@@ -76,6 +78,27 @@ class ServerClient:
             scores = answer["prompt_logprobs"][1:]
             values = [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], scores, strict=True)]
             return torch.tensor(values, dtype=torch.float32)
+
+        return self._each(score, token_ids, adapters)
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the most probable tokens in each place, as many as vLLM gives unless told.
+
+        Args:
+            token_ids: as in `prompt_logprobs`.
+            adapters: as in `prompt_logprobs`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: as `prompt_logprobs`.
+        """
+
+        def score(ids: list[int], name: str | None) -> TokenDistributions:
+            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=MOST_PROBABLE)
+            rows = answer["prompt_logprobs"][1:]
+            return most_probable_tokens([[(int(key), each["logprob"]) for key, each in row.items()] for row in rows])
 
         return self._each(score, token_ids, adapters)
 
@@ -159,6 +182,26 @@ class ServerClient:
         """
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
         self._names.pop(name, None)
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the server holds of an adapter; None before its first use, or without the plugin.
+
+        Args:
+            name: of an adapter that it serves.
+
+        Raises:
+            UsageError: the server does not know the adapter.
+            EngineError: the server died or refused.
+        """
+        try:
+            known = self._get("/v1/held_lora_adapters")["adapters"]
+        except EngineError as error:
+            if "(404)" in str(error):
+                return None  # a server without the plugin
+            raise
+        if name not in known:
+            raise UsageError(f"the server has no adapter {name!r:.80}; it has {', '.join(known) or 'none'}.")
+        return None if known[name] is None else HeldAdapter.from_json(known[name])
 
     def _each(self, ask: Any, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Any]:
         requests = check_requests(token_ids, adapters, self._names)

@@ -19,12 +19,18 @@ from typing import Any
 import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.alternatives import Alternatives
-from cloq_export.engines.vllm.options import EngineSettings, engine_options
+from cloq_export.engines.held_adapters import HeldAdapter
+from cloq_export.engines.protocol import TokenDistributions
+from cloq_export.engines.vllm.options import EngineSettings, engine_options, float_options
 from cloq_export.engines.vllm.process import EngineProcess, engine_environment
 from cloq_export.errors import EngineError, UsageError
+from cloq_export.files.safe_json import read_json
 
 _WORKER = "cloq_export.engines.vllm.worker"
+# Tokens whose log-probabilities vLLM gives in each place unless `max_logprobs` is raised.
+MOST_PROBABLE = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class VllmModel:
     """An engine with one base and its adapters, loaded and ready.
 
     Args:
-        export: an export, a checkpoint folder, or a run directory.
+        export: an export, a checkpoint folder, or a run directory; with adapters also the folder of a float model.
         adapters: name -> adapter folder.
         settings: how they are served; None leaves all to `EngineSettings`.
         start: how the process is started; None leaves all to `EngineStart`.
@@ -123,7 +129,7 @@ class VllmModel:
             "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
-            **engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib),
+            **self._options(export, folders, settings),
         }
         if not self._start.plugin:
             options.pop("quantization", None)
@@ -133,6 +139,12 @@ class VllmModel:
             "adapters": {name: [number, str(folders[name])] for number, name in enumerate(folders, 1)},
             "force": settings.force,
         }
+
+    def _options(self, export: Path, folders: Mapping[str, Path], settings: EngineSettings) -> dict[str, Any]:
+        config = Path(export) / CONFIG_NAME
+        if folders and config.is_file() and "quantization_config" not in (content := read_json(config)):
+            return float_options(str(export), content, folders, settings)
+        return engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib)
 
     @property
     def is_running(self) -> bool:
@@ -155,6 +167,22 @@ class VllmModel:
         """
         answer = self._ask({"prompt_logprobs": self._requests(token_ids, adapters)}, "answer")
         return [torch.tensor(values, dtype=torch.float32) for values in answer]
+
+    def token_distributions(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    ) -> list[TokenDistributions]:
+        """Return the log-probabilities of the most probable tokens in each place, as many as vLLM gives unless told.
+
+        Args:
+            token_ids: as in `prompt_logprobs`.
+            adapters: as in `prompt_logprobs`.
+
+        Raises:
+            UsageError: as `prompt_logprobs`.
+            EngineError: as `prompt_logprobs`.
+        """
+        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": MOST_PROBABLE}
+        return [most_probable_tokens(rows) for rows in self._ask(request, "answer")]
 
     def alternative_logprobs(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
@@ -189,6 +217,20 @@ class VllmModel:
         request = {"generate": self._requests(token_ids, adapters), "max_new_tokens": max_new_tokens}
         answer: list[list[int]] = self._ask(request, "answer")
         return answer
+
+    def held_adapter(self, name: str) -> HeldAdapter | None:
+        """Return which weights the engine holds of an adapter; None before its first request, or without the plugin.
+
+        Args:
+            name: one of this model's adapters.
+
+        Raises:
+            UsageError: it is not one of this model.
+            EngineError: the engine died or refused.
+        """
+        check_requests([[0]], [name], self.adapters)
+        held = self._ask({"held": name}, "answer")
+        return None if held is None else HeldAdapter.from_json(held)
 
     def close(self) -> None:
         """End the engine; a second call does nothing."""
@@ -251,6 +293,21 @@ class VllmModel:
             yield late
         finally:
             timer.cancel()
+
+
+def most_probable_tokens(rows: Sequence[Sequence[tuple[int, float]]]) -> TokenDistributions:
+    """Return distributions from what vLLM gives of each place: the most probable tokens, and the one that stands there.
+
+    Args:
+        rows: (token, its log-probability) of several tokens, for each place.
+    """
+    best = [sorted(row, key=lambda pair: pair[1], reverse=True) for row in rows]
+    # The token that stands there is one more where it is less probable than all others.
+    count = min(MOST_PROBABLE, *map(len, best))
+    return TokenDistributions(
+        torch.tensor([[value for _, value in row[:count]] for row in best], dtype=torch.float32),
+        torch.tensor([[token for token, _ in row[:count]] for row in best], dtype=torch.int64),
+    )
 
 
 def check_requests(

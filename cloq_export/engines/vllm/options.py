@@ -12,6 +12,7 @@ from cloq_export.artifact.empty_model import tie_entries
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.vllm.plugin import adapters as adapter_rules
 from cloq_export.errors import FormatError, UsageError
+from cloq_export.formats.peft.codec import read_adapter
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -104,6 +105,39 @@ def engine_options(
         }
         options["max_cpu_loras"] = max(options["max_loras"], len(adapters))
     return options | dict(settings.more)
+
+
+def float_options(
+    model: str, config: Mapping[str, Any], adapters: Mapping[str, Path], settings: EngineSettings
+) -> dict[str, Any]:
+    """Return vLLM's options for a base that is not quantized, and any PEFT adapters.
+
+    Args:
+        model: a folder or hub id.
+        config: of the model.
+        adapters: name -> folder, at least one.
+        settings: how they are served.
+
+    Returns:
+        dict: as `engine_options`.
+
+    Raises:
+        UsageError: a rank is not allowed.
+        FormatError: an adapter is damaged.
+    """
+    pairs = [pair for folder in adapters.values() for pair in read_adapter(folder).pairs.items()]
+    return {
+        "model": model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len or _context_length(config, settings.dtype, 1),
+        "enable_lora": True,
+        "max_lora_rank": settings.max_lora_rank or adapter_rules.smallest_rank([pair.rank for _, pair in pairs]),
+        "max_loras": settings.max_loras or len(adapters),
+        "max_cpu_loras": len(adapters),
+        # As above.
+        "lora_target_modules": sorted({module.rpartition(".")[2] for module, _ in pairs}),
+        **settings.more,
+    }
 
 
 def _context_length(config: Mapping[str, Any], dtype: str, kv_cache_gib: int) -> int:

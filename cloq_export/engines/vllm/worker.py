@@ -37,9 +37,21 @@ def _serve(asked: IO[str], answered: IO[str]) -> None:
             _answer(answered, {"result": "ready"})
             continue
         try:
+            if "held" in request:
+                _answer(answered, {"result": _held(engine, lora[request["held"]].lora_int_id)})
+                continue
             _answer(answered, {"result": _compute(engine, lora, request)})
         except VLLMClientError as error:  # the request's fault; anything else ends the engine
             _answer(answered, {"error": " ".join(str(error).split())[:500]})
+
+
+def _held(engine: Any, number: int) -> Any:
+    """Return what the worker holds of an adapter; None where this package's plugin is left out."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if not hasattr(WorkerBase, "cloq_held_adapters"):
+        return None
+    return engine.collective_rpc("cloq_held_adapters")[0].get(str(number))
 
 
 def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -> list[Any]:

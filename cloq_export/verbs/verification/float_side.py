@@ -39,6 +39,7 @@ class FloatSide:
         tokenizer: of it.
         texts: what is put to all models.
         logprobs: of each window.
+        distributions: log-probabilities of the whole vocabulary, on the windows whose distributions are compared.
         noise_floor: differences to a second measurement of the first window.
         numerics: how it differs from itself in the served precision.
         answers: to the questions of each task.
@@ -52,6 +53,7 @@ class FloatSide:
     tokenizer: Any
     texts: ProbeTexts
     logprobs: Sequence[torch.Tensor]
+    distributions: Sequence[torch.Tensor]
     noise_floor: LogprobDifferences
     numerics: tuple[NumericsRow, ...]
     answers: Answered
@@ -77,6 +79,7 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
     options = plan.options
     # Another device or precision takes the whole model at once.
     stream: Streaming = "auto" if (options.dtype, options.device) == ("float32", "cpu") else "never"
+    assert options.reference is not None  # `VerifyOptions.check` asked for it
     loaded = open_model(options.reference, dtype=torch.float32, stream=stream)
     for line in loaded.reading:
         progress.session.say(line)
@@ -98,6 +101,7 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
         tokenizer=loaded.tokenizer,
         texts=texts,
         logprobs=logprobs,
+        distributions=[whole_distribution(model, ids) for ids in texts.compared],
         noise_floor=noise_floor,
         numerics=_rounded_numerics(plan, loaded, texts, model, logprobs),
         answers=answers,
@@ -106,6 +110,11 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
         base=base,
         folders=folders,
     )
+
+
+def whole_distribution(model: ServedModel, token_ids: Sequence[int], adapter: str | None = None) -> torch.Tensor:
+    """Return the log-probabilities of the whole vocabulary in each place of a text, (n - 1, vocabulary)."""
+    return model.token_distributions([token_ids], [adapter])[0].logprobs
 
 
 def ask_tasks(plan: Plan, name: str, asked: Respondent, progress: Progress) -> Answered:

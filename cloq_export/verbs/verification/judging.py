@@ -17,9 +17,10 @@ from cloq_export.files.versions import environment
 from cloq_export.parity.answers import Answers
 from cloq_export.parity.gate import JUDGED, SIGNIFICANCE, binding_limits, judge
 from cloq_export.parity.metrics import collect_metrics
+from cloq_export.parity.power import LEVEL, RATIO_UNSEEN, UNSEEN, SmallestLoss, false_alarm
 from cloq_export.parity.provenance import NOT_RECORDED, Finding
 from cloq_export.parity.quality import mcnemar
-from cloq_export.parity.questions import blindness, question_facts
+from cloq_export.parity.questions import POWER, blindness, question_facts, smallest_drop
 from cloq_export.parity.report import (
     CertificateCheck,
     Conditions,
@@ -32,7 +33,7 @@ from cloq_export.parity.task_report import RecordedAnswers, VerifiedTask, task_e
 from cloq_export.parity.tasks import gate_key
 from cloq_export.texts.corpora import CalibrationText
 from cloq_export.verbs.verification.float_side import FloatSide
-from cloq_export.verbs.verification.plan import Plan
+from cloq_export.verbs.verification.plan import Plan, chance_of, typed_questions
 from cloq_export.verbs.verification.reference_side import ReferenceSide
 from cloq_export.verbs.verification.served_side import ServedSide
 
@@ -124,7 +125,7 @@ def verified_tasks(
                 questions.keys,
                 questions.hashes,
                 trained.get(adapter or ""),
-                asked=plan.options.problems,
+                asked=typed_questions(plan.options),
                 limit=_p_value_limit(plan, name),
             )
             then = _recorded(recorded.get(adapter), answers.get("served"))
@@ -142,7 +143,11 @@ def judged(plan: Plan, report: ParityReport) -> ParityReport:
     }
     reasons = tuple(_not_judged(plan, report, blind))
     metrics = collect_metrics(report) | {JUDGED: float(not reasons)}
-    gates = judge(plan.limits, metrics, blind | ({JUDGED: "; ".join(reasons)} if reasons else {}))
+    losses = _smallest_losses(plan, report)
+    gates = [
+        dataclasses.replace(verdict, finds=losses.get(verdict.gate))
+        for verdict in judge(plan.limits, metrics, blind | ({JUDGED: "; ".join(reasons)} if reasons else {}))
+    ]
     return dataclasses.replace(
         report, judged=Judged(not reasons, reasons), metrics=metrics, gates=tuple(gates), versions=environment()
     )
@@ -172,6 +177,25 @@ def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> l
     if not report.conditions.windows:
         reasons.append("the text has no window")
     return reasons
+
+
+def _smallest_losses(plan: Plan, report: ParityReport) -> dict[str, SmallestLoss]:
+    """Return gate -> the smallest loss of accuracy, or rise of perplexity, that it could have seen here."""
+    found: dict[str, SmallestLoss] = {}
+    for name, (_, questions) in plan.tasks.items():
+        count, key, limits = len(questions.items), gate_key(name), plan.limits
+        p_value = _p_value_limit(plan, name)
+        found[f"{key}_p_value"] = SmallestLoss(smallest_drop(count, p_value), p_value, 1 - POWER)
+        if (limit := limits.get(f"{key}_drop_upper")) is not None:
+            found[f"{key}_drop_upper"] = SmallestLoss(limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN)
+        if (limit := limits.get(f"{key}_accuracy_drop_upper")) is not None:
+            found[f"{key}_accuracy_drop_upper"] = SmallestLoss(limit, None, UNSEEN)
+    ratios = [row.ratio for row in report.quality.perplexity if row.model == "served" and row.ratio is not None]
+    rises = [ratio.ratio_smallest_rise for ratio in ratios if ratio.ratio_smallest_rise is not None]
+    if rises and len(rises) == len(ratios):
+        rise = SmallestLoss(max(rises), (1 - LEVEL) / 2, RATIO_UNSEEN)
+        found |= {"perplexity_ratio_upper": rise, "perplexity_over_recorded": rise}
+    return found
 
 
 def _p_value_limit(plan: Plan, task: str) -> float:

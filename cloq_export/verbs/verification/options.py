@@ -9,12 +9,20 @@ from cloq_export.errors import UsageError
 from cloq_export.recipe import CHOICES, FIELDS
 from cloq_export.verbs.options import option, refuse_unmeant
 
+# Losses of accuracy that can be asked for.
+_LEAST_LOSS, _LARGEST_LOSS = 0.005, 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
     """What `verify` is asked to do."""
 
-    reference: str = option(dataclasses.MISSING, "The float model: a folder, a hub id or a GGUF file.", metavar="MODEL")
+    reference: str | None = option(
+        None,
+        "The float model: a folder, a hub id or a GGUF file. Without it, and with --adapter, all that is asked is "
+        "whether each adapter is applied, on any base.",
+        metavar="MODEL",
+    )
     runtime: str = option("hf", "What serves.", choices=("hf", "vllm", "vllm-server", "onnx"))
     adapters: tuple[str, ...] = option(
         (),
@@ -43,6 +51,12 @@ class VerifyOptions:
     problems: int | None = option(
         None, "Questions of each task, which must be there; unless given, up to 100.", least=1, metavar="N"
     )
+    detect: float | None = option(
+        None,
+        "Loss of accuracy that is to be seen: as many questions of each task are asked as that needs, which must be "
+        "there.",
+        metavar="SHARE",
+    )
     shots: int = option(0, "Worked examples before each.", least=0)
     prompts: int = option(32, "Greedy texts to compare.", least=0)
     new_tokens: int = option(32, "Tokens in each of them.", least=1)
@@ -55,7 +69,7 @@ class VerifyOptions:
         least=2,
         metavar="N",
     )
-    seed: int = option(0, "Of the bootstrap.")
+    seed: int = option(0, "Of the random signs that scales of modules are screened with.")
     run: Path | None = option(  # noqa: RUF009 (it returns a field)
         None, "The run that EXPORT was made from: its layers and adapters are compared too.", metavar="RUN"
     )
@@ -79,6 +93,17 @@ class VerifyOptions:
         """
         if not self.reference:
             raise UsageError(
-                "no float model was given; name the one that the export was made from with `reference=MODEL`."
+                "no float model was given; name the one that the export was made from with `reference=MODEL`, or "
+                "adapters with `adapters` to ask only whether they are applied."
             )
         refuse_unmeant(self)
+        if self.detect is not None and not _LEAST_LOSS <= self.detect <= _LARGEST_LOSS:
+            raise UsageError(
+                f"`detect` is {self.detect}; a share of the questions from {_LEAST_LOSS} to {_LARGEST_LOSS} is needed, "
+                "for example 0.03 for three points."
+            )
+        if self.detect is not None and self.problems is not None:
+            raise UsageError(
+                f"`problems` is {self.problems} and `detect` is {self.detect}; either of them says how many questions "
+                "are asked: leave one out."
+            )

@@ -25,6 +25,7 @@ from cloq_export.parity.gate import (
     merged_limits,
     read_gate_file,
 )
+from cloq_export.parity.power import CHANCE, CHANCE_HALF, chance_limit, questions_needed
 from cloq_export.parity.questions import DEFAULT_QUESTIONS
 from cloq_export.parity.task_kinds import Questions, Task
 from cloq_export.parity.tasks import PERPLEXITY, expand_names, gate_key
@@ -88,7 +89,7 @@ class Plan:
             refuse_alone(
                 checkpoint, "verify the run or an export that holds it, or name it with `adapters=NAME=FOLDER`"
             )
-        tasks = read_questions(asked, options.problems or DEFAULT_QUESTIONS, options.shots)
+        tasks = read_questions(asked, typed_questions(options) or DEFAULT_QUESTIONS, options.shots)
         made = MadeBefore.read(export, checkpoint, folders, adapters, run=options.run, serves_all=not options.adapters)
         defaults = default_limits(
             options.dtype,
@@ -98,6 +99,11 @@ class Plan:
             packed=options.measures_packed,
             rounded=_rounds_activations(checkpoint),
         )
+        if not _rounds_activations(checkpoint):
+            defaults |= {
+                f"{gate_key(name)}_drop_upper": options.detect or chance_limit(len(questions.items), chance_of(options))
+                for name, (_, questions) in tasks.items()
+            }
         defaults |= made.limits(options, defaults)
         recorded = [name for name, (task, questions) in tasks.items() if made.recorded_answers(task, questions)]
         defaults |= {f"{gate_key(name)}_recorded_p_value": SIGNIFICANCE for name in recorded}
@@ -128,6 +134,18 @@ class Plan:
         return [*self.adapters] if self.checkpoint.needs_adapter else [*self.adapters, None]
 
 
+def chance_of(options: VerifyOptions) -> float:
+    """Return the share of questions that a model which loses nothing answers otherwise in the served precision."""
+    return CHANCE.get(options.dtype, CHANCE_HALF)
+
+
+def typed_questions(options: VerifyOptions) -> int | None:
+    """Return how many questions of each task must be there: as many as were typed, or as a loss needs; else None."""
+    if options.detect is None:
+        return options.problems
+    return questions_needed(options.detect, chance_of(options))
+
+
 def _rounds_activations(checkpoint: Checkpoint | OnnxExport) -> bool:
     return not isinstance(checkpoint, Checkpoint) and any(
         module.blocks.accuracy_level == INT8 for module in checkpoint.record.modules.values()
@@ -140,7 +158,7 @@ def _read_checkpoint(
     if options.runtime == "onnx":
         raise UsageError(f"{artifact.path} is no ONNX export; make one with: cloq export RUN --format onnx")
     checkpoint = artifact.checkpoint
-    folders = _adapter_folders(artifact.adapters, options.adapters)
+    folders = adapter_folders(artifact.adapters, options.adapters)
     return (
         checkpoint,
         folders,
@@ -161,15 +179,24 @@ def _read_onnx(
     from cloq_export.verbs.verification import onnx_stand_in
 
     opened = OnnxExport.open(artifact.path)
-    folders = _adapter_folders(artifact.adapters, options.adapters)
+    folders = adapter_folders(artifact.adapters, options.adapters)
     adapters = {
         name: onnx_stand_in.read_fitting_adapter(path, opened, force=options.force) for name, path in folders.items()
     }
     return opened, folders, adapters
 
 
-def _adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
-    """Return name -> folder of the adapters that are to be served."""
+def adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path]:
+    """Return name -> folder of the adapters that are to be served.
+
+    Args:
+        shelf: of the base.
+        asked: as typed; nothing means all that are on the shelf.
+
+    Raises:
+        UsageError: a name is not allowed, or is given twice.
+        FormatError, RunDirectoryError: there is no adapter.
+    """
     if not asked:
         return dict(shelf.folders)
     folders: dict[str, Path] = {}

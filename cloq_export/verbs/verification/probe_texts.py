@@ -14,11 +14,13 @@ from cloq_export.engines.transformers.served import tokens_per_batch
 from cloq_export.errors import CalibrationError, GateMissedError, UsageError
 from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel
+from cloq_export.parity.divergence import windows_compared
 from cloq_export.parity.numerics import measure_logprobs
 from cloq_export.parity.perplexity import check_windows
 from cloq_export.texts.corpora import evaluation_tokens, tokenize_text
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.verification.engines import engine_length
+from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verification.plan import Plan
 
 # Half precision hides a module's effect in rounding; more tokens average it out.
@@ -42,6 +44,7 @@ class ProbeTexts:
     Args:
         begin: tokens that each window and prompt begins with.
         windows: all equally long.
+        compared: the windows on which whole distributions are compared.
         longest: one text, as long as the model is served with.
         prompts: that are continued.
         probes: on which modules are shown to be live.
@@ -53,6 +56,7 @@ class ProbeTexts:
 
     begin: Sequence[int]
     windows: Sequence[Sequence[int]]
+    compared: Sequence[Sequence[int]]
     longest: Sequence[int]
     prompts: Sequence[Sequence[int]]
     probes: Sequence[Sequence[int]]
@@ -90,18 +94,17 @@ class ProbeTexts:
         flat = bare[: count * (options.window - len(begin))].tolist()
         step = max(1, (len(flat) - width) // max(1, options.prompts))
         starts = range(0, len(flat) - width + 1, step)[: options.prompts]
-        probed = options.liveness_tokens or _LIVENESS_TOKENS.get(options.dtype, _LIVENESS_TOKENS_HALF)
-        probes = _LIVENESS_SEQUENCES.get(options.dtype, _LIVENESS_SEQUENCES_HALF)
-        longest = max(_ISOLATION_LENGTHS)
-        pieces = zip(windows * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
+        probed = liveness_tokens(options)
+        probes = liveness_sequences(options.dtype)
         return cls(
             begin=begin,
             windows=windows,
+            compared=windows_compared(windows, loaded.config.get_text_config().vocab_size),
             # One text from the start, begun once.
             longest=[*begin, *bare[: length - len(begin)].tolist()],
             prompts=[begin + flat[start : start + width] for start in starts],
             probes=[window[:probed] for window in windows[:probes]],
-            isolated=[window[: max(2, each * min(options.window, longest) // longest)] for window, each in pieces],
+            isolated=isolated_texts(windows),
             places=_changing_places(loaded.config),
             ends=end_tokens(loaded.model),
             subjects=plan.subjects,
@@ -138,6 +141,23 @@ class ProbeTexts:
         """Return the prompts of the subject of this number: they are dealt out in turn, and to each at least one."""
         count = len(self.prompts)
         return self.prompts[number :: len(self.subjects)] or self.prompts[number % max(1, count) :][:1]
+
+
+def liveness_sequences(dtype: str) -> int:
+    """Return on how many windows modules are shown to be live in a precision."""
+    return _LIVENESS_SEQUENCES.get(dtype, _LIVENESS_SEQUENCES_HALF)
+
+
+def liveness_tokens(options: VerifyOptions) -> int:
+    """Return how many tokens of a window modules are shown to be live on."""
+    return options.liveness_tokens or _LIVENESS_TOKENS.get(options.dtype, _LIVENESS_TOKENS_HALF)
+
+
+def isolated_texts(windows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return texts of several lengths for mixed batches, from windows that are all equally long."""
+    longest = max(_ISOLATION_LENGTHS)
+    pieces = zip([*windows] * len(_ISOLATION_LENGTHS), _ISOLATION_LENGTHS, strict=False)
+    return [window[: max(2, each * min(len(window), longest) // longest)] for window, each in pieces]
 
 
 def _longest_length(plan: Plan, model: Any, tokens: int) -> int:

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import ReferenceModel, reference_model
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.parity import liveness
 from cloq_export.parity.answers import Respondent
+from cloq_export.parity.divergence import PlaceDivergences, divergences, summarize_divergences
 from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
 from cloq_export.parity.quality import PerplexityRow, perplexity_row
-from cloq_export.parity.report import NumericsRow
+from cloq_export.parity.report import DivergenceRow, NumericsRow
 from cloq_export.parity.tasks import PERPLEXITY
-from cloq_export.verbs.verification.float_side import Answered, FloatSide, ask_tasks
+from cloq_export.verbs.verification.float_side import Answered, FloatSide, ask_tasks, whole_distribution
 from cloq_export.verbs.verification.plan import Plan
 from cloq_export.verbs.verification.progress import Progress
 
@@ -42,6 +44,7 @@ class ReferenceSide:
         answers: to the questions of each task.
         left_out: with each module left out, where modules are shown to be live one by one.
         numerics: how it differs from the float model.
+        divergence: of its distributions from the float model's.
         perplexity: of it.
     """
 
@@ -52,6 +55,7 @@ class ReferenceSide:
     answers: Mapping[str | None, Answered]
     left_out: Mapping[str, LeftOut]
     numerics: tuple[NumericsRow, ...]
+    divergence: tuple[DivergenceRow, ...]
     perplexity: tuple[PerplexityRow, ...]
 
 
@@ -71,8 +75,10 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
         longest[adapter] = measure_logprobs(reference, [texts.longest], [adapter])
         logprobs[adapter] = texts.scored_windows(reference, adapter, longest[adapter][0])
     expected, answers, numerics, perplexity = {}, {}, [], []
+    divergence: list[DivergenceRow] = []
     for number, adapter in enumerate(plan.subjects):
         numerics.append(NumericsRow("reference", "float", adapter, compare_logprobs(logprobs[adapter], known.logprobs)))
+        divergence += divergence_rows(known, None, ("reference", reference), adapter)
         perplexity += perplexity_rows(plan, known, "reference", adapter, logprobs[adapter])
         prompts = texts.prompts_of(number)
         expected[adapter] = reference.generate(prompts, [adapter] * len(prompts), options.new_tokens)
@@ -82,7 +88,8 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
         progress.session.say(f"leave out each of {len(read.pairs)} modules of {name} in turn")
         with progress.phase("liveness"):
             left[name] = leave_out(reference, texts.probes, name, list(read.pairs))
-    return ReferenceSide(reference, logprobs, longest, expected, answers, left, tuple(numerics), tuple(perplexity))
+    rows = tuple(numerics), tuple(divergence), tuple(perplexity)
+    return ReferenceSide(reference, logprobs, longest, expected, answers, left, *rows)
 
 
 def leave_out(
@@ -93,6 +100,30 @@ def leave_out(
     return LeftOut(probed, liveness.left_out(reference, probes, adapter, modules))
 
 
+def divergence_rows(
+    known: FloatSide, reference: ReferenceModel | None, measured: tuple[str, ServedModel], adapter: str | None
+) -> list[DivergenceRow]:
+    """Return the distance of a model's distributions from the float model's, and from the reference's.
+
+    Args:
+        known: of the float model.
+        reference: the reference; None compares with the float model alone.
+        measured: what the model is called, and the model.
+        adapter: with which adapter.
+    """
+    name, model = measured
+    places: dict[str, list[PlaceDivergences]] = {"float": [], "reference": []}
+    # Window by window: distributions of a whole text would not fit into memory.
+    for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
+        found = model.token_distributions([ids], [adapter])[0]
+        places["float"].append(divergences(of_float, found))
+        if reference is not None:
+            places["reference"].append(divergences(whole_distribution(reference, ids, adapter), found))
+    return [
+        DivergenceRow(name, against, adapter, summarize_divergences(each)) for against, each in places.items() if each
+    ]
+
+
 def perplexity_rows(
     plan: Plan, known: FloatSide, model: str, adapter: str | None, logprobs: Logprobs
 ) -> list[PerplexityRow]:
@@ -100,17 +131,18 @@ def perplexity_rows(
     if PERPLEXITY not in plan.options.tasks:
         return []
     against = None if model == "float" else known.logprobs
-    return [perplexity_row(model, adapter, logprobs, against, seed=plan.options.seed)]
+    return [perplexity_row(model, adapter, logprobs, against)]
 
 
 def measure_packed(
     plan: Plan, known: FloatSide, side: ReferenceSide, progress: Progress
-) -> tuple[list[NumericsRow], list[PerplexityRow]]:
+) -> tuple[list[NumericsRow], list[DivergenceRow], list[PerplexityRow]]:
     """Measure our packed runtime with every adapter, where it is not the one that serves."""
     numerics: list[NumericsRow] = []
+    divergence: list[DivergenceRow] = []
     perplexity: list[PerplexityRow] = []
     if not plan.options.measures_packed:
-        return numerics, perplexity
+        return numerics, divergence, perplexity
     with progress.phase("packed"):
         model = packed_model(known.base, known.folders, device=plan.options.device, force=plan.options.force)
         for adapter in plan.subjects:
@@ -118,5 +150,6 @@ def measure_packed(
                 logprobs = measure_logprobs(model, known.texts.windows, [adapter] * len(known.texts.windows))
                 differences = compare_logprobs(logprobs, side.logprobs[adapter])
                 numerics.append(NumericsRow("packed", "reference", adapter, differences))
+                divergence += divergence_rows(known, side.model, ("packed", model), adapter)
                 perplexity += perplexity_rows(plan, known, "packed", adapter, logprobs)
-    return numerics, perplexity
+    return numerics, divergence, perplexity

@@ -17,7 +17,7 @@ from cloq_export.parity.isolation import Isolation, measure_isolation
 from cloq_export.parity.numerics import GreedyTexts, compare_greedy, compare_logprobs, measure_logprobs
 from cloq_export.parity.provenance import ProbeDifferences, probe_differences
 from cloq_export.parity.quality import PerplexityRow
-from cloq_export.parity.report import NumericsRow
+from cloq_export.parity.report import DivergenceRow, NumericsRow
 from cloq_export.parity.scales import (
     ALTERNATIVES,
     SCALE_LIMIT,
@@ -30,7 +30,7 @@ from cloq_export.verbs.verification.engines import DTYPES
 from cloq_export.verbs.verification.float_side import Answered, FloatSide, ask_tasks
 from cloq_export.verbs.verification.plan import Plan
 from cloq_export.verbs.verification.progress import Progress
-from cloq_export.verbs.verification.reference_side import ReferenceSide, perplexity_rows
+from cloq_export.verbs.verification.reference_side import ReferenceSide, divergence_rows, perplexity_rows
 
 # The prompts that are continued in mixed batches.
 _MIXED_PROMPTS = 4
@@ -60,6 +60,7 @@ class ServedSide:
         self.logprobs: dict[str | None, list[torch.Tensor]] = {}
         self.alternatives: dict[str | None, list[Alternatives]] = {}
         self.numerics: list[NumericsRow] = []
+        self.divergence: list[DivergenceRow] = []
         self.perplexity: list[PerplexityRow] = []
         self.greedy: list[GreedyTexts] = []
         self.decoding: list[WrittenTexts] = []
@@ -174,6 +175,9 @@ class ServedSide:
             if adapter in self.plan.subjects:
                 self.perplexity += perplexity_rows(self.plan, self.known, "served", adapter, logprobs)
             self.logprobs[adapter] = logprobs
+        if adapter in self.plan.subjects:
+            with self.progress.attempt(f"served distributions, {adapter or 'base'}"):
+                self.divergence += divergence_rows(self.known, self.side.model, ("served", served), adapter)
 
     def _note(
         self, measured: str, adapter: str | None, logprobs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]

@@ -12,6 +12,7 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
   log-probabilities with adapters (`punica`);
 - a check of every adapter that is loaded onto a base of ours (`guard`), and its modules under the names of the files
   (`adapter_names`);
+- an answer to which weights of its adapters it holds (`held_adapters`);
 - keys of known prompts that tell the loads of one name apart (`prefix_cache`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
@@ -78,6 +79,7 @@ def register() -> None:
         expert_lora,
         fused_lora,
         guard,
+        held_adapters,
         prefix_cache,
         punica,
         quantization,
@@ -91,4 +93,5 @@ def register() -> None:
     expert_lora.register()
     adapter_names.register()
     guard.register()
+    held_adapters.register()
     prefix_cache.register()

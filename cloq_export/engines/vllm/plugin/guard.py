@@ -25,6 +25,7 @@ from cloq_export.engines.vllm.plugin.adapters import (
     check_adapter,
     check_name,
 )
+from cloq_export.engines.vllm.plugin.held_adapters import note_loaded
 from cloq_export.engines.vllm.plugin.prefix_cache import files_signature
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.files.safe_json import read_json
@@ -92,6 +93,7 @@ def _guard_workers() -> None:
         # With pipeline parallelism the other modules are those of other ranks.
         if base is not None and self.has_all_layers:
             refuse_lost(lora_request.lora_path, loaded, self._adapter_manager)
+        note_loaded(self, lora_request.lora_int_id, loaded)
         return loaded
 
     load.of_cloq_export = True  # type: ignore[attr-defined]
