@@ -93,7 +93,7 @@ def measure_ours(job: dict[str, Any]) -> dict[str, Any]:
 
     class TimedWalk(BlockWalk):
         def __init__(self, compression: Any, *arguments: Any, **options: Any) -> None:
-            if compression.windows.drawn.tolist() != job["windows"]:
+            if compression.windows.solving.tolist() != job["windows"]:
                 raise SystemExit("the pipeline drew other windows than the peer is given")
             _touch(compression.model)
             self._watch = Stopwatch()

@@ -68,14 +68,17 @@ def measure_autoround(job: dict[str, Any]) -> dict[str, Any]:
     """Run AutoRound with its defaults, in its own environment."""
     from rich.console import Console
 
+    from cloq_export.compress.strategies import strategy_of
     from cloq_export.lab.peers import run_peer
     from cloq_export.models.source import open_model
     from cloq_export.recipe import Recipe
-    from cloq_export.texts.corpora import calibration_windows, load_text
+    from cloq_export.texts.corpora import load_text
+    from cloq_export.texts.windows import draw_windows
 
     recipe = Recipe.from_mapping(job["recipe"])
     tokenizer, text = open_model(recipe.model).tokenizer, load_text(recipe.calibration)
-    windows = calibration_windows(tokenizer, text, recipe.samples, recipe.seqlen, recipe.seed, recipe.bos)
+    counts = strategy_of(recipe.changed({"refine": "block"})).window_counts(recipe)
+    windows = draw_windows(tokenizer, text, recipe, counts).solving.ids
     with tempfile.TemporaryDirectory(dir=job["folder"]) as place:
         told = {key: job["recipe"][key] for key in ("model", "bits", "group_size", "rank", "seed")}
         told |= {"windows": windows.tolist(), "out": str(Path(place) / "made")}

@@ -154,11 +154,27 @@ def train_cpu(content: Content) -> list[str]:
     ]
 
 
+# Figures of these parts that were measured until then were judged on text that was trained on, as far as a note says.
+_APART_SINCE = "2026-11-30"
+
+
 def comparison(content: Content) -> list[str]:
     """Return the start points after training."""
     from cloq_export.lab.comparison_report import comparison_table
 
-    return comparison_table(content).strip().splitlines()
+    lines = comparison_table(content).strip().splitlines()
+    if any("curve" in row or "held_out_loss" in row for row in content["rows"]) and not any(
+        "held_out_tokens_calibrated_on" in row for row in content["rows"]
+    ):
+        lines += [
+            "",
+            f"Measured before {_APART_SINCE} (version 0.1.0 in the making), on bases that were calibrated on windows "
+            "of the whole validation split, also of its end, which trainings hold out: where rates were chosen, steps "
+            "kept and the perplexity of held-out examples measured, a part of the text was known to the codes. "
+            "Perplexities of the test split are of new text. The command above measures anew, on an end that no base "
+            "sees.",
+        ]
+    return lines
 
 
 def frontier(content: Content) -> list[str]:
@@ -185,7 +201,30 @@ def frontier(content: Content) -> list[str]:
         )
         if any("accuracy" not in row for row in content["rows"] if not row.get("failed")):
             notes.append("Where it is empty, the row is from before the recipe asked them.")
+    if any(row.get("method") == "cloq-refine" for row in content["rows"]):
+        notes.append(_tokens_drawn(content["rows"], measured["quantize"], steps))
     return [*frontier_table(content).strip().splitlines(), "", " ".join(notes)]
+
+
+def _tokens_drawn(rows: Sequence[Content], options: Content, steps: int) -> str:
+    """Return what text each method was given."""
+    known = {row["method"]: row["distinct_tokens"] for row in rows if "distinct_tokens" in row}
+    if "cloq-refine" in known:
+        refined = known["cloq-refine"]
+        return (
+            f"All methods and peers are solved on {options['samples']} windows of {options['seqlen']} tokens; "
+            f"`cloq-refine` trains the model on {refined['refined']:,} tokens more of the same texts, and refinements "
+            f"are judged by {refined['judged']:,} that nothing else is drawn from."
+        )
+    solved, at_once = options["samples"] * options["seqlen"], max(1, 1024 // options["seqlen"])
+    drawn = (steps + 8) * at_once * options["seqlen"]
+    return (
+        f"All methods and peers were solved on the same {solved:,} tokens; `cloq-refine` drew {drawn:,} more of the "
+        f"same texts to train the model and to judge it. Measured before {_APART_SINCE} (version 0.1.0 in the making), "
+        "when windows could overlap: those that judged a refinement, and chose the step that was kept, shared tokens "
+        "with those that it was trained on. Perplexities are of the test splits, which are new text. The command above "
+        "measures anew, with windows that are apart."
+    )
 
 
 def refine_speed(content: Content) -> list[str]:

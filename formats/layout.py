@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -219,7 +220,12 @@ class StoredGrids:
         for pattern, spec in self.rules:
             if pattern.matches(module):
                 return spec
-        return self.default if self.modules is None or module in self.modules else None
+        return self.default if self._listed is None or module in self._listed else None
+
+    @functools.cached_property
+    def _listed(self) -> frozenset[str] | None:
+        # A mixture has tens of thousands of modules, and each is asked for.
+        return None if self.modules is None else frozenset(self.modules)
 
     def with_modules(self, modules: Iterable[str]) -> StoredGrids:
         """Return the same for modules that are known now, each with its grid under its exact name."""

@@ -327,6 +327,8 @@ def copies_of_codes(model: nn.Module, specs: Container[str]) -> dict[str, str]:
 def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
     """Return the linear modules of a model that are not quantized, the head left out, sorted.
 
+    Routers are among them, which are no `nn.Linear` in transformers, and linear layers to engines.
+
     Args:
         model: the model, with or without numbers.
         specs: the quantized modules.
@@ -337,9 +339,17 @@ def linears_beside(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
         sorted(
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and name not in specs and name not in copies
+            if _multiplies(module) and module is not head and name not in specs and name not in copies
         )
     )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Return whether a module multiplies by a matrix of its own: a linear layer, or a router."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def drop_private(config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from cloq_export.recipe import (
     CHOICES,
     DEMO,
     DEMO_FINETUNE,
+    DEMO_RESERVE,
     FIELDS,
     FINETUNE_CHOICES,
     FINETUNE_FIELDS,
@@ -249,7 +250,10 @@ def build_recipe(options: dict[str, Any], *, finetune: bool = False) -> tuple[Re
             "afterwards with: cloq finetune RUN --data NAME|FILE --name NAME"
         )
     tuned = {name: typed.pop(name) for name in list(typed) if name.startswith(FINETUNE_PREFIX)}
-    mapping: dict[str, Any] = {**(DEMO if options["demo"] else {}), **from_file, **typed}
+    demo: dict[str, Any] = DEMO if options["demo"] else {}
+    if options["demo"] and finetune and not from_file.get("finetune"):
+        demo = {**demo, "reserve": DEMO_RESERVE}
+    mapping: dict[str, Any] = {**demo, **from_file, **typed}
     if finetune or tuned:
         section = mapping.get("finetune") or (DEMO_FINETUNE if finetune else {})
         if isinstance(section, Mapping):

@@ -21,7 +21,7 @@ from cloq_export.refine import (
     Schedule,
     TrainableLayer,
     TrainedLayer,
-    held_out_error,
+    mean_error,
     relative_error,
     train_layers,
 )
@@ -45,6 +45,7 @@ class SolvedBlock:
         stream: runs the block as its weights stand.
         inputs: per batch, what comes out of the compressed blocks before it.
         float_outputs: per batch, what the float block gives on the float model's inputs.
+        judging: the batches that judge; no layer was solved on them.
     """
 
     index: int
@@ -53,6 +54,7 @@ class SolvedBlock:
     stream: BlockStream
     inputs: Sequence[torch.Tensor]
     float_outputs: Sequence[torch.Tensor]
+    judging: Sequence[int]
 
     def forward(self, batch: int) -> torch.Tensor:
         """Run a batch through the block as its weights stand."""
@@ -76,13 +78,14 @@ class BlockRefiner:
         self._initialisation = job.strategy.initialisation(job.recipe)
 
     def refine_group(
-        self, solved: dict[str, SolvedLayer], inputs: GroupInputs, *, paired: bool
+        self, solved: dict[str, SolvedLayer], inputs: GroupInputs, judging: Sequence[int], *, paired: bool
     ) -> dict[str, SolvedLayer]:
         """Return the layers of a group as the next groups of the block meet them: here as they were solved.
 
         Args:
             solved: the layers as they start.
             inputs: per stream, the inputs of the batches that reached the layers.
+            judging: the batches that judge.
             paired: both streams bring the same tokens.
         """
         return dict(solved)
@@ -122,7 +125,7 @@ class BlockRefiner:
             for name, candidate in candidates.items():
                 weight = candidate.codes.served(candidate.best.pair)
                 block.linears[name].weight.data = weight.to(self._device, self._dtype)
-            of_solved = held_out_error(block.forward, targets)
+            of_solved = mean_error(block.forward, targets, block.judging)
             if of_solved < error:
                 error = of_solved
                 candidates = {
@@ -144,15 +147,15 @@ class BlockRefiner:
     def _train(
         self, block: SolvedBlock, trainable: Mapping[str, TrainableLayer], targets: Sequence[torch.Tensor]
     ) -> Refinement:
-        objective = OutputObjective(trainable, block.forward, targets, self._measure)
-        steps, seed = self._steps(objective.batches), self._recipe.seed + block.index
+        objective = OutputObjective(trainable, block.forward, targets, block.judging, self._measure)
+        steps, seed = self._steps(len(objective.trained)), self._recipe.seed + block.index
         return train_layers(trainable, objective, Schedule(steps, seed, warmup=WARMUP))
 
     @staticmethod
     def _measure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return relative_error(output, target)
 
-    def _steps(self, batches: int) -> int:
+    def _steps(self, trained: int) -> int:
         return self._recipe.refine_steps or REFINE_STEPS
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
@@ -211,5 +214,7 @@ def finite(error: float) -> float | None:
 
 def kept_start(refinement: Refinement) -> str:
     """Return the note of a layer whose refinement brought nothing."""
-    how = "the error turned NaN or Inf" if refinement.diverged else "no step was better on the windows held out"
+    how = "the error turned NaN or Inf" if refinement.diverged else "no step was better on the windows that judge"
+    if not refinement.diverged and math.isnan(refinement.error_before):
+        how = "too few tokens reached it to hold any out"
     return f"the refinement was given up after {refinement.steps} steps and the layer kept at its start: {how}"

@@ -24,10 +24,11 @@ from cloq_export.compress.costs import (
     stored_bits,
 )
 from cloq_export.compress.initialisations import CLOQ
-from cloq_export.compress.job import CompressJob
+from cloq_export.compress.job import CalibrationWindows, CompressJob
 from cloq_export.compress.opening import open_planned, started_run
 from cloq_export.compress.plan import ModelPlan, make_plan
 from cloq_export.compress.session import Session
+from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
 from cloq_export.errors import UsageError
 from cloq_export.files.atomic import write_bytes
@@ -181,12 +182,15 @@ def spend(
     shapes = _shapes(loaded.model, plan)
     _check_smallest(recipe, _planned_bits(recipe, plan, shapes, plan.modules) / _weights(shapes))
     job = CompressJob.of(loaded, plan, measuring_recipe(recipe), work, calibration)
+    # On the windows that the run itself is solved on: none that judges it has a say in the choice.
+    counts = strategy_of(recipe).window_counts(recipe)
+    job = dataclasses.replace(job, windows=CalibrationWindows.of(loaded, recipe, calibration, counts))
     session.say("measuring what bits, groups and ranks of each layer are worth")
     BlockWalk(job, session.console, workers=CostMeter(recipe, job.device, work)).run()
     reports = set(work.reports())
     groups = [work.read_report(report_of(name)) for name in plan.modules if report_of(name) in reports]
     kept = max(1, _TOKENS // recipe.seqlen)
-    windows = job.windows.drawn[:kept, :_TOKENS]
+    windows = job.windows.solving[:kept, :_TOKENS]
     stream = BlockStream(loaded.model, plan.blocks, windows, device=job.device, compute=job.compute, batch=kept)
     divergences = divergences_of(session, stream, windows.numel(), groups, work)
     return choose(recipe, loaded.model, groups, divergences)

@@ -68,7 +68,14 @@ class CostMeter:
         empty = request.stats.tokens + request.stats.lent_tokens == 0 or float(gram.diagonal().sum()) == 0.0
         damped = None if empty else damp_gram(gram, self._recipe.damping)
         recipe = self._recipe
-        options = QuantizeOptions(recipe.method, recipe.grid, recipe.magr_alpha, recipe.sweeps, recipe.refit)
+        options = QuantizeOptions(
+            recipe.method,
+            recipe.grid,
+            recipe.magr_alpha,
+            recipe.sweeps,
+            recipe.refit,
+            range_shrink=recipe.range_shrink,
+        )
         weights = [request.weights[name].to(self._device, torch.float32) for name in names]
         shapes = [tuple(weight.shape) for weight in weights]
         grids = []

@@ -132,6 +132,7 @@ def _quantized(problems: Sequence[LayerProblem], recipe: Recipe) -> list[tuple[L
         sweeps=recipe.sweeps,
         refit=recipe.refit,
         least_zero=LAYOUTS[recipe.format].least_zero,
+        range_shrink=recipe.range_shrink,
     )
     codes: dict[str, tuple[LayerProblem, QuantizedLayer]] = {}
     for spec in dict.fromkeys(problem.plan.spec for problem in problems):

@@ -23,9 +23,12 @@ from cloq_export.models.context import context_length
 from cloq_export.models.source import LoadedModel
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import Recipe
-from cloq_export.texts.corpora import CalibrationText, calibration_windows
-from cloq_export.texts.tokens import TextTokens
+from cloq_export.texts.corpora import CalibrationText
+from cloq_export.texts.windows import DrawnWindows, WindowCounts, draw_windows
 from cloq_export.types import LayerCertificate, QuantizedLayer
+
+# The report of a run that says which tokens of which texts it was solved, trained and judged on.
+WINDOWS_REPORT = "windows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +38,17 @@ class CalibrationWindows:
     Args:
         tokenizer: the model's.
         text: what they are cut from.
-        recipe: says how many, how long, with which seed and begin token.
+        recipe: says how long they are, with which seed and begin token, and what is left out.
+        counts: how many, and for what.
     """
 
     tokenizer: Any
     text: CalibrationText
     recipe: Recipe
+    counts: WindowCounts
 
     @classmethod
-    def of(cls, loaded: LoadedModel, recipe: Recipe, text: CalibrationText) -> CalibrationWindows:
+    def of(cls, loaded: LoadedModel, recipe: Recipe, text: CalibrationText, counts: WindowCounts) -> CalibrationWindows:
         """Return what draws the windows of a recipe for a model.
 
         Raises:
@@ -55,26 +60,32 @@ class CalibrationWindows:
                 f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose "
                 f"--seqlen {limit} or less."
             )
-        return cls(loaded.tokenizer, text, recipe)
+        return cls(loaded.tokenizer, text, recipe, counts)
 
     @functools.cached_property
-    def drawn(self) -> torch.Tensor:
+    def drawn(self) -> DrawnWindows:
+        """Return all windows of the run."""
+        return draw_windows(self.tokenizer, self.text, self.recipe, self.counts)
+
+    @property
+    def solving(self) -> torch.Tensor:
         """Return the token ids that layers are solved on, (samples, seqlen)."""
-        return self._draw(self.recipe.samples, self.recipe.seed)
-
-    def draw_others(self, samples: int) -> torch.Tensor:
-        """Return token ids that are drawn independently of `drawn`, (samples, seqlen)."""
-        return self._draw(samples, self.recipe.seed + 1)
-
-    def _draw(self, samples: int, seed: int) -> torch.Tensor:
-        return calibration_windows(self.tokenizer, self.text, samples, self.recipe.seqlen, seed, self.recipe.bos)
+        return self.drawn.solving.ids
 
     def describe(self) -> str:
         """Return what is calibrated on, for people."""
-        begin = TextTokens(self.tokenizer).window_begin(self.recipe.bos)
+        drawn, recipe = self.drawn, self.recipe
+        begin = drawn.begin
         begun = f", each window begun with {' '.join(self.tokenizer.convert_ids_to_tokens(begin))}" if begin else ""
-        count, recipe = self.drawn.numel(), self.recipe
-        return f"calibrating on {count} tokens ({recipe.samples} x {recipe.seqlen}) of {self.text.origin}{begun}"
+        others = "".join(
+            f", {what} {self.drawn.distinct(kind)} others"
+            for what, kind in (("refining the model on", drawn.refining), ("judging by", drawn.judging))
+            if kind.places
+        )
+        return (
+            f"calibrating on {self.solving.numel()} tokens ({recipe.samples} x {recipe.seqlen}, "
+            f"{drawn.distinct(drawn.solving)} distinct) of {self.text.origin}{begun}{others}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +163,7 @@ class CompressJob:
         """
         strategy, device = strategy_of(recipe), device_of(recipe)
         strategy.check(recipe, keeps_codes=kept_codes is not None)
-        windows = CalibrationWindows.of(loaded, recipe, text)
+        windows = CalibrationWindows.of(loaded, recipe, text, strategy.window_counts(recipe))
         compute = compute_dtype(recipe, device)
         return cls(loaded.model, plan, recipe, directory, windows, strategy, device, compute, kept_codes)
 
@@ -209,7 +220,9 @@ def make_layers(session: Session, job: CompressJob) -> None:
     if done:
         session.notes.append(f"continued a run that had {len(done)} of {len(modules)} layers")
     session.say(job.windows.describe())
-    tokens = job.windows.drawn.numel()
+    session.notes.extend(job.windows.drawn.notes)
+    job.directory.write_report(WINDOWS_REPORT, {"bos": job.recipe.bos, **job.windows.drawn.to_json()})
+    tokens = job.windows.solving.numel()
     widest = max(int(job.model.get_submodule(name).in_features) for name in modules)  # type: ignore[arg-type]
     if tokens < widest:
         session.notes.append(

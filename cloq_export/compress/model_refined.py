@@ -20,7 +20,7 @@ from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_he
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.blocks import find_linears
 from cloq_export.models.stream import BlockStream
-from cloq_export.recipe import REFINE_STEPS, Recipe
+from cloq_export.recipe import REFINE_STEPS
 from cloq_export.refine import (
     JUDGEMENTS,
     MODEL_RATES,
@@ -39,33 +39,36 @@ if TYPE_CHECKING:
 
 # Tokens whose logits are in memory at once: a vocabulary can be hundreds of times as wide as a model.
 _TOKENS_AT_ONCE = 512
-_JUDGING_BATCHES = 8
 
 
-def refinement_batches(recipe: Recipe) -> int:
-    """Return how many batches of windows a refinement takes: one for each step, and those that judge."""
-    return (recipe.refine_steps or REFINE_STEPS) + _JUDGING_BATCHES
+@dataclasses.dataclass(frozen=True)
+class RefinementPlace:
+    """Where a refinement keeps what it goes on from after a kill, and who is told how far it is.
+
+    Args:
+        folder: for its state.
+        progress: is told how many steps are made, and of how many.
+    """
+
+    folder: Path
+    progress: Callable[[int, int], None] | None = None
 
 
 def refine_model(
-    stream: BlockStream,
-    job: CompressJob,
-    solved: RunDirectory,
-    folder: Path,
-    progress: Callable[[int, int], None] | None = None,
+    stream: BlockStream, job: CompressJob, solved: RunDirectory, judging: Sequence[int], place: RefinementPlace
 ) -> Refinement:
     """Train scales, A and B of all layers to lower the divergence of the model's next tokens from the float model's.
 
     Args:
-        stream: the float model on windows that the layers were not solved on.
+        stream: the float model on windows: those that are trained on, then those that judge.
         job: which layers; their weights in the model are the float ones, and stay so. Where it keeps codes, the
             adapters alone are trained, and no scales.
         solved: holds the start of every layer.
-        folder: where training keeps what it goes on from after a kill.
-        progress: is told how many steps are made, and of how many.
+        judging: the batches that judge.
+        place: where its state is kept.
 
     Returns:
-        Refinement: its errors are nats per token, on windows that were not trained on.
+        Refinement: its errors are nats per token, on text that nothing was trained on.
     """
     recipe, plan = job.recipe, job.plan
     dtype = torch.bfloat16 if stream.rounds_inputs else next(plan.blocks.modules[0].parameters()).dtype
@@ -85,13 +88,13 @@ def refine_model(
         layers.append(of_block)
     everything = {name: layer for of_block in layers for name, layer in of_block.items()}
     with stream.head_on_device():
-        objective = ModelObjective(stream, layers)
+        objective = ModelObjective(stream, layers, judging)
         return train_layers(
             everything,
             objective,
             Schedule(recipe.refine_steps or REFINE_STEPS, recipe.seed, warmup=WARMUP, patience=JUDGEMENTS),
-            record=RefinementRecord(folder, everything),
-            progress=progress,
+            record=RefinementRecord(place.folder, everything),
+            progress=place.progress,
         )
 
 
@@ -182,10 +185,14 @@ class ModelObjective:
     Args:
         stream: the float model on windows; its weights are float again after every call.
         layers: per block, module name -> layer, whose parameters are the model's own.
+        judging: the batches that judge, and are not trained on.
     """
 
-    def __init__(self, stream: BlockStream, layers: Sequence[Mapping[str, TrainedLayer]]) -> None:
+    def __init__(
+        self, stream: BlockStream, layers: Sequence[Mapping[str, TrainedLayer]], judging: Sequence[int]
+    ) -> None:
         self._stream = stream
+        self._judging = tuple(judging)
         self._layers = layers
         self._start = list(stream.hidden)
         self._wanted = self._start
@@ -198,9 +205,14 @@ class ModelObjective:
                 self._wanted = stream.forward_block(index, self._wanted)
 
     @property
-    def batches(self) -> int:
-        """Return the number of batches."""
-        return len(self._start)
+    def trained(self) -> Sequence[int]:
+        """Return the batches that are trained on."""
+        return [batch for batch in range(len(self._start)) if batch not in self._judging]
+
+    @property
+    def judging(self) -> Sequence[int]:
+        """Return the batches that judge."""
+        return self._judging
 
     def error(self, batches: Sequence[int]) -> float:
         """Return the mean divergence on some batches."""

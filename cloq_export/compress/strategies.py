@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from cloq_export.artifact.run_directory import RunDirectory
+from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import BlockRefiner
 from cloq_export.compress.initialisations import CLOQ, Initialisation, initialisation_of
-from cloq_export.compress.model_refined import refine_model, refined_layers, refinement_batches
+from cloq_export.compress.model_refined import RefinementPlace, refine_model, refined_layers
 from cloq_export.compress.opening import started_run
 from cloq_export.compress.session import Session
 from cloq_export.compress.walk import BlockWalk
 from cloq_export.compress.workers import workers_of
 from cloq_export.errors import UsageError
 from cloq_export.models.stream import BlockStream
-from cloq_export.recipe import Recipe, registered_choice
+from cloq_export.recipe import REFINE_STEPS, Recipe, registered_choice
+from cloq_export.refine import JUDGING_BATCHES, judging_batches
+from cloq_export.texts.windows import WindowCounts
 
 if TYPE_CHECKING:
     from cloq_export.compress.job import CompressJob
@@ -52,13 +55,21 @@ class Strategy:
         """Return how many calibration windows go into one forward pass."""
         return max(1, (TOKENS_PER_STEP if self.refines else TOKENS_PER_BATCH) // recipe.seqlen)
 
+    def window_counts(self, recipe: Recipe) -> WindowCounts:
+        """Return how many windows the run draws, and for what."""
+        return WindowCounts(recipe.samples)
+
+    def judging_blocks(self, job: CompressJob) -> torch.Tensor:
+        """Return the windows that judge the refinement of a block, (windows, seqlen); none if nothing is refined."""
+        return job.windows.drawn.judging.ids[:0]
+
     def refiner(self, job: CompressJob, dtype: torch.dtype) -> BlockRefiner | None:
         """Return what trains the layers of a block, whose weights are multiplied in `dtype`; None trains nothing."""
         return None
 
     def make_layers(self, job: CompressJob, session: Session) -> None:
         """Make the layers that are not yet in the directory, with fewer windows at once where memory runs out."""
-        windows = job.windows.drawn
+        windows = job.windows.solving
         workers = workers_of(job.recipe, job.device)
         at_once = min(len(windows), self.windows_per_batch(job.recipe))
         while True:
@@ -90,6 +101,19 @@ class BlockRefined(Strategy):
 
     refines = True
 
+    def window_counts(self, recipe: Recipe) -> WindowCounts:
+        """Return how many windows the run draws, and for what.
+
+        As many judge a block as the model, so that what is solved does not depend on what follows.
+        """
+        return WindowCounts(recipe.samples, judging=JUDGING_BATCHES * self.windows_per_batch(recipe))
+
+    def judging_blocks(self, job: CompressJob) -> torch.Tensor:
+        """Return the windows that judge the refinement of a block, (windows, seqlen): one for eight, eight batches."""
+        at_once = self.windows_per_batch(job.recipe)
+        count = judging_batches(-(-job.recipe.samples // at_once)) * at_once
+        return job.windows.drawn.judging.ids[:count]
+
     def refiner(self, job: CompressJob, dtype: torch.dtype) -> BlockRefiner | None:
         """Return what trains the layers of a block, whose weights are multiplied in `dtype`."""
         return BlockRefiner(job, dtype)
@@ -97,6 +121,11 @@ class BlockRefined(Strategy):
 
 class ModelRefined(BlockRefined):
     """Solves all layers and refines their blocks beside the run, then all together, and only then stores them in it."""
+
+    def window_counts(self, recipe: Recipe) -> WindowCounts:
+        """Return how many windows the run draws, and for what: a step on the model takes windows of its own."""
+        steps = (recipe.refine_steps or REFINE_STEPS) * self.windows_per_batch(recipe)
+        return dataclasses.replace(super().window_counts(recipe), refining=steps)
 
     def make_layers(self, job: CompressJob, session: Session) -> None:
         """Make the layers that are not yet in the directory."""
@@ -121,16 +150,22 @@ class ModelRefined(BlockRefined):
             super().make_layers(dataclasses.replace(job, directory=solved), session)
 
     def _refine(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
-        recipe, batch = job.recipe, self.windows_per_batch(job.recipe)
-        # Other windows than those of the solve, whose errors are already corrected: they would favour the start.
-        windows = job.windows.draw_others(batch * refinement_batches(recipe))
+        recipe, batch, drawn = job.recipe, self.windows_per_batch(job.recipe), job.windows.drawn
+        # Not those of the solve, whose errors are already corrected: they would favour the start.
+        batches = Batches.of(drawn.refining.ids, drawn.judging.ids, batch)
         started = time.perf_counter()
         try:
             stream = BlockStream(
-                job.model, job.plan.blocks, windows, device=job.device, compute=job.compute, batch=batch
+                job.model,
+                job.plan.blocks,
+                batches.windows,
+                device=job.device,
+                compute=job.compute,
+                batch=batches.sizes,
             )
             with session.progress("refine the model") as progress:
-                refinement = refine_model(stream, job, solved, job.directory.path / "work" / "refinement", progress)
+                folder = job.directory.path / "work" / "refinement"
+                refinement = refine_model(stream, job, solved, batches.judging, RefinementPlace(folder, progress))
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
+from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import SolvedBlock
 from cloq_export.compress.expert_tokens import ExpertTokens
-from cloq_export.compress.plan import ModulePlan
 from cloq_export.compress.problem import SolvedLayer
 from cloq_export.compress.solve import SolveRequest, served_weight
+from cloq_export.compress.walked_block import WalkedBlock
 from cloq_export.compress.workers import LocalWorkers, Workers
 from cloq_export.errors import NonFiniteError
 from cloq_export.models.blocks import find_linears
@@ -86,9 +86,17 @@ class BlockWalk:
         self._here = LocalWorkers([job.device])
         self._workers = workers or self._here
         batch = windows_per_batch or strategy.windows_per_batch(recipe)
+        batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), batch)
         self._stream = BlockStream(
-            job.model, job.plan.blocks, job.windows.drawn, device=job.device, compute=job.compute, batch=batch
+            job.model,
+            job.plan.blocks,
+            batches.windows,
+            device=job.device,
+            compute=job.compute,
+            batch=batches.sizes,
         )
+        # Layers are solved on the batches before these.
+        self._judging = batches.judging
         self._done = job.directory.completed_modules()
         of_model = next(job.plan.blocks.modules[0].parameters()).dtype
         self._refiner = strategy.refiner(job, torch.bfloat16 if self._stream.rounds_inputs else of_model)
@@ -130,8 +138,8 @@ class BlockWalk:
             self._done.difference_update(plans)  # its layers are refined together, so all are made again
         with self._stream.block_on_device(index):
             original = {name: linear.weight.data for name, linear in linears.items()}
-            tokens = ExpertTokens(blocks.modules[index], blocks.prefix(index), self._stream.batches)
-            block = _Block(index, linears, plans, original, tokens)
+            tokens = ExpertTokens(blocks.modules[index], blocks.prefix(index), self._judging.start)
+            block = WalkedBlock(index, linears, plans, original, tokens)
             if not self._done.issuperset(plans):
                 sharing = self._groups(block, streams[FLOAT_STREAM][0])
                 planned = (tuple(name for name in group if name in plans) for group in sharing)
@@ -146,7 +154,7 @@ class BlockWalk:
                 for name, linear in linears.items():
                     linear.weight.data = original[name]
 
-    def _groups(self, block: _Block, states: torch.Tensor) -> list[list[str]]:
+    def _groups(self, block: WalkedBlock, states: torch.Tensor) -> list[list[str]]:
         """Return the groups of linears that share an input; blocks built alike share them alike."""
         index, linears = block.index, block.linears
         prefix, module = self._job.plan.blocks.prefix(index), self._job.plan.blocks.modules[index]
@@ -169,7 +177,7 @@ class BlockWalk:
             self._groups_of_build[build] = [[name.removeprefix(prefix) for name in group] for group in groups]
         return groups
 
-    def _walk_independent(self, block: _Block, streams: Streams) -> Streams:
+    def _walk_independent(self, block: WalkedBlock, streams: Streams) -> Streams:
         accumulators = [self._accumulator(block.width(group), drift=False) for group in block.groups]
         handles = [
             block.linears[group[0]].register_forward_pre_hook(
@@ -191,7 +199,7 @@ class BlockWalk:
             pass
         return [after]
 
-    def _walk_error_aware(self, block: _Block, streams: Streams) -> Streams:
+    def _walk_error_aware(self, block: WalkedBlock, streams: Streams) -> Streams:
         linears, refiner = block.linears, self._refiner
         reached: set[str] = set()
         solved: dict[str, SolvedLayer] = {}
@@ -221,15 +229,18 @@ class BlockWalk:
 
         def visit(stop: int, inputs: GroupInputs) -> None:
             group = stops[stop].group
+            solving = [{b: given for b, given in of.items() if b not in self._judging} for of in inputs]
             if stops[stop].mixture:
-                for _, tokens in sorted(inputs[COMPRESSED_STREAM].items()):
+                for _, tokens in sorted(solving[COMPRESSED_STREAM].items()):
                     block.tokens.keep(stops[stop].mixture, tokens)
                 return
-            stats = self._paired_stats(group[0], block.width(group), inputs, streams[FLOAT_STREAM])
+            hidden = streams[FLOAT_STREAM][: self._judging.start]
+            stats = self._paired_stats(group[0], block.width(group), solving, hidden)
             for layers in self._solve([self._request(block, group, stats)], self._here):
                 if refiner:
                     started = time.perf_counter()
-                    layers = refiner.refine_group(layers, inputs, paired=stats.drift is not None)
+                    paired = stats.drift is not None
+                    layers = refiner.refine_group(layers, inputs, self._judging, paired=paired)
                     self.seconds.refine += time.perf_counter() - started
                     solved.update(layers)
                 for name, layer in layers.items():
@@ -250,7 +261,15 @@ class BlockWalk:
         install(FLOAT_STREAM)
         started = time.perf_counter()
         refined = refiner.refine(
-            SolvedBlock(block.index, linears, solved, self._stream, streams[COMPRESSED_STREAM], after[FLOAT_STREAM])
+            SolvedBlock(
+                block.index,
+                linears,
+                solved,
+                self._stream,
+                streams[COMPRESSED_STREAM],
+                after[FLOAT_STREAM],
+                self._judging,
+            )
         )
         self.seconds.refine += time.perf_counter() - started
         self._write(refined)
@@ -259,7 +278,7 @@ class BlockWalk:
         install(COMPRESSED_STREAM)
         return [after[FLOAT_STREAM], self._stream.forward_block(block.index, streams[COMPRESSED_STREAM])]
 
-    def _installed(self, block: _Block, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _installed(self, block: WalkedBlock, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight that a layer serves as the block multiplies it."""
         return self._multiplied(weight.to(self._job.device, block.original[name].dtype))
 
@@ -307,7 +326,7 @@ class BlockWalk:
             device=self._job.device,
         )
 
-    def _request(self, block: _Block, group: Sequence[str], stats: LayerStats) -> SolveRequest:
+    def _request(self, block: WalkedBlock, group: Sequence[str], stats: LayerStats) -> SolveRequest:
         keep = self._job.kept_codes
         with self._stream.arithmetic():
             stats = block.tokens.completed(group[0], stats, lambda: self._accumulator(block.width(group), drift=False))
@@ -339,56 +358,6 @@ class BlockWalk:
         for name, layer in solved.items():
             self._job.directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
         self.seconds.write += time.perf_counter() - started
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stop:
-    """Where all batches wait for each other on their way through a block.
-
-    Args:
-        modules: whose inputs are waited for.
-        group: names of layers that share the input and are solved there.
-        mixture: name of a mixture whose experts follow, instead of a group.
-    """
-
-    modules: list[nn.Module]
-    group: tuple[str, ...] = ()
-    mixture: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """One block while its layers are solved.
-
-    Args:
-        index: its number.
-        linears: full module name -> layer.
-        plans: full module name -> plan, of the layers that are quantized.
-        original: full module name -> float weight.
-        tokens: what experts that saw too few are lent.
-        groups: names of layers that share an input and are still to be solved.
-    """
-
-    index: int
-    linears: Mapping[str, nn.Linear]
-    plans: Mapping[str, ModulePlan]
-    original: Mapping[str, torch.Tensor]
-    tokens: ExpertTokens
-    groups: tuple[tuple[str, ...], ...] = ()
-
-    def width(self, group: Sequence[str]) -> int:
-        """Return the number of inputs of a group's layers."""
-        return self.linears[group[0]].in_features
-
-    def stops(self) -> list[_Stop]:
-        """Return the groups in order, and before the first group of a mixture's experts the mixture itself."""
-        stops: list[_Stop] = []
-        for group in self.groups:
-            mixture = self.tokens.mixture_of(group[0])
-            if mixture and all(stop.mixture != mixture for stop in stops):
-                stops.append(_Stop([self.tokens.mixtures[mixture]], mixture=mixture))
-            stops.append(_Stop([self.linears[name] for name in group], group))
-        return stops
 
 
 def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cloq_export.errors import NonFiniteError
+from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 Ended = Callable[[Sequence[int]], bool]
 
@@ -73,6 +74,63 @@ def continue_greedily(
     Raises:
         NonFiniteError: the model gives NaN or Inf.
     """
+    switch = RotarySwitch.of(model)
+    forget_lengths(model)
+    if not switch:
+        return _continue_together(model, prompts, max_new_tokens, ended)
+    results: list[list[int]] = [[] for _ in prompts]
+    for rows in _beside_switch(switch, [len(prompt) for prompt in prompts], max_new_tokens):
+        texts = _continue_across(switch, model, [prompts[row] for row in rows], max_new_tokens, ended)
+        for row, text in zip(rows, texts, strict=True):
+            results[row] = text
+    return results
+
+
+def _beside_switch(switch: RotarySwitch, lengths: Sequence[int], new: int) -> list[list[int]]:
+    """Return numbers of prompts that may be continued together: on one side to the end, or of one length."""
+    groups: dict[Any, list[int]] = {}
+    for row, length in enumerate(lengths):
+        first, last = switch.side(length), switch.side(length + new - 1)
+        groups.setdefault(first if first == last else length, []).append(row)
+    return list(groups.values())
+
+
+def _continue_across(
+    switch: RotarySwitch, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ended: Ended | None
+) -> list[list[int]]:
+    """Return continuations of prompts that come to a switch together, if they do.
+
+    Keys that were computed with the short factors of LongRoPE do not go with queries of the long ones: behind the
+    switch the text is read anew.
+    """
+    ends = end_tokens(model)
+    texts: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    crossing = len({len(prompt) for prompt in prompts}) == 1
+    stretches = switch.stretches(len(prompts[0]), max_new_tokens) if crossing else [max_new_tokens]
+    for stretch in stretches:
+        # What asks for the end is told all of a text, which behind a switch is another one for each row.
+        anew = ended is not None and any(texts)
+        for rows in [[row] for row in alive] if anew else [alive]:
+            so_far = [[*prompts[row], *texts[row]] for row in rows]
+            asked = _behind(texts[rows[0]], ended) if anew and ended is not None else ended
+            for row, new in zip(rows, _continue_together(model, so_far, stretch, asked), strict=True):
+                texts[row] += new
+        alive = [row for row in alive if texts[row][-1] not in ends and not (ended is not None and ended(texts[row]))]
+        if not alive:
+            break
+    return texts
+
+
+def _behind(text: Sequence[int], ended: Ended) -> Ended:
+    before = tuple(text)
+    return lambda new: ended([*before, *new])
+
+
+def _continue_together(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ended: Ended | None
+) -> list[list[int]]:
+    """Return continuations that are computed together to the end."""
     accepted = inspect.signature(model.forward).parameters
     cache = _roomy_cache(model) if "past_key_values" in accepted else None
     if cache is None:

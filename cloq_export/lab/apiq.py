@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +19,15 @@ from cloq_export.formats.registry import LAYOUTS
 from cloq_export.lab.clipped_layer import ClippedLayer, StoredForm
 from cloq_export.models.lockstep import GroupInputs
 from cloq_export.recipe import Recipe
-from cloq_export.refine import OutputObjective, Schedule, TrainableLayer, held_out_batches, squared_error, train_layers
+from cloq_export.refine import (
+    OutputObjective,
+    Refinement,
+    Schedule,
+    TrainableLayer,
+    judging_batches,
+    squared_error,
+    train_layers,
+)
 
 # What ApiQ's authors make of the windows where a recipe says 0 steps.
 PASSES = 20
@@ -82,8 +91,8 @@ class BlockWiseRefiner(BlockRefiner):
     def _measure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return squared_error(output, target)
 
-    def _steps(self, batches: int) -> int:
-        return self._recipe.refine_steps or PASSES * max(1, batches - len(held_out_batches(batches)))
+    def _steps(self, trained: int) -> int:
+        return self._recipe.refine_steps or PASSES * max(1, trained)
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
         return clipped(parameter, problem_of(layer), self._recipe, self._dtype)
@@ -93,13 +102,14 @@ class LayerWiseRefiner(BlockWiseRefiner):
     """Trains the range and pair of each layer alone, on its own output."""
 
     def refine_group(
-        self, solved: Mapping[str, SolvedLayer], inputs: GroupInputs, *, paired: bool
+        self, solved: Mapping[str, SolvedLayer], inputs: GroupInputs, judging: Sequence[int], *, paired: bool
     ) -> dict[str, SolvedLayer]:
         """Return the layers of a group, each trained on its own output.
 
         Args:
             solved: the layers as they start.
             inputs: per stream, the inputs of the batches that reached the layers.
+            judging: the batches that judge.
             paired: both streams bring the same tokens. Those of an expert differ, and the float layer is asked about
                 the inputs that are really met.
         """
@@ -107,6 +117,10 @@ class LayerWiseRefiner(BlockWiseRefiner):
         asked, batches = (floating if paired else met), sorted(met)
         if not batches:
             return dict(solved)
+        # Of an expert's tokens none may stand in what judges; then the last windows that reached it judge.
+        held_out = [place for place, batch in enumerate(batches) if batch in judging]
+        if not held_out and len(batches) > 1:
+            held_out = list(range(len(batches) - judging_batches(len(batches) - 1), len(batches)))
         finished: dict[str, SolvedLayer] = {}
         for name, layer in solved.items():
             parameter = nn.Parameter(layer.weight.to(self._dtype), requires_grad=False)
@@ -118,8 +132,12 @@ class LayerWiseRefiner(BlockWiseRefiner):
             def forward(batch: int, seen: Sequence[torch.Tensor] = seen, own: nn.Parameter = parameter) -> torch.Tensor:
                 return nn.functional.linear(seen[batch], own)
 
-            objective = OutputObjective(trainable, forward, targets, self._measure)
-            refinement = train_layers(trainable, objective, Schedule(self._steps(len(batches)), self._recipe.seed))
+            objective = OutputObjective(trainable, forward, targets, held_out, self._measure)
+            if objective.trained and held_out:
+                schedule = Schedule(self._steps(len(objective.trained)), self._recipe.seed)
+                refinement = train_layers(trainable, objective, schedule)
+            else:
+                refinement = Refinement(None, math.nan, math.nan, 0, 0, diverged=False)
             finished |= self._finished(self._candidates({name: layer}, refinement), refinement, refinement.error_after)
         return finished
 

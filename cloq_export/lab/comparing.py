@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cloq_export.lab.comparison_report import write_comparison
 from cloq_export.lab.row_folder import RowFolder, making_cost, row_path
 from cloq_export.lab.trainers import FloatTrainer, RunTrainer, Trainer, UnavailableError
 from cloq_export.parity.perplexity import perplexity
+from cloq_export.parity.tasks import expand_names
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.texts.corpora import evaluation_text, evaluation_tokens
 from cloq_export.texts.named_sets import load_examples
@@ -87,7 +89,8 @@ class ComparisonFolder:
         self.comparison = comparison
         self.out = out
         self.console = console
-        self.rows = RowFolder(out, "comparison", dataclasses.asdict(comparison))
+        asked = {**dataclasses.asdict(comparison), "reserve": comparison.reserve}
+        self.rows = RowFolder(out, "comparison", asked)
         (out / "bases").mkdir(exist_ok=True)
 
     def measure(self, task: str, start: str, width: int, seed: int) -> dict[str, Any]:
@@ -105,6 +108,8 @@ class ComparisonFolder:
         before = curve["evaluations"][0]["loss"] if curve["evaluations"] else None
         row |= {"learning_rate": rate, "tried_rates": tried, "steps": curve["steps"], "kept_step": curve["kept_step"]}
         row |= {"held_out_loss_before": before, "held_out_loss": curve["kept_loss"]}
+        if curve.get("held_out"):
+            row["held_out_tokens_calibrated_on"] = curve["held_out"]["calibrated_tokens"]
         return row | self._judge(task, model, tokenizer, f"{start}-{width}-{seed}") | {"curve": curve}
 
     def _trainer(self, start: str, width: int) -> Trainer:
@@ -115,7 +120,8 @@ class ComparisonFolder:
     def base(self, start: str, width: int) -> Path:
         """Return the run that a start trains over, made if need be, with its adapter."""
         own = STARTS[start]
-        recipe = base_recipe(self.comparison.model, {**self.comparison.quantize, **own.quantize, "bits": width})
+        options = {**self.comparison.quantize, **own.quantize, "bits": width, "reserve": self.comparison.reserve}
+        recipe = base_recipe(self.comparison.model, options)
         folder = self.out / "bases" / base_name(own, width)
         if not RunDirectory.is_run(folder) or RunDirectory.open(folder).state != "done":
             in_one_go = not folder.exists()
@@ -167,11 +173,16 @@ class ComparisonFolder:
             measured = perplexity(model, tokens, **sizes, console=self.console)
             judged |= {"perplexity": measured.perplexity, "standard_error": measured.standard_error}
         if "questions" in options:
-            questions = read_questions({options["questions"]: None}, options["problems"], 0)
+            questions = read_questions(expand_names([options["questions"]]), options["problems"], 0)
             session = Session(self.console)
             subject = Subject(name, float_model(model), None, name)
-            entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[options["questions"]]
-            judged |= {"accuracy": entry["models"][name]["accuracy"], "questions": entry["questions"]}
+            entries = answer_tasks(session, questions, [subject], tokenizer, None, None)
+            accuracies = {task: entry["models"][name]["accuracy"] for task, entry in entries.items()}
+            asked = sum(entry["questions"] for entry in entries.values())
+            # Of a group the mean over its tasks, as the paper's tables have it.
+            judged |= {"accuracy": statistics.fmean(accuracies.values()), "questions": asked}
+            if len(accuracies) > 1:
+                judged["accuracies"] = accuracies
         return judged
 
 
@@ -188,4 +199,4 @@ def _check_data(options: Mapping[str, Any]) -> None:
     if "text" in options:
         evaluation_text(options["text"])
     if "questions" in options:
-        read_questions({options["questions"]: None}, options["problems"], 0)
+        read_questions(expand_names([options["questions"]]), options["problems"], 0)

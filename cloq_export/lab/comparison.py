@@ -16,7 +16,7 @@ from cloq_export.lab.table_recipe import (
     read_table_recipe,
     whole,
 )
-from cloq_export.parity.tasks import task_names
+from cloq_export.parity.tasks import GROUPS, task_names
 from cloq_export.recipe import FineTuneRecipe, Recipe
 
 FLOAT_BITS, NF4_BITS = 16, 4
@@ -54,6 +54,8 @@ STARTS: dict[str, Start] = {
     "zero-on-cloq": Start(zero=True),
     "svd": Start(adapt={"init": "svd"}),
     "loftq": Start(quantize={"init": "loftq"}),
+    "apiq-lw": Start(quantize={"refine": "apiq-lw"}),
+    "apiq-bw": Start(quantize={"refine": "apiq-bw"}),
     # Table 7.
     "cloq-32": Start(quantize={"samples": 32}),
     "cloq-64": Start(quantize={"samples": 64}),
@@ -75,7 +77,7 @@ class ComparisonRecipe:
         seeds: width -> seeds; the float model takes those of the smallest width.
         starts: names in `STARTS`.
         tasks: name -> "finetune" (options of the training), and how it is judged: "text", "window" and "windows" for
-            perplexity, "questions" and "problems" for accuracy.
+            perplexity, "questions" (a task or a group of tasks) and "problems" (of each) for accuracy.
         rates: learning rates to choose from, the same for every start.
         rate_steps: steps of the training that a rate is judged by.
 
@@ -93,17 +95,19 @@ class ComparisonRecipe:
     rate_steps: int
 
     @classmethod
-    def read(cls, name: str, *, full: bool = False) -> ComparisonRecipe:
+    def read(cls, name: str, *, model: str = "", full: bool = False) -> ComparisonRecipe:
         """Return the comparison of a file, or of the package by name.
 
         Args:
             name: a YAML file, or a name such as "small".
+            model: taken instead of the file's.
             full: with what its section `full` says instead.
 
         Raises:
             RecipeError: it cannot be read, or a value is wrong.
         """
-        content = read_table_recipe(name, "compare", _NEEDED, _faults, full=full)
+        changes = {"model": model} if model else {}
+        content = read_table_recipe(name, "compare", _NEEDED, _faults, full=full, changes=changes)
         seeds = {int(width): tuple(values) for width, values in content["seeds"].items()}
         return cls(
             model=content["model"],
@@ -115,6 +119,18 @@ class ComparisonRecipe:
             rates=tuple(float(rate) for rate in content["rates"]),
             rate_steps=content["rate_steps"],
         )
+
+    @property
+    def reserve(self) -> int:
+        """Return how many tokens at the end of each calibration text no base sees.
+
+        A training holds the end of its text out, and learning rates are chosen there: no start may know it before.
+        """
+        trainings = [FineTuneRecipe.from_mapping(task["finetune"]) for task in self.tasks.values()]
+        own = base_recipe(self.model, self.quantize).reserve
+        # One sequence more: the last one may not be full.
+        held_out = [(each.eval_samples + 1) * each.seqlen for each in trainings if not each.eval_data]
+        return max([own, *held_out])
 
     @property
     def bos(self) -> str:
@@ -137,7 +153,10 @@ _JUDGED_BY = {
     "text": (is_text, "a text"),
     "window": (whole(2), "a whole number of at least 2"),
     "windows": (whole(1), "a whole number of at least 1"),
-    "questions": (lambda name: name in task_names(), f"a task out of {', '.join(task_names())}"),
+    "questions": (
+        lambda name: name in (*task_names(), *GROUPS),
+        f"a task or group out of {', '.join((*task_names(), *GROUPS))}",
+    ),
     "problems": (whole(1), "a whole number of at least 1"),
 }
 

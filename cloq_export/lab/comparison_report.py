@@ -89,6 +89,17 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     failed = [row for row in result["rows"] if row.get("failed")]
     if failed:
         lines += [*(f"- {row['init']}, {row['task']}, seed {row['seed']}: {row['failed']}" for row in failed), ""]
+    known = [row for row in result["rows"] if row.get("held_out_tokens_calibrated_on")]
+    if known:
+        lines += [
+            *(
+                f"- {row['init']}, {row['task']}, {row['bits']} bits, seed {row['seed']}: the codes were calibrated on "
+                f"{row['held_out_tokens_calibrated_on']} of the tokens that are held out, so its rate and its held-out "
+                "perplexity are not of new text"
+                for row in known
+            ),
+            "",
+        ]
     if result["bases"]:
         lines += [
             "| base | seconds | peak memory beyond the model | mean relative discrepancy, Frobenius | spectral |",

@@ -16,7 +16,9 @@ from torch import nn
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.stored_sizes import stored_sizes
+from cloq_export.compress.job import WINDOWS_REPORT
 from cloq_export.compress.session import Session
+from cloq_export.compress.strategies import strategy_of
 from cloq_export.engines.transformers.loading import load
 from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import CloqError, RecipeError, UsageError
@@ -32,7 +34,8 @@ from cloq_export.models.source import open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.parity.perplexity import perplexity
 from cloq_export.recipe import Recipe
-from cloq_export.texts.corpora import calibration_windows, evaluation_text, evaluation_tokens, load_text
+from cloq_export.texts.corpora import evaluation_text, evaluation_tokens, load_text
+from cloq_export.texts.windows import draw_windows
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
@@ -95,7 +98,8 @@ class FrontierFolder:
         self.frontier = frontier
         self.out = out
         self.console = console
-        self.rows = RowFolder(out, "frontier-recipe", dataclasses.asdict(frontier))
+        # Rows from before windows that judge were held apart are not of the same table.
+        self.rows = RowFolder(out, "frontier-recipe", {**dataclasses.asdict(frontier), "judged": "apart"})
 
     def measure(self, case: FrontierRow) -> dict[str, Any]:
         """Make what a row is about, and judge it."""
@@ -124,7 +128,12 @@ class FrontierFolder:
         model = load(place, adapter, dtype=torch.float32)
         tokenizer = read_tokenizer(RunDirectory.open(place).checkpoint_path)
         stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
-        made = {"stored_bits_per_weight": stored, **making_cost(summary, in_one_go=in_one_go)}
+        windows = RunDirectory.open(place).read_report(WINDOWS_REPORT)["windows"]
+        made = {
+            "stored_bits_per_weight": stored,
+            **making_cost(summary, in_one_go=in_one_go),
+            "distinct_tokens": {kind: told["distinct_tokens"] for kind, told in windows.items()},
+        }
         return self._judge(model, tokenizer, case) | made
 
     def _of_peer(self, case: FrontierRow, place: Path) -> dict[str, Any]:
@@ -133,17 +142,16 @@ class FrontierFolder:
         if not (folder / "config.json").exists():
             save_plain(loaded, folder)
         options = Recipe.from_mapping({**self.frontier.quantize, "model": self.frontier.model, "seed": case.seed})
-        calibration = load_text(options.calibration)
-        windows = calibration_windows(
-            loaded.tokenizer, calibration, options.samples, options.seqlen, case.seed, options.bos
-        )
+        # Those that refined rows are solved on: without overlap, and none of the text that judges these.
+        counts = strategy_of(options.changed({"refine": "block"})).window_counts(options)
+        drawn = draw_windows(loaded.tokenizer, load_text(options.calibration), options, counts)
         job = {
             "model": str(folder.resolve()),
             "bits": case.bits,
             "group_size": options.group_size,
             "rank": case.rank,
             "seed": case.seed,
-            "windows": windows.tolist(),
+            "windows": drawn.solving.ids.tolist(),
             "out": str((place / "made").resolve()),
         }
         report = run_peer(case.method, job, self.out / "peers", place, console=self.console)
@@ -152,6 +160,7 @@ class FrontierFolder:
         stored = sizes.bits_per_weight_with_adapter if adapter else sizes.bits_per_weight
         model = load(checkpoint, adapter, dtype=torch.float32, force=True)
         told = {name: report[name] for name in ("seconds", "memory_beyond_model_bytes", "versions")}
+        told["distinct_tokens"] = {"solved": drawn.distinct(drawn.solving)}
         return self._judge(model, loaded.tokenizer, case) | {"stored_bits_per_weight": stored, **told}
 
     def _judge(self, model: nn.Module, tokenizer: Any, case: FrontierRow) -> dict[str, Any]:

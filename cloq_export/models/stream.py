@@ -17,6 +17,7 @@ from cloq_export.models.block_arguments import BlockArguments, HandedOn, TensorP
 from cloq_export.models.blocks import BlockList
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
+from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.weights_on_disk import in_memory
 
 # Two tokens would do to see what a block returns; four keep models away from their one-token decoding path.
@@ -42,7 +43,8 @@ class BlockStream:
         device: where blocks run.
         compute: precision of matrix products: None is the model's own dtype (float32 in full precision),
             torch.bfloat16 lets a float32 model multiply in bfloat16, see `forward_precision`.
-        batch: windows per forward pass; it never changes afterwards, so results are reproducible.
+        batch: windows per forward pass, or of each of them in order; it never changes afterwards, so results are
+            reproducible.
 
     Raises:
         CalibrationError: windows are empty or hold ids outside the model's vocabulary.
@@ -58,7 +60,7 @@ class BlockStream:
         *,
         device: torch.device | str,
         compute: torch.dtype | None = None,
-        batch: int = 1,
+        batch: int | Sequence[int] = 1,
     ) -> None:
         if windows.ndim != 2 or windows.numel() == 0:
             raise CalibrationError(
@@ -66,6 +68,7 @@ class BlockStream:
                 "Give more text, or fewer tokens per window with --seqlen."
             )
         self.model = model.eval()
+        forget_lengths(model)
         self.blocks = blocks
         self.device = torch.device(device)
         self._mover = BlockMover(blocks, self.device)
@@ -80,7 +83,7 @@ class BlockStream:
         # What blocks wrote for later ones, by the hidden states that it belongs to: it lives as long as they do.
         self._beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._hands_on = self._probe(windows[:1, :_PROBE_TOKENS])
-        batches = self._windows = windows.split(batch)
+        batches = self._windows = windows.split(batch if isinstance(batch, int) else list(batch))
         # The same mask serves every batch of the same shape; one copy is kept.
         pool: list[torch.Tensor] = []
         for batch_index, ids in enumerate(batches):

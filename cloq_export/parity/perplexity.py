@@ -14,6 +14,7 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.models.context import context_length
+from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.parity.divergence import Divergence, Watch, WatchedDivergences
@@ -95,6 +96,7 @@ def _losses_of(
 
 def _logits_of(model: nn.Module, rows: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield some windows and their logits at a time; each weight that is on disk is read once for all windows."""
+    forget_lengths(model)
     weights = weights_on_disk(model)
     batches = rows.split(count)
     if weights is None:

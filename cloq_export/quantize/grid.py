@@ -42,13 +42,15 @@ def _representable(scales: torch.Tensor) -> torch.Tensor:
     return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
 
 
-def _grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scales, zeros) that span `low..high`, both float32; `low <= 0 <= high`."""
+def _grid_for_range(
+    low: torch.Tensor, high: torch.Tensor, spec: QuantSpec, shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, zeros) that span `low..high`, or a share of it, both float32; `low <= 0 <= high`."""
     if spec.symmetric:
         reach = torch.maximum(-low, high)
-        scales = _representable(2.0 * reach / spec.max_code)
+        scales = _representable(shrink * (2.0 * reach / spec.max_code))
         return scales, torch.full_like(scales, float(2 ** (spec.bits - 1)))
-    scales = _representable((high - low) / spec.max_code)
+    scales = _representable(shrink * ((high - low) / spec.max_code))
     return scales, torch.clamp(torch.round(-low / scales), 0, spec.max_code)
 
 
@@ -83,17 +85,21 @@ def _search_chunk(groups: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, 
     return best_scales, best_zeros
 
 
-def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") -> tuple[torch.Tensor, torch.Tensor]:
+def fit_grid(
+    weight: torch.Tensor, spec: QuantSpec, method: str = "searched", shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scales and zeros of every group of one weight.
 
-    `minmax` spans the group's range including zero: `scale = (max - min) / (2**bits - 1)`, `zero = round(-min /
-    scale)` (CLoQ section 2). `searched` shrinks that range by the fraction that leaves the least sum of
-    `|W - Q|**2.5` over the group. Scales are rounded to float16 before they are judged.
+    `minmax` spans the group's range including zero: `scale = shrink * (max - min) / (2**bits - 1)`, `zero = round(-min
+    / scale)` (CLoQ section 2; MagR's authors shrink the step so, and take the zero for the shrunk one). `searched`
+    shrinks that range by the fraction that leaves the least sum of `|W - Q|**2.5` over the group. Scales are rounded
+    to float16 before they are judged.
 
     Args:
         weight: W, (out, in) float32.
         spec: bits, group size, symmetric or not.
         method: "searched" or "minmax".
+        shrink: beta of MagR's authors, above 0 and at most 1; "searched" does not look at it.
 
     Returns:
         Scales (out, groups) float16 and zeros (out, groups) uint8.
@@ -132,7 +138,7 @@ def fit_grid(weight: torch.Tensor, spec: QuantSpec, method: str = "searched") ->
         if method == "searched":
             fitted = _search_chunk(piece, spec)
         else:
-            fitted = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec)
+            fitted = _grid_for_range(piece.amin(-1).clamp_max(0.0), piece.amax(-1).clamp_min(0.0), spec, shrink)
         scales[start : start + chunk], zeros[start : start + chunk] = fitted
     return scales.view(shape).to(torch.float16), zeros.view(shape).to(torch.uint8)
 

@@ -25,6 +25,7 @@ class QuantizeOptions:
         sweeps: coordinate descent sweeps after OPTQ.
         refit: fit the scales to the codes by least squares before each sweep, or once without sweeps.
         least_zero: smallest zero that the layout can hold, 0 or 1.
+        range_shrink: share of its range that a group's "minmax" grid spans.
     """
 
     method: str = "optq"
@@ -33,6 +34,7 @@ class QuantizeOptions:
     sweeps: int = 0
     refit: bool = False
     least_zero: int = 0
+    range_shrink: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ def quantize_group(
         source = smoothed.weight
         if not smoothed.converged:
             notes.append(f"MagR stopped after {smoothed.iterations} iterations before it converged")
-    scales, zeros = raise_zeros(*fit_grid(source, spec, options.grid), spec, options.least_zero)
+    fitted = fit_grid(source, spec, options.grid, options.range_shrink)
+    scales, zeros = raise_zeros(*fitted, spec, options.least_zero)
     column_scales, column_zeros = _spread(scales, columns), _spread(zeros, columns)
     if options.method == "rtn" or damped is None:
         codes = round_to_grid(source, column_scales, column_zeros, spec.max_code).to(torch.uint8)

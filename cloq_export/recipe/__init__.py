@@ -1,5 +1,6 @@
 """The recipe of a run: its options, the presets, and how they are read; it needs no torch."""
 
+from cloq_export.recipe.choices import register_choice, registered_choice
 from cloq_export.recipe.finetune import FINETUNE_CHOICES, FINETUNE_FIELDS, FINETUNE_PREFIX, FineTuneRecipe
 from cloq_export.recipe.options import (
     CHOICES,
@@ -10,10 +11,8 @@ from cloq_export.recipe.options import (
     SUPPORTED_BITS,
     Recipe,
     is_expert,
-    register_choice,
-    registered_choice,
 )
-from cloq_export.recipe.presets import DEMO, DEMO_FINETUNE, PRESETS
+from cloq_export.recipe.presets import DEMO, DEMO_FINETUNE, DEMO_RESERVE, PRESETS
 from cloq_export.recipe.reading import (
     load_recipe,
     named_recipes,
@@ -27,6 +26,7 @@ __all__ = [
     "CHOICES",
     "DEMO",
     "DEMO_FINETUNE",
+    "DEMO_RESERVE",
     "EXPORT_FORMATS",
     "FIELDS",
     "FINETUNE_CHOICES",

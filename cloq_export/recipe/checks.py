@@ -62,6 +62,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", re.IGNORECASE)
 
 ABOVE_ZERO = ValueRule(lambda value: bool(value > 0), "it must be above 0")
 SHARE = between(0, 1)
+SHRINK = ValueRule(lambda value: bool(0 < value <= 1), "it must be above 0 and at most 1")
 FILE_NAME = matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from cloq_export.recipe.checks import (
     ABOVE_ZERO,
     FILE_NAME,
     SHARE,
+    SHRINK,
     Options,
     ValueRule,
     at_least,
@@ -34,7 +34,7 @@ from cloq_export.recipe.checks import (
     recipe_error,
 )
 from cloq_export.recipe.finetune import finetune_faults
-from cloq_export.recipe.presets import PRESETS
+from cloq_export.recipe.presets import PRESETS, preset_options
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 # Steps of a refinement where a recipe says 0: more bring little.
@@ -85,6 +85,9 @@ class Recipe:
         "searched", "Range of a group: searched for the least error, or its minimum and maximum."
     )
     damping: float = option(0.01, "Added to the diagonal of H, as a share of its mean; 0 to 1.", SHARE)
+    range_shrink: float = option(
+        1.0, "Share of its range that a group's minmax grid spans, as MagR's authors shrink it; above 0.", SHRINK
+    )
     magr_alpha: float = option(1e-3, "Strength of MagR's penalty on the largest weight of a group; 0 to 1.", SHARE)
     sweeps: int = option(0, "COMQ coordinate sweeps over the codes after OPTQ; 0 is none.", at_least(0))
     refit: bool = option(False, "Refit the scales by least squares after OPTQ.")
@@ -151,6 +154,12 @@ class Recipe:
     samples: int = option(128, "Number of calibration windows.", at_least(1))
     seqlen: int = option(2048, "Tokens in a calibration window.", at_least(2))
     seed: int = option(0, "Seed that draws the calibration windows.", at_least(0), below_power_of_two(63))
+    reserve: int = option(
+        0,
+        "Tokens at the end of each calibration text that no window is drawn from: what a training on that text holds "
+        "out is then new to the codes.",
+        at_least(0),
+    )
     bos: Literal["auto", "never", "always"] = option(
         "auto",
         "Begin token before each window of text, in calibration, evaluation and training: auto (where the tokenizer "
@@ -219,7 +228,7 @@ class Recipe:
         faults: list[str] = []
         if preset not in PRESETS:
             faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {listed(PRESETS)}")
-        values: dict[str, Any] = dict(PRESETS.get(preset, {}))
+        values: dict[str, Any] = {}
         for name, value in mapping.items():
             if name not in FIELDS:
                 faults.append(f"{name!r} is not an option of a recipe{near(str(name), FIELDS)}")
@@ -235,7 +244,8 @@ class Recipe:
                 values[name] = _OPTIONS.number_of(name, value)
         if faults:
             raise recipe_error(faults)
-        return cls(**values)
+        grid = [values.get(name, FIELDS[name].default) for name in ("bits", "group_size")]
+        return cls(**{**preset_options(preset, *grid), **values})
 
     def to_mapping(self) -> dict[str, Any]:
         """Return every option as plain JSON values.
@@ -299,7 +309,8 @@ class Recipe:
     def preset_name(self) -> str:
         """Return the preset whose every setting this recipe has, or "custom"."""
         touched = {name for settings in PRESETS.values() for name in settings}
-        for preset, settings in PRESETS.items():
+        for preset in PRESETS:
+            settings = preset_options(preset, self.bits, self.group_size)
             expected = {**{name: FIELDS[name].default for name in touched}, **settings}
             if all(getattr(self, name) == value for name, value in expected.items()):
                 return preset
@@ -318,27 +329,6 @@ FIELDS, CHOICES = _OPTIONS.fields, _OPTIONS.choices
 
 # What `cloq export` writes: a layout, or one of two things that hold no codes.
 EXPORT_FORMATS = (*CHOICES["format"], "merged", "peft", "onnx", "onnx-adapter")
-
-# (option, choice) -> "module:attribute" of what does it.
-_REGISTERED: dict[tuple[str, str], str] = {}
-
-
-def register_choice(name: str, choice: str, home: str) -> None:
-    """Let an option have one more value.
-
-    Args:
-        name: an option of a recipe that allows only some values.
-        choice: the value.
-        home: what does it, as "module:attribute"; it is imported when it is needed.
-    """
-    _REGISTERED[name, choice] = home
-    CHOICES[name] = tuple(dict.fromkeys((*CHOICES[name], choice)))
-
-
-def registered_choice(name: str, choice: str) -> Any:
-    """Return what does a registered value of an option."""
-    module, _, attribute = _REGISTERED[name, choice].partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _faults_of(name: str, value: Any) -> list[str]:

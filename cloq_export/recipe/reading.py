@@ -14,7 +14,7 @@ from cloq_export.errors import RecipeError
 from cloq_export.recipe.checks import listed, near, parse_value, recipe_error
 from cloq_export.recipe.finetune import FINETUNE_PREFIX, parse_finetune_setting
 from cloq_export.recipe.options import FIELDS, OVERRIDE_KEYS, Recipe, override_faults, parse_option
-from cloq_export.recipe.presets import PRESETS
+from cloq_export.recipe.presets import PRESETS, magr_options
 
 _NAMED = Path(__file__).with_name("named")
 _PAPER = "paper"
@@ -111,16 +111,12 @@ def _paper_recipes(tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, A
             for model, rates in models.items():
                 for bits, rate in rates.items():
                     section = {**tables["tasks"][task], "name": task, "learning_rate": rate}
-                    yield (
-                        f"{_PAPER}-{model}-{task}-int{bits}-{group}",
-                        {
-                            **tables["recipe"],
-                            "model": tables["models"][model],
-                            "bits": int(bits),
-                            "group_size": tables["groups"][group],
-                            "finetune": section,
-                        },
-                    )
+                    grid = {"bits": int(bits), "group_size": tables["groups"][group]}
+                    base = {**tables["recipe"], **magr_options(**grid), **grid, "model": tables["models"][model]}
+                    if section["data"] == base["calibration"]:
+                        # What the training holds out at the end of that text, and a sequence that may not be full.
+                        base["reserve"] = (section["eval_samples"] + 1) * section["seqlen"]
+                    yield f"{_PAPER}-{model}-{task}-int{bits}-{group}", {**base, "finetune": section}
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

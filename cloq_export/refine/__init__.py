@@ -3,6 +3,7 @@
 from cloq_export.refine.trained_layer import BLOCK_RATES, MODEL_RATES, Rates, TrainedLayer
 from cloq_export.refine.training import (
     JUDGEMENTS,
+    JUDGING_BATCHES,
     Objective,
     OutputObjective,
     Record,
@@ -12,8 +13,8 @@ from cloq_export.refine.training import (
     TrainableLayer,
     divergence,
     gradients_by,
-    held_out_batches,
-    held_out_error,
+    judging_batches,
+    mean_error,
     relative_error,
     squared_error,
     train_layers,
@@ -23,6 +24,7 @@ from cloq_export.refine.training import (
 __all__ = [
     "BLOCK_RATES",
     "JUDGEMENTS",
+    "JUDGING_BATCHES",
     "MODEL_RATES",
     "Objective",
     "OutputObjective",
@@ -35,8 +37,8 @@ __all__ = [
     "TrainedLayer",
     "divergence",
     "gradients_by",
-    "held_out_batches",
-    "held_out_error",
+    "judging_batches",
+    "mean_error",
     "relative_error",
     "squared_error",
     "train_layers",

@@ -13,8 +13,8 @@ from torch import nn
 
 from cloq_export.types import LoraPair, QuantizedLayer
 
-# Batches that judge are never trained on: one batch in eight, eight at most.
-_HELD_OUT_EVERY, _HELD_OUT_AT_MOST = 8, 8
+# Batches that judge are never trained on: one for eight that are, eight at most.
+_TRAINED_FOR_EACH, JUDGING_BATCHES = 8, 8
 # A step costs three times as much as judging a batch; ten judgements are enough to find the best step.
 JUDGEMENTS = 10
 _PATIENCE = 4
@@ -45,8 +45,12 @@ class Objective(Protocol):
     """What training lowers, with the weights that its layers would serve now."""
 
     @property
-    def batches(self) -> int:
-        """Return the number of batches."""
+    def trained(self) -> Sequence[int]:
+        """Return the batches that are trained on, at least one."""
+
+    @property
+    def judging(self) -> Sequence[int]:
+        """Return the batches that judge, at least one."""
 
     def error(self, batches: Sequence[int]) -> float:
         """Return the mean error of some batches, NaN or Inf where it overflows."""
@@ -152,26 +156,30 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
-def held_out_batches(batches: int) -> list[int]:
-    """Return the batches that are never trained on: the last eighth, one to eight of them, or the only one."""
-    judging = min(max(1, batches // _HELD_OUT_EVERY), _HELD_OUT_AT_MOST)
-    return list(range(batches - judging, batches))
+def judging_batches(trained: int) -> int:
+    """Return how many batches judge beside so many that are trained on."""
+    return min(max(1, trained // _TRAINED_FOR_EACH), JUDGING_BATCHES)
 
 
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def held_out_error(
-    forward: Callable[[int], torch.Tensor], targets: Sequence[torch.Tensor], measure: Measure = relative_error
+def mean_error(
+    forward: Callable[[int], torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    batches: Sequence[int],
+    measure: Measure = relative_error,
 ) -> float:
-    """Return the error on the held-out batches with the weights that the block now has.
+    """Return the mean error of some batches with the weights that the block now has.
 
     Args:
         forward: runs a batch, by number, through the weights as they stand.
         targets: per batch, what its output should be.
+        batches: which of them.
         measure: error of an output beside its target.
     """
-    return _mean_error(forward, targets, measure, held_out_batches(len(targets)))
+    with torch.no_grad():
+        return sum(float(measure(forward(batch), targets[batch])) for batch in batches) / len(batches)
 
 
 class OutputObjective:
@@ -181,6 +189,7 @@ class OutputObjective:
         layers: module name -> layer; their parameters are the weights that `forward` uses.
         forward: runs a batch, by number, through the weights as they stand, with gradients if those are on.
         targets: per batch, what its output should be, of the shape of the output.
+        judging: the batches that judge, and are not trained on.
         measure: error of an output beside its target.
     """
 
@@ -189,22 +198,29 @@ class OutputObjective:
         layers: Mapping[str, TrainableLayer],
         forward: Callable[[int], torch.Tensor],
         targets: Sequence[torch.Tensor],
+        judging: Sequence[int],
         measure: Measure = relative_error,
     ) -> None:
         self._layers = layers
         self._forward = forward
         self._targets = targets
+        self._judging = tuple(judging)
         self._measure = measure
 
     @property
-    def batches(self) -> int:
-        """Return the number of batches."""
-        return len(self._targets)
+    def trained(self) -> Sequence[int]:
+        """Return the batches that are trained on."""
+        return [batch for batch in range(len(self._targets)) if batch not in self._judging]
+
+    @property
+    def judging(self) -> Sequence[int]:
+        """Return the batches that judge."""
+        return self._judging
 
     def error(self, batches: Sequence[int]) -> float:
         """Return the mean error of some batches."""
         self._install()
-        return _mean_error(self._forward, self._targets, self._measure, batches)
+        return mean_error(self._forward, self._targets, batches, self._measure)
 
     def gradients(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Return each layer's name and the derivative of one batch's error by its weight."""
@@ -263,8 +279,7 @@ def train_layers(
     Returns:
         Refinement: the layers as the best judgement found them.
     """
-    held_out = held_out_batches(objective.batches)
-    trained_on = [batch for batch in range(objective.batches) if batch not in held_out] or held_out
+    held_out, trained_on = objective.judging, objective.trained
     steps, warmup = schedule.steps, schedule.warmup
     generator = torch.Generator().manual_seed(schedule.seed)
     order: list[int] = []
@@ -307,13 +322,6 @@ def train_layers(
 
 def _results(layers: Mapping[str, TrainableLayer]) -> StoredLayers:
     return {name: layer.result() for name, layer in layers.items()}
-
-
-def _mean_error(
-    forward: Callable[[int], torch.Tensor], targets: Sequence[torch.Tensor], measure: Measure, batches: Sequence[int]
-) -> float:
-    with torch.no_grad():
-        return sum(float(measure(forward(batch), targets[batch])) for batch in batches) / len(batches)
 
 
 @contextlib.contextmanager

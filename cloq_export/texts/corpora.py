@@ -16,14 +16,17 @@ from cloq_export.texts.data_sets import hub_rows, local_file
 from cloq_export.texts.examples import forms_of, numbered_rows, text_of
 from cloq_export.texts.reading import FILE_SUFFIXES, holds_rows, read_rows, read_text
 from cloq_export.texts.tokens import TextTokens
+from cloq_export.texts.wikitext import WIKITEXTS, read_wikitext
 
 WIKITEXT2 = "wikitext2"
 GSM8K = "gsm8k"
 EMBEDDED = "embedded"
 
-_WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
-_WIKITEXT_FILES = {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"}
 _GSM8K_HUB = ("openai/gsm8k", "main")
+_REMEDY = (
+    "Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that the environment "
+    "variable CLOQ_DATA names."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +74,11 @@ def load_text(name: str) -> CalibrationText:
     """Return a calibration text, or a mix of several.
 
     Args:
-        name: "wikitext2" (validation split, from the data folder or the hub), "gsm8k" (training split, questions and
-            answers), "embedded" (a text that every Python installation has), a file (plain text, or .jsonl or .json
-            rows with "text" or with "question" and "answer"), or a hub data set `ID[:CONFIG[:SPLIT]]` (split "train"
-            unless named). Several, joined by "+", are a mix.
+        name: "wikitext2" (validation split, from the data folder or the hub; ":SPLIT" names another), "wikitext2-raw"
+            (the raw form, its lines joined by two line feeds as papers do; the same splits), "gsm8k" (training split,
+            questions and answers), "embedded" (a text that every Python installation has), a file (plain text, or
+            .jsonl or .json rows with "text" or with "question" and "answer"), or a hub data set
+            `ID[:CONFIG[:SPLIT]]` (split "train" unless named). Several, joined by "+", are a mix.
 
     Returns:
         CalibrationText: the text with its origin and hash.
@@ -139,51 +143,9 @@ def evaluation_tokens(tokenizer: Any, text: str, window: int, bos: str) -> torch
     ids, begin = torch.tensor(tokens.text_ids(text), dtype=torch.int64), tokens.window_begin(bos)
     if not begin:
         return ids
-    _check_room(begin, window)
+    check_room(begin, window)
     first = torch.tensor(begin, dtype=torch.int64)
     return torch.cat([part for piece in ids.split(window - len(begin)) for part in (first, piece)])
-
-
-def calibration_windows(
-    tokenizer: Any, calibration: CalibrationText, samples: int, seqlen: int, seed: int, bos: str
-) -> torch.Tensor:
-    """Return random windows of a text; of a mix, window i is from the text i modulo their number.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        calibration: one text or a mix.
-        samples: number of windows, at least 1.
-        seqlen: tokens per window, at least 1.
-        seed: of the draw from each text.
-        bos: what each window begins with, as in `TextTokens.window_begin`; it counts among its tokens.
-
-    Returns:
-        Tensor: (samples, seqlen) int64.
-
-    Raises:
-        CalibrationError: a text is shorter than one window, there are fewer windows than texts, or none is asked for.
-        UsageError: as in `evaluation_tokens`.
-    """
-    tokens = TextTokens(tokenizer)
-    begin = tokens.window_begin(bos)
-    _check_room(begin, seqlen)
-    parts = calibration.parts or (calibration,)
-    if 1 <= samples < len(parts):
-        raise CalibrationError(
-            f"{samples} windows were asked for from a mix of {len(parts)} texts; at least one of each is needed "
-            "(`samples`)."
-        )
-    first, room = torch.tensor(begin, dtype=torch.int64), seqlen - len(begin)
-    drawn = [
-        sample_windows(
-            torch.tensor(tokens.text_ids(part.text), dtype=torch.int64),
-            len(range(place, samples, len(parts))),
-            room,
-            seed,
-        )
-        for place, part in enumerate(parts)
-    ]
-    return torch.stack([torch.cat([first, drawn[i % len(parts)][i // len(parts)]]) for i in range(samples)])
 
 
 def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -203,22 +165,41 @@ def sample_windows(token_ids: torch.Tensor, samples: int, seqlen: int, seed: int
     Raises:
         CalibrationError: the text is shorter than one window, or no window is asked for.
     """
+    starts = sample_starts(token_ids.shape[0], samples, seqlen, seed)
+    return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+
+
+def sample_starts(available: int, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Return the first tokens of the windows of `sample_windows`, (samples,) int64.
+
+    Args:
+        available: tokens of the text.
+        samples: as there.
+        seqlen: as there.
+        seed: as there.
+
+    Raises:
+        CalibrationError: as there.
+    """
     if samples < 1 or seqlen < 1:
         raise CalibrationError(
             f"{samples} windows of {seqlen} tokens were asked for; at least 1 of each is needed (`samples`, `seqlen`)."
         )
-    available = token_ids.shape[0]
     if available < seqlen:
         raise CalibrationError(
             f"the calibration text has {available} tokens, one window needs {seqlen}; give a longer text with "
             "`calibration`, or shorter windows with `seqlen`."
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(available - seqlen + 1, (samples,), generator=generator)
-    return token_ids[starts.unsqueeze(1) + torch.arange(seqlen)]
+    return torch.randint(available - seqlen + 1, (samples,), generator=generator)
 
 
-def _check_room(begin: tuple[int, ...], window: int) -> None:
+def check_room(begin: tuple[int, ...], window: int) -> None:
+    """Refuse windows that have no room behind their begin tokens.
+
+    Raises:
+        UsageError: they have none.
+    """
     if begin and window <= len(begin):
         raise UsageError(
             f"a window has {window} tokens, and {len(begin)} of them begin each window; choose longer windows, or bos "
@@ -236,8 +217,9 @@ def _load_any(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationTe
 
 
 def _load(name: str, wikitext_split: str, gsm8k_split: str) -> CalibrationText:
-    if name == WIKITEXT2:
-        return _wikitext(wikitext_split)
+    form, _, split = name.partition(":")
+    if form in WIKITEXTS and ":" not in split:
+        return CalibrationText.of(*read_wikitext(form, split or wikitext_split, remedy=_REMEDY))
     if name == GSM8K:
         return _gsm8k(gsm8k_split)
     if name == EMBEDDED:
@@ -266,16 +248,6 @@ def _embedded() -> CalibrationText:
         ) from None
     text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
     return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")
-
-
-def _wikitext(split: str) -> CalibrationText:
-    path = local_file(_WIKITEXT_FILES[split])
-    if path is not None:
-        return CalibrationText.of(_read_file(path), str(path))
-    rows = _hub_rows(*_WIKITEXT_HUB, split)
-    # The hub drops the blank that the original file has on empty lines.
-    text = "".join(row["text"] or " \n" for row in rows)
-    return CalibrationText.of(text, f"hub:{':'.join(_WIKITEXT_HUB)}:{split}")
 
 
 def _gsm8k(split: str) -> CalibrationText:
@@ -307,10 +279,4 @@ def _join_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _hub_rows(identifier: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    return hub_rows(
-        identifier,
-        config,
-        split,
-        remedy="Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that "
-        "the environment variable CLOQ_DATA names.",
-    )
+    return hub_rows(identifier, config, split, remedy=_REMEDY)

@@ -11,6 +11,7 @@ from cloq_export.errors import DataError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.texts.data_sets import hub_rows, local_file
 from cloq_export.texts.examples import Example, ExampleSet, example_of, numbered_rows, question_prompt, read_examples
+from cloq_export.texts.wikitext import WIKITEXTS, read_wikitext, wikitext_files
 from cloq_export.texts.word_problems import MOST_STEPS, generate
 
 WORD_PROBLEMS = "word-problems"
@@ -33,11 +34,6 @@ class NamedSet:
     hub: tuple[str, str | None]
     origin: str
 
-    @property
-    def is_text(self) -> bool:
-        """Return whether a split is one plain text."""
-        return all(name.endswith(".txt") for names in self.files.values() for name in names)
-
 
 def _json_names(name: str) -> tuple[str, ...]:
     return (f"{name}.jsonl", f"{name}.json")
@@ -45,15 +41,10 @@ def _json_names(name: str) -> tuple[str, ...]:
 
 NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
     {
-        "wikitext2": NamedSet(
-            {
-                "train": ("wikitext2/train.txt",),
-                "validation": ("wikitext2/valid.txt",),
-                "test": ("wikitext2/test.txt",),
-            },
-            ("Salesforce/wikitext", "wikitext-2-v1"),
-            "WikiText-2, word-level form",
-        ),
+        **{
+            name: NamedSet(wikitext_files(name), ("Salesforce/wikitext", form.config), f"WikiText-2, {called}")
+            for (name, form), called in zip(WIKITEXTS.items(), ("word-level form", "raw form"), strict=True)
+        },
         "gsm8k": NamedSet(
             {split: _json_names(f"gsm8k/{split}") for split in ("train", "test")},
             ("openai/gsm8k", "main"),
@@ -113,20 +104,16 @@ def load_examples(name: str) -> ExampleSet:
 def _named_set(name: str, split: str) -> ExampleSet:
     known = NAMED_SETS[name]
     _check_split(name, split, known.files)
+    remedy = (
+        f"Name a file, or put {known.files[split][0]} into the folder that the environment variable CLOQ_DATA names."
+    )
+    if name in WIKITEXTS:
+        text, origin = read_wikitext(name, split, remedy=remedy)
+        return ExampleSet.of([Example(None, text)] if text.strip() else [], origin)
     path = local_file(*known.files[split])
     if path is not None:
         return read_examples(path)
-    rows = hub_rows(
-        *known.hub,
-        split,
-        remedy=f"Name a file, or put {known.files[split][0]} into the folder that the environment variable CLOQ_DATA "
-        "names.",
-    )
-    origin = _hub_origin(*known.hub, split)
-    if known.is_text:
-        # The hub drops the blank that the original file has on empty lines.
-        return ExampleSet.of([Example(None, "".join(row["text"] or " \n" for row in rows))], origin)
-    return _of_rows(rows, origin)
+    return _of_rows(hub_rows(*known.hub, split, remedy=remedy), _hub_origin(*known.hub, split))
 
 
 def _word_problems(name: str, split: str) -> ExampleSet:

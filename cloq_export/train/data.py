@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.texts.examples import AnyExample, ChatExample, Example, ExampleSet
 from cloq_export.texts.named_sets import load_examples
+from cloq_export.texts.tokens import TextTokens
 from cloq_export.train.sequences import SequenceCounts, Sequences, make_sequences
 
 
@@ -21,6 +23,21 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A stretch of one plain text that is evaluated on.
+
+    Args:
+        sha256: of the text.
+        start: its first token, begin tokens not counted.
+        end: the token behind its last.
+    """
+
+    sha256: str
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingData:
     """What is learned and what it is evaluated on, as sequences and as their origin.
 
@@ -29,12 +46,16 @@ class TrainingData:
         evaluated: sequences to evaluate on, or None.
         data: where what is learned is from.
         eval_data: where what is evaluated on is from, if it is not held out of the others.
+        held_out: which stretch of a text is evaluated on, where it is one.
+        repeated: how many of the examples to evaluate on are also learned.
     """
 
     learned: Sequences
     evaluated: Sequences | None
     data: Origin
     eval_data: Origin | None = None
+    held_out: HeldOut | None = None
+    repeated: int = 0
 
     def notes(self, recipe: FineTuneRecipe) -> Iterator[str]:
         """Yield notes on examples that did not fit, for the summary."""
@@ -43,6 +64,8 @@ class TrainingData:
             yield from _count_notes("examples to evaluate on", self.evaluated.counts, recipe)
         elif recipe.eval_samples:
             yield "too few examples to hold any out: nothing was evaluated, and the last adapter is kept"
+        if self.repeated:
+            yield f"{self.repeated} of the examples to evaluate on are learned too: they stand in the data twice"
 
 
 def read_training_data(
@@ -75,7 +98,14 @@ def read_training_data(
         other = load_examples(recipe.eval_data)
         evaluated = sequences(other.examples, other.origin)
         first = dataclasses.replace(evaluated, rows=evaluated.rows[: recipe.eval_samples])
-        return TrainingData(sequences(learned, source.origin), first, data, Origin(other.origin, other.sha256))
+        return TrainingData(
+            sequences(learned, source.origin),
+            first,
+            data,
+            Origin(other.origin, other.sha256),
+            _stretch(other.examples, tokenizer, recipe, bos, range(len(first.rows))),
+            _repeated(learned, other.examples[: recipe.eval_samples]),
+        )
     if all(isinstance(example, Example) and example.prompt is None for example in learned):
         whole = sequences(learned, source.origin)
         # At least as much is learned as evaluated.
@@ -83,14 +113,32 @@ def read_training_data(
         if held_out == 0:
             return TrainingData(whole, None, data)
         kept = dataclasses.replace(whole, rows=whole.rows[:-held_out])
-        return TrainingData(kept, dataclasses.replace(whole, rows=whole.rows[-held_out:]), data)
+        stretch = _stretch(learned, tokenizer, recipe, bos, range(len(kept.rows), len(whole.rows)))
+        return TrainingData(kept, dataclasses.replace(whole, rows=whole.rows[-held_out:]), data, held_out=stretch)
     held_out = min(recipe.eval_samples, len(learned) // 2)
     if held_out == 0:
         return TrainingData(sequences(learned, source.origin), None, data)
     places = {number * len(learned) // held_out for number in range(held_out)}
     rest = tuple(example for place, example in enumerate(learned) if place not in places)
     chosen = tuple(learned[place] for place in sorted(places))
-    return TrainingData(sequences(rest, source.origin), sequences(chosen, source.origin), data)
+    evaluated = sequences(chosen, source.origin)
+    return TrainingData(sequences(rest, source.origin), evaluated, data, repeated=_repeated(rest, chosen))
+
+
+def _repeated(learned: Sequence[AnyExample], evaluated: Sequence[AnyExample]) -> int:
+    known = set(learned)
+    return sum(example in known for example in evaluated)
+
+
+def _stretch(
+    examples: Sequence[AnyExample], tokenizer: Any, recipe: FineTuneRecipe, bos: str, rows: range
+) -> HeldOut | None:
+    """Return where some sequences of one plain text lie in it; None if the examples are anything else."""
+    if len(examples) != 1 or not isinstance(examples[0], Example) or examples[0].prompt is not None:
+        return None
+    room = recipe.seqlen - len(TextTokens(tokenizer).window_begin(bos))
+    digest = hashlib.sha256(examples[0].completion.encode("utf-8", "surrogatepass")).hexdigest()
+    return HeldOut(digest, rows.start * room, rows.stop * room)
 
 
 def prompts_of(examples: ExampleSet) -> Iterator[str]:

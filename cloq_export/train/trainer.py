@@ -26,11 +26,12 @@ from cloq_export.files.atomic import write_json
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
+from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.train.data import TrainingData
 from cloq_export.train.launched import Placement
 from cloq_export.train.loss import next_token_loss
-from cloq_export.train.sequences import pad_batch
+from cloq_export.train.sequences import NOT_LEARNED, pad_batch
 
 WEIGHTS_NAME = "trained.safetensors"
 # Written last; a checkpoint without it, or whose files differ from it, was cut off.
@@ -125,6 +126,7 @@ def train_adapter(
         raise UsageError("float16 cannot be trained on a CPU; choose `precision=bfloat16` or float32.")
     learned, evaluated = data.learned, data.evaluated
     cast(Any, model).loss_function = next_token_loss
+    forget_lengths(model)
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(recipe, len(learned.rows), evaluated is not None, folder, placement),
@@ -160,6 +162,34 @@ class AdapterTrainer(transformers.Trainer):
         if not bool(torch.isfinite(loss)):
             raise DivergedError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch; sequences on two sides of a switch of rotary frequencies are not mixed.
+
+        Each side takes a forward pass; the loss is the sum over all learned tokens of the batch, divided as it would be
+        in one pass.
+        """
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        sides = RotarySwitch.of(self.model).apart(lengths)
+        if len(sides) == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        total = num_items_in_batch
+        if total is None:
+            total = int((inputs["labels"][:, 1:] != NOT_LEARNED).sum())
+        losses, outputs = [], None
+        for rows in sides:
+            longest = max(lengths[row] for row in rows)
+            part = {name: tensor[rows, :longest] for name, tensor in inputs.items()}
+            loss, outputs = super().compute_loss(model, part, True, total)
+            losses.append(loss)
+        summed = torch.stack(losses).sum()
+        return (summed, outputs) if return_outputs else summed
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the evaluation loss.

@@ -16,6 +16,7 @@ from cloq_export.compress.session import Session
 from cloq_export.errors import UsageError
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.recipe import FIELDS, Recipe
+from cloq_export.verbs.held_out import windows_report
 from cloq_export.verbs.run_files import remove_finished, write_run_adapter
 from cloq_export.verbs.run_texts import bind_text, calibration_text_of
 from cloq_export.verbs.summary import RunSummary, summarize_run
@@ -67,6 +68,8 @@ def adapt(run_path: Path, changes: Mapping[str, Any], *, console: Console | None
         write_run_adapter(session, directory, recipe, parts)
         certificates = parts.certificates()
         directory.write_report(f"adapter-{recipe.adapter_name}", layers_report(certificates))
+        if windows_report() in parts.reports():
+            directory.write_report(windows_report(recipe.adapter_name), parts.read_report(windows_report()))
     remove_finished(work)
     commands = (command_line("cloq", "export", run_path), command_line("cloq", "eval", run_path))
     return summarize_run(session, directory, recipe, certificates=certificates, next=commands)

@@ -24,6 +24,7 @@ from cloq_export.train.data import TrainingData, read_training_data
 from cloq_export.train.launched import Placement, first_process_first, held_by_first
 from cloq_export.train.pairs import place_pairs, trained_pairs
 from cloq_export.train.trainer import Training, train_adapter
+from cloq_export.verbs.held_out import calibrated_tokens, notes_on_held_out
 from cloq_export.verbs.recording import probe_model
 from cloq_export.verbs.run_files import remove_finished
 from cloq_export.verbs.training_result import TrainedRecord, TrainingResult, files_of_training, write_trained
@@ -70,6 +71,8 @@ def finetune(
         tokenizer = read_tokenizer(checkpoint_folder(run_path))
         data = session.timed("read data", lambda: read_training_data(recipe, tokenizer, source, bos=run_recipe.bos))
         session.notes.extend(data.notes(recipe))
+        calibrated = calibrated_tokens(directory, data.held_out, recipe.start or run_recipe.adapter_name)
+        session.notes.extend(notes_on_held_out(directory, data, calibrated))
         with first_process_first():
             start = TrainingStart.begin_or_continue(directory, base, recipe, data, work / _CHECKPOINTS)
         placement = Placement.of(recipe)
@@ -85,7 +88,7 @@ def finetune(
         if is_first:
             # As they are stored, so that the record describes what a reader of the files computes.
             place_pairs(model, pairs)
-            record = TrainedRecord(source, probe_model(model, tokenizer))
+            record = TrainedRecord(source, probe_model(model, tokenizer), data.held_out, calibrated)
             write_trained(directory, start, recipe, pairs, training.curve, record)
             remove_finished(work)
     return TrainingResult(

@@ -20,6 +20,7 @@ from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_wi
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.adapt import refuse_codes_of_alternations
 from cloq_export.verbs.export_card import public_name
+from cloq_export.verbs.held_out import notes_on_evaluation
 from cloq_export.verbs.recording import CODES_ALONE, record_base
 from cloq_export.verbs.run_files import note_source, open_run, write_run_adapter, write_run_checkpoint
 from cloq_export.verbs.run_texts import bind_text, run_texts
@@ -58,6 +59,7 @@ def run(
     texts = run_texts(recipe, demo=demo)
     session.notes.extend(texts.notes)
     assert texts.evaluation is not None  # asked for
+    session.notes.extend(notes_on_evaluation(texts.calibration, texts.evaluation))
     windows = TextWindows(texts.evaluation, recipe.eval_window, recipe.eval_windows, recipe.bos)
 
     def check_all(loaded: LoadedModel) -> None:

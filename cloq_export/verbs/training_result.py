@@ -20,7 +20,7 @@ from cloq_export.parity.questions import TrainedOn
 from cloq_export.process.host_memory import MemoryUse
 from cloq_export.recipe import FineTuneRecipe
 from cloq_export.texts.examples import ExampleSet
-from cloq_export.train.data import prompts_of
+from cloq_export.train.data import HeldOut, prompts_of
 from cloq_export.train.trainer import EvaluationPoint, Training, TrainingCurve, TrainingStep
 from cloq_export.types import LoraPair
 from cloq_export.verbs.recording import note_adapter
@@ -153,7 +153,11 @@ def write_trained(
             ),
         },
     )
-    directory.write_report(report_name(recipe.name), {**start.to_json(), **dataclasses.asdict(curve)})
+    held_out = None
+    if record.held_out is not None:
+        held_out = {**dataclasses.asdict(record.held_out), "calibrated_tokens": record.calibrated}
+    report = {**start.to_json(), **dataclasses.asdict(curve), "held_out": held_out}
+    directory.write_report(report_name(recipe.name), report)
     write_bytes(report_path(directory, recipe.name).with_suffix(".svg"), curve_plot(curve))
 
 
@@ -164,10 +168,14 @@ class TrainedRecord:
     Args:
         examples: what it learned; only marks of the prompts are kept.
         probe: what the model says with it.
+        held_out: the stretch of a text that it was evaluated on, where it is one.
+        calibrated: how many tokens of that the run was calibrated on.
     """
 
     examples: ExampleSet
     probe: ProbeRecord
+    held_out: HeldOut | None = None
+    calibrated: int = 0
 
 
 def curve_plot(curve: TrainingCurve) -> bytes:

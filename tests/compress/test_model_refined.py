@@ -61,7 +61,7 @@ def test_error_and_derivatives_are_those_of_the_whole_model(
     linears = [find_linears(block, blocks.prefix(index)) for index, block in enumerate(blocks)]
     layers = [{name: _rounded(linear.weight) for name, linear in of_block.items()} for of_block in linears]
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    objective = ModelObjective(stream, layers)
+    objective = ModelObjective(stream, layers, [1])
     error, found = objective.error([0, 1]), dict(objective.gradients(1))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])

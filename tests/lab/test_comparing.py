@@ -21,6 +21,8 @@ from cloq_export.lab import comparing
 from cloq_export.lab.comparing import compare
 from cloq_export.lab.comparison import STARTS, ComparisonRecipe
 from cloq_export.lab.comparison_report import comparison_table
+from cloq_export.models.source import open_model
+from cloq_export.parity.tasks import GROUPS
 from cloq_export.recipe import Recipe
 
 
@@ -70,6 +72,9 @@ def test_rows_means_and_files(
     assert rows["cloq", 2, "mean"]["perplexity"] == pytest.approx(sum(both) / 2)
     assert rows["cloq", 2, "mean"]["perplexity_spread"] == pytest.approx(torch.tensor(both).std().item(), rel=1e-4)
     assert rows["cloq", 2, 0]["tried_rates"].keys() == {"0.001"}
+    # Rates are chosen on text that no base was calibrated on: four sequences, and one that is not full.
+    assert RunDirectory.open(out / "bases" / "int2").recipe.reserve == comparison.reserve == 5 * 16
+    assert [rows["cloq", 2, seed]["held_out_tokens_calibrated_on"] for seed in (0, 1)] == [0, 0]
     assert json.loads((out / "compare.json").read_text())["rows"] == result["rows"]
     assert result["missing_rows"] == 0
     assert "| cloq |" in comparison_table(result)
@@ -91,7 +96,18 @@ def test_rows_means_and_files(
 
 @pytest.mark.slow
 def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["cloq", "cloq-balanced", "cloq-transposed", "zero", "zero-on-cloq", "svd", "loftq", "lora", "qlora"]
+    names = [
+        "cloq",
+        "cloq-balanced",
+        "cloq-transposed",
+        "zero",
+        "zero-on-cloq",
+        "svd",
+        "loftq",
+        "apiq-bw",
+        "lora",
+        "qlora",
+    ]
     path = recipe_file(starts=names, seeds={2: [0]})
     assert main(["compare", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -100,7 +116,7 @@ def test_every_start_gives_a_row(recipe_file: Any, tmp_path: Path, capsys: pytes
     for name, row in rows.items():
         assert row.get("perplexity", 0) > 0, (name, row)
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]))
-    assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq"}
+    assert set(result["bases"]) == {"int2", "int2-rank-0", "int2-init-loftq", "int2-refine-apiq-bw"}
     # The three splits begin with the same product, up to the rounding of activations (bfloat16 where that is fast);
     # LoftQ is worse than CLoQ on the calibration inputs.
     before = {name: row["held_out_loss_before"] for name, row in rows.items() if "held_out_loss_before" in row}
@@ -143,9 +159,58 @@ def test_what_a_task_needs_is_read_before_a_base_is_made(
 
 def test_the_small_comparison_of_the_package_is_valid() -> None:
     small = ComparisonRecipe.read("small")
+    assert small.reserve == 33 * 128
     assert set(small.starts) <= set(STARTS)
     assert len([case for case in small.cases() if case[1] == "cloq" and case[2] == 2]) == 3 * len(small.tasks)
-    assert set(ComparisonRecipe.read("small", full=True).starts) > set(small.starts)
+    full = ComparisonRecipe.read("small", full=True, model="mistralai/Mistral-7B-v0.1")
+    assert set(full.starts) > {*small.starts, "apiq-lw", "apiq-bw"}
+    assert list(full.tasks) == ["wikitext2", "gsm8k", "math10k", "commonsense170k"]
+    assert full.model == "mistralai/Mistral-7B-v0.1"
+    assert (full.bos, full.reserve) == ("never", 257 * 512)
+    # Measured on the split of the paper's tables, calibrated and trained on the training split, of which the end that
+    # trainings hold out is new to every base.
+    assert full.tasks["wikitext2"]["text"] == "wikitext2-raw:validation"
+    assert full.tasks["wikitext2"]["finetune"]["data"] == full.quantize["calibration"] == "wikitext2-raw:train"
+
+
+def test_a_row_whose_held_out_text_was_calibrated_on_says_so() -> None:
+    row = {"task": "text", "init": "cloq", "bits": 2, "seed": 0, "held_out_tokens_calibrated_on": 12}
+    result = {"rows": [row], "bases": {}, "environments": {}, "missing_rows": 0}
+    assert (
+        "- cloq, text, 2 bits, seed 0: the codes were calibrated on 12 of the tokens that are held out, so its rate "
+        "and its held-out perplexity are not of new text\n"
+    ) in comparison_table(result)
+    assert "held out" not in comparison_table({**result, "rows": [{**row, "held_out_tokens_calibrated_on": 0}]})
+
+
+def test_a_group_of_tasks_is_judged_by_the_mean_of_its_accuracies(
+    recipe_file: Any, tmp_path: Path, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GROUPS, "both", ("short-word-problems", "word-problems"))
+    task = yaml.safe_load(recipe_file().read_text())["tasks"]["text"]
+    task = {"finetune": task["finetune"], "questions": "both", "problems": 2}
+    comparison = ComparisonRecipe.read(str(recipe_file(tasks={"problems": task})))
+    folder = comparing.ComparisonFolder(comparison, tmp_path / "out", silent)
+    loaded = open_model(comparison.model, dtype=torch.float32)
+    asked: list[str] = []
+
+    def answered(_: Any, questions: Any, subjects: Any, *more: Any) -> dict[str, Any]:
+        asked.extend(questions)
+        return {
+            name: {"models": {"start": {"accuracy": 0.25 + 0.5 * place}}, "questions": 2}
+            for place, name in enumerate(questions)
+        }
+
+    monkeypatch.setattr(comparing, "answer_tasks", answered)
+    judged = folder._judge("problems", loaded.model, loaded.tokenizer, "start")
+    assert asked == ["short-word-problems", "word-problems"]
+    assert judged == {
+        "accuracy": 0.5,
+        "questions": 4,
+        "accuracies": {"short-word-problems": 0.25, "word-problems": 0.75},
+    }
+    with pytest.raises(RecipeError, match="a task or group out of"):
+        ComparisonRecipe.read(str(recipe_file(tasks={"problems": {**task, "questions": "none"}})))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +230,8 @@ def test_the_small_comparison_of_the_package_is_valid() -> None:
         ({"tasks": {"a": {"finetune": {"steps": "x"}}}}, "the task 'a': steps is 'x'; a whole number is needed"),
         (
             {"tasks": {"a": {"finetune": {}, "questions": "gsm", "problems": 0}}},
-            "questions is 'gsm'; a task out of gsm8k, .*problems is 0; a whole number of at least 1 is needed; "
-            "the task 'a' learns from nothing; give data",
+            "questions is 'gsm'; a task or group out of gsm8k, .*problems is 0; a whole number of at least 1 is "
+            "needed; the task 'a' learns from nothing; give data",
         ),
         ({"tasks": {"a": {"finetune": {}}}}, "the task 'a' is judged by nothing"),
         ({"bits": 2}, "bits is 2; a list of widths out of 2, 3, 4 and 8 is needed"),

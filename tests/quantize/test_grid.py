@@ -222,3 +222,23 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         ShapeError, match=r"40 inputs cannot be cut into groups of 16; choose a group size that divides 40"
     ):
         fit_grid(torch.zeros(2, 40), QuantSpec(4, 16))
+
+
+@pytest.mark.parametrize(("bits", "shrink"), [(2, 0.8), (3, 0.9), (2, 0.95), (4, 1.0)])
+def test_a_shrunk_range_has_the_step_and_zero_of_magrs_authors(bits: int, shrink: float) -> None:
+    """`scale = beta (max - min) / (2**bits - 1)`, `zero = round(-min / scale)`, channel by channel."""
+    weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(bits))
+    weight[3] = weight[3].abs()
+    scales, zeros = fit_grid(weight, QuantSpec(bits, -1), "minmax", shrink)
+    for row, scale, zero in zip(weight.tolist(), scales[:, 0].tolist(), zeros[:, 0].tolist(), strict=True):
+        low, high = min(0.0, *row), max(0.0, *row)
+        expected = shrink * (high - low) / (2**bits - 1)
+        assert scale == pytest.approx(expected, rel=2**-10)
+        # The zero is taken for the scale as it is stored, and stays among the codes.
+        assert zero == min(2**bits - 1, max(0, round(-low / scale)))
+    if shrink == 1.0:
+        plain = fit_grid(weight, QuantSpec(bits, -1), "minmax")
+        assert torch.equal(scales, plain[0])
+        assert torch.equal(zeros, plain[1])
+    searched = [fit_grid(weight, QuantSpec(bits, 16), "searched", share)[0] for share in (shrink, 1.0)]
+    assert torch.equal(*searched)

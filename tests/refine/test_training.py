@@ -15,7 +15,8 @@ from cloq_export.refine import (
     Refinement,
     Schedule,
     TrainedLayer,
-    held_out_error,
+    judging_batches,
+    mean_error,
     relative_error,
     squared_error,
     train_layers,
@@ -65,7 +66,9 @@ class Block:
 
     def train(self, *, scales: bool = True, rank: int = RANK, steps: int = 120, seed: int = 0) -> Refinement:
         layers = self.layers(scales=scales, rank=rank)
-        return train_layers(layers, OutputObjective(layers, self.forward, self.targets), Schedule(steps, seed))
+        return train_layers(
+            layers, OutputObjective(layers, self.forward, self.targets, [len(self.targets) - 1]), Schedule(steps, seed)
+        )
 
 
 def test_the_held_out_error_falls_and_all_parts_together_do_best() -> None:
@@ -90,7 +93,7 @@ def test_what_is_kept_is_what_was_judged() -> None:
     for name, (layer, pair) in found.layers.items():
         assert pair is not None
         block.parameters[name].data = layer.dequantize() + pair.product()
-    assert held_out_error(block.forward, block.targets) == found.error_after
+    assert mean_error(block.forward, block.targets, [8]) == found.error_after
     # The last of nine batches judges, by the definition of the error.
     output, target = block.forward(8), block.targets[8]
     by_hand = ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
@@ -130,7 +133,7 @@ def test_an_error_that_is_no_number_leaves_the_best_so_far(calls_before: int) ->
         return plain(batch) * (math.nan if calls > calls_before else 1.0)
 
     layers = block.layers()
-    found = train_layers(layers, OutputObjective(layers, forward, block.targets), Schedule(50, 0))
+    found = train_layers(layers, OutputObjective(layers, forward, block.targets, [8]), Schedule(50, 0))
     assert found.diverged
     assert found.steps < 50
     assert (found.layers is None) == (calls_before < 30)
@@ -138,11 +141,24 @@ def test_an_error_that_is_no_number_leaves_the_best_so_far(calls_before: int) ->
         assert found.error_after < found.error_before
 
 
-def test_one_batch_judges_what_it_trains() -> None:
-    block = Block(batches=1)
-    found = block.train(steps=20)
-    assert found.layers is not None
-    assert found.error_after < found.error_before
+@pytest.mark.parametrize(("trained", "judging"), [(1, 1), (8, 1), (15, 1), (16, 2), (40, 5), (64, 8), (500, 8)])
+def test_one_batch_judges_for_eight(trained: int, judging: int) -> None:
+    assert judging_batches(trained) == judging
+
+
+def test_a_batch_that_judges_is_never_trained_on() -> None:
+    block, trained = Block(batches=6), []
+    layers = block.layers()
+    objective = OutputObjective(layers, block.forward, block.targets, [1, 4])
+    plain = objective.gradients
+
+    def watched(batch: int) -> object:
+        trained.append(batch)
+        return plain(batch)
+
+    objective.gradients = watched  # type: ignore[method-assign, assignment]
+    train_layers(layers, objective, Schedule(20, 0))
+    assert set(trained) == {0, 2, 3, 5}
 
 
 def test_a_layer_that_no_token_reaches_stands_still() -> None:
@@ -151,7 +167,7 @@ def test_a_layer_that_no_token_reaches_stands_still() -> None:
     start = block.start("up")
     idle = TrainedLayer(nn.Parameter(torch.empty(INNER, WIDTH)), start, dtype=torch.float32, scales=True)
     layers["idle"] = idle
-    found = train_layers(layers, OutputObjective(layers, block.forward, block.targets), Schedule(10, 0))
+    found = train_layers(layers, OutputObjective(layers, block.forward, block.targets, [8]), Schedule(10, 0))
     assert found.layers is not None
     stored, pair = found.layers["idle"]
     assert torch.equal(stored.scales, start[0].scales)

@@ -15,12 +15,13 @@ import torch
 from cloq_export.errors import CalibrationError, MissingPackageError
 from cloq_export.texts.corpora import (
     CalibrationText,
-    calibration_windows,
     evaluation_text,
     load_text,
     sample_windows,
     tokenize_text,
 )
+from cloq_export.texts.examples import Example
+from cloq_export.texts.named_sets import load_examples
 
 
 @pytest.fixture
@@ -191,33 +192,44 @@ def test_too_short_text_is_refused() -> None:
         sample_windows(torch.arange(100), 0, 64, seed=0)
 
 
-def _letters(text: str, **options: Any) -> dict[str, list[int]]:
-    return {"input_ids": [ord(letter) for letter in text]}
+RAW = " \n = Title = \n \n A line with \u2028 in it . \n \n"
 
 
-def test_texts_of_a_mix_take_turns(tmp_path: Path) -> None:
+def test_the_raw_form_joins_its_lines_as_papers_do(data_folder: Path, hub: dict[str, Any]) -> None:
+    """Two line feeds between the hub's rows, which are lines with their line feed, and empty texts for empty lines."""
+    hub["rows"] = [{"text": text} for text in ("", " = Title = \n", "", " A line with \u2028 in it . \n", "")]
+    joined = "\n\n".join(row["text"] for row in hub["rows"])
+    assert evaluation_text("wikitext2-raw:validation").text == joined
+    assert hub["asked"] == [("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")]
+    (data_folder / "wikitext2-raw").mkdir()
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        (data_folder / "wikitext2-raw" / f"{name}.txt").write_text(RAW + split, encoding="utf-8")
+        text = load_text(f"wikitext2-raw:{split}")
+        assert text.text == joined + "\n\n" + split
+        assert text.origin.endswith(f"{name}.txt")
+        # What is trained on is the very text that is calibrated on.
+        (example,) = load_examples(f"wikitext2-raw:{split}").examples
+        assert example == Example(None, text.text)
+    # Unless a split is named: calibration on validation, measured on test, as of the other form.
+    assert load_text("wikitext2-raw").text.endswith("validation")
+    assert evaluation_text("wikitext2-raw").text.endswith("test")
+    assert load_text("wikitext2:test").text == " \n = Test = \n"
+    with pytest.raises(CalibrationError, match=r"wikitext2-raw has no split 'dev'; it has train, validation, test\."):
+        load_text("wikitext2-raw:dev")
+
+
+def test_a_mix_holds_its_texts(tmp_path: Path) -> None:
     for name, letter in (("one", "a"), ("two", "b"), ("c+c", "c")):
         (tmp_path / f"{name}.txt").write_text(letter * 50, encoding="utf-8")
     mix = load_text(f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}")
     assert mix.origin == f"{tmp_path / 'one.txt'} + {tmp_path / 'two.txt'}"
     assert mix.sha256 == hashlib.sha256(mix.text.encode()).hexdigest()
-    windows = calibration_windows(_letters, mix, 5, 4, 0, "auto")
-    assert "".join(chr(row[0]) for row in windows) == "ababa"
-    assert windows.shape == (5, 4)
-    assert all(len(set(row.tolist())) == 1 for row in windows)
-    with pytest.raises(CalibrationError, match="1 windows were asked for from a mix of 2 texts"):
-        calibration_windows(_letters, mix, 1, 4, 0, "auto")
+    assert [part.text[0] for part in mix.parts] == ["a", "b"]
     # A file's own name may have the sign in it.
     single = load_text(str(tmp_path / "c+c.txt"))
     assert (single.text, single.parts) == ("c" * 50, ())
     with pytest.raises(CalibrationError, match=r"'missing\.txt' is not a readable text file"):
         load_text(f"{tmp_path / 'one.txt'}+missing.txt")
-
-
-def test_windows_of_one_text_are_those_of_its_tokens(tmp_path: Path) -> None:
-    text = CalibrationText.of("".join(chr(97 + i % 26) for i in range(300)), "here")
-    tokens = tokenize_text(_letters, text.text)
-    assert torch.equal(calibration_windows(_letters, text, 7, 20, 3, "auto"), sample_windows(tokens, 7, 20, 3))
 
 
 def test_tokenizing_adds_nothing() -> None:

@@ -130,13 +130,15 @@ def test_files_by_path(folder: Path, hub: dict[str, Any]) -> None:
     (folder / "mine.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
     assert load_examples(str(folder / "mine.jsonl")).examples == (LEARNED,) * 3
     for name in (str(folder / "nowhere.jsonl"), "gsm8", "./mine", "", str(folder), "org/rows.txt"):
-        with pytest.raises(DataError, match=r"is no file and no data set that is known by name \(wikitext2, gsm8k"):
+        with pytest.raises(
+            DataError, match=r"is no file and no data set that is known by name \(wikitext2, wikitext2-raw"
+        ):
             load_examples(name)
     assert hub["asked"] == []
 
 
 def test_unknown_names_and_splits(folder: Path) -> None:
-    assert set_names() == ("wikitext2", "gsm8k", "math10k", "commonsense170k", *WORD_PROBLEM_SETS)
+    assert set_names() == ("wikitext2", "wikitext2-raw", "gsm8k", "math10k", "commonsense170k", *WORD_PROBLEM_SETS)
     with pytest.raises(DataError, match="math10k has no split 'test'; it has train"):
         load_examples("math10k:test")
     with pytest.raises(DataError, match="word-problems has no split 'dev'; it has train, test"):

@@ -12,9 +12,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from cloq_export.errors import DataError, UsageError
 from cloq_export.parity.answers import Respondent, continue_prompts, score_continuations
-from cloq_export.texts.corpora import CalibrationText, calibration_windows, evaluation_tokens, tokenize_text
+from cloq_export.recipe import Recipe
+from cloq_export.texts.corpora import CalibrationText, evaluation_tokens, sample_windows, tokenize_text
 from cloq_export.texts.examples import ChatExample, Example, Message
 from cloq_export.texts.tokens import TextTokens
+from cloq_export.texts.windows import WindowCounts, draw_windows
 from cloq_export.train.sequences import NOT_LEARNED, make_sequences
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -124,6 +126,43 @@ def test_no_token_begins_or_ends_a_text_twice(kind: str, post: str) -> None:
     assert learned.count(EOS) == 1
 
 
+# Where the tokenizers of these families put a begin token: Llama 2 and Mistral, Gemma, Llama 3; Qwen has none.
+FAMILIES = {
+    "llama 2": ("llama 2", "begins"),
+    "gemma": ("metaspace", "begins"),
+    "llama 3": ("bytes", "begins"),
+    "qwen": ("bytes", "none"),
+}
+
+
+def harness_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return what lm-evaluation-harness asks (`HFLM.tok_encode` without arguments and with no `add_bos_token`).
+
+    The rule: the tokenizer's own `add_special_tokens`, whatever that is; none where the text begins with the begin
+    token already.
+    """
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer.encode(text, **({"add_special_tokens": False} if begins else {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", ["Q: ab\nA:", "<s>Q: ab\nA:", "ab", " 4"])
+def test_prompts_are_asked_as_the_harness_asks_them(family: str, text: str) -> None:
+    kind, post = FAMILIES[family]
+    tokenizer = make_tokenizer(kind, post)
+    expected = harness_ids(tokenizer, text)
+    assert expected[0] == BOS or post == "none"
+    assert TextTokens(tokenizer).prompt_ids(text) == expected
+    assert learned_of(tokenizer, text, " 4")[0] == expected
+    # Of a tokenizer that ends texts by itself the harness keeps the end token, behind which no model goes on.
+    ends = make_tokenizer(kind, "both" if post == "begins" else "ends")
+    assert [*TextTokens(ends).prompt_ids(text), *([] if text.startswith("<s>") else [EOS])] == harness_ids(ends, text)
+    # The windows of texts begin as prompts do, unless they are asked otherwise.
+    begin = TextTokens(tokenizer).window_begin("auto")
+    assert list(begin) == expected[: len(begin)]
+    assert begin == ((BOS,) if post == "begins" else ())
+
+
 @pytest.mark.parametrize("post", POSTS)
 def test_choices_are_parted_as_the_harness_does(post: str) -> None:
     tokenizer = make_tokenizer("llama 2", post)
@@ -188,11 +227,14 @@ def test_windows_begin_as_asked(post: str, bos: str, begin: tuple[int, ...]) -> 
     assert torch.equal(windows[:, len(begin) :].reshape(-1), plain[: count * room])
     assert all(tuple(window[: len(begin)].tolist()) == begin for window in windows)
     text = CalibrationText.of(LONG, "here")
-    drawn = calibration_windows(tokenizer, text, 5, 8, 3, bos)
+    recipe = Recipe(model="m", seqlen=8, seed=3, bos=bos)
+    made_windows = draw_windows(tokenizer, text, recipe, WindowCounts(5))
+    assert made_windows.to_json()["begin_tokens"] == list(begin)
+    drawn = made_windows.solving.ids
     assert drawn.shape == (5, 8)
     assert torch.equal(drawn[:, : len(begin)], torch.tensor(begin, dtype=torch.int64).expand(5, -1))
     # Behind it stands what would be drawn for windows that are shorter by the begin token.
-    bare = calibration_windows(make_tokenizer("bytes"), text, 5, room, 3, "auto")
+    bare = sample_windows(plain, 5, room, 3)
     assert torch.equal(drawn[:, len(begin) :], bare)
     made = make_sequences([Example(None, LONG)], tokenizer, 8, bos=bos)
     assert [row["input_ids"].tolist() for row in made.rows] == windows.tolist()

@@ -129,6 +129,48 @@ def test_training_changes_the_adapter_alone_and_helps(trained: Trained, contents
     assert b"<svg" in (run / "reports" / f"finetune-{NAME}.svg").read_bytes()
 
 
+def test_a_held_out_loss_on_text_that_was_calibrated_on_says_so(
+    trained: Trained, made: Path, tmp_path: Path, recipe_for: RecipeFor, options: Any, silent: Console
+) -> None:
+    """Six hundred words, of which the last 64 of whole sequences are held out: what the run drew there is counted."""
+    run, _, summary = trained
+    (text,) = RunDirectory.open(run).read_report("windows")["texts"]
+    start, end = 592 - 64, 592
+    drawn = {place for a, b in text["solved"] for place in range(a, b)}
+    shared = len(drawn.intersection(range(start, end)))
+    held_out = RunDirectory.open(run).read_report(f"finetune-{NAME}")["held_out"]
+    assert held_out == {"sha256": text["sha256"], "start": start, "end": end, "calibrated_tokens": shared}
+    told = [note for note in summary.notes if note.startswith("the codes were calibrated on")]
+    assert bool(told) == bool(shared)
+
+    for reserve, samples in ((0, 40), (5 * 16, 40)):
+        other = tmp_path / f"run-{reserve}"
+        make_run(recipe_for("llama", bits=2, samples=samples, reserve=reserve), other, console=silent)
+        notes = finetune(other, options(steps=1), console=silent).notes
+        report = RunDirectory.open(other).read_report(f"finetune-{NAME}")["held_out"]
+        told = [note for note in notes if note.startswith("the codes were calibrated on")]
+        if reserve:
+            assert (report["calibrated_tokens"], told) == (0, [])
+        else:
+            assert 0 < report["calibrated_tokens"] <= 64
+            assert told == [
+                f"the codes were calibrated on {report['calibrated_tokens']} of the 64 tokens that are held out, so "
+                "the held-out loss is lower than on new text; make the run with a `reserve` of so many tokens and one "
+                "sequence more, or name other text with `eval_data`"
+            ]
+
+
+def test_examples_that_are_learned_and_held_out_are_counted(
+    run: Path, options: Any, tmp_path: Path, silent: Console
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"w{n % 3}", "completion": " w5 w6"} for n in range(8)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    result = finetune(run, options(data=str(data), steps=1, eval_samples=2), console=silent)
+    assert "2 of the examples to evaluate on are learned too: they stand in the data twice" in result.notes
+    assert RunDirectory.open(run).read_report(f"finetune-{NAME}")["held_out"] is None
+
+
 def test_the_result_is_bound_and_upstream_peft_serves_the_same(trained: Trained) -> None:
     run = trained[0]
     folder = RunDirectory.open(run).adapter_path(NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_files_hold_single_experts_under_the_names_of_the_hub(recipe_for: Recipe
     assert "model.layers.0.block_sparse_moe.experts.3.w1.qweight" in held
     assert "model.layers.0.block_sparse_moe.gate.weight" in held
     assert not [name for name in held if ".mlp." in name]
+
+
+def test_routers_are_named_among_what_is_not_quantized(
+    recipe_for: RecipeFor, run_recipe: RunRecipe, tmp_path: Path, silent: Console
+) -> None:
+    run, _ = run_recipe(recipe_for("mixtral", bits=4))
+    write_export(run.path, ExportOptions(format="compressed_tensors", out=tmp_path / "export"), console=silent)
+    ignored = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["ignore"]
+    # An engine's router is a linear layer, and would be looked for among the quantized ones.
+    assert {f"model.layers.{number}.block_sparse_moe.gate" for number in (0, 1)} <= set(ignored)
 
 
 def certificates(run: RunDirectory, name: str) -> list[Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+import tiny_mixtures
 import tokenizers
 import torch
 import transformers
@@ -26,6 +27,8 @@ from cloq_export.engines.vllm.process import SAFE_PATH
 from cloq_export.errors import CloqError
 from cloq_export.formats.gptq import GPTQ_V1
 from cloq_export.formats.peft import write_adapter
+from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.experts import split_experts
 from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(93))]
@@ -51,8 +54,19 @@ class Export:
         folder = self.adapters[adapter] if isinstance(adapter, str) else adapter
         model = _reference(self.folder, folder, dtype)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([list(token_ids)])).logits[0].to(torch.float32)
+            logits = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0].to(torch.float32)
         return torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+    def greedy(self, token_ids: Sequence[int], adapter: str | None, count: int) -> list[int]:
+        """Return the continuation that the same runtime finds likeliest, to the end-of-sequence token at most."""
+        model = _reference(self.folder, self.adapters[adapter] if adapter else None, torch.float32)
+        ids = list(token_ids)
+        for _ in range(count):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] == 2:
+                break
+        return ids[len(token_ids) :]
 
 
 @pytest.fixture(autouse=True)
@@ -134,10 +148,11 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
         *,
         overrides: Mapping[str, QuantSpec | None] | None = None,
         dtype: torch.dtype = torch.float32,
+        model: Any = None,
         **options: Any,
     ) -> Export:
         folder = tmp_path_factory.mktemp("exports") / "tiny"
-        model = _random_model().to(dtype)
+        model = (model or _random_model()).to(dtype)
         layers = {}
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear) or name == "lm_head":
@@ -155,6 +170,25 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
             for name, seed in (("one", 1), ("two", 2))
         }
         return Export(folder, adapters, layers, fingerprint)
+
+    return write
+
+
+@pytest.fixture
+def mixture(monkeypatch: pytest.MonkeyPatch, write_export: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function from a family to a 2-bit export with two adapters, wide enough for vLLM's attention."""
+    monkeypatch.setitem(tiny_mixtures._SIZES, "hidden_size", 128)
+    for _, options in tiny_mixtures.MIXTURES.values():
+        if options.get("head_dim"):
+            monkeypatch.setitem(options, "head_dim", 32)
+
+    def write(family: str, layout: str = "gptq_v2", **options: Any) -> Any:
+        model = tiny_mixtures.build_mixture(family)
+        split_experts(model)
+        overrides = {"gate": None, "router.layer": None, **options.pop("overrides", {})}
+        return write_export(
+            QuantSpec(bits=2, group_size=32), model=model, layout=LAYOUTS[layout], overrides=overrides, **options
+        )
 
     return write
 

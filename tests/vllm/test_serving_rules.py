@@ -17,6 +17,7 @@ from cloq_export.cli import main
 from cloq_export.engines.vllm import plan as vllm_plan
 from cloq_export.engines.vllm.facts import EngineFacts, engine_facts
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
+from cloq_export.engines.vllm.plugin.pieces import missing_piece
 from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, SourceError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
@@ -248,3 +249,26 @@ def test_a_pair_of_larger_rank_raises_the_limit(export: Any, tmp_path: pathlib.P
         ServeOptions(adapters=(f"wide={tmp_path / 'wide'}",), default="wide", port=0, kv_cache_gib=1),
     )
     assert option(plan, "--max-lora-rank") == "64"
+
+
+@pytest.mark.usefixtures("on")
+def test_all_experts_are_adapted_by_one_name(mixture: Callable[..., Any]) -> None:
+    plan = plan_serving(mixture("mixtral").folder, ServeOptions(port=0, default="one"))
+    at = plan.command.index("--lora-target-modules") + 1
+    assert list(plan.command[at : at + 5]) == ["experts", "k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.usefixtures("on")
+def test_half_quantized_experts_are_not_served(mixture: Callable[..., Any]) -> None:
+    export = mixture("qwen3-moe", overrides={"experts.3.up_proj": None})
+    said = refuse(export.folder, default="one")
+    assert "model.layers.1.mlp.experts.3.up_proj is not quantized; quantize all of them or none" in said
+
+
+def test_a_vllm_that_lacks_a_piece_is_told_which() -> None:
+    assert missing_piece({"json:JSONDecoder.decode": ("s",), "json:dumps": ()}) is None
+    assert (
+        missing_piece({"json:JSONDecoder.decode": ("s", "shape")}) == "json.JSONDecoder.decode with the parameter shape"
+    )
+    assert missing_piece({"json:JSONDecoder.learn": ()}) == "json.JSONDecoder.learn"
+    assert missing_piece({"json.of_another_version:loads": ()}) == "json.of_another_version.loads"

@@ -89,7 +89,7 @@ class ReferenceModel(TransformersModel):
             odd = next((token for row in rows for token in texts[row] if not 0 <= token < known), None)
             if odd is not None:
                 raise ShapeError(f"the runtime wrote the token {odd}; the model knows those from 0 to {known - 1}.")
-            for batch in batches_of(rows, whole, tokens_per_batch(model)):
+            for batch in batches_of(rows, whole, model):
                 with torch.no_grad():
                     logits = model(input_ids=padded_rows([whole[row] for row in batch], model), use_cache=False).logits
                 for place, row in enumerate(batch):
@@ -112,7 +112,7 @@ class ReferenceModel(TransformersModel):
         """
         model = self.model(adapter)
         results: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
-        for batch in batches_of(list(range(len(token_ids))), token_ids, tokens_per_batch(model)):
+        for batch in batches_of(list(range(len(token_ids))), token_ids, model):
             padded = padded_rows([token_ids[row] for row in batch], model)
             with torch.no_grad():
                 logits = model(input_ids=padded, use_cache=False).logits

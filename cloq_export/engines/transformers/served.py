@@ -15,6 +15,7 @@ from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
+from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 # Logits that one forward pass may make: half a gigabyte in float32.
 _BATCH_LOGITS = 1 << 27
@@ -51,7 +52,7 @@ class TransformersModel:
         results: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
         for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
             model = self.model(adapter)
-            for batch in batches_of(rows, token_ids, tokens_per_batch(model)):
+            for batch in batches_of(rows, token_ids, model):
                 measured = sequence_logprobs(model, [token_ids[row] for row in batch])
                 for row, values in zip(batch, measured, strict=True):
                     results[row] = values
@@ -83,7 +84,7 @@ class TransformersModel:
         results: list[Alternatives | None] = [None] * len(token_ids)
         for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=2):
             model = self.model(adapter)
-            for batch in batches_of(rows, token_ids, tokens_per_batch(model)):
+            for batch in batches_of(rows, token_ids, model):
                 padded = padded_rows([token_ids[row] for row in batch], model)
                 with torch.no_grad():
                     logits = model(input_ids=padded, use_cache=False).logits
@@ -183,7 +184,8 @@ def packed_model(
 def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Return log p(x_i | x_1..x_{i-1}) of each sequence from one forward pass.
 
-    Shorter sequences are filled up behind their end, which a causal model does not look at.
+    Shorter sequences are filled up behind their end, which a causal model does not look at. Sequences on two sides of
+    a switch of rotary frequencies take a forward pass each.
 
     Args:
         model: a causal language model.
@@ -192,10 +194,16 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
     Returns:
         list: one (n - 1,) float32 tensor on the CPU per sequence.
     """
-    padded = padded_rows(token_ids, model)
-    with torch.no_grad():
-        logits = model(input_ids=padded, use_cache=False).logits
-    return [_gathered(logits[row, : len(ids) - 1], padded[row, 1 : len(ids)]) for row, ids in enumerate(token_ids)]
+    forget_lengths(model)
+    found: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
+    for together in RotarySwitch.of(model).apart([len(ids) for ids in token_ids]):
+        padded = padded_rows([token_ids[row] for row in together], model)
+        with torch.no_grad():
+            logits = model(input_ids=padded, use_cache=False).logits
+        for place, row in enumerate(together):
+            length = len(token_ids[row])
+            found[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
+    return found
 
 
 def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
@@ -279,15 +287,23 @@ def rows_by_adapter(
         yield adapter, sorted(rows, key=lambda row: len(token_ids[row]))
 
 
-def batches_of(rows: Sequence[int], token_ids: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
-    """Yield rows, sorted by length, in batches that hold at most `limit` tokens when they are filled up."""
-    batch: list[int] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(token_ids[row]) > limit:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
+def batches_of(rows: Sequence[int], token_ids: Sequence[Sequence[int]], model: nn.Module) -> Iterator[list[int]]:
+    """Yield rows in batches that one forward pass can take, those on two sides of a rotary switch apart.
+
+    Args:
+        rows: their numbers, sorted by length.
+        token_ids: of all rows.
+        model: says how many tokens may be together.
+    """
+    limit, switch = tokens_per_batch(model), RotarySwitch.of(model)
+    forget_lengths(model)
+    for together in switch.apart([len(token_ids[row]) for row in rows]):
+        batch: list[int] = []
+        for row in (rows[place] for place in together):
+            if batch and (len(batch) + 1) * len(token_ids[row]) > limit:
+                yield batch
+                batch = []
+            batch.append(row)
         yield batch
 
 

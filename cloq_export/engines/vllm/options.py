@@ -59,7 +59,7 @@ def engine_options(
     Raises:
         UsageError: a dtype, a rank or a name is not allowed.
         BindingError: an adapter belongs to another base.
-        FormatError: a file is damaged, or an adapter does not fit the base.
+        FormatError: a file is damaged, an adapter does not fit the base, or experts are half quantized.
     """
     dtype, max_lora_rank = settings.dtype, settings.max_lora_rank
     if dtype not in DTYPES:
@@ -74,6 +74,7 @@ def engine_options(
             "goes by the config and would serve another model. Set tie_word_embeddings to false wherever it stands, "
             "or write the folder again with cloq export."
         )
+    adapter_rules.refuse_half_quantized(checkpoint)
     options: dict[str, Any] = {
         "model": str(checkpoint.folder),
         "dtype": dtype,
@@ -93,7 +94,7 @@ def engine_options(
             trust_unbound=settings.trust_adapters,
         )
         ranks += [pair.rank for pair in adapter.pairs.values()]
-        targets |= {module.rpartition(".")[2] for module in adapter.pairs}
+        targets |= {adapter_rules.target_name(module) for module in adapter.pairs}
     if adapters or max_lora_rank is not None or settings.max_loras is not None:
         options |= {
             "enable_lora": True,

@@ -2,12 +2,16 @@
 
 vLLM calls `register` in every one of its processes (entry point `vllm.general_plugins`). It adds
 
-- a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`);
-- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`);
+- a quantization config that claims the GPTQ checkpoints which vLLM itself refuses (`quantization`, `linear`), quantized
+  experts among them on the CPU (`experts`, `expert_parts`, `mixture`);
+- on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`), and their
+  experts (`compressed_experts`);
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
+- on the CPU, adapters of single experts (`expert_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
   log-probabilities with adapters (`punica`);
-- a check of every adapter that is loaded onto a base of ours (`guard`);
+- a check of every adapter that is loaded onto a base of ours (`guard`), and its modules under the names of the files
+  (`adapter_names`);
 - an answer to which weights of its adapters it holds (`held_adapters`);
 - keys of known prompts that tell the loads of one name apart (`prefix_cache`).
 
@@ -17,6 +21,8 @@ vLLM is imported by the functions, not by the modules `adapters` and this one, s
 from __future__ import annotations
 
 import os
+
+from cloq_export.errors import EngineError
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Versions of vLLM whose sources the plugin was written against; any other is left untouched."""
@@ -36,6 +42,9 @@ def register() -> None:
     """Add to vLLM what it lacks; a second call in one process changes nothing.
 
     A version that is not supported gets one log line and is left as it is.
+
+    Raises:
+        EngineError: a supported version lacks a piece that the plugin builds on.
     """
     global _registered
     if _registered:
@@ -55,8 +64,19 @@ def register() -> None:
                 version,
             )
         return
+    from cloq_export.engines.vllm.plugin.pieces import missing_piece
+
+    missing = missing_piece()
+    if missing is not None:
+        raise EngineError(
+            f"vLLM {version} has no {missing}, which the plugin of cloq-export builds on; install the published "
+            f"version {' or '.join(SUPPORTED_VERSIONS)}, or update cloq-export."
+        )
     from cloq_export.engines.vllm.plugin import (
+        adapter_names,
+        compressed_experts,
         cpu_kernel,
+        expert_lora,
         fused_lora,
         guard,
         held_adapters,
@@ -67,8 +87,11 @@ def register() -> None:
 
     quantization.register()
     cpu_kernel.register()
+    compressed_experts.register()
     punica.register()
     fused_lora.register()
+    expert_lora.register()
+    adapter_names.register()
     guard.register()
     held_adapters.register()
     prefix_cache.register()

@@ -23,6 +23,7 @@ POLICY_VARIABLE = "CLOQ_EXPORT_VLLM_POLICY"
 LIFELINE_VARIABLE = "CLOQ_EXPORT_VLLM_LIFELINE"
 """Environment variable that names the pipe whose other end closes when the program that started a server is gone."""
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+\-]{0,127}")
 
 
@@ -139,7 +140,7 @@ def check_adapter(
                 f"{folder}: A {tuple(pair.lora_A.shape)} and B {tuple(pair.lora_B.shape)} do not fit {module} with "
                 f"{shape[1]} inputs and {shape[0]} outputs; it belongs to another model."
             )
-        if allowed is not None and module.rpartition(".")[2] not in allowed:
+        if allowed is not None and target_name(module) not in allowed:
             raise FormatError(
                 f"{folder} adapts {module}, but the server adapts only modules named {', '.join(sorted(allowed))}; "
                 "start it with this adapter."
@@ -153,8 +154,31 @@ def check_adapter(
 
 
 def quantized_suffixes(checkpoint: Checkpoint) -> set[str]:
-    """Return the last parts of the names of a base's quantized modules, as `--lora-target-modules` takes them."""
-    return {module.rpartition(".")[2] for module in checkpoint.specs}
+    """Return what `--lora-target-modules` calls a base's quantized modules."""
+    return {target_name(module) for module in checkpoint.specs}
+
+
+def target_name(module: str) -> str:
+    """Return what `--lora-target-modules` calls a module: the last part of its name, and all experts by one name."""
+    return "experts" if _EXPERT.search(module) else module.rpartition(".")[2]
+
+
+def refuse_half_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a base of whose experts only some are quantized, which vLLM computes as one layer.
+
+    Raises:
+        FormatError: it is one.
+    """
+    mixtures = {module[: match.start()] for module in checkpoint.specs if (match := _EXPERT.search(module))}
+    for name in checkpoint.headers:
+        match = _EXPERT.search(name)
+        if match and name.endswith(".weight") and name[: match.start()] in mixtures:
+            module = name.removesuffix(".weight")
+            if module not in checkpoint.specs:
+                raise FormatError(
+                    f"vLLM computes the experts of {name[: match.start()]} as one layer, but {module} is not "
+                    "quantized; quantize all of them or none, with an override in the recipe."
+                )
 
 
 def _linear_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.lora import layers, model_manager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
+from cloq_export.engines.vllm.plugin.expert_lora import ExpertsWithLoRA
 from cloq_export.engines.vllm.plugin.linear import native_weight
 from cloq_export.kernels.cpu import linear as cpu_linear
 from cloq_export.kernels.cpu import lora as cpu_lora
@@ -46,7 +48,12 @@ def register() -> None:
         return
     stock_make, stock_update = model_manager.from_layer, PunicaWrapperCPU.update_metadata
 
+    @functools.wraps(stock_make)
     def from_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, MoERunner):
+            experts = ExpertsWithLoRA(layer)
+            experts.create_lora_weights(*_settings(*args, **kwargs))
+            return experts
         made = stock_make(layer, *args, **kwargs)
         fuse(made)
         return made
@@ -61,6 +68,11 @@ def register() -> None:
     model_manager.from_layer = from_layer
     PunicaWrapperCPU.adapter_of_tokens = None  # until the first batch
     PunicaWrapperCPU.update_metadata = update_metadata
+
+
+def _settings(max_loras: int, lora_config: Any, packed_modules_list: Any = None, model_config: Any = None) -> Any:
+    """Return what a layer makes room by, of the arguments of vLLM's `from_layer`."""
+    return max_loras, lora_config, model_config
 
 
 def fuse(layer: Any) -> bool:

@@ -18,6 +18,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from cloq_export.artifact.adapters import refuse_other_base, unbound_note
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.needed_adapter import WHY
+from cloq_export.engines.vllm.plugin.adapter_names import as_in_files, refuse_lost
 from cloq_export.engines.vllm.plugin.adapters import (
     LIFELINE_VARIABLE,
     ServingPolicy,
@@ -80,13 +81,18 @@ def _guard_workers() -> None:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, vllm_config, *args, **kwargs)
         self.served_model = vllm_config.model_config.model
+        self.has_all_layers = vllm_config.parallel_config.pipeline_parallel_size == 1
 
     def load(self: Any, lora_request: Any) -> Any:
         policy, base = ServingPolicy.from_environment(), _base(self.served_model)
         binding = Path(lora_request.lora_path) / BINDING_NAME
         if base is not None and binding.is_file() and not (policy and policy.force):
             refuse_other_base(binding.parent, str(read_json(binding).get("base_fingerprint")), base)
-        loaded = stock_load(self, lora_request)
+        with as_in_files(base):
+            loaded = stock_load(self, lora_request)
+        # With pipeline parallelism the other modules are those of other ranks.
+        if base is not None and self.has_all_layers:
+            refuse_lost(lora_request.lora_path, loaded, self._adapter_manager)
         note_loaded(self, lora_request.lora_int_id, loaded)
         return loaded
 

@@ -27,8 +27,6 @@ from cloq_export.engines.vllm.plugin.computations import (
 from cloq_export.engines.vllm.plugin.cpu_kernel import CloqCpuKernel
 from cloq_export.engines.vllm.plugin.parts import Fused, Part, Share, full_sizes, narrowed, replicas
 from cloq_export.errors import FormatError
-from cloq_export.formats.gptq.codec import group_index
-from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.kernels.cpu import weight as cpu_weight
 from cloq_export.types import QuantSpec
 
@@ -128,7 +126,7 @@ class CloqLinearMethod(LinearMethodBase):
             """Give a tensor of the file to the parts that it belongs to."""
             indices = self._indices(shard_id)
             if name == "qzeros":
-                loaded = self._stored_zeros(loaded, self._parts[indices[0]])
+                loaded = self._parts[indices[0]].stored_zeros(loaded, first_version=self.first_version)
             if len(indices) == 1:
                 self._parts[indices[0]].load(layer, name, loaded)
                 return
@@ -152,30 +150,7 @@ class CloqLinearMethod(LinearMethodBase):
         Raises:
             FormatError: it is another order.
         """
-        part = self._parts[self._indices(shard_id)[0]]
-        if not torch.equal(
-            loaded.cpu().to(torch.int32), group_index(part.total_inputs, part.spec, torch.device("cpu"))
-        ):
-            raise FormatError(
-                f"{part.name}: g_idx is not sequential (an act-order checkpoint, or another group size than "
-                f"{part.spec.group_size}); quantize again with desc_act=false, or with static groups."
-            )
-
-    def _stored_zeros(self, words: torch.Tensor, part: Part) -> torch.Tensor:
-        """Return the zeros of a file's qzeros, (groups, out) uint8.
-
-        Raises:
-            FormatError: a zero is stored in a way that readers do not agree about.
-        """
-        zeros = unpack_rows(words, part.spec.bits)
-        if not self.first_version:
-            return zeros
-        if int(zeros.max()) == part.spec.max_code:
-            raise FormatError(
-                f"{part.name}: a stored zero has all bits set, which readers of gptq take for 0 or for "
-                f"{part.spec.max_code + 1}; write it as gptq_v2 (cloq convert --format gptq_v2)."
-            )
-        return zeros + 1
+        self._parts[self._indices(shard_id)[0]].check_order(loaded)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Bring the parts onto one grid and into the layout of the kernel.

@@ -1,17 +1,20 @@
-"""The modules that vLLM makes into one layer: loaded as they lie in the file, cut to a rank, brought onto one grid."""
+"""The modules that vLLM makes into one layer: loaded as they lie in the file, cut to a rank, brought onto one grid.
+
+vLLM is imported by the functions that ask its classes, so that loading can be tested without it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
-from cloq_export.kernels.bitpack import unpack_columns
+from cloq_export.formats.gptq.codec import group_index
+from cloq_export.kernels.bitpack import unpack_columns, unpack_rows
 from cloq_export.types import QuantSpec
 
 # A layer of vLLM carries attributes that torch knows nothing of, so it is `Any` below.
@@ -70,13 +73,14 @@ class Part:
         name: of the module.
         spec: its grid.
         share: what this rank gets.
+        parameters: what the layer calls the parameters `qweight`, `qzeros` and `scales`, where it is something else.
 
     Raises:
         ShapeError: this rank's share does not begin and end at whole words.
     """
 
-    def __init__(self, name: str, spec: QuantSpec, share: Share) -> None:
-        self.name, self.spec = name, spec
+    def __init__(self, name: str, spec: QuantSpec, share: Share, parameters: Mapping[str, str] | None = None) -> None:
+        self.name, self.spec, self._parameters = name, spec, parameters or {}
         self.out_features, self.in_features = share.out_features, share.in_features
         self.first_output, self.first_input = share.first_output, share.first_input
         self.total_inputs = total_inputs = share.total_inputs
@@ -100,13 +104,41 @@ class Part:
     def held(self, layer: Any, name: str) -> torch.Tensor:
         """Return this part of a parameter, as a view."""
         rows, columns = self.shapes[name]
-        flat: torch.Tensor = layer._parameters[name].data
+        flat: torch.Tensor = layer._parameters[self._parameters.get(name, name)].data
         return flat[self.starts[name] : self.starts[name] + rows * columns].view(rows, columns)
 
     @property
     def common_columns(self) -> int:
         """Return the largest number of columns that groups of this rank's share can be cut into."""
         return math.gcd(self.columns_per_group, self.first_input, self.in_features)
+
+    def check_order(self, index: torch.Tensor) -> None:
+        """Compare a file's g_idx with groups of neighbouring inputs, the only order that is computed.
+
+        Raises:
+            FormatError: it is another order.
+        """
+        if not torch.equal(index.cpu().to(torch.int32), group_index(self.total_inputs, self.spec, torch.device("cpu"))):
+            raise FormatError(
+                f"{self.name}: g_idx is not sequential (an act-order checkpoint, or another group size than "
+                f"{self.spec.group_size}); quantize again with desc_act=false, or with static groups."
+            )
+
+    def stored_zeros(self, words: torch.Tensor, *, first_version: bool) -> torch.Tensor:
+        """Return the zeros of a file's qzeros, (groups, out) uint8.
+
+        Raises:
+            FormatError: a zero is stored in a way that readers do not agree about.
+        """
+        zeros = unpack_rows(words, self.spec.bits)
+        if not first_version:
+            return zeros
+        if int(zeros.max()) == self.spec.max_code:
+            raise FormatError(
+                f"{self.name}: a stored zero has all bits set, which readers of gptq take for 0 or for "
+                f"{self.spec.max_code + 1}; write it as gptq_v2 (cloq convert --format gptq_v2)."
+            )
+        return zeros + 1
 
     def load(self, layer: Any, name: str, tensor: torch.Tensor) -> None:
         """Take this rank's share of a tensor of the file; zeros come unpacked, (groups, out) uint8.
@@ -154,11 +186,15 @@ def narrowed(scales: torch.Tensor) -> torch.Tensor:
 
 def replicas(layer: Any, index: int) -> int:
     """Return how many ranks share the same outputs of a part."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
     return layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and index > 0 else 1
 
 
 def full_sizes(layer: Any, parts: Sequence[Part]) -> list[int]:
     """Return the outputs of every part in a file that holds them as one module."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
     if isinstance(layer, QKVParallelLinear):
         return [
             layer.total_num_heads * layer.head_size,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -16,7 +17,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.engines.vllm.plugin.experts import experts_method
 from cloq_export.engines.vllm.plugin.linear import CloqLinearMethod
+from cloq_export.engines.vllm.plugin.stored_grids import grids_of_files, mapped_grids, modules_of
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config
 from cloq_export.formats.layout import StoredGrids
@@ -32,6 +36,7 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 _LABELS = (None, METHOD, "gptq")
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What this plugin does not compute. `desc_act` is not among it: whether groups have an order, g_idx tells.
 _UNSERVED = {"lm_head": "a quantized head"}
 
@@ -41,18 +46,32 @@ def register() -> None:
     register_quantization_config(METHOD)(CloqConfig)
 
 
+def reads(config: Mapping[str, Any]) -> bool:
+    """Return whether a `quantization_config` is one that this plugin reads."""
+    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+        return False
+    try:
+        parse_quantization_config(config)
+    except CloqError:
+        return False  # not ours to explain: vLLM's own config says what it thinks of it
+    return True
+
+
+def is_mixture(hf_config: Any) -> bool:
+    """Return whether a model's config tells of experts, by what transformers' classes call their number."""
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    return any((getattr(text, name, None) or 0) > 1 for name in _NUMBERS_OF_EXPERTS)
+
+
 def claims(config: Mapping[str, Any]) -> bool:
     """Return whether a `quantization_config` is one that this plugin reads and vLLM itself does not.
 
     Args:
         config: as it stands in config.json.
     """
-    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+    if not reads(config):
         return False
-    try:
-        grids = parse_quantization_config(config)
-    except CloqError:
-        return False  # not ours to explain: vLLM's own config says what it thinks of it
+    grids = parse_quantization_config(config)
     if (grids.overrides or grids.rules) and grids.modules is not None:
         # vLLM looks rules up under the names of fused layers, which no rule of ours has, and would take the default.
         return True
@@ -128,43 +147,40 @@ class CloqConfig(QuantizationConfig):
         """Claim a checkpoint that vLLM itself refuses, and any GPTQ one for which `--quantization cloq` was given."""
         if hf_quant_cfg.get("quant_method") != "gptq" or user_quant not in _LABELS:
             return None
-        return METHOD if user_quant == METHOD or claims(hf_quant_cfg) else None
+        # On the CPU vLLM computes no experts of GPTQ checkpoints at all.
+        experts = current_platform.is_cpu() and is_mixture(hf_config) and reads(hf_quant_cfg)
+        return METHOD if user_quant == METHOD or experts or claims(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Find the quantized modules in the files, where a foreign config does not list them."""
-        if self.grids.modules is not None:
-            return
-        names = get_safetensors_params_metadata(model_name, revision=revision)
-        modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
-        self.grids = self.grids.with_modules(modules)
+        """Find the quantized modules in the files, where a foreign config does not list them.
+
+        Ours are listed as they are called in memory; vLLM goes by their names in the files.
+        """
+        if self.grids.modules is None:
+            names = get_safetensors_params_metadata(model_name, revision=revision)
+            modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+            self.grids = self.grids.with_modules(modules)
+        elif Path(model_name).is_dir():
+            self.grids = grids_of_files(Checkpoint.open(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as the model of vLLM does."""
-        modules = self.grids.modules
-        self.grids = dataclasses.replace(
-            self.grids,
-            modules=None if modules is None else tuple(hf_to_vllm_mapper.apply_list(list(modules))),
-            overrides=hf_to_vllm_mapper.apply_dict(dict(self.grids.overrides)),
-        )
+        self.grids = mapped_grids(self.grids, hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return how a layer is loaded and computed; None for what is no linear layer.
+        """Return how a layer is loaded and computed; None for what is neither linear nor a layer of experts.
 
         Raises:
-            FormatError: a part of a fused layer is quantized and another is not, or the experts of a mixture are.
+            FormatError: a part of a fused layer is quantized and another is not.
+            EngineError: quantized experts are of a kind, or on a device, that the plugin does not compute.
         """
         if isinstance(layer, ParallelLMHead):
             return None
+        if isinstance(layer, RoutedExperts):
+            return experts_method(layer, prefix, self.grids.spec_for, first_version=self.grids.layout is GPTQ_V1)
         if not isinstance(layer, LinearBase):
-            if any(module.startswith(f"{prefix}.") for module in self.grids.modules or ()) and hasattr(
-                layer, "moe_config"
-            ):
-                raise FormatError(
-                    f"{prefix} is a mixture of quantized experts, which this plugin does not compute; serve a merged "
-                    "export (cloq export --format merged)."
-                )
             return None
-        names = self._module_names(prefix)
+        names = modules_of(prefix, self.grids, self.packed_modules_mapping)
         specs: list[QuantSpec | None] = [self.grids.spec_for(name) for name in names]
         quantized = [spec for spec in specs if spec is not None]
         if not quantized:
@@ -176,12 +192,3 @@ class CloqConfig(QuantizationConfig):
                 "none, with an override in the recipe."
             )
         return CloqLinearMethod(names, quantized, first_version=self.grids.layout is GPTQ_V1)
-
-    def _module_names(self, prefix: str) -> list[str]:
-        """Return the modules of the checkpoint that a layer of vLLM is made of."""
-        parent, dot, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last)
-        if not parts or self.grids.spec_for(prefix) is not None:
-            # A layer that is fused in the checkpoint too is listed under its own name.
-            return [prefix]
-        return [f"{parent}{dot}{part}" for part in parts]
