@@ -192,7 +192,7 @@ def measure(
             console = Console(file=io.StringIO())
             began = time.perf_counter()
             # Random windows of a model without a tokenizer stand where those of a text would.
-            drawn = cast(CalibrationWindows, SimpleNamespace(drawn=windows))
+            drawn = cast(CalibrationWindows, SimpleNamespace(solving=windows))
             job = CompressJob(model, plan, recipe, directory, drawn, strategy_of(recipe), device, compute=None)
             walk = TimedWalk(job, console)
             embedded = time.perf_counter() - began

@@ -61,7 +61,7 @@ class Strategy:
 
     def judging_blocks(self, job: CompressJob) -> torch.Tensor:
         """Return the windows that judge the refinement of a block, (windows, seqlen); none if nothing is refined."""
-        return job.windows.drawn.judging.ids[:0]
+        return job.windows.solving[:0]
 
     def refiner(self, job: CompressJob, dtype: torch.dtype) -> BlockRefiner | None:
         """Return what trains the layers of a block, whose weights are multiplied in `dtype`; None trains nothing."""

@@ -175,9 +175,11 @@ class AdapterTrainer(transformers.Trainer):
         Each side takes a forward pass; the loss is the sum over all learned tokens of the batch, divided as it would be
         in one pass.
         """
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        sides = RotarySwitch.of(self.model).apart(lengths)
-        if len(sides) == 1:
+        switch = RotarySwitch.of(self.model)
+        # Without a switch nothing waits for the lengths, which lie on the device.
+        lengths = inputs["attention_mask"].sum(1).tolist() if switch else []
+        sides = switch.apart(lengths)
+        if len(sides) <= 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total = num_items_in_batch
         if total is None:

@@ -86,7 +86,7 @@ def test_a_walk_takes_what_was_counted(
         pretended_gpus() as gpus,
         RunDirectory.create_or_resume(tmp_path / "run", recipe.to_mapping(), "f", {}) as directory,
     ):
-        windows = SimpleNamespace(drawn=torch.randint(96, (8, 128), generator=torch.Generator().manual_seed(0)))
+        windows = SimpleNamespace(solving=torch.randint(96, (8, 128), generator=torch.Generator().manual_seed(0)))
         job = CompressJob(model, plan, recipe, directory, windows, strategy_of(recipe), torch.device("cuda"), None)
         walk = BlockWalk(job, silent, windows_per_batch=2)
         assert (walk._stream.storage.type == "cuda") == inside

@@ -77,7 +77,7 @@ ALLOWED = {
     """,
     "once for each judgement of a refinement": """
         compress.model_refined:ModelObjective.error.<locals>.<listcomp>.<genexpr>
-        refine.training:_mean_error.<locals>.<genexpr>
+        refine.training:mean_error.<locals>.<genexpr>
     """,
     "once for a stream of blocks: what all batches are given, and the model's embeddings and head": """
         models.block_arguments:BlockArguments.invoke
@@ -97,17 +97,21 @@ ALLOWED = {
     """,
     "once for each window or text that is measured": """
         engines.transformers.reference:ReferenceModel.token_gaps
+        engines.transformers.reference:ReferenceModel.logprobs_of
         engines.transformers.reference:_gaps
         engines.transformers.reference:_scale_gradients
         engines.transformers.served:padded_rows
         engines.transformers.served:sequence_logprobs
+        engines.transformers.served:whole_vocabulary
+        parity.divergence:WatchedDivergences.watch.<locals>.note
         parity.perplexity:_logits_of
+        parity.perplexity:_losses_of
         parity.perplexity:_mean_loss
         parity.perplexity:window_losses
     """,
     "once for each token": """
         engines.decoding:_filled_up
-        engines.decoding:continue_greedily
+        engines.decoding:_continue_together
     """,
     "once for each step of a training, or each of its checkpoints": """
         files.tensor_writer:tensor_bytes
@@ -115,6 +119,7 @@ ALLOWED = {
         train.pairs:place_pairs
         train.pairs:trained_pairs.<locals>.<genexpr>
         train.trainer:AdapterTrainer._save
+        train.trainer:AdapterTrainer.compute_loss
         train.trainer:AdapterTrainer.evaluate
         train.trainer:AdapterTrainer.training_step
         train.trainer:train_adapter
@@ -242,7 +247,7 @@ def test_a_loaded_model_generates_and_waits_once_for_each_token(made: Path) -> N
             gpus.waits.clear()
             found = continue_greedily(model, prompts, tokens)
         assert found == [text[:tokens] for text in expected]
-        waits.append(gpus.waits["copy to the host", "engines.decoding:continue_greedily"])
+        waits.append(gpus.waits["copy to the host", "engines.decoding:_continue_together"])
     assert waits == [4, 8]
 
 

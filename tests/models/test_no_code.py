@@ -20,8 +20,8 @@ from cloq_export.models.tokenizer_files import read_tokenizer
 
 # Readers of transformers, and of libraries built on it, that look for the code of a model.
 READERS = {"from_pretrained", "from_config"}
-# PEFT's reads one JSON file of a local folder.
-WITHOUT_CODE = {"LoraConfig"}
+# PEFT's read JSON and weights of a local folder.
+WITHOUT_CODE = {"LoraConfig", "PeftModel"}
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
@@ -41,8 +41,8 @@ def test_every_call_of_a_reader_says_that_no_code_is_run() -> None:
     found = dict(calls())
     assert len(found) > 5
     for place, node in found.items():
-        owner = node.func.value if isinstance(node.func, ast.Attribute) else None
-        if isinstance(owner, ast.Name) and owner.id in WITHOUT_CODE:
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        if owner.rpartition(".")[2] in WITHOUT_CODE:
             continue
         options = {keyword.arg or ast.unparse(keyword.value): ast.unparse(keyword.value) for keyword in node.keywords}
         assert options.get("trust_remote_code") == "False" or "NO_CODE" in options, place

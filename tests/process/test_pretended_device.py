@@ -142,11 +142,16 @@ def test_memory_is_counted_by_storage(gpus: PretendedGpus) -> None:
 
 
 def test_all_of_the_package_asks_through_the_seam() -> None:
-    root = Path(cloq_export.__file__).parent
+    # A checkout has kernels/ and formats/ beside the package, an installation has them in it.
+    parts = {"": cloq_export, "kernels/": cloq_export.kernels, "formats/": cloq_export.formats}
+    homes = {name: Path(str(part.__file__)).parent for name, part in parts.items()}
     asked = set()
-    files = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
-    for path in files:
-        name = path.relative_to(root).as_posix()
+    for path, name in [
+        (Path(folder) / file, f"{part}{(Path(folder) / file).relative_to(home).as_posix()}")
+        for part, home in homes.items()
+        for folder, _, files in os.walk(home, followlinks=True)
+        for file in files
+    ]:
         if path.suffix != ".py" or name.startswith("engines/vllm/plugin/"):
             continue  # where vLLM has chosen the device
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
