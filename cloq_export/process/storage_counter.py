@@ -26,8 +26,8 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and enter what it has made."""
         result = func(*args, **(kwargs or {}))
-        given = {each.untyped_storage()._cdata for each in _tensors_in((*args, *(kwargs or {}).values()))}
-        for made in _tensors_in((result,)):
+        given = {each.untyped_storage()._cdata for each in tensors_in((*args, *(kwargs or {}).values()))}
+        for made in tensors_in((result,)):
             storage = made.untyped_storage()
             if storage._cdata in given or storage._cdata in self._sizes:
                 continue
@@ -41,11 +41,12 @@ class StorageCounter(TorchDispatchMode):
         self.in_use -= self._sizes.pop(key)
 
 
-def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Return the tensors among the arguments or results of an operation, those in lists and tuples included."""
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors_in(value)
+            found += tensors_in(value)
     return found
