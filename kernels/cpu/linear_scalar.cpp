@@ -178,43 +178,12 @@ void add_low_rank(const void* b, int dtype, int64_t rank, const float* z, int64_
 
 }  // namespace
 
-#include "linear_fp32.h"
+#include "linear_fp32_table.h"
 
 namespace cloq {
 
-template <int bits>
-static const LinearKernels* table() {
-    using Floats = Float32Table<bits, 1, 2, 4>;
-    static constexpr LinearKernels kernels = {Floats::kWidths,
-                                              Floats::kernels,
-                                              nullptr,
-                                              nullptr,
-                                              nullptr,
-                                              decode_unit<bits>,
-                                              multiply_panels<bits, 4, 1>,
-                                              4,
-                                              9,
-                                              multiply_grad_panels<bits, 4, 1>,
-                                              nullptr,
-                                              0,
-                                              nullptr,
-                                              nullptr,
-                                              nullptr};
-    return &kernels;
-}
+const LinearKernels* linear_scalar(int bits) { return float32_kernels(bits); }
 
-const LinearKernels* linear_scalar(int bits) {
-    switch (bits) {
-        case 2: return table<2>();
-        case 3: return table<3>();
-        case 4: return table<4>();
-        default: return table<8>();
-    }
-}
-
-const RowKernels* rows_scalar() {
-    static constexpr RowKernels kernels = {to_float, from_float, round_to_steps, dots, add_low_rank};
-    return &kernels;
-}
+const RowKernels* rows_scalar() { return float32_rows(); }
 
 }  // namespace cloq
