@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,15 @@ _beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _beside > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // _beside))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+# No test pulls the plug of a machine, and waiting for a disk is a tenth of a run's time here.
+os.fsync = lambda descriptor: None
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of later collections, which every run asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
