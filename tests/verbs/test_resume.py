@@ -145,7 +145,11 @@ def forks() -> Any:
         pytest.skip("there is no SIGKILL")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["cloq_export.verbs", "cloq_export.cli.run", "transformers.models.llama.modeling_llama", "peft"]
+        [
+            *("cloq_export.cli.run", "cloq_export.verbs.run_and_finetune"),
+            *("cloq_export.cli.adapt", "cloq_export.verbs.adapt"),
+            *("transformers.models.llama.modeling_llama", "tokenizers", "peft"),
+        ]
     )
     return context
 
