@@ -17,6 +17,7 @@ from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity.answers import Answers, Respondent
 from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
+from cloq_export.parity.folder_files import compare_files
 from cloq_export.parity.genai_settings import compare_genai_settings
 from cloq_export.parity.numerics import LogprobDifferences, compare_logprobs, measure_logprobs
 from cloq_export.parity.provenance import Finding
@@ -165,7 +166,7 @@ def _compare_float_part(plan: Plan, loaded: LoadedModel) -> list[Finding]:
     checkpoint, folder = plan.checkpoint, plan.checkpoint.folder
     findings = [compare_config(checkpoint.config, loaded.model, str(folder / "config.json"))]
     if isinstance(checkpoint, Checkpoint):
-        findings.append(compare_tensors(checkpoint, loaded))
+        findings += [compare_tensors(checkpoint, loaded), compare_files(checkpoint, loaded)]
     else:
         findings.append(compare_genai_settings(folder, loaded))
     return [*findings, *compare_tokenizer(folder, loaded), compare_generation(folder, loaded.model)]
