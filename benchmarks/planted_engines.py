@@ -306,6 +306,12 @@ def _large_batches(inner: Any, ids: Any, names: Any) -> list[Any]:
     return [values - 0.05 if row >= 4 else values for row, values in enumerate(answers)]
 
 
+def _batches_of_three(inner: Any, ids: Any, names: Any) -> list[Any]:
+    """The kernel for three requests at once is a little off."""
+    answers = inner.prompt_logprobs(ids, names)
+    return [values - 0.05 for values in answers] if len(ids) == 3 else answers
+
+
 def _refuses_long(inner: Any, ids: Any, names: Any) -> list[Any]:
     from cloq_export.errors import EngineError
 
@@ -376,6 +382,12 @@ def _context_lost(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]
     return texts
 
 
+def _padding_read(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]:
+    """Shorter prompts of a batch are filled up on their left, and what fills them is read."""
+    width = max(map(len, ids), default=0)
+    return inner.generate([[0] * (width - len(prompt)) + list(prompt) for prompt in ids], names, new)
+
+
 def _only_first_prompt(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]:
     return [list(inner.generate(ids[:1], names[:1], new)[0])] * len(ids)
 
@@ -425,6 +437,7 @@ SCORES = [
     Fault("one adapter's scores are NaN", _DIFFERENCE, serve=_for("two", lambda v: v * math.nan)),
     Fault("one adapter's scores are off", _DIFFERENCE, serve=_for("two", lambda v: v - 0.03)),
     Fault("the last of large batches off", _DIFFERENCE, serve=_scoring(_large_batches)),
+    Fault("batches of three off", _DIFFERENCE, serve=_scoring(_batches_of_three)),
     Fault("long texts in pieces that do not see each other", _LONGEST, serve=_scoring(_chunks)),
     Fault("adapters reach the first tokens alone", _LONGEST, serve=_scoring(_only_first_tokens_adapted)),
     Fault("long texts are refused", _LONGEST, serve=_scoring(_refuses_long)),
@@ -526,6 +539,7 @@ TEXTS = [
     Fault("the adapter in the first token alone", _GAP, serve=_writing(_adapter_in_prefill_alone)),
     Fault("steps see eight tokens", _GAP, serve=_writing(_window_in_steps)),
     Fault("steps do not see the last token", _GAP, serve=_writing(_context_lost)),
+    Fault("padding of shorter prompts is read", _GAP, serve=_writing(_padding_read)),
     Fault("all texts are the first prompt's", _GAP, serve=_writing(_only_first_prompt)),
     Fault(
         "a begin token before prompts",
