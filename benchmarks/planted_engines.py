@@ -415,6 +415,13 @@ def _questions(scene: Scene, rows: Sequence[int], **more: Any) -> Mapping[str, A
     return {"tasks": (f"piqa={path}",), **more}
 
 
+def _same_choices(scene: Scene) -> Mapping[str, Any]:
+    path = scene.place / "piqa.jsonl"
+    made = [{"goal": f"w{n} w{n + 1}", "sol1": "w3 w4", "sol2": "w3 w4", "label": n % 2} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return {"tasks": (f"piqa={path}",)}
+
+
 def _short_text(scene: Scene) -> Mapping[str, Any]:
     path = Path(scene.place / "short.txt")
     path.write_text("w1 w2 w3 w4", encoding="utf-8")
@@ -437,7 +444,7 @@ SCORES = [
     Fault("one adapter's scores are NaN", _DIFFERENCE, serve=_for("two", lambda v: v * math.nan)),
     Fault("one adapter's scores are off", _DIFFERENCE, serve=_for("two", lambda v: v - 0.03)),
     Fault("the last of large batches off", _DIFFERENCE, serve=_scoring(_large_batches)),
-    Fault("batches of three off", _DIFFERENCE, serve=_scoring(_batches_of_three)),
+    Fault("batches of three off", _DIFFERENCE, "", lambda scene: {"windows": 12}, serve=_scoring(_batches_of_three)),
     Fault("long texts in pieces that do not see each other", _LONGEST, serve=_scoring(_chunks)),
     Fault("adapters reach the first tokens alone", _LONGEST, serve=_scoring(_only_first_tokens_adapted)),
     Fault("long texts are refused", _LONGEST, serve=_scoring(_refuses_long)),
@@ -610,6 +617,8 @@ EVALUATION = [
     Fault("no prompts", "judged", "--prompts 0", lambda scene: {"prompts": 0}),
     Fault("a text shorter than a window", "judged", "nothing was judged", _short_text),
     Fault("a longest text beyond the model", "judged", str(CONTEXT), lambda scene: {"longest": 10 * CONTEXT}),
+    Fault("texts of one token", "judged", "--new-tokens", lambda scene: {"new_tokens": 1}),
+    Fault("choices that are all the same", "piqa_p_value", "0 questions", _same_choices),
     Fault("few questions", "piqa_p_value", "piqa", lambda scene: _questions(scene, range(5))),
     Fault(
         "fewer questions than asked for",

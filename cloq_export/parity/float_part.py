@@ -37,9 +37,11 @@ _ONE_ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 
 # What of a tokenizer's file makes ids and texts.
 _TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
 _TOKENIZER_SETTINGS = (
-    *("model_max_length", "truncation_side", "padding_side", "split_special_tokens", "clean_up_tokenization_spaces"),
-    # Readers of the settings go by these, also where the class that reads them here does not.
-    *("add_bos_token", "add_eos_token", "add_prefix_space"),
+    "model_max_length",
+    "truncation_side",
+    "padding_side",
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
 )
 _SHOWN = 3
 
@@ -215,14 +217,7 @@ def _differing_parts(own: Any, reference: Any) -> list[str]:
     if all(hasattr(backend, "to_str") for backend in backends):
         mine, theirs = (json.loads(backend.to_str()) for backend in backends)
         parts = [name for name in _TOKENIZER_PARTS if mine.get(name) != theirs.get(name)]
-    return parts + [name for name in _TOKENIZER_SETTINGS if _setting(own, name) != _setting(reference, name)]
-
-
-def _setting(tokenizer: Any, name: str) -> Any:
-    """Return a setting of a tokenizer; what is not set counts as False, as readers take it."""
-    value = getattr(tokenizer, name, None)
-    value = tokenizer.init_kwargs.get(name) if value is None else value
-    return False if value is None else value
+    return parts + [name for name in _TOKENIZER_SETTINGS if getattr(own, name, None) != getattr(reference, name, None)]
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:

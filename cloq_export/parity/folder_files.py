@@ -18,10 +18,10 @@ from cloq_export.models.companions import is_companion, is_legal
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some
 
-_TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_FILE, _SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 # What the tokenizer was read from, if there is a tokenizer.json; its ids, settings and templates are compared.
 _OF_TOKENIZER = (
-    *(_TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(_TOKENIZER_FILE, _SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
 _TEMPLATES = "additional_chat_templates/"
@@ -29,6 +29,8 @@ _COMPARED = ("config.json", "generation_config.json", CERTIFICATE_NAME, PROVENAN
 _ADAPTERS = "adapters/"
 # What a tokenizer.json does to every text, for programs that read the file without transformers, which sets both anew.
 _DONE_TO_ALL = ("truncation", "padding")
+# Settings that some readers go by where the class that reads them here does not.
+_ADDED = ("add_bos_token", "add_eos_token")
 
 
 def compare_files(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
@@ -65,11 +67,16 @@ def _faults(checkpoint: Checkpoint, loaded: LoadedModel) -> Iterator[str]:
             yield f"{name!a:.80} is not among the float model's files"
         elif not _same_file(folder / name, home / name):
             yield f"{name!a:.80} is not the float model's"
-    # Where the source is a folder, the file is a copy as a rule.
+    # Where the source is a folder, both files are copies as a rule.
     if home is None or not _same_file(folder / _TOKENIZER_FILE, home / _TOKENIZER_FILE):
         for key in _DONE_TO_ALL:
-            if _stated(folder, key) not in (None, _stated(home, key)):
+            if _stated(folder, _TOKENIZER_FILE, key) not in (None, _stated(home, _TOKENIZER_FILE, key)):
                 yield f"{_TOKENIZER_FILE} sets {key} for every text, and the float model's does not"
+    for key in _ADDED:
+        own, theirs = _stated(folder, _SETTINGS_FILE, key), _stated(home, _SETTINGS_FILE, key)
+        theirs = getattr(loaded.tokenizer, key, None) if theirs is None else theirs
+        if own is not None and bool(own) != bool(theirs):
+            yield f"{_SETTINGS_FILE} says {key} {own!r:.20}, and the float model's says {theirs!r:.20}"
 
 
 def _read_by_tokenizer(names: Collection[str], tokenizer: Any) -> set[str]:
@@ -84,11 +91,11 @@ def _same_file(own: Path, theirs: Path) -> bool:
     return own.is_file() and theirs.is_file() and filecmp.cmp(own, theirs, shallow=False)
 
 
-def _stated(folder: Path | None, key: str) -> Any:
-    """Return what the tokenizer.json of a folder says; None where it says nothing or cannot be read."""
-    if folder is None or not (folder / _TOKENIZER_FILE).is_file():
+def _stated(folder: Path | None, name: str, key: str) -> Any:
+    """Return what a JSON file of a folder says; None where it says nothing or cannot be read."""
+    if folder is None or not (folder / name).is_file():
         return None
     try:
-        return read_json(folder / _TOKENIZER_FILE).get(key)
+        return read_json(folder / name).get(key)
     except CloqError:
         return None

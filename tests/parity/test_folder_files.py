@@ -107,6 +107,10 @@ OTHER_FILES: dict[str, tuple[Change, str]] = {
         ),
         "tokenizer.json sets truncation for every text",
     ),
+    "an end token that is added": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"add_eos_token": true}'),
+        "tokenizer_config.json says add_eos_token True, and the float model's says None",
+    ),
     "texts that are filled up": (
         lambda folder: (folder / "tokenizer.json").write_text(json.dumps({**TOKENIZER, "padding": {"pad_id": 0}})),
         "tokenizer.json sets padding for every text",
