@@ -309,10 +309,10 @@ FAULTS: dict[str, tuple[type[PassingRuntime], str]] = {
         writing(only_mixed(lambda engine, ids, names, new: engine.generate(ids, names, new)[1:])),
         "mixed_decode_gap_max",
     ),
-    "batches of three are off": (
+    "batches of two are off": (
         scoring(
             lambda engine, ids, names: [
-                values - 0.05 if len(ids) == 3 else values for values in engine.prompt_logprobs(ids, names)
+                values - 0.05 if len(ids) == 2 else values for values in engine.prompt_logprobs(ids, names)
             ]
         ),
         "logprob_difference_max",

@@ -135,8 +135,8 @@ class ProbeTexts:
             adapter: with which, None is the base.
             longest: what it said of the longest text, (n - 1,); None if it gave no answer.
             known: what is known of the first windows, as it is returned.
-            growing: ask in batches of one, two, three windows and so on, since an engine may take another path for
-                each size; otherwise all at once.
+            growing: ask in batches of one, two, three windows and so on, as far as there are as many, since an engine
+                may take another path for each size; otherwise all at once.
 
         Returns:
             list: one (window - 1,) float32 tensor per window.
@@ -148,7 +148,8 @@ class ProbeTexts:
         first, logprobs = windows[0], list(known)
         if not logprobs and longest is not None and list(self.longest[: len(first)]) == list(first):
             logprobs.append(longest[: len(first) - 1])
-        size = 1 if growing else len(windows)
+        # What is known by the longest text was asked for alone.
+        size = 1 + len(logprobs) if growing else len(windows)
         while rest := windows[len(logprobs) :][:size]:
             logprobs += measure_logprobs(model, rest, [adapter] * len(rest))
             size += 1
