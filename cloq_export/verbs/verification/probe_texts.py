@@ -33,6 +33,8 @@ _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
 # Prompts are cut to several lengths, so that what pads a batch of them shows; a prime step gives every subject several.
 _PROMPT_STEP = 7
+# Up to this size every batch of windows is asked for.
+_SMALL_BATCH = 3
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
 # Tokens on which the base is scored without its adapters beside the longest text, in whole windows.
@@ -135,8 +137,8 @@ class ProbeTexts:
             adapter: with which, None is the base.
             longest: what it said of the longest text, (n - 1,); None if it gave no answer.
             known: what is known of the first windows, as it is returned.
-            growing: ask in batches of one, two, three windows and so on, as far as there are as many, since an engine
-                may take another path for each size; otherwise all at once.
+            growing: ask for one, two and three windows at once and for all others, as far as there are as many, since an
+                engine may take another path for each size; otherwise for all at once.
 
         Returns:
             list: one (window - 1,) float32 tensor per window.
@@ -149,8 +151,8 @@ class ProbeTexts:
         if not logprobs and longest is not None and list(self.longest[: len(first)]) == list(first):
             logprobs.append(longest[: len(first) - 1])
         # What is known by the longest text was asked for alone.
-        size = 1 + len(logprobs) if growing else len(windows)
-        while rest := windows[len(logprobs) :][:size]:
+        size = 1 + len(logprobs) if growing else _SMALL_BATCH + 1
+        while rest := windows[len(logprobs) :][: size if size <= _SMALL_BATCH else None]:
             logprobs += measure_logprobs(model, rest, [adapter] * len(rest))
             size += 1
         return logprobs
