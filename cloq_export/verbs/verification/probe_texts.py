@@ -137,8 +137,8 @@ class ProbeTexts:
             adapter: with which, None is the base.
             longest: what it said of the longest text, (n - 1,); None if it gave no answer.
             known: what is known of the first windows, as it is returned.
-            growing: ask for one, two and three windows at once and for all others, as far as there are as many, since an
-                engine may take another path for each size; otherwise for all at once.
+            growing: ask for one, two and three windows at once and then for all others, since an engine may take
+                another path for each size; otherwise for all at once.
 
         Returns:
             list: one (window - 1,) float32 tensor per window.
