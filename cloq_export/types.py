@@ -38,11 +38,11 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
-            raise RecipeError(f"bits is {self.bits}; allowed are 2, 3, 4 and 8. Choose one with --bits.")
+            raise RecipeError(f"bits is {self.bits}; allowed are 2, 3, 4 and 8. Choose one with `bits`.")
         if self.group_size != PER_CHANNEL and (self.group_size < 8 or self.group_size % 8):
             raise RecipeError(
                 f"group size is {self.group_size}; allowed are -1 (one group per output channel) or a multiple of 8, "
-                "usually 32, 64 or 128. Choose one with --group-size."
+                "usually 32, 64 or 128. Choose one with `group_size`."
             )
 
     @property

@@ -147,6 +147,11 @@ def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool, trust_
     return adapter
 
 
+def is_bound(bound_to: str | None, base: QuantizedBase) -> bool:
+    """Return whether an adapter that carries a base fingerprint, or None, was made for a base."""
+    return bound_to == base.fingerprint
+
+
 def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -> None:
     """Refuse an adapter unless it is bound to a base.
 
@@ -158,7 +163,7 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
     Raises:
         BindingError: it is bound to another base, or to none.
     """
-    if bound_to == base.fingerprint:
+    if is_bound(bound_to, base):
         return
     if bound_to is None:
         raise BindingError(
@@ -173,7 +178,7 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
 
 def forced_note(name: str, bound_to: str | None, base: QuantizedBase) -> str | None:
     """Return what is to be said of an adapter that was taken by force, None if it belongs to the base."""
-    if bound_to == base.fingerprint:
+    if is_bound(bound_to, base):
         return None
     return f"the adapter {name} is bound to {bound_to or 'no base'}, not to {base.fingerprint}; it was taken by force"
 

@@ -147,7 +147,7 @@ def budgeted_recipe(
         path.parent.rmdir()
     session.say(
         f"{spent.stored_bits_per_weight:.3f} stored bits per weight; what they are spent on stands in "
-        f"{directory.path / RECIPE_NAME}, and can be edited for another run with --recipe"
+        f"{directory.path / RECIPE_NAME}, and can be edited as the recipe of another run"
     )
     return spent.recipe
 
@@ -274,7 +274,7 @@ def _check_smallest(recipe: Recipe, smallest: float) -> None:
     if recipe.budget < smallest:
         raise UsageError(
             f"a budget of {recipe.budget:g} bits per weight cannot be met: the smallest that these layers can take is "
-            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more with --budget."
+            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more as `budget`."
         )
 
 

@@ -159,7 +159,7 @@ def candidate_grids(recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> list[Q
     if not grids:
         raise ShapeError(
             f"no grid of {', '.join(map(str, BITS))} bits with groups of {', '.join(map(str, sizes))} fits layers of "
-            f"{' and '.join(f'{out} x {into}' for out, into in shapes)}; leave them in float with --override."
+            f"{' and '.join(f'{out} x {into}' for out, into in shapes)}; leave them in float with `overrides`."
         )
     return grids
 

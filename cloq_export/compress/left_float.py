@@ -59,7 +59,7 @@ def layout_fault(name: str, linear: nn.Linear, spec: QuantSpec, format: str) -> 
     try:
         spec.group_count(linear.in_features)
     except ShapeError as error:
-        return f"{name}: {error} --override '{name}:skip=true' leaves it in float."
+        return f"{name}: {error} `overrides='{name}:skip=true'` leaves it in float."
     try:
         LAYOUTS[format].check_packable(linear.out_features, linear.in_features, spec, name=name)
     except ShapeError as error:

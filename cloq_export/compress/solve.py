@@ -144,7 +144,7 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
     if outputs > LOST_SHARE * weight.shape[0]:
         notes.append(
             f"{outputs} of {weight.shape[0]} outputs have weights too small for float16 scales and are rounded to next "
-            "to nothing; if they matter, leave the layer in float with --override 'MODULE:skip=true'"
+            "to nothing; if they matter, leave the layer in float with `overrides='MODULE:skip=true'`"
         )
     if damped is not None:
         whole = _frobenius(damped.weighted(weight))
@@ -152,7 +152,7 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
         if share**2 > LOST_SHARE:
             notes.append(
                 f"{share:.0%} of what this layer puts out on the calibration text comes from weights too small for "
-                f"float16 scales; leave it in float with --override '{plan.name}:skip=true'"
+                f"float16 scales; leave it in float with `overrides='{plan.name}:skip=true'`"
             )
     return tuple(notes)
 

@@ -25,7 +25,6 @@ from cloq_export.models.blocks import find_linears
 from cloq_export.models.experts import calling_experts
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
-from cloq_export.models.stream import BlockStream
 from cloq_export.process.progress import show_progress
 from cloq_export.types import LayerStats
 
@@ -88,14 +87,7 @@ class BlockWalk:
         self._workers = workers or self._here
         batch = windows_per_batch or strategy.windows_per_batch(recipe)
         batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), batch)
-        self._stream = BlockStream(
-            job.model,
-            job.plan.blocks,
-            batches.windows,
-            device=job.device,
-            compute=job.compute,
-            batch=batches.sizes,
-        )
+        self._stream = job.stream(batches)
         # Layers are solved on the batches before these.
         self._judging = batches.judging
         self._done = job.directory.completed_modules()

@@ -164,7 +164,7 @@ class RayWorkers:
                 raise EngineError(
                     f"a Ray worker was lost {_RETRIES + 1} times in the same layer ({type(error).__name__}); what is "
                     "finished is kept, and the same command continues. Give workers more memory, or take "
-                    "--set solvers=local."
+                    "`solvers=local`."
                 ) from None
 
 
@@ -186,7 +186,7 @@ def workers_of(recipe: Recipe, device: torch.device) -> Workers:
         if recipe.error_aware > 0.0:
             raise UsageError(
                 f"solvers=ray spreads independent layers, but with error_aware={recipe.error_aware:g} every layer "
-                "waits for the one before it; add --set error_aware=0, or --preset paper."
+                "waits for the one before it; add `error_aware=0`, or `preset=paper`."
             )
         return RayWorkers(device)
     if device == torch.device("cuda"):

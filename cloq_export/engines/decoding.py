@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cloq_export.errors import NonFiniteError
+from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 Ended = Callable[[Sequence[int]], bool]
@@ -135,7 +136,7 @@ def _continue_together(
     cache = _roomy_cache(model) if "past_key_values" in accepted else None
     if cache is None:
         return _generate(model, prompts, max_new_tokens, ended)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     ends = end_tokens(model)
     ids, mask = _filled_up(prompts, device)
     results: list[list[int]] = [[] for _ in prompts]

@@ -62,7 +62,7 @@ class Frontier:
         methods: names in `METHODS`.
         peers: names in `PEERS`.
         seeds: which draw the calibration windows.
-        texts: what perplexity is measured on, as `--eval-text` names it; the first orders the plot.
+        texts: what perplexity is measured on, as `eval_text` names it; the first orders the plot.
         window: tokens in a window.
         windows: windows of each text.
         questions: a task by name.

@@ -139,7 +139,7 @@ def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
         return tuple(None if value is None else HandedOn(place) for place, value in enumerate(output[1:]))
     raise UnsupportedModelError(
         f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
-        "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
+        "first in a tuple. Name the list of decoder blocks with `blocks`, e.g. `blocks=model.layers`."
     )
 
 

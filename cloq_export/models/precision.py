@@ -59,6 +59,6 @@ def resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> 
     if model_dtype == torch.float32 and compute == torch.bfloat16:
         return "bfloat16"
     raise UsageError(
-        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are --precision auto, "
+        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are `precision=auto`, "
         "float32 (load the model in float32) or bfloat16 (a float32 or bfloat16 model)."
     )

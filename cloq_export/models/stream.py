@@ -22,6 +22,7 @@ from cloq_export.models.block_arguments import (
     returned_beside,
 )
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.devices import device_of
 from cloq_export.models.lending import place_of_states
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
@@ -71,7 +72,7 @@ class BlockStream:
         if windows.ndim != 2 or windows.numel() == 0:
             raise CalibrationError(
                 f"calibration windows have shape {tuple(windows.shape)}; at least one window of one token is needed. "
-                "Give more text, or fewer tokens per window with --seqlen."
+                "Give more text, or fewer tokens per window with `seqlen`."
             )
         self.model = model.eval()
         forget_lengths(model)
@@ -179,7 +180,7 @@ class BlockStream:
         index, dtype = next((index, dtype) for index, dtype, total in unseen if not bool(torch.isfinite(total)))
         raise NonFiniteError(
             f"block {self.blocks.prefix(index)} gives NaN or Inf in {dtype}: the model overflows on the "
-            "calibration text. Run it with --precision float32, or check the model's weights."
+            "calibration text. Run it with `precision=float32`, or check the model's weights."
         )
 
     def differentiable_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
@@ -204,7 +205,7 @@ class BlockStream:
                     raise UnsupportedModelError(
                         f"blocks of {type(self.model).__name__} share more than hidden states (such as keys and "
                         "values), which is not kept for every step of a refinement of the whole model. Choose "
-                        "--refine block."
+                        "`refine=block`."
                     )
                 beside = self._beside[states].copied()
             output = call.map(self._as_argument, beside).invoke(block, states.to(self.device))
@@ -245,7 +246,7 @@ class BlockStream:
             return stub
 
         with _replaced_forwards(self.blocks, make_stub):
-            host = _device_of(_embeddings(self.model))
+            host = device_of(_embeddings(self.model))
             with forward_precision(self._precision, host):
                 logits: torch.Tensor = self.model(input_ids=ids.to(host), use_cache=False).logits
                 return logits
@@ -272,7 +273,7 @@ class BlockStream:
         """
         block = self.blocks.modules[index]
         with in_memory(block):
-            if _same_device(_device_of(block), self.device):
+            if _same_device(device_of(block), self.device):
                 yield block
                 return
             with self._mover.lent(index):
@@ -344,7 +345,7 @@ class BlockStream:
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} does not hand the output of one block of {self.blocks.name} "
                         "unchanged to the next; such models cannot be run block by block. If the decoder blocks are "
-                        "elsewhere, name their list with --blocks."
+                        "elsewhere, name their list with `blocks`."
                     )
                 calls[index] = call
                 if probing and type(block) not in self._returns:
@@ -358,11 +359,11 @@ class BlockStream:
             return stub
 
         with torch.no_grad(), _replaced_forwards(self.blocks, make_stub):
-            self._base(input_ids=ids.to(_device_of(_embeddings(self.model))), use_cache=False)
+            self._base(input_ids=ids.to(device_of(_embeddings(self.model))), use_cache=False)
         if any(call is None for call in calls):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} did not run every block of {self.blocks.name}; name the list of decoder "
-                "blocks with --blocks, e.g. --blocks model.layers."
+                "blocks with `blocks`, e.g. `blocks=model.layers`."
             )
         return first[0], [call for call in calls if call is not None]
 
@@ -371,10 +372,6 @@ def _embeddings(model: nn.Module) -> nn.Module:
     """Return the token embeddings, or the whole model where it does not say which they are."""
     find: Any = getattr(model, "get_input_embeddings", None)
     return model if find is None else find()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

@@ -88,12 +88,14 @@ class AnswerStore:
             held = read_json(path)
             self.answers = {int(number): answer for number, answer in held["answers"].items()}
         except (FormatError, KeyError, ValueError, AttributeError):
-            raise RunDirectoryError(f"{path} holds no answers of `cloq eval`; delete it, or choose --out.") from None
+            raise RunDirectoryError(
+                f"{path} holds no answers of `cloq eval`; delete it, or choose another `out`."
+            ) from None
         differing = sorted(name for name in self.key if held.get("key", {}).get(name) != self.key[name])
         if differing:
             raise RunDirectoryError(
-                f"{path} holds answers that were given under another {' and '.join(differing)}; choose another folder "
-                "with --out, or delete it."
+                f"{path} holds answers that were given under another {' and '.join(differing)}; choose another `out`, "
+                "or delete it."
             )
 
     def add(self, answers: Mapping[int, Any]) -> None:

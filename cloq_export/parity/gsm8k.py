@@ -196,7 +196,7 @@ def choose_examples(problems: Sequence[Problem], count: int, number: int) -> lis
     if count > len(problems):
         raise DataError(
             f"{count} worked examples were asked for, and there are {len(problems)} training problems; choose fewer "
-            "with --shots."
+            "`shots`."
         )
     draw = random.Random(_EXAMPLE_SEED)
     places = [draw.sample(range(len(problems)), count) for _ in range(number + 1)]

@@ -108,7 +108,7 @@ class Task(abc.ABC):
             return _generated_rows(self.name), f"generated ({self.name}, test)"
         rows = hub_rows(
             *self.hub,
-            remedy=f"Name a file with --tasks {self.name}=FILE, or put {self.files[0]} into the folder that the "
+            remedy=f"Name a file with `tasks={self.name}=FILE`, or put {self.files[0]} into the folder that the "
             "environment variable CLOQ_DATA names.",
         )
         origin = ":".join(part for part in ("hub", *self.hub) if part)
@@ -144,7 +144,7 @@ class Task(abc.ABC):
             UsageError: this task has none.
         """
         raise UsageError(
-            f"{self.name} takes no worked examples; leave --shots out, or ask for gsm8k or {WORD_PROBLEMS} alone."
+            f"{self.name} takes no worked examples; leave `shots` out, or ask for gsm8k or {WORD_PROBLEMS} alone."
         )
 
 
@@ -323,7 +323,7 @@ class ContinuationTask(ChoiceTask):
         if not rows:
             raise DataError(
                 f"{found.origin} has no {CHOICES} paragraphs of {PARAGRAPH_WORDS} words or more, each on one line; "
-                f"name another text with --tasks {self.name}=FILE."
+                f"name another text with `tasks={self.name}=FILE`."
             )
         return iter(rows), found.origin
 

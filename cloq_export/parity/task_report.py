@@ -42,15 +42,12 @@ class Comparison(Result):
         test: McNemar's.
     """
 
+    levelled = "test"
+
     first: str
     second: str
     agreement: float
     test: PairedTest
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the comparison as the report holds it: the test's figures beside the others."""
-        row = super().to_json()
-        return row | row.pop("test")
 
 
 @dataclasses.dataclass(frozen=True)

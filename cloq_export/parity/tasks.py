@@ -81,12 +81,12 @@ def expand_names(asked: Sequence[str]) -> dict[str, str | None]:
     for text in asked:
         name, separator, file = text.partition("=")
         if name in GROUPS and separator:
-            raise UsageError(f"--tasks {text}: {name} is a group; name a file for each of {', '.join(GROUPS[name])}.")
+            raise UsageError(f"the task {text}: {name} is a group; name a file for each of {', '.join(GROUPS[name])}.")
         if name not in GROUPS and name not in _MAKERS:
             known = (*_MAKERS, *GROUPS)
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"--tasks is {name!r}; allowed are {PERPLEXITY}, {', '.join(known)}.{hint}")
+            raise UsageError(f"`tasks` is {name!r}; allowed are {PERPLEXITY}, {', '.join(known)}.{hint}")
         for task in GROUPS.get(name, (name,)):
             found[task] = (file or None) if separator else found.get(task)
     return found
@@ -128,7 +128,7 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     keys = tuple(question_hash(_put(item, "\n")) for item in items)
     hashes = tuple(row_hashes(_put(item, None), row) for item, row in pairs)
     if not items:
-        raise DataError(f"{origin} holds no question of {task.name}; name another file with --tasks {task.name}=FILE.")
+        raise DataError(f"{origin} holds no question of {task.name}; name another file with `tasks={task.name}=FILE`.")
     if shots:
         items = task.with_examples(items, shots)
     digest = hashlib.sha256()

@@ -138,7 +138,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if name == "finetune":
         raise RecipeError("finetune cannot be given as KEY=VALUE; set its options, e.g. finetune.learning_rate=1e-4.")
     if name == "overrides":
-        raise RecipeError("overrides cannot be given as KEY=VALUE; use --override 'PATTERN:key=value,...'.")
+        raise RecipeError("overrides cannot be given as KEY=VALUE; use `overrides='PATTERN:key=value,...'`.")
     return name, parse_option(name, value.strip())
 
 

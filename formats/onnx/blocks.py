@@ -87,13 +87,13 @@ def choose_blocks(
         fitting = [size for size in legal if span % size == 0]
         if not fitting and (compact or style == "matmulnbits"):
             if not compact:
-                remedy = "--style qdq, which takes any group and is slow for this one"
+                remedy = "`style=qdq`, which takes any group and is slow for this one"
             else:
                 exact = style == "qdq" or span % _BLOCK_SIZES[0] == 0
-                remedy = "--two-bit exact" if exact else "--two-bit exact --style qdq"
+                remedy = "`two_bit=exact`" if exact else "`two_bit=exact` `style=qdq`"
             raise ShapeError(
                 f"{name} has groups of {span} inputs, into which no block of {_listed(legal)} fits; export it with "
-                f"{remedy}, or quantize with --group-size 32, 64 or 128."
+                f"{remedy}, or quantize with `group_size=32`, 64 or 128."
             )
         size = max(fitting, default=span)
     return BlockGrid(style, bits, size, -(-in_features // size), level)

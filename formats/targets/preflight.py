@@ -108,14 +108,14 @@ def _refusal(target: Target, question: Question, layout: str | None, devices: Se
     reason = f"{target} {'; it '.join(reasons.values())}"
     choices = [
         _nearest(question, layout, devices),
-        f"--format {MERGED}" if layout != MERGED and question.works(MERGED, devices) else None,
+        f"`format={MERGED}`" if layout != MERGED and question.works(MERGED, devices) else None,
     ]
     quantized = [name for name in question.engine.layouts if name != MERGED]
     for device in DEVICES:
         if device not in devices:
             names = sorted(quantized, key=lambda name: name != layout)
             found = next((name for name in names if question.works(name, [device])), None)
-            choices.append(found and f"--format {found} on {DEVICE_NAMES[device]}")
+            choices.append(found and f"`format={found}` on {DEVICE_NAMES[device]}")
     works = list(dict.fromkeys(choice for choice in choices if choice is not None))
     if not works:
         return f"{reason}; nothing near it works: choose another target, or none."
@@ -158,12 +158,12 @@ def _nearest(question: Question, layout: str | None, devices: Sequence[Device]) 
             continue
         words = ["one grid for all modules"] if uniform else []
         if "bits" in grid:
-            words.append(f"--bits {grid['bits']}")
+            words.append(f"`bits={grid['bits']}`")
         if "group_size" in grid:
-            words.append(f"--group-size {grid['group_size']}")
+            words.append(f"`group_size={grid['group_size']}`")
         if "symmetric" in grid:
-            words.append("--symmetric" if grid["symmetric"] else "--asymmetric")
-        return " ".join([*words, f"--format {name}"])
+            words.append(f"`symmetric={str(grid['symmetric']).lower()}`")
+        return " ".join([*words, f"`format={name}`"])
     return None
 
 
@@ -179,7 +179,7 @@ def _check_ranks(
     allowed = allowed_rank(adapters, largest)
     if allowed is None:
         limit = max(adapters.ranks or ())
-        raise UsageError(f"an adapter has rank {largest}; {target} takes up to {limit}: make it with --rank {limit}.")
+        raise UsageError(f"an adapter has rank {largest}; {target} takes up to {limit}: make it with `rank={limit}`.")
     notes = []
     option = "--max-lora-rank" in adapters.note
     if option:
@@ -188,7 +188,7 @@ def _check_ranks(
     if not adapters.patterns and len(set(ranks)) > 1:
         pad_rank = largest
         notes.append(
-            f"{engine.title} takes one rank in all modules of an adapter: write adapters with --pad-rank {pad_rank}"
+            f"{engine.title} takes one rank in all modules of an adapter: write adapters with `pad_rank={pad_rank}`"
         )
     return allowed if option else None, pad_rank, tuple(notes)
 

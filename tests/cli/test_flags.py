@@ -17,6 +17,8 @@ from cloq_export.cli.run import command as run
         ("use `device=cpu`.", "use --device cpu."),
         ("choose `refine_steps=20` or `damping`.", "choose --set refine_steps=20 or --set damping."),
         ("name it with `finetune.data=NAME|FILE`.", "name it with --set finetune.data=NAME|FILE."),
+        ("use `overrides='*.up_proj:bits=4'`.", "use --override '*.up_proj:bits=4'."),
+        ("take `symmetric=false` `format=gptq_v2`.", "take --asymmetric --format gptq_v2."),
         # Commands, and words that are no option, stay.
         ("make one with `cloq adapt`; the package `datasets`", "make one with `cloq adapt`; the package `datasets`"),
     ],
@@ -29,6 +31,8 @@ def test_a_verb_has_its_own_flags() -> None:
     assert with_flags("name one with `adapters`", export) == "name one with --adapter"
     assert with_flags("another `adapter_name`, another `seqlen`", adapt) == "another --adapter-name, another --seqlen"
     assert with_flags("`pad_rank`, `two_bit=exact`", export) == "--pad-rank, --two-bit exact"
+    # What an export cannot change, a run can.
+    assert with_flags("`group_size=32`, `damping`", export) == "--group-size 32, --set damping"
 
 
 def test_notes_are_typed_too() -> None:

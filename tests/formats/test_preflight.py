@@ -75,29 +75,29 @@ def test_accepted(target, grid, options, layout, devices) -> None:
             {"bits": 3},
             {"device": "cpu", "layout": "compressed_tensors"},
             r"vllm==0\.32 has no kernel for 3 bits in compressed_tensors on CPU \(it has one for 4\); the nearest that "
-            r"works: --bits 4 --format compressed_tensors, or --format merged, or --format compressed_tensors on "
+            r"works: `bits=4` `format=compressed_tensors`, or `format=merged`, or `format=compressed_tensors` on "
             r"CUDA\.$",
         ),
         (
             "vllm==0.32",
             {"bits": 4},
             {"layout": "gptq_v2", "device": "cpu"},
-            r"vllm==0\.32 reads 4 bits in gptq_v2 on CPU only symmetric; the nearest that works: --format "
-            r"compressed_tensors, or --format merged",
+            r"vllm==0\.32 reads 4 bits in gptq_v2 on CPU only symmetric; the nearest that works: `format="
+            r"compressed_tensors`, or `format=merged`",
         ),
         (
             "vllm==0.32",
             {"bits": 3},
             {"layout": "gptq"},
             r"no kernel for 3 bits in gptq on CPU \(it has one for 4\); it has no kernel for 3 bits in gptq on CUDA "
-            r"\(it has one for 4 and 8\); the nearest that works: --format compressed_tensors",
+            r"\(it has one for 4 and 8\); the nearest that works: `format=compressed_tensors`",
         ),
         (
             "vllm==0.32",
             {"bits": 3},
             {"layout": "compressed_tensors_padded"},
-            r"does not read compressed_tensors_padded on CPU or CUDA; the nearest that works: --format "
-            r"compressed_tensors, or",
+            r"does not read compressed_tensors_padded on CPU or CUDA; the nearest that works: `format="
+            r"compressed_tensors`, or",
         ),
         (
             "vllm",
@@ -105,34 +105,34 @@ def test_accepted(target, grid, options, layout, devices) -> None:
             {},
             r"vllm has no kernel for 3 bits in compressed_tensors on CPU \(it has one for 4\); it reads 3 bits in "
             r"compressed_tensors on CUDA with group size -1, 32, 64 and 128, not 16; the nearest that works: "
-            r"--group-size 32 --format compressed_tensors, or --format merged\.",
+            r"`group_size=32` `format=compressed_tensors`, or `format=merged`\.",
         ),
         (
             "gptqmodel",
             {"bits": 3},
             {"layout": "gptq"},
-            r"gptqmodel reads 3 bits in gptq on CPU or CUDA only symmetric; the nearest that works: --format "
-            r"gptq_v2\.$",
+            r"gptqmodel reads 3 bits in gptq on CPU or CUDA only symmetric; the nearest that works: `format="
+            r"gptq_v2`\.$",
         ),
         (
             "gptqmodel",
             {"bits": 4},
             {"layout": "merged"},
-            r"gptqmodel does not read merged on CPU or CUDA; the nearest that works: --format gptq_v2\.$",
+            r"gptqmodel does not read merged on CPU or CUDA; the nearest that works: `format=gptq_v2`\.$",
         ),
         (
             "sglang==0.5.23",
             {"bits": 2},
             {"device": "cuda", "layout": "compressed_tensors"},
-            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: --format gptq_v2, or "
-            r"--format merged",
+            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: `format=gptq_v2`, or "
+            r"`format=merged`",
         ),
         (
             "sglang",
             {"bits": 8, "group_size": -1},
             {"device": "cuda"},
-            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: --group-size 256 "
-            r"--format gptq_v2, or --format merged",
+            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: `group_size=256` "
+            r"`format=gptq_v2`, or `format=merged`",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_refused_by_shape() -> None:
     specs = {name: QuantSpec(4) for name in shapes}
     message = (
         r"needs inputs in multiples of 128 and outputs in multiples of 64 for compressed_tensors on CUDA, and b has "
-        r"128 inputs and 96 outputs; the nearest that works: --format gptq_v2, or --format merged, or --format gptq on "
+        r"128 inputs and 96 outputs; the nearest that works: `format=gptq_v2`, or `format=merged`, or `format=gptq` on "
         r"CPU\."
     )
     with pytest.raises(UsageError, match=message):
@@ -159,7 +159,7 @@ def test_fused_projections_need_one_grid(target: str) -> None:
     message = (
         r"computes q_proj, k_proj and v_proj as one layer with one grid, and model\.layers\.0\.self_attn has 4-bit "
         r"asymmetric group 128 and 4-bit asymmetric group 64 there; the nearest that works: one grid for all modules "
-        r"--format compressed_tensors, or --format merged\."
+        r"`format=compressed_tensors`, or `format=merged`\."
     )
     with pytest.raises(UsageError, match=message):
         ask(target, specs)
@@ -183,7 +183,7 @@ def test_own_grids_outside_of_fused_layers() -> None:
     message = (
         r"reads one grid for the modules that it fuses in gptq_v2 on CPU or CUDA, and model\.layers\.0\.self_attn\."
         r"q_proj has 4-bit symmetric group 128 where most have 4-bit symmetric group 64; the nearest that works: "
-        r"--format compressed_tensors"
+        r"`format=compressed_tensors`"
     )
     with pytest.raises(UsageError, match=message):
         ask("vllm==0.32", fused, layout="gptq_v2")
@@ -273,7 +273,7 @@ def test_humming_reads_version_two_with_its_flag(target, bits) -> None:
 def test_humming_is_refused_asymmetric_files_of_version_one(target, bits) -> None:
     message = (
         rf"reads {bits} bits in gptq on CUDA only symmetric \(Humming takes stored zeros as they lie, which for "
-        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: --format "
+        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: `format="
     )
     with pytest.raises(UsageError, match=message):
         ask(target, make_specs(bits=bits), layout="gptq", device="cuda")
@@ -347,7 +347,7 @@ def test_max_lora_rank_of_vllm(ranks, needed) -> None:
 
 
 def test_rank_too_large() -> None:
-    message = r"an adapter has rank 600; vllm==0\.32 takes up to 512: make it with --rank 512\."
+    message = r"an adapter has rank 600; vllm==0\.32 takes up to 512: make it with `rank=512`\."
     with pytest.raises(UsageError, match=message):
         ask("vllm==0.32", ranks=(8, 600))
 
@@ -355,7 +355,7 @@ def test_rank_too_large() -> None:
 def test_ranks_of_their_own_are_padded_for_sglang() -> None:
     decision = ask("sglang", ranks=(8, 20))
     assert (decision.max_lora_rank, decision.pad_rank) == (20, 20)
-    assert any("--pad-rank 20" in note for note in decision.notes)
+    assert any("`pad_rank=20`" in note for note in decision.notes)
     assert ask("sglang", ranks=(20,)).pad_rank is None
 
 

@@ -100,7 +100,7 @@ def test_bad_input_is_found_before_a_model_is_read(
     (tmp_path / "a.jsonl").write_text('{"instruction": "w1", "answer": 1}\n{"instruction": "w1", "answer": "none"}\n')
     with pytest.raises(DataError, match=r"line 2 of .*a.jsonl: no answer can be read out of 'none'"):
         answer(run, (f"svamp={tmp_path / 'a.jsonl'}",), silent)
-    with pytest.raises(UsageError, match="--tasks is 'svmp'"):
+    with pytest.raises(UsageError, match="`tasks` is 'svmp'"):
         answer(run, ("svmp",), silent)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):

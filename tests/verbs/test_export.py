@@ -280,7 +280,7 @@ def test_a_target_chooses_the_layout_or_refuses_with_what_works(tmp_path: Path, 
     low = write_export(made(bits=2), ExportOptions(target="vllm", device="cpu", out=tmp_path / "c"), console=silent)
     assert any("needs cloq-export installed in the same environment as vLLM" in note for note in low.notes)
     options = ExportOptions(target="sglang", format="gptq_v2", device="cpu", out=tmp_path / "b")
-    with pytest.raises(UsageError, match=r"the nearest that works: --format gptq,"):
+    with pytest.raises(UsageError, match=r"the nearest that works: `format=gptq`,"):
         write_export(run, options, console=silent)
     options = ExportOptions(target="sglang", format="compressed_tensors", out=tmp_path / "b")
     with pytest.raises(UsageError, match=r"has no kernel for 2 bits in .* the nearest that works"):

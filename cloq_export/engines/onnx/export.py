@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.certificate import refuse_difference
+from cloq_export.artifact.certificate import certified_layer, refuse_difference
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings
 from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
-from cloq_export.files.fingerprint import combine_digests, layer_digest
+from cloq_export.files.fingerprint import combine_digests
 from cloq_export.formats.onnx.graph import plan_blocks, quantize_graph
 from cloq_export.formats.onnx.matching import GraphLayers, UnmatchedLinearError
 from cloq_export.formats.onnx.packages import require_packages
@@ -134,13 +134,7 @@ def _compared(folder: Path, layers: LayerSource, base_fingerprint: str) -> dict[
     modules: dict[str, Any] = {}
     for module, layer in export.read_layers():
         refuse_difference(layer, layers.read(module), f"{folder}: {module}")
-        modules[module] = {
-            "bits": layer.spec.bits,
-            "group_size": layer.spec.group_size,
-            "symmetric": layer.spec.symmetric,
-            "shape": [layer.out_features, layer.in_features],
-            "sha256": layer_digest(layer),
-        }
+        modules[module] = certified_layer(layer)
     found = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
     if set(modules) != set(layers.specs) or found != base_fingerprint:
         raise FormatError(

@@ -68,16 +68,12 @@ def load(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, found = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
     _read_generation_config(checkpoint, model)
-    if found is not None and read is not None:
-        attach_adapter(model, found, read, trainable=trainable)
+    if found is not None:
+        attach_adapter(model, *found, trainable=trainable)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -85,6 +81,20 @@ def load(
     model = model.to(torch.device(device)).eval()
     report_slow_layers(model)
     return model
+
+
+def _opened(
+    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, *, force: bool
+) -> tuple[Checkpoint, tuple[Path, Adapter] | None]:
+    """Return a checkpoint, and the folder and pairs of an adapter that is bound to it."""
+    checkpoint = Checkpoint.open(path)
+    found: tuple[Path, Adapter] | None = None
+    if adapter is not None:
+        folder = AdapterShelf.of(path).find(adapter)
+        found = folder, read_bound_adapter(folder, checkpoint, force=force)
+    report_labels(checkpoint)
+    require_versions()
+    return checkpoint, found
 
 
 def fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -133,20 +143,17 @@ def dequantized_model(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, found = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, torch.float32)
     _fill(model, checkpoint, _place_dense)
     _read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
-    if found is not None and read is not None and not merged:
-        attach_adapter(model, found, read, trainable=False)
-    elif found is not None and read is not None:
-        _check_pairs(model, found, read)
+    if found is not None and not merged:
+        attach_adapter(model, *found, trainable=False)
+    elif found is not None:
+        folder, read = found
+        _check_pairs(model, folder, read)
         with torch.no_grad():
             for module, pair in read.pairs.items():
                 weight = _own_weight(model, module)

@@ -15,7 +15,6 @@ from cloq_export.engines.transformers.served import (
     TransformersModel,
     adapter_folder,
     batches_of,
-    device_of,
     over_one_base,
     padded_rows,
     rows_by_adapter,
@@ -23,6 +22,7 @@ from cloq_export.engines.transformers.served import (
     tokens_per_batch,
 )
 from cloq_export.errors import ShapeError
+from cloq_export.models.devices import device_of
 
 
 class ReferenceModel(TransformersModel):

@@ -15,6 +15,7 @@ from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
+from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 # Logits that one forward pass may make: half a gigabyte in float32.
@@ -323,8 +324,3 @@ def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         for part, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
     ]
     return torch.cat(pieces)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

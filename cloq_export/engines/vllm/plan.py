@@ -147,7 +147,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     for index, adapter_name in enumerate(adapters):
         check_name(adapter_name, taken=(own, base_name, *list(adapters)[:index]))
     if not adapters:
-        refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with --adapter NAME=FOLDER")
+        refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with `adapters=NAME=FOLDER`")
     default = _choose_default(adapters, options.default)
     facts = engine_facts(options.python)
     kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
@@ -218,7 +218,7 @@ def _choose_default(adapters: Mapping[str, Path], asked: str | None) -> str | No
         return asked
     if len(adapters) > 1:
         raise UsageError(
-            f"there are {len(adapters)} adapters, {names}; say which one plain requests get with --default NAME."
+            f"there are {len(adapters)} adapters, {names}; say which one plain requests get with `default=NAME`."
         )
     return next(iter(adapters), None)
 
@@ -248,7 +248,7 @@ def _take_port(host: str, port: int) -> int:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{host}:{port} cannot be listened at ({reason}); choose another --port, or --port 0 for a free one."
+            f"{host}:{port} cannot be listened at ({reason}); choose another `port`, or `port=0` for a free one."
         ) from error
 
 

@@ -56,7 +56,7 @@ class EngineProcess:
                 start_new_session=True,
             )
         except OSError as error:
-            raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check --python.") from error
+            raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check `python`.") from error
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._stop_at_exit = weakref.finalize(self, _kill_group, self._process)

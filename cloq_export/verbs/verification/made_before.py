@@ -275,7 +275,10 @@ class MadeBefore:
         if other:
             # It was asked for; what differs is judged by its tensors and its tokenizer.
             return [Finding("reference", NOT_PROVEN, reason)]
-        return [Finding("reference", CONTRADICTED, f"{reason}; give that one, or --other-reference"), *findings]
+        return [
+            Finding("reference", CONTRADICTED, f"{reason}; give that one, or take this one with `other_reference`"),
+            *findings,
+        ]
 
     def _findings_of_names(self) -> list[Finding]:
         """Return which adapters are gone, stand under another name, or would be served in part."""

@@ -167,7 +167,7 @@ def _longest_length(plan: Plan, model: Any, tokens: int) -> int:
     if options.longest is not None:
         if options.longest > served:
             raise UsageError(
-                f"--longest is {options.longest}; the model is served with up to {context or 'any number of'} "
+                f"`longest` is {options.longest}; the model is served with up to {context or 'any number of'} "
                 f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
             )
         return options.longest
