@@ -77,7 +77,7 @@ class LayerStats:
     `w_t` that are 1 unless weighting is asked for. In the error-aware mode x is the input that the layer meets behind
     the already compressed prefix, and `drift` is `D = sum_t w_t * x_t (f_t - x_t)^T` with f the same token's input in
     the float model; in the independent mode `drift` is None. D is summed as such, and not as the difference of two
-    large sums, because it is small beside H. It may be summed over a part of the tokens only; `drift_gram` is H over
+    large sums, because it is small compared to H. It may be summed over part of the tokens only; `drift_gram` is H over
     that part.
 
     Args:
@@ -85,7 +85,7 @@ class LayerStats:
         tokens: number of tokens that were summed.
         drift: D, (in, in), same dtype, or None.
         drift_gram: H over the tokens of D, (in, in), same dtype; None together with `drift`.
-        lent_tokens: of an expert that saw too few: how many tokens those of its block count for that `gram` sums beside
+        lent_tokens: of an expert that saw too few: how many tokens the block's count for that `gram` sums besides
             its own; they are not among `tokens`.
 
     Raises:

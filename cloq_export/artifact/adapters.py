@@ -192,7 +192,7 @@ def unbound_note(name: str, base: QuantizedBase) -> str:
 
 
 def carried_beside(folder: Path) -> list[str]:
-    """Return what engines or tokenizers may read in an adapter's folder beside the adapter, sorted."""
+    """Return what engines or tokenizers may read in an adapter's folder besides the adapter, sorted."""
     own = {CONFIG_NAME, WEIGHTS_NAME, ONNX_ADAPTER_NAME}
     return sorted(
         entry.name

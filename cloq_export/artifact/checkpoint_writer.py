@@ -106,7 +106,7 @@ class LayerSource:
 
 @dataclasses.dataclass(frozen=True)
 class FloatPart:
-    """What a quantized checkpoint holds beside its quantized modules, read one tensor at a time.
+    """What a quantized checkpoint holds besides its quantized modules, read one tensor at a time.
 
     Args:
         headers: tensor name -> (dtype code of safetensors, shape), in the order in which they are written.
@@ -203,7 +203,7 @@ def export_checkpoint(
     Args:
         folder: the folder to make; an earlier checkpoint of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         layout: how each layer is stored.
         settings: how the folder is written; what is written is the fingerprint of the layers.
 

@@ -60,7 +60,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
 
 
 def float_part(checkpoint: Checkpoint) -> FloatPart:
-    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+    """Return what a checkpoint holds besides its quantized modules, with a config that says whether the head is tied.
 
     Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
 
@@ -211,7 +211,7 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
 
 
 def float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
-    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+    """Return the tensors besides the codes that have a place in an empty model, and the zeros that have none.
 
     Raises:
         FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.

@@ -160,7 +160,7 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
 def _largest_count(config: Any) -> int:
     """Return the largest number in a config that says how many modules a model has."""
     largest, open_parts = 0, [config]
-    # Without recursion: how deep a config is nested is its writer's choice.
+    # Without recursion: an untrusted config may be nested to any depth.
     while open_parts:
         part = open_parts.pop()
         if not isinstance(part, Mapping):

@@ -139,7 +139,7 @@ def budgeted_recipe(
     with started_run(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
         spent = session.timed("budget", lambda: spend(session, loaded, work, recipe, calibration))
     directory.write_report(BUDGET_REPORT, spent.report())
-    # The budget is spent: a copy that was edited by hand must not choose again.
+    # The budget is spent: a copy of the recipe that was edited by hand must not choose again.
     write_bytes(directory.path / RECIPE_NAME, spent.recipe.changed({"budget": 0.0}).to_yaml().encode("utf-8"))
     directory.set_overrides(spent.recipe.to_mapping()["overrides"])
     shutil.rmtree(path, ignore_errors=True)
@@ -182,7 +182,7 @@ def spend(
     shapes = _shapes(loaded.model, plan)
     _check_smallest(recipe, _planned_bits(recipe, plan, shapes, plan.modules) / _weights(shapes))
     job = CompressJob.of(loaded, plan, measuring_recipe(recipe), work, calibration)
-    # On the windows that the run itself is solved on: none that judges it has a say in the choice.
+    # On the windows that the run is solved on: those that judge the run take no part in the choice.
     counts = strategy_of(recipe).window_counts(recipe)
     job = dataclasses.replace(job, windows=CalibrationWindows.of(loaded, recipe, calibration, counts))
     session.say("measuring what bits, groups and ranks of each layer are worth")

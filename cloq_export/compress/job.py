@@ -254,7 +254,7 @@ def make_layers(session: Session, job: CompressJob) -> None:
 
 
 def layers_report(certificates: list[LayerCertificate], plan: ModelPlan | None = None) -> dict[str, Any]:
-    """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
+    """Return what a run keeps of its layers: certificates, and why some of a plan stay float without being asked to."""
     report: dict[str, Any] = {"layers": [certificate.to_json() for certificate in certificates]}
     left_float = {} if plan is None else {**plan.spared, **plan.unfit}
     return {**report, "stays_float": left_float} if left_float else report

@@ -51,7 +51,7 @@ class ModelPlan:
     Args:
         blocks: the decoder blocks.
         modules: full module name -> plan, in order of blocks; layers that stay float are absent.
-        unfit: full module name -> why its numbers cannot be stored as codes; these stay float though nobody asked.
+        unfit: full module name -> why its numbers cannot be stored as codes; these stay float without being asked to.
         asked: `modules` and those that are unfit.
         spared: full module name -> why it stays float in any run that does not name it, such as gates.
         unadapted: full module name -> why it has no adapter though the recipe's rank is not 0.

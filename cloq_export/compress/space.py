@@ -1,4 +1,4 @@
-"""What a run will write, counted before it starts: a disk that fills up after hours has cost them."""
+"""What a run will write, counted before it starts, so that a full disk does not end it after hours of work."""
 
 from __future__ import annotations
 

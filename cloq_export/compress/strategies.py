@@ -120,7 +120,7 @@ class BlockRefined(Strategy):
 
 
 class ModelRefined(BlockRefined):
-    """Solves all layers and refines their blocks beside the run, then all together, and only then stores them in it."""
+    """Solves all layers and refines their blocks in a work folder, then all together, and only then stores them."""
 
     def window_counts(self, recipe: Recipe) -> WindowCounts:
         """Return how many windows the run draws, and for what: a step on the model takes windows of its own."""
@@ -137,7 +137,7 @@ class ModelRefined(BlockRefined):
             self._refine(job, solved, session)
         for done in (work / "solved", work / "refinement"):
             shutil.rmtree(done, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another adapter may be in the making there
+        with contextlib.suppress(OSError):  # another adapter may be under construction there
             work.rmdir()
 
     def _solve(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
@@ -151,7 +151,7 @@ class ModelRefined(BlockRefined):
 
     def _refine(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
         recipe, batch, drawn = job.recipe, self.windows_per_batch(job.recipe), job.windows.drawn
-        # Not those of the solve, whose errors are already corrected: they would favour the start.
+        # Not the windows of the solve, whose errors are already corrected: they would favour the start.
         batches = Batches.of(drawn.refining.ids, drawn.judging.ids, batch)
         started = time.perf_counter()
         try:
@@ -174,7 +174,7 @@ _OWN: dict[str, Strategy] = {"none": Strategy(), "block": BlockRefined(), "model
 
 
 def check_low_rank_first(recipe: Recipe) -> None:
-    """Refuse rounds of low rank first where there is nothing to take out of the weight, or nobody who would.
+    """Refuse rounds of low rank first where no layer could have them.
 
     Raises:
         UsageError: codes are kept, A and B are not CLoQ's closed form, or no layer has a rank.

@@ -104,8 +104,8 @@ class BlockWalk:
             return
         streams = [list(self._stream.hidden)]
         if self._error_aware:
-            # The float stream only tells how far targets move, and part of the tokens tells most of that: it costs as
-            # much as the other stream, so it runs over a share of the windows.
+            # The float stream only measures how far targets move, for which a share of the windows is enough: it costs
+            # as much as the other stream.
             share = 1.0 if self._refiner else self._job.recipe.float_share
             paired = max(1, math.ceil(share * len(self._stream.hidden)))
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
@@ -136,7 +136,7 @@ class BlockWalk:
             if not self._done.issuperset(plans):
                 sharing = self._groups(block, streams[FLOAT_STREAM][0])
                 planned = (tuple(name for name in group if name in plans) for group in sharing)
-                # A group that a kill cut in two is solved again as a whole: its layers share matrix products, and
+                # A group that was left half done is solved again as a whole: its layers share matrix products, and
                 # those give the same bits only for the same shapes.
                 groups = tuple(group for group in planned if not self._done.issuperset(group))
                 block = dataclasses.replace(block, groups=groups)

@@ -54,7 +54,7 @@ def solve_on(request: SolveRequest, device: torch.device) -> dict[str, SolvedLay
     except torch.OutOfMemoryError:
         if len(plans) == 1 and device.type == "cpu":
             raise
-    # Outside of `except`: inside, the traceback would keep the tensors of the attempt alive.
+    # Outside `except`: inside, the traceback would keep the tensors of the failed attempt alive.
     _free(device)
     if len(plans) > 1:
         try:

@@ -61,7 +61,7 @@ def continue_greedily(
     """Return the most probable continuation of each prompt, computed together with a cache of keys and values.
 
     Prompts are filled up in front, and masked there. Nothing but the largest logit decides: what a model's
-    generation_config.json says of sampling or penalties is not looked at, only its end-of-text tokens are.
+    generation_config.json says about sampling or penalties is ignored, except its end-of-text tokens.
 
     Args:
         model: a causal language model.
@@ -110,7 +110,7 @@ def _continue_across(
     crossing = len({len(prompt) for prompt in prompts}) == 1
     stretches = switch.stretches(len(prompts[0]), max_new_tokens) if crossing else [max_new_tokens]
     for stretch in stretches:
-        # What asks for the end is told all of a text, which behind a switch is another one for each row.
+        # `ended` needs the whole text of a row, and after a switch each row has a different beginning.
         anew = ended is not None and any(texts)
         for rows in [[row] for row in alive] if anew else [alive]:
             so_far = [[*prompts[row], *texts[row]] for row in rows]
@@ -229,7 +229,7 @@ def _together(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 class _Watch:
-    """Sees every step of `generate`: refuses what overflows, and ends texts of which nothing more is wanted."""
+    """Watches every step of `generate`: raises on overflow, and ends texts that need no more tokens."""
 
     def __init__(self, begun: int, ended: Ended | None) -> None:
         self._begun, self._ended = begun, ended
@@ -253,9 +253,9 @@ class _Watch:
 def end_tokens(model: Any) -> frozenset[int]:
     """Return the token ids with which a transformers model ends a text."""
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset(found if isinstance(found, (list, tuple)) else [found])
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
     return frozenset()
 
 

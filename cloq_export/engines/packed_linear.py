@@ -231,15 +231,15 @@ class PackedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + part for part in _PARTS]
-        found = {name: state_dict[name] for name in names if name in state_dict}
+        held = {name: state_dict[name] for name in names if name in state_dict}
         super()._load_from_state_dict(
-            {name: value for name, value in state_dict.items() if name not in found},
+            {name: value for name, value in state_dict.items() if name not in held},
             *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
         )
-        missing_keys.extend(name for name in names if name not in found)
-        if len(found) < len(names):
+        missing_keys.extend(name for name in names if name not in held)
+        if len(held) < len(names):
             return
-        qweight, qzeros, scales = (found[name].to(self.packed_codes.device, copy=True) for name in names)
+        qweight, qzeros, scales = (held[name].to(self.packed_codes.device, copy=True) for name in names)
         more_outputs, more_inputs = self._padding
         size = (self.in_features + more_inputs, self.out_features + more_outputs)
         groups = self.groups if self.groups == 1 else size[0] // self.group_size

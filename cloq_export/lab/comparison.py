@@ -30,7 +30,7 @@ class Start:
 
     Args:
         kind: "run" trains over packed codes, "float" over the float model, "nf4" over bitsandbytes' codes.
-        quantize: recipe options of its own base, beside those of all bases.
+        quantize: recipe options of its own base, besides those of all bases.
         adapt: recipe options of an adapter that is made for the codes of that base; None takes the base's own.
         zero: begin with an adapter that changes nothing yet.
     """

@@ -1,4 +1,4 @@
-"""Measure the quality of every method on a model beside its stored size and its time."""
+"""Measure the quality of every method on a model against its stored size and its time."""
 
 from __future__ import annotations
 

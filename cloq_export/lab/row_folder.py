@@ -86,7 +86,7 @@ def write_table(
     Args:
         folder: where they go.
         name: of the table.
-        content: what the JSON holds beside the environments that its rows name.
+        content: what the JSON holds besides the environments that its rows name.
         table: gives the Markdown of what the JSON holds.
         plots: gives name -> SVG of what the JSON holds.
 

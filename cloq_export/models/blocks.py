@@ -174,7 +174,7 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 def _is_gpt2_conv1d(module: nn.Module) -> bool:
-    # Told by name: importing transformers for one class would cost every caller a second.
+    # Recognised by name: importing transformers for one class would cost every caller a second.
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 

@@ -181,7 +181,7 @@ class SplitExperts(nn.ModuleList):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         per_token = chosen.shape[-1]
         chosen, weights = chosen.reshape(-1), weights.reshape(-1)
-        # Stable, so that the tokens of an expert come in order. Numbers beyond the experts are nobody's, as in the
+        # Stable, so that the tokens of an expert come in order. Numbers beyond the experts are ignored, as in the
         # family's own function.
         order = torch.argsort(chosen, stable=True)
         ends = torch.searchsorted(chosen[order], torch.arange(len(self), device=chosen.device), right=True)

@@ -1,4 +1,4 @@
-"""What is held on a device beside the block that computes: a whole model for a while, or hidden states."""
+"""What is held on a device besides the block that computes: a whole model for a while, or hidden states."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cloq_export.models.placeholders import is_placeholder
 class BlockMover:
     """Lends blocks to a device: their tensors are copied there, and put back afterwards.
 
-    On a GPU the copies of the next block run on a stream of their own, from page-locked memory, beside the work of the
+    On a GPU the copies of the next block run on a stream of their own, from page-locked memory, during the work of the
     current block. What a borrower changed (a parameter's data put in the place of others, or written into through the
     parameter) is copied back; what it left alone is not, because the original still stands in host memory.
 

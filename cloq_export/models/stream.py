@@ -85,7 +85,7 @@ class BlockStream:
 
         # Sums of outputs that nobody has looked at yet: on a GPU the host would wait for each.
         self._unseen: list[tuple[int, torch.dtype, torch.Tensor]] = []
-        # What each kind of block returns beside the hidden states; None: nothing, not even a tuple.
+        # What each kind of block returns besides the hidden states; None: nothing, not even a tuple.
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         self._calls: list[list[BlockArguments]] = []
         self.hidden: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ class BlockStream:
         return self._precision == "bfloat16"
 
     def arguments(self, index: int) -> BlockArguments:
-        """Return what a block is given beside the hidden states in the first batch."""
+        """Return what a block is given besides the hidden states in the first batch."""
         return self._calls[0][index]
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
@@ -298,7 +298,7 @@ class BlockStream:
         """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.
 
         Blocks may talk to each other through the hidden states, a dictionary that all are given, and values returned
-        beside the hidden states and handed on. Another way is looked for: arguments computed from hidden states.
+        besides the hidden states and handed on. Another way is looked for: arguments computed from hidden states.
 
         Returns:
             bool: blocks are given more than hidden states by each other.
@@ -307,7 +307,7 @@ class BlockStream:
             _, plain = self._capture(ids, probing=True)
             _, shifted = self._capture(ids, shift=1.0)
         except (AttributeError, TypeError, KeyError, ValueError) as error:
-            # What a model does with its blocks beside calling them is its own; it fails on what stands in for them.
+            # What a model does with its blocks besides calling them is its own; it fails on what stands in for them.
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does more with its blocks than call one after the other ("
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}); such models cannot be run block by "

@@ -1,7 +1,7 @@
 """The matrices of a model's blocks stay in its files, and are read while their block is used.
 
 A model that does not fit into memory is opened with placeholders for them: one number each, seen in the shape of the
-matrix. Whoever uses a block's weights holds it `in_memory` meanwhile, and a call of the whole model does so by itself.
+matrix. Code that uses a block's weights holds it `in_memory`, and a call of the whole model does so by itself.
 """
 
 from __future__ import annotations

@@ -196,18 +196,18 @@ def _in_chunks(
     advance: Advance | None,
 ) -> list[Any]:
     """Return the result of every question, asked in chunks of like length; the chunks never depend on the store."""
-    found: dict[int, Any] = dict(store.answers) if store is not None else {}
+    answers: dict[int, Any] = dict(store.answers) if store is not None else {}
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     for start in range(0, len(order), chunk):
         rows = order[start : start + chunk]
-        if not all(row in found for row in rows):
+        if not all(row in answers for row in rows):
             new = dict(zip(rows, work(rows), strict=True))
-            found |= new
+            answers |= new
             if store is not None:
                 store.add(new)
         if advance is not None:
             advance(start + len(rows), len(order))
-    return [found[row] for row in range(len(lengths))]
+    return [answers[row] for row in range(len(lengths))]
 
 
 def _chunk_of(model: ServedModel) -> int:

@@ -217,9 +217,9 @@ def default_limits(
     Args:
         dtype: of the served activations: "float32", "bfloat16" or "float16".
         bits: the smallest width among the layers.
-        tasks: what is measured beside numerics: "ppl", and tasks by name.
+        tasks: what is measured besides numerics: "ppl", and tasks by name.
         adapters: how many are served.
-        packed: whether the packed transformers runtime is measured beside another one.
+        packed: whether the packed transformers runtime is measured in addition to another one.
         rounded: whether kernels round activations to int8: no limit on a single log-probability survives that, and the
             effect of a single module drowns in it.
 

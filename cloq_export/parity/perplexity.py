@@ -249,7 +249,7 @@ class ModelPerplexity:
     token_mult_prob_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures, those beside the float model only where there are any."""
+        """Return the figures, those relative to the float model only where there are any."""
         content: dict[str, Any] = {"perplexity": self.perplexity, "standard_error": self.standard_error}
         if self.ratio_to_float is not None:
             content |= {"ratio_to_float": self.ratio_to_float, "ratio_standard_error": self.ratio_standard_error}

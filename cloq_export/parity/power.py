@@ -19,7 +19,7 @@ from cloq_export.parity.plain import Result
 
 # A drop of the limit passes unseen with this probability.
 UNSEEN = 0.05
-# A model that loses nothing is missed with this probability.
+# A model that loses nothing misses the gate with this probability.
 FALSE_ALARM = 0.01
 # Questions that a model which loses nothing answers otherwise by chance: rounding turns near-ties around.
 CHANCE: Mapping[str, float] = {"float32": 0.05}

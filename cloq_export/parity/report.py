@@ -121,7 +121,7 @@ class CertificateCheck(Result):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance(Result):
-    """Codes, adapters and float model beside what the run and the training recorded when they made them."""
+    """Codes, adapters and float model compared with what the run and the training recorded when they made them."""
 
     findings: tuple[Finding, ...]
     probes: tuple[ProbeDifferences, ...]

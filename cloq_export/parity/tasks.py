@@ -36,14 +36,14 @@ from cloq_export.texts.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS
 from cloq_export.texts.reading import read_rows
 from cloq_export.texts.word_problems import generate
 
-# Asked for in one breath with the tasks, though no question is asked for it.
+# Accepted among the tasks, although it asks no questions.
 PERPLEXITY = "ppl"
 # Behind a task's name: put as LLM-Adapters puts it, and read by its rules.
 INSTRUCTION = "instruction"
 # Tokens that an answer may take: a worked solution, and a label as LLM-Adapters limits it.
 _SOLUTION_TOKENS = 256
 _LABEL_TOKENS = 32
-# What ends the answer to an instruction, beside the tokenizer's own end.
+# What ends the answer to an instruction, besides the tokenizer's own end.
 _INSTRUCTION_ENDS = ("\n### ", "</s>", "<|im_end|>")
 CONTINUATIONS = "continuations"
 _OWN_RULES = "four endings of neighbouring paragraphs; the choice of the largest log-likelihood"
@@ -77,7 +77,7 @@ def expand_names(asked: Sequence[str]) -> dict[str, str | None]:
     Raises:
         UsageError: there is no such task, or a group is given a file.
     """
-    found: dict[str, str | None] = {}
+    files: dict[str, str | None] = {}
     for text in asked:
         name, separator, file = text.partition("=")
         if name in GROUPS and separator:
@@ -88,8 +88,8 @@ def expand_names(asked: Sequence[str]) -> dict[str, str | None]:
             hint = f" did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"`tasks` is {name!r}; allowed are {PERPLEXITY}, {', '.join(known)}.{hint}")
         for task in GROUPS.get(name, (name,)):
-            found[task] = (file or None) if separator else found.get(task)
-    return found
+            files[task] = (file or None) if separator else files.get(task)
+    return files
 
 
 def find_task(name: str) -> Task:

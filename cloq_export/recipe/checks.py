@@ -32,7 +32,7 @@ def option(default: Any, text: str, *rules: ValueRule) -> Any:
     Args:
         default: its value unless another is given.
         text: its meaning, for people.
-        rules: what its values must be beside their type; the first that is broken is told.
+        rules: what its values must satisfy besides their type; the first broken rule is reported.
     """
     return dataclasses.field(default=default, metadata={"help": text, "rules": rules})
 

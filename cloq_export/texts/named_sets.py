@@ -15,7 +15,7 @@ from cloq_export.texts.wikitext import WIKITEXTS, read_wikitext, wikitext_files
 from cloq_export.texts.word_problems import MOST_STEPS, generate
 
 WORD_PROBLEMS = "word-problems"
-# Name -> the most calculations that a problem takes; the short ones are within a small model's reach.
+# Name -> the most calculations that a problem takes; a small model can learn the short ones.
 WORD_PROBLEM_SETS = {WORD_PROBLEMS: MOST_STEPS, "short-word-problems": 2}
 WORD_PROBLEM_COUNTS = {"train": 2000, "test": 500}
 

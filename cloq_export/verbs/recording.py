@@ -1,4 +1,4 @@
-"""Records of what a run or a training has made, written when it is made; `verify` compares what is served with them."""
+"""Records of what a run or a training made, written when it is made; `verify` compares what is served with them."""
 
 from __future__ import annotations
 

@@ -82,16 +82,16 @@ def preflight(target: Target, exported: Exported, *, layout: str | None = None, 
     wanted = [known for known in engine.layouts if known != MERGED] if layout is None else [layout]
     fitting = []
     for place, name in enumerate(wanted):
-        found = {where: rules for where in devices if not isinstance(rules := question.answer(name, where), str)}
-        if found:
-            fitting.append((-len(found), place, name, found))
+        allowed = {where: rules for where in devices if not isinstance(rules := question.answer(name, where), str)}
+        if allowed:
+            fitting.append((-len(allowed), place, name, allowed))
     if not fitting:
         raise UsageError(_refusal(target, question, layout, devices))
-    _, _, chosen, found = min(fitting, key=lambda fit: fit[:2])
-    rules = tuple(dict.fromkeys(rule for used in found.values() for rule in used))
+    _, _, chosen, allowed = min(fitting, key=lambda fit: fit[:2])
+    rules = tuple(dict.fromkeys(rule for used in allowed.values() for rule in used))
     max_lora_rank, pad_rank, adapter_notes = _check_ranks(target, engine, ranks)
-    notes = (*_version_notes(target), *_notes(engine, versions, found), *adapter_notes)
-    return Decision(target, chosen, tuple(found), rules, notes, max_lora_rank, pad_rank)
+    notes = (*_version_notes(target), *_notes(engine, versions, allowed), *adapter_notes)
+    return Decision(target, chosen, tuple(allowed), rules, notes, max_lora_rank, pad_rank)
 
 
 def _refusal(target: Target, question: Question, layout: str | None, devices: Sequence[Device]) -> str:

@@ -75,7 +75,7 @@ class Rule:
         symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
-        note: what a user must know beside it.
+        note: what else a user must know.
     """
 
     target: str

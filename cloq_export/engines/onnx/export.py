@@ -1,4 +1,4 @@
-"""Write an ONNX export: a decoder graph that carries a base's integers, its adapters, and what engines need beside."""
+"""Write an ONNX export: a decoder graph that carries a base's integers, its adapters, and what else engines need."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def export_onnx(
     Args:
         folder: the folder to make; an earlier ONNX export of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         options: how the graph is written.
         base_fingerprint: of the layers; another one than theirs is refused.
         finish: called with the filled folder and the report before the folder gets its name.
@@ -135,9 +135,10 @@ def _compared(folder: Path, layers: LayerSource, base_fingerprint: str) -> dict[
     for module, layer in export.read_layers():
         refuse_difference(layer, layers.read(module), f"{folder}: {module}")
         modules[module] = certified_layer(layer)
-    found = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
-    if set(modules) != set(layers.specs) or found != base_fingerprint:
+    fingerprint = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
+    if set(modules) != set(layers.specs) or fingerprint != base_fingerprint:
         raise FormatError(
-            f"{folder} was read back as the base {found}, and {base_fingerprint} was to be written; write it again."
+            f"{folder} was read back as the base {fingerprint}, and {base_fingerprint} was to be written; write it "
+            "again."
         )
     return modules

@@ -68,12 +68,12 @@ def load(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint, found = _opened(path, adapter, force=force)
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
     _read_generation_config(checkpoint, model)
-    if found is not None:
-        attach_adapter(model, *found, trainable=trainable)
+    if bound is not None:
+        attach_adapter(model, *bound, trainable=trainable)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -88,13 +88,13 @@ def _opened(
 ) -> tuple[Checkpoint, tuple[Path, Adapter] | None]:
     """Return a checkpoint, and the folder and pairs of an adapter that is bound to it."""
     checkpoint = Checkpoint.open(path)
-    found: tuple[Path, Adapter] | None = None
+    bound: tuple[Path, Adapter] | None = None
     if adapter is not None:
         folder = AdapterShelf.of(path).find(adapter)
-        found = folder, read_bound_adapter(folder, checkpoint, force=force)
+        bound = folder, read_bound_adapter(folder, checkpoint, force=force)
     report_labels(checkpoint)
     require_versions()
-    return checkpoint, found
+    return checkpoint, bound
 
 
 def fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -143,16 +143,16 @@ def dequantized_model(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint, found = _opened(path, adapter, force=force)
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, torch.float32)
     _fill(model, checkpoint, _place_dense)
     _read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
-    if found is not None and not merged:
-        attach_adapter(model, *found, trainable=False)
-    elif found is not None:
-        folder, read = found
+    if bound is not None and not merged:
+        attach_adapter(model, *bound, trainable=False)
+    elif bound is not None:
+        folder, read = bound
         _check_pairs(model, folder, read)
         with torch.no_grad():
             for module, pair in read.pairs.items():

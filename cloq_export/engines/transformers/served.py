@@ -196,16 +196,16 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
         list: one (n - 1,) float32 tensor on the CPU per sequence.
     """
     forget_lengths(model)
-    found: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
+    logprobs: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
     for together in RotarySwitch.of(model).apart([len(ids) for ids in token_ids]):
         padded = padded_rows([token_ids[row] for row in together], model)
         with torch.no_grad():
             logits = model(input_ids=padded, use_cache=False).logits
         for place, row in enumerate(together):
             length = len(token_ids[row])
-            found[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
+            logprobs[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
     # One copy for all.
-    return list(torch.cat(found).cpu().split([len(ids) - 1 for ids in token_ids]))
+    return list(torch.cat(logprobs).cpu().split([len(ids) - 1 for ids in token_ids]))
 
 
 def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:

@@ -75,7 +75,7 @@ class VllmModel(ListsTokens):
         start = start or EngineStart()
         self.timeout, self._start = start.timeout, start
         self._lock = threading.Lock()
-        # Files and options first: they cost nothing beside a start.
+        # Files and options first: they cost nothing compared to a start.
         request = self._loading(export, adapters, settings or EngineSettings())
         variables = engine_environment(start.kv_cache_gib, threads=start.threads) | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

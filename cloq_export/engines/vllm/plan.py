@@ -160,7 +160,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         trust_adapters=options.trust_adapters,
     )
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
-    # Adapters that are loaded while it serves find a place beside those of the start.
+    # Leaves room for adapters that are loaded while it serves.
     told["max_cpu_loras"] = max(told["max_loras"], len(adapters), 32)
     told |= {"served_model_name": base_name, "host": options.host, "port": _take_port(options.host, options.port)}
     command = [str(options.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(told)]

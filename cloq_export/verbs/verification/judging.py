@@ -83,7 +83,7 @@ def served_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
 
 
 def notes_of(plan: Plan, findings: tuple[Finding, ...]) -> list[str]:
-    """Return what a reader of the report must know beside its figures."""
+    """Return what a reader of the report must know besides its figures."""
     forced = (forced_note(name, read.base_fingerprint, plan.checkpoint) for name, read in plan.adapters.items())
     notes = [note for note in forced if note is not None]
     shelf = AdapterShelf.of(plan.export)
@@ -176,21 +176,23 @@ def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> l
 
 def _smallest_losses(plan: Plan, report: ParityReport) -> dict[str, SmallestLoss]:
     """Return gate -> the smallest loss of accuracy, or rise of perplexity, that it could have seen here."""
-    found: dict[str, SmallestLoss] = {}
+    losses: dict[str, SmallestLoss] = {}
     for name, (_, questions) in plan.tasks.items():
         count, key, limits = len(questions.items), gate_key(name), plan.limits
         p_value = _p_value_limit(plan, name)
-        found[f"{key}_p_value"] = SmallestLoss(smallest_drop(count, p_value), p_value, 1 - POWER)
+        losses[f"{key}_p_value"] = SmallestLoss(smallest_drop(count, p_value), p_value, 1 - POWER)
         if (limit := limits.get(f"{key}_drop_upper")) is not None:
-            found[f"{key}_drop_upper"] = SmallestLoss(limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN)
+            losses[f"{key}_drop_upper"] = SmallestLoss(
+                limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN
+            )
         if (limit := limits.get(f"{key}_accuracy_drop_upper")) is not None:
-            found[f"{key}_accuracy_drop_upper"] = SmallestLoss(limit, None, UNSEEN)
+            losses[f"{key}_accuracy_drop_upper"] = SmallestLoss(limit, None, UNSEEN)
     ratios = [row.ratio for row in report.quality.perplexity if row.model == "served" and row.ratio is not None]
     rises = [ratio.ratio_smallest_rise for ratio in ratios if ratio.ratio_smallest_rise is not None]
     if rises and len(rises) == len(ratios):
         rise = SmallestLoss(max(rises), (1 - LEVEL) / 2, RATIO_UNSEEN)
-        found |= {"perplexity_ratio_upper": rise, "perplexity_over_recorded": rise}
-    return found
+        losses |= {"perplexity_ratio_upper": rise, "perplexity_over_recorded": rise}
+    return losses
 
 
 def _p_value_limit(plan: Plan, task: str) -> float:

@@ -33,7 +33,7 @@ _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
-# Tokens on which the base is scored without its adapters beside the longest text, in whole windows.
+# Tokens on which the base is scored without its adapters, in whole windows, besides the longest text.
 _BASE_TOKENS = 512
 
 
