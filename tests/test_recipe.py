@@ -256,7 +256,7 @@ def test_settings_take_the_type_of_their_option(text, expected):
         ("bits=three", "bits is 'three'; a whole number is needed"),
         ("damping=x", "damping is 'x'; a number is needed"),
         ("refit=maybe", "refit is 'maybe'; allowed are true and false"),
-        ("overrides={}", "use --override"),
+        ("overrides={}", "use `overrides="),
     ],
 )
 def test_bad_settings(text, message):

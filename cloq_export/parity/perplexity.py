@@ -168,8 +168,8 @@ def check_windows(model: nn.Module, token_ids: torch.Tensor, *, window: int, win
     limit = context_length(model)
     if limit is not None and window > limit:
         raise UsageError(
-            f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose a `window` of "
-            f"{limit} or less (`eval_window` in a recipe)."
+            f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose {limit} or "
+            "less as `window` (in a run `eval_window`)."
         )
 
 
@@ -348,8 +348,8 @@ def _cut_windows(token_ids: torch.Tensor, window: int, windows: int) -> torch.Te
     available = token_ids.numel()
     if available < window:
         raise CalibrationError(
-            f"the evaluation text has {available} tokens, one window needs {window}; give a longer text with `text`, "
-            "or shorter windows with `window` (`eval_text` and `eval_window` in a recipe)."
+            f"the evaluation text has {available} tokens, one window needs {window}; give a longer text as `text`, "
+            "or a smaller `window` (in a run `eval_text` and `eval_window`)."
         )
     count = min(windows, available // window)
     return token_ids.reshape(-1)[: count * window].view(count, window)

@@ -146,7 +146,7 @@ def test_progress_goes_to_the_console_given_and_only_if_asked(capsys, tmp_path):
         (0, 10, 1, CalibrationError, "has 0 tokens"),
         (90, 1, 1, UsageError, "at least 1 window of 2 tokens is needed"),
         (90, 10, 0, UsageError, "0 windows of 10 tokens were asked for"),
-        (90, 65, 1, UsageError, "reads at most 64; choose --window 64 or less"),
+        (90, 65, 1, UsageError, "reads at most 64; choose 64 or less as `window`"),
     ],
 )
 def test_windows_that_cannot_be_cut_are_refused(length, window, windows, error, message):
