@@ -189,16 +189,18 @@ class BlockRefiner:
         self, candidates: Mapping[str, Solution], refinement: Refinement, error: float
     ) -> dict[str, SolvedLayer]:
         """Return the refined layers with certificates; where nothing was better, the start with a note."""
-        fields = {
-            "refined_error_before": finite(refinement.error_before),
-            "refined_error_after": finite(error),
-            "refined_step": refinement.best_step,
-        }
         notes = () if refinement.layers else (kept_start(refinement),)
-        return {
-            name: finish_layer(candidate, self._recipe, self._initialisation, fields, notes)
-            for name, candidate in candidates.items()
-        }
+        finished = {}
+        for name, candidate in candidates.items():
+            layer = finish_layer(candidate, self._recipe, self._initialisation, notes)
+            certificate = dataclasses.replace(
+                layer.certificate,
+                refined_error_before=finite(refinement.error_before),
+                refined_error_after=finite(error),
+                refined_step=refinement.best_step,
+            )
+            finished[name] = dataclasses.replace(layer, certificate=certificate)
+        return finished
 
 
 def problem_of(layer: SolvedLayer) -> LayerProblem:

@@ -17,6 +17,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.allocation import RankedLayer, StorageChoice, allocate, hull_of_group
 from cloq_export.compress.costs import (
     CostMeter,
+    GroupCosts,
     candidate_grids,
     candidate_ranks,
     divergences_of,
@@ -188,7 +189,7 @@ def spend(
     session.say("measuring what bits, groups and ranks of each layer are worth")
     BlockWalk(job, session.console, workers=CostMeter(recipe, job.device, work)).run()
     reports = set(work.reports())
-    groups = [work.read_report(report_of(name)) for name in plan.modules if report_of(name) in reports]
+    groups = [GroupCosts.read(work, name) for name in plan.modules if report_of(name) in reports]
     kept = max(1, _TOKENS // recipe.seqlen)
     windows = job.windows.solving[:kept, :_TOKENS]
     stream = BlockStream(loaded.model, plan.blocks, windows, device=job.device, compute=job.compute, batch=kept)
@@ -216,36 +217,35 @@ def _cheapest_plan(model: nn.Module, recipe: Recipe) -> ModelPlan:
 
 def _ranked(
     recipe: Recipe,
-    group: Mapping[str, Any],
+    group: GroupCosts,
     shapes: Mapping[str, tuple[int, ...]],
     divergences: Mapping[str, float],
 ) -> dict[QuantSpec, list[RankedLayer]]:
     """Return the layers of a group on every grid, their losses in parts of the measured divergence."""
-    names = list(group["grids"][0]["left"])
-    whole = group["left_by_cheapest"]
-    factor = divergences[names[0]] / whole if whole else 0.0
+    whole = group.left_by_cheapest
+    factor = divergences[group.names[0]] / whole if whole else 0.0
     of_grid = {}
-    for grid in group["grids"]:
-        spec = QuantSpec(grid["bits"], grid["group_size"], recipe.symmetric)
+    for grid in group.grids:
+        spec = QuantSpec(grid.bits, grid.group_size, recipe.symmetric)
         layers = []
-        for name in names:
+        for name in group.names:
             ranks, none = candidate_ranks(recipe, name, shapes[name]), stored_bits(recipe, shapes[name], spec, 0)
             adapters = [stored_bits(recipe, shapes[name], spec, rank) - none for rank in ranks]
-            losses = [factor * left for left in grid["left"][name]]
+            losses = [factor * left for left in grid.left[name]]
             layers.append(RankedLayer(name, none, ranks, adapters, losses))
         of_grid[spec] = layers
     return of_grid
 
 
 def choose(
-    recipe: Recipe, model: nn.Module, groups: Sequence[Mapping[str, Any]], divergences: Mapping[str, float]
+    recipe: Recipe, model: nn.Module, groups: Sequence[GroupCosts], divergences: Mapping[str, float]
 ) -> Budgeted:
     """Return what the budget is spent on.
 
     Args:
         recipe: every option; `budget` is in bits per weight.
         model: the float model.
-        groups: what `CostMeter` wrote of each group of layers.
+        groups: the costs of each group of layers.
         divergences: first layer of a group -> divergence with the group on its cheapest grid.
 
     Raises:
@@ -253,7 +253,7 @@ def choose(
     """
     plan = make_plan(find_blocks(model, recipe.blocks), recipe)
     shapes = _shapes(model, plan)
-    free = {name for group in groups for name in group["grids"][0]["left"]}
+    free = {name for group in groups for name in group.names}
     taken = _planned_bits(recipe, plan, shapes, plan.modules.keys() - free)
     hulls = [hull_of_group(_ranked(recipe, group, shapes, divergences)) for group in groups]
     weights = _weights(shapes)

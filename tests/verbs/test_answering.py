@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,8 @@ def test_bad_input_is_found_before_a_model_is_read(
 
 def test_groups_have_a_mean() -> None:
     names = answering.GROUPS["arithmetic"]
-    entries = {name: {"models": {"float": {"accuracy": n / 10}}} for n, name in enumerate(names)}
+    entries: dict[str, Any] = {
+        name: SimpleNamespace(models={"float": SimpleNamespace(accuracy=n / 10)}) for n, name in enumerate(names)
+    }
     assert group_means(entries) == {"arithmetic": {"float": pytest.approx(0.15)}}
     assert group_means(dict(list(entries.items())[1:])) == {}
