@@ -250,7 +250,7 @@ def load_engine(engine_python: str, device: str) -> Iterator[Loader]:
         how.setdefault("dtype", "float32" if device == "cpu" else "float16")
         if device == "cuda":
             how["more"] = {"gpu_memory_utilization": 0.2} | how.get("more", {})
-        if plugin in running and running[plugin].is_running:  # a test may have meant to end it
+        if plugin in running and running[plugin]._process.exit_code is None:  # a test may have meant to end it
             running[plugin].load(export, adapters, EngineSettings(**how))
             return running[plugin]
         start = EngineStart(python=engine_python, threads=1, plugin=plugin, timeout=600)

@@ -34,7 +34,6 @@ from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_COUNTED_SHAPES = 256
 
 
 def examine_packed(case: Case, modules: list[str]) -> FamilyVerdict:

@@ -143,11 +143,6 @@ class VllmModel(ListsTokens):
             return float_options(str(export), content, folders, settings)
         return engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib)
 
-    @property
-    def is_running(self) -> bool:
-        """Return whether the engine's process runs."""
-        return self._process.exit_code is None
-
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
         """Return the log-probability of every token given those before it, for all sequences in one batch.
 
