@@ -11,7 +11,7 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
-from cloq_export.artifact.expert_names import names_in_files
+from cloq_export.artifact.expert_names import expert_names_in_files
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
 from cloq_export.files.safe_paths import require_inside
@@ -100,7 +100,7 @@ def refuse_single_experts(checkpoint: Checkpoint) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     model = empty_model(checkpoint, None)
-    readable = names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
+    readable = expert_names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
     mixtures = [f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts)]
     for module in checkpoint.specs:
         if module.startswith(tuple(mixtures)) and module not in readable:

@@ -166,7 +166,7 @@ class BlockRefiner:
             (layer.quantized.to(self._device), layer.lora and layer.lora.to(self._device)),
             dtype=self._dtype,
             scales=not self._keeps_codes,
-            weight=problem_of(layer).weight.to(self._device) if moves_codes else None,
+            weight=solved_problem(layer).weight.to(self._device) if moves_codes else None,
         )
 
     def _candidates(self, solved: Mapping[str, SolvedLayer], refinement: Refinement) -> dict[str, Solution]:
@@ -178,7 +178,7 @@ class BlockRefiner:
         }
 
     def _solution(self, layer: SolvedLayer, quantized: QuantizedLayer, pair: LoraPair | None) -> Solution:
-        problem = problem_of(layer)
+        problem = solved_problem(layer)
         # If the device ran out of memory, the problem is on the CPU.
         device = problem.weight.device
         codes = Dequantized.of(quantized, device)
@@ -203,7 +203,7 @@ class BlockRefiner:
         return finished
 
 
-def problem_of(layer: SolvedLayer) -> LayerProblem:
+def solved_problem(layer: SolvedLayer) -> LayerProblem:
     """Return what a layer that was solved in this process was solved for."""
     assert layer.problem is not None
     return layer.problem

@@ -19,7 +19,7 @@ from torch import nn
 from cloq_export.adapt.cloq import EXACT_SIDE, OVERSAMPLING
 from cloq_export.models.block_arguments import BlockArguments
 from cloq_export.models.blocks import find_linears
-from cloq_export.models.lending import STORAGE_SHARE, tensor_bytes
+from cloq_export.models.lending import STORAGE_SHARE, model_bytes
 from cloq_export.process.storage_counter import StorageCounter
 from cloq_export.quantize.optq import BLOCK_COLUMNS
 from cloq_export.recipe import Recipe
@@ -104,7 +104,7 @@ class BlockShape:
         )
         widest = max(sum(group.outs) + group.in_features for group in groups)
         of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, tensor_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
+        return cls(groups, model_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
 
     @classmethod
     def trace(
@@ -153,7 +153,7 @@ class BlockShape:
             if any(name in ranks for name in each.names)
         )
         of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, tensor_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
+        return cls(groups, model_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -289,7 +289,7 @@ class PerplexityTable:
         return models | facts | {"begin_tokens": list(self.begin_tokens)}
 
 
-def evaluate(
+def compare_perplexities(
     models: Iterable[tuple[str, nn.Module]],
     token_ids: torch.Tensor,
     on: TextWindows,

@@ -95,7 +95,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         reference=known.source,
         runtime=options.runtime,
         dtype=options.dtype,
-        adapters=judging.served_adapters(plan),
+        adapters=judging.describe_adapters(plan),
         conditions=judging.conditions(plan, known, text),
         certificate=certificate,
         provenance=Provenance(proven, tuple(engine.probes), tuple(plan.made.recorded_ratios(options, text.sha256))),

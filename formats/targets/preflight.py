@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cloq_export.errors import UsageError
-from cloq_export.formats.targets.questions import BITS, Question
+from cloq_export.formats.targets.questions import BITS, TargetQuestion
 from cloq_export.formats.targets.table import (
     DEVICE_NAMES,
     DEVICES,
@@ -78,7 +78,7 @@ def preflight(target: Target, exported: Exported, *, layout: str | None = None, 
         raise UsageError(f"the shape of {missing[0]} is not known; give the shape of every quantized module.")
     versions = engine.versions if target.version is None else (target.version,)
     devices = DEVICES if device == "any" else tuple(known for known in DEVICES if known == device)
-    question = Question(engine, versions, exported)
+    question = TargetQuestion(engine, versions, exported)
     wanted = [known for known in engine.layouts if known != MERGED] if layout is None else [layout]
     fitting = []
     for place, name in enumerate(wanted):
@@ -94,7 +94,7 @@ def preflight(target: Target, exported: Exported, *, layout: str | None = None, 
     return Decision(target, chosen, tuple(allowed), rules, notes, max_lora_rank, pad_rank)
 
 
-def _refusal(target: Target, question: Question, layout: str | None, devices: Sequence[Device]) -> str:
+def _refusal(target: Target, question: TargetQuestion, layout: str | None, devices: Sequence[Device]) -> str:
     if layout is not None and layout not in (known := _layouts()):
         close = difflib.get_close_matches(layout, known, n=1)
         return f"layout {layout!r} is unknown; allowed are {', '.join(known)}." + (
@@ -122,7 +122,7 @@ def _refusal(target: Target, question: Question, layout: str | None, devices: Se
     return f"{reason}; the nearest that works: {', or '.join(works)}."
 
 
-def _nearest(question: Question, layout: str | None, devices: Sequence[Device]) -> str | None:
+def _nearest(question: TargetQuestion, layout: str | None, devices: Sequence[Device]) -> str | None:
     """Return the options that change least and pass: layout first, then group size, symmetry, and bits last."""
     engine, specs, default = question.engine, question.specs, question.default
     rules = [rule for rule in read_table().rules if rule.target == engine.name]

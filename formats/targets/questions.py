@@ -20,7 +20,7 @@ BITS = (2, 3, 4, 8)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class Question:
+class TargetQuestion:
     """A checkpoint put to some versions of an engine."""
 
     def __init__(self, engine: Engine, versions: Sequence[str], exported: Exported) -> None:
@@ -35,9 +35,9 @@ class Question:
         for module, spec in specs.items():
             self.kinds.setdefault((spec, shapes[module]), module)
 
-    def with_specs(self, specs: Mapping[str, QuantSpec]) -> Question:
+    def with_specs(self, specs: Mapping[str, QuantSpec]) -> TargetQuestion:
         """Return the same question about other grids."""
-        return Question(self.engine, self.versions, dataclasses.replace(self.exported, specs=specs))
+        return TargetQuestion(self.engine, self.versions, dataclasses.replace(self.exported, specs=specs))
 
     def answer(self, layout: str, device: Device) -> tuple[Rule, ...] | str:
         """Return the rules that allow a layout on a device in every version, or the reason against it."""

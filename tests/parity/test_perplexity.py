@@ -13,7 +13,7 @@ from torch import nn
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.parity.perplexity import (
     TextWindows,
-    evaluate,
+    compare_perplexities,
     perplexity,
     ratio_of_losses,
     summarize_losses,
@@ -101,7 +101,7 @@ def test_ratio_is_paired():
 def test_one_window_has_no_standard_error():
     measured = perplexity(Bigram(), text(20), window=20, windows=4, label=None)
     assert math.isnan(measured.standard_error)
-    table = evaluate([("float", Bigram())], text(20), TextWindows(TEXT, window=20))
+    table = compare_perplexities([("float", Bigram())], text(20), TextWindows(TEXT, window=20))
     assert table.models["float"].standard_error is None
 
 
@@ -115,7 +115,7 @@ def test_evaluate_puts_models_in_one_table():
             yield name, model
             assert model.calls, "a model is measured before the next one is asked for"
 
-    table = evaluate(lazily(), text(60), TextWindows(TEXT, 20, 8), begin_tokens=(1,)).to_json()
+    table = compare_perplexities(lazily(), text(60), TextWindows(TEXT, 20, 8), begin_tokens=(1,)).to_json()
     assert asked == ["float", "quantized", "adapter"]
     facts = ["tokens", "windows", "window", "text", "text_sha256", "bos", "begin_tokens"]
     assert list(table) == [*models, *facts]

@@ -74,7 +74,7 @@ def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Condition
     )
 
 
-def served_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
+def describe_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
     """Return which adapters are served, and whether each was made for these codes."""
     return tuple(
         ServedAdapter(name, str(plan.folders[name]), len(read.pairs), is_bound(read.base_fingerprint, plan.checkpoint))
