@@ -291,7 +291,7 @@ class LayerCertificate:
         refined_error_after: the same error of what was kept.
         refined_step: the step that was kept, 0 for the start.
         low_rank_round: where A and B were taken out of the weight before its codes were made (low rank first), the
-            round that was kept, 0 for codes of the weight itself; None where nobody asked for it.
+            round that was kept, 0 for codes of the weight itself; None if that was not asked for.
         needs_adapter: the codes were made for what A and B leave of the weight, so Q alone says nothing.
     """
 

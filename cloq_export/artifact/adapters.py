@@ -128,7 +128,7 @@ def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool, trust_
     Args:
         folder: the adapter folder.
         base: that it is to be served on.
-        force: take it whatever it is bound to.
+        force: take it even if it is bound to another base.
         trust_unbound: take it if it is bound to none.
 
     Raises:

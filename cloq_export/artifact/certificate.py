@@ -208,7 +208,7 @@ def verify_certificate(
 
     Raises:
         FormatError: there is no certificate, or a file, a layer or the base differs from it, or something lies in the
-            folder that it does not name: a file of whatever suffix, a link, a device. Empty folders are fine.
+            folder that it does not name: a file of any suffix, a link, a device. Empty folders are fine.
     """
     folder = Path(folder)
     certificate = read_certificate(folder)

@@ -37,7 +37,7 @@ _Written = TypeVar("_Written")
 
 @dataclasses.dataclass(frozen=True)
 class WriteSettings(Generic[_Written]):
-    """How a checkpoint folder is written, whatever goes in.
+    """How a checkpoint folder is written.
 
     Args:
         max_shard_bytes: largest weight file; one layer or tensor that is larger has a file of its own.

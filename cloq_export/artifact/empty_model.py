@@ -50,7 +50,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         split_experts(model)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # transformers raises whatever a malformed configuration leads to
+    except Exception as error:  # transformers may raise anything for a malformed configuration
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(
             f"{source} does not describe a causal language model that transformers can build ({reason}); check the "

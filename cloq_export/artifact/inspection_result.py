@@ -57,7 +57,7 @@ class AdapterInspection(Inspection):
         adapter_bytes: what they take.
         bits_per_weight_with_adapter: of the base that it lies on, or None.
         bound_to_this_base: None where there is no base to ask.
-        forced: whether it was taken although it is not; None where nobody asked for it.
+        forced: whether it was taken although it is not; None if that was not asked for.
         certificate: as repeated, or None.
     """
 

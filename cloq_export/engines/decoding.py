@@ -102,7 +102,7 @@ def _continue_across(
     """Return continuations of prompts that come to a switch together, if they do.
 
     Keys that were computed with the short factors of LongRoPE do not go with queries of the long ones: behind the
-    switch the text is read anew.
+    switch the text is read again from its start.
     """
     ends = end_tokens(model)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -281,7 +281,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch; the room is made anew."""
+        """Keep these rows of the batch, in newly made room."""
         self._rooms.clear()
         super().batch_select_indices(indices)
 
@@ -298,7 +298,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _cache_layers(model: Any) -> list[Any]:
-    """Return what a model keeps of the tokens before, layer by layer; empty if its cache is one of its own kind."""
+    """Return what a model keeps of the tokens before, layer by layer; empty if its cache is of another kind."""
     try:
         return list(DynamicCache(config=model.config).layers)
     except (AttributeError, KeyError, TypeError, ValueError):

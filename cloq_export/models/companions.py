@@ -51,7 +51,7 @@ _SIGNS = (
     *("tokenizer_config.json", "tokenizer.json", "tekken.json", "preprocessor_config.json", "processor_config.json"),
     "video_preprocessor_config.json",
 )
-# A folder with one of these is a model, a run or an adapter, whatever else it holds.
+# A folder with one of these is a model, a run or an adapter, no matter what else it holds.
 _OTHER_FOLDERS = ("config.json", "run.json", "adapter_config.json", "params.json", "trainer_state.json")
 
 

@@ -308,7 +308,7 @@ def split_fault(module: nn.Module) -> str | None:
     with torch.no_grad():
         try:
             expected = module(*arguments)
-        except Exception as error:  # whatever a class that is called otherwise than expected raises
+        except Exception as error:  # a class that is called in an unexpected way may raise anything
             return f"its class is not called with tokens, chosen experts and weights ({type(error).__name__})"
         split = SplitExperts(alone)(*arguments)
     if expected.shape != split.shape:

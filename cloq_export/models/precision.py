@@ -15,7 +15,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @contextlib.contextmanager
 def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
-    """Set the arithmetic of forward passes for a while, whatever is set outside.
+    """Set the arithmetic of forward passes for a while, regardless of the settings outside.
 
     "float32" computes in the model's own dtype, with full-precision products. "bfloat16" lets a float32 model multiply
     in bfloat16 by torch's autocast: the residual stream and the norms stay float32. It costs some accuracy in every

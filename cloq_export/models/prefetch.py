@@ -51,7 +51,7 @@ class BlockMover:
         versions = {name: tensor._version for name, tensor in tensors.items()}
         if self._stream is not None and index + 1 < len(self._blocks):
             following = _tensors_of(self._blocks.modules[index + 1])
-            # A block that is still on disk is read meanwhile, by whoever holds this one.
+            # A block that is still on disk is read by the code that holds this one.
             if not any(map(is_placeholder, following.values())):
                 self._ahead = (index + 1, self._copy(following))
         try:

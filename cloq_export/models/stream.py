@@ -83,7 +83,7 @@ class BlockStream:
         self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
         self._check_vocabulary(windows)
 
-        # Sums of outputs that nobody has looked at yet: on a GPU the host would wait for each.
+        # Sums of outputs that are not checked yet: on a GPU the host would wait for each.
         self._unseen: list[tuple[int, torch.dtype, torch.Tensor]] = []
         # What each kind of block returns besides the hidden states; None: nothing, not even a tuple.
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}

@@ -223,7 +223,7 @@ def _text_of(tokenizer: Any, cut: Callable[[str], str], new: Sequence[int]) -> s
 
 
 def _ended(tokenizer: Any, cut: Callable[[str], str]) -> Ended:
-    # The longest end has two dozen letters: the last tokens are enough, and an end is looked for every few of them.
+    # The longest end has two dozen letters, so the last tokens are enough; they are searched every few tokens.
     def ended(new: Sequence[int]) -> bool:
         text = tokenizer.decode(list(new)[-24:], skip_special_tokens=False)
         return len(cut(text)) < len(text)

@@ -69,7 +69,7 @@ def first_label(text: str, labels: Sequence[str]) -> str:
 
 
 def stated_label(text: str, labels: Sequence[str]) -> str:
-    """Return the label that a text states as the correct answer and nothing else, whatever its case; else "[invalid]".
+    """Return the label that a text states as the correct answer and nothing else, in any case; else "[invalid]".
 
     A text states it with the words that the training set ends with, "the correct answer is LABEL", or is the label.
     """

@@ -322,7 +322,7 @@ def parse_limits(content: Mapping[Any, Any], source: str) -> dict[str, float | N
 def merged_limits(defaults: Mapping[str, float], chosen: Mapping[str, float | None]) -> dict[str, float]:
     """Return the limits that hold: the defaults, with what was chosen in their place, in the order of the gates.
 
-    That something is judged is asked for whatever was chosen.
+    The gate that something is judged at all always holds.
     """
     joined = {**defaults, **chosen, **{name: 1.0 for name in (JUDGED,) if name in defaults}}
     return {name: limit for name in _ALL_GATES if (limit := joined.get(name)) is not None}

@@ -1,6 +1,6 @@
 """Texts that an engine writes, judged token by token: how far each lies below the reference's best one.
 
-One forward pass of the reference over prompt and text tells it for every token, also behind a near-tie, so that the
+One forward pass of the reference over prompt and text gives it for every token, also after a near-tie, so that the
 engine's decode steps and its cache are judged by the reference's prefill.
 """
 

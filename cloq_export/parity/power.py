@@ -2,7 +2,7 @@
 
 Two models answer the same n questions; b of them the first alone answers right, c the second alone. The drop is
 `(b - c) / n`, and the gate bounds its upper confidence limit: a drop as large as the limit then passes with a
-probability of at most alpha, whatever the p-value of a test of equality says.
+probability of at most alpha, regardless of the p-value of a test of equality.
 """
 
 from __future__ import annotations

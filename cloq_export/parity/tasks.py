@@ -122,7 +122,7 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     if shots and not task.takes_examples:
         task.with_examples((), shots)
     rows, origin = task.rows(file)
-    # All are read, so that a broken row is found whatever part is asked for.
+    # All rows are read, so that a broken one is found even if only some are asked for.
     pairs = [(task.read(row, where), row) for where, row in rows][:count]
     items = [item for item, _ in pairs]
     keys = tuple(question_hash(_put(item, "\n")) for item in items)

@@ -243,7 +243,7 @@ class Schedule:
     Args:
         steps: how many steps at most.
         seed: draws the order of batches.
-        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
+        warmup: 0 to 1; Adam's first steps depend on the sign of a single gradient.
         patience: after so many judgements without a better one training ends; more where a rising rate first undoes
             what was solved.
     """

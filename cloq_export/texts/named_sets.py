@@ -70,7 +70,7 @@ def set_names() -> tuple[str, ...]:
 
 
 def load_examples(name: str) -> ExampleSet:
-    """Return examples by whatever a user names them by.
+    """Return the examples that a user names.
 
     A set by name is read from the data folder if it has it, else from the hub; word problems are generated.
 

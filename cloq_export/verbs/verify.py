@@ -35,7 +35,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
         ParityReport: `passed` is the verdict, and `files` names what was written.
 
     Raises:
-        UsageError: options that cannot be meant.
+        UsageError: options that make no sense.
         GateMissedError: the text is shorter than one window, so that nothing can be judged.
         CloqError: the model, an adapter or the engine cannot be loaded, so that nothing can be measured.
     """

@@ -334,7 +334,7 @@ def test_a_run_whose_checkpoint_is_of_other_layers_gets_a_new_one(
     shutil.rmtree(tmp_path / "run" / "checkpoint")
     shutil.copytree(tmp_path / "other" / "checkpoint", tmp_path / "run" / "checkpoint")
     summary = write_export(tmp_path / "run", ExportOptions(out=tmp_path / "out"), console=silent)
-    assert any("was of other layers, so it was written anew" in note for note in summary.notes)
+    assert any("was of other layers, so it was written again" in note for note in summary.notes)
     assert contents(tmp_path / "run" / "checkpoint") == honest
 
 
@@ -367,7 +367,7 @@ def test_a_wrong_label_is_overruled(tmp_path: Path, made: Any, silent: Console) 
     (wrong / "config.json").write_text(json.dumps(config))
     options = ExportOptions(format="gptq_v2", out=tmp_path / "right")
     summary = convert(wrong, options, read_as="gptq_v2", console=silent)
-    assert "read as gptq_v2, whatever its config says" in summary.notes
+    assert "read as gptq_v2, although its config may say otherwise" in summary.notes
     assert_same_integers(run, tmp_path / "right")
     with pytest.raises(FormatError, match="cannot be read as 'compressed_tensors'; allowed are gptq_v2, gptq"):
         convert(wrong, options, read_as="compressed_tensors", console=silent)

@@ -276,7 +276,7 @@ def _sample_layer(
 
 
 def _unpack_words(words: torch.Tensor, bits: int, columns: int, *, dense: bool) -> torch.Tensor:
-    """Return the codes of rows of words, whatever else the words hold."""
+    """Return the codes of rows of words, ignoring their other bits."""
     if dense or 32 % bits == 0:
         return unpack_rows(words, bits, columns)
     per_word = 32 // bits

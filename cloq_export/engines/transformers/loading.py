@@ -368,7 +368,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, adapter: Adapter, *, tr
     from cloq_export.engines.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
+    # Not the file's own config: its rules may be patterns that PEFT never finishes matching, or name other modules.
     exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
     del exact["peft_type"]
     dropout = adapter.config.get("lora_dropout")

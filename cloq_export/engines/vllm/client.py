@@ -36,7 +36,7 @@ class ServerClient(ListsTokens):
         self._names = dict.fromkeys(adapters)
         self._http = httpx2.Client(
             base_url=url,
-            # Requests stay on this machine whatever proxy the environment names.
+            # Proxies that the environment names are ignored, so that requests stay on this machine.
             trust_env=False,
             # A connection of its own for each: a server that restarts would leave kept ones half closed.
             limits=httpx2.Limits(max_keepalive_connections=0),

@@ -130,7 +130,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         options: what is asked.
 
     Raises:
-        UsageError: options that cannot be meant, a port that is taken, or a base that needs its adapter without one.
+        UsageError: options that make no sense, a port that is taken, or a base that needs its adapter without one.
         BindingError: an adapter belongs to another base.
         FormatError: a file is missing or damaged, or an adapter does not fit the base.
         SourceError: the checkpoint has no tokenizer.

@@ -102,7 +102,7 @@ class EngineProcess:
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
-    """End a program and whatever it left running in its group."""
+    """End a program and all processes in its group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

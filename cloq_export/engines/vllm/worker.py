@@ -95,7 +95,7 @@ if __name__ == "__main__":
         try:
             _serve(asked, answered)
         except BrokenPipeError:
-            pass  # whoever asked has gone
+            pass  # the process that asked has ended
         except BaseException:
             import traceback
 

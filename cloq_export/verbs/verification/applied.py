@@ -127,7 +127,7 @@ OPENERS: dict[str, Opener] = {"hf": _open_hf, "vllm": _open_vllm}
 
 
 def verify_applied(base: str, options: VerifyOptions, *, console: Console | None = None) -> AppliedReport:
-    """Ask an engine whether adapters are applied on a base of whatever tool, in every module.
+    """Ask an engine whether adapters are applied on a base of any tool, in every module.
 
     Args:
         base: folder of a float model or of a quantized checkpoint, or the hub id of a float model.
@@ -138,7 +138,7 @@ def verify_applied(base: str, options: VerifyOptions, *, console: Console | None
         AppliedReport: `passed` is the answer.
 
     Raises:
-        UsageError: options that cannot be meant.
+        UsageError: options that make no sense.
         GateMissedError: the text is shorter than one window.
         CloqError: the base or an adapter cannot be read, or the engine does not start.
     """

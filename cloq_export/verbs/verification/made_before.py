@@ -195,7 +195,7 @@ class MadeBefore:
             questions: that are put now.
 
         Returns:
-            dict: without what nobody asked, and without what was asked too few of these questions to show a loss.
+            dict: without tasks that were never asked, or of which too few questions were asked to show a loss.
         """
         record = self.base.tasks.get(task.name) if self.base is not None else None
         if record is None or (record.shots, record.version) != (questions.shots, task.version):
@@ -381,5 +381,5 @@ def _left_out(adapter: Adapter) -> list[str]:
         pattern = NamePattern(f"(?:{named})$", source="target_modules")
         return [] if named == "all-linear" else sorted(name for name in adapter.pairs if not pattern.matches(name))
     if not isinstance(named, list):
-        return []  # nothing is said, and an engine goes by the file
+        return []  # the config says nothing, and an engine uses all that the file holds
     return sorted(module for module in adapter.pairs if not any(f".{module}".endswith(f".{name}") for name in named))

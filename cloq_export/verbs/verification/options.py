@@ -86,7 +86,7 @@ class VerifyOptions:
         return self.runtime not in ("hf", "onnx") or self.dtype != "float32"
 
     def check(self) -> None:
-        """Refuse values that cannot be meant.
+        """Refuse values that make no sense.
 
         Raises:
             UsageError: names the first of them.

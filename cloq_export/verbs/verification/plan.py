@@ -124,7 +124,7 @@ class Plan:
         """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise.
 
         Codes that need their adapter are not scored alone: their log-probabilities are noise, in which the rounding of
-        any engine shows enlarged, and nobody is served them.
+        any engine shows enlarged, and they are never served.
         """
         return [*self.adapters] if self.checkpoint.needs_adapter else [*self.adapters, None]
 

@@ -227,7 +227,7 @@ class ServedSide:
 
     @contextlib.contextmanager
     def _judging(self, kind: str, adapter: str | None) -> Iterator[Judge]:
-        """Note a row of texts whatever becomes of it: one that is missing makes its figures missing."""
+        """Note a row of texts even if judging it fails: a missing row makes its figures missing."""
         rows = []
 
         def judge(asked: AskedTexts, texts: Sequence[Sequence[int]]) -> None:

@@ -147,7 +147,7 @@ def _guard_server() -> None:
             )
             try:
                 await self.engine_client.add_lora(loaded)
-            except Exception as error:  # whatever the engine says is the answer; the weights before stay
+            except Exception as error:  # the engine's error is the answer; the earlier weights stay
                 return create_error_response(
                     message=str(error),
                     err_type="InternalServerError",
