@@ -137,7 +137,7 @@ class RayWorkers:
             import ray
         except ImportError:
             raise MissingPackageError(
-                "solvers=ray needs the package ray; run: pip install 'cloq-export[ray]', or take solvers=local."
+                "solvers=ray needs the package ray; run: pip install 'cloq-export[ray]', or take `solvers=local`."
             ) from None
         require_versions("ray")
         self._ray: Any = ray

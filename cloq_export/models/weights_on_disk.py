@@ -80,8 +80,8 @@ class WeightsOnDisk:
             tensor = place.read(self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
-                f"{name} of {self._source} cannot be read while the model is worked on: {error} Bring the model's "
-                "files back as they were and give the same command again; finished layers are kept."
+                f"{name} of {self._source} cannot be read while the model is worked on: {error} Restore the model's "
+                "files and run the same command again; finished layers are kept."
             ) from None
         require_finite(name, tensor)
         return functools.reduce(times, self._factors.get(name, ()), tensor)

@@ -384,11 +384,9 @@ class _DistinctLoader(yaml.SafeLoader):
     """A loader that refuses a key that stands twice: of two limits it is not known which one is meant."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping, refusing a key that stands there twice."""
+        """Return a mapping, refusing a key that occurs twice."""
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{str(twice)[:80]!r} stands there twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"{str(twice)[:80]!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
