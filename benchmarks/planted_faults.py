@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import planted_adapters
 import planted_bytes
 import planted_engines
 import planted_made
@@ -37,7 +38,7 @@ from cloq_export.verbs.verify import verify
 GROUPS: dict[str, Sequence[Fault]] = {
     "bytes": planted_bytes.FAULTS,
     "before": planted_made.BEFORE,
-    "outside": planted_made.OUTSIDE,
+    "outside": planted_adapters.OUTSIDE,
     "engine": planted_engines.FAULTS,
 }
 _SHARE = 0.95

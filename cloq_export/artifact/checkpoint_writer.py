@@ -37,7 +37,7 @@ _Written = TypeVar("_Written")
 
 @dataclasses.dataclass(frozen=True)
 class WriteSettings(Generic[_Written]):
-    """How a checkpoint folder is written, whatever goes in.
+    """How a checkpoint folder is written.
 
     Args:
         max_shard_bytes: largest weight file; one layer or tensor that is larger has a file of its own.
@@ -106,7 +106,7 @@ class LayerSource:
 
 @dataclasses.dataclass(frozen=True)
 class FloatPart:
-    """What a quantized checkpoint holds beside its quantized modules, read one tensor at a time.
+    """What a quantized checkpoint holds besides its quantized modules, read one tensor at a time.
 
     Args:
         headers: tensor name -> (dtype code of safetensors, shape), in the order in which they are written.
@@ -203,7 +203,7 @@ def export_checkpoint(
     Args:
         folder: the folder to make; an earlier checkpoint of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         layout: how each layer is stored.
         settings: how the folder is written; what is written is the fingerprint of the layers.
 

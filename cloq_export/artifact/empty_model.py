@@ -11,7 +11,7 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
-from cloq_export.artifact.expert_names import names_in_files
+from cloq_export.artifact.expert_names import expert_names_in_files
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
 from cloq_export.files.safe_paths import require_inside
@@ -50,7 +50,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         split_experts(model)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # transformers raises whatever a malformed configuration leads to
+    except Exception as error:  # transformers may raise anything for a malformed configuration
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(
             f"{source} does not describe a causal language model that transformers can build ({reason}); check the "
@@ -60,7 +60,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
 
 
 def float_part(checkpoint: Checkpoint) -> FloatPart:
-    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+    """Return what a checkpoint holds besides its quantized modules, with a config that says whether the head is tied.
 
     Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
 
@@ -100,7 +100,7 @@ def refuse_single_experts(checkpoint: Checkpoint) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     model = empty_model(checkpoint, None)
-    readable = names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
+    readable = expert_names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
     mixtures = [f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts)]
     for module in checkpoint.specs:
         if module.startswith(tuple(mixtures)) and module not in readable:
@@ -211,7 +211,7 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
 
 
 def float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
-    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+    """Return the tensors besides the codes that have a place in an empty model, and the zeros that have none.
 
     Raises:
         FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.

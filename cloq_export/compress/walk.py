@@ -25,7 +25,6 @@ from cloq_export.models.blocks import find_linears
 from cloq_export.models.experts import calling_experts
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
-from cloq_export.models.stream import BlockStream
 from cloq_export.process.progress import show_progress
 from cloq_export.types import LayerStats
 
@@ -88,14 +87,7 @@ class BlockWalk:
         self._workers = workers or self._here
         batch = windows_per_batch or strategy.windows_per_batch(recipe)
         batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), batch)
-        self._stream = BlockStream(
-            job.model,
-            job.plan.blocks,
-            batches.windows,
-            device=job.device,
-            compute=job.compute,
-            batch=batches.sizes,
-        )
+        self._stream = job.stream(batches)
         # Layers are solved on the batches before these.
         self._judging = batches.judging
         self._done = job.directory.completed_modules()
@@ -112,8 +104,8 @@ class BlockWalk:
             return
         streams = [list(self._stream.hidden)]
         if self._error_aware:
-            # The float stream only tells how far targets move, and part of the tokens tells most of that: it costs as
-            # much as the other stream, so it runs over a share of the windows.
+            # The float stream only measures how far targets move, for which a share of the windows is enough: it costs
+            # as much as the other stream.
             share = 1.0 if self._refiner else self._job.recipe.float_share
             paired = max(1, math.ceil(share * len(self._stream.hidden)))
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
@@ -144,7 +136,7 @@ class BlockWalk:
             if not self._done.issuperset(plans):
                 sharing = self._groups(block, streams[FLOAT_STREAM][0])
                 planned = (tuple(name for name in group if name in plans) for group in sharing)
-                # A group that a kill cut in two is solved again as a whole: its layers share matrix products, and
+                # A group that was left half done is solved again as a whole: its layers share matrix products, and
                 # those give the same bits only for the same shapes.
                 groups = tuple(group for group in planned if not self._done.issuperset(group))
                 block = dataclasses.replace(block, groups=groups)

@@ -26,7 +26,7 @@ from cloq_export.process.host_memory import free_bytes
 
 # Whether the weights of blocks are read from disk while they are used: where memory asks for it, always, or never.
 Streaming = Literal["auto", "always", "never"]
-# Of the model's bytes: what is written and measured beside it.
+# Share of the model's bytes that is written and measured in addition to it.
 _WORK = 1.3
 
 
@@ -230,7 +230,7 @@ def left_on_disk(
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What a model takes in memory whole, beside what is free, in bytes."""
+    """What a model takes in memory whole, and what is free, in bytes."""
 
     model: int
     free: int
@@ -243,7 +243,7 @@ class Demand:
 
     @property
     def fits(self) -> bool:
-        """Return whether the model fits beside the work that is done with it."""
+        """Return whether the model fits together with the work that is done with it."""
         return _WORK * self.model <= self.free
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ def quiet_transformers() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        # Some of its bars ask no setting, so standard error itself is turned away.
+        # Some of its progress bars obey no setting, so standard error itself is redirected.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -37,7 +37,7 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
     except (MemoryError, KeyboardInterrupt, CloqError):
         raise
     except ImportError as error:
-        # Towers for images and sounds need packages that texts do not.
+        # Image and audio towers need packages that text models do not.
         needed = " ".join(str(error).split())[:200]
         raise MissingPackageError(
             f"{name} cannot be opened without a package that is not installed ({needed}). Install it, and run the "

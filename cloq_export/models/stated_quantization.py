@@ -9,7 +9,7 @@ from typing import Any
 
 from cloq_export.files.safe_json import read_json
 
-# Files of other writers that say beside config.json how the weights are quantized.
+# Files besides config.json in which other writers say how the weights are quantized.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 # "quantization" is MLX's word.

@@ -29,7 +29,7 @@ def is_tied(model: Any) -> bool | None:
 def correct_config(config: Any, *, tied: bool | None) -> bool:
     """Let a model's config say whether head and embeddings are tied, wherever it says otherwise.
 
-    Whatever ties again later (transformers does so in several places) goes by the config.
+    Code that ties them again later (transformers does so in several places) follows the config.
 
     Args:
         config: of a causal language model.

@@ -30,7 +30,7 @@ _PACKED = re.compile(
     r"|codebooks|Qidxs|trellis|(weight|[a-z_]+_proj)_(blocks|scales)|quant_state\.[\w.]+)$"
 )
 _SCALE = re.compile(r"(scale|scales|scale_inv|absmax|SCB|qzeros|zero_point|scale_\d)$")
-# What models compute for themselves and older writers stored beside the weights.
+# What models compute for themselves and older writers stored besides the weights.
 _COMPUTED = re.compile(
     r"(^|\.)(rotary_emb|rotary_embedding|rotary_pos_emb|rotary)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|(^|\.)(attn|attention|crossattention|self_attention|self_attn)\.masked_bias$|(^|\.)position_ids$"
@@ -171,7 +171,7 @@ def open_weights(name: str, folder: Path, config: Mapping[str, Any]) -> WeightFi
     """
     weights = WeightFiles.open(folder)
     statements = stated_quantization(folder, config)
-    # Two sources of truth: a label of integer codes over floats with scales is believed neither way.
+    # The label says integer codes and the tensors are floats with scales: neither is trusted.
     if all(statement.is_float for statement in statements):
         weights = weights.decoded(next((each.block for each in statements if each.block), None))
     refuse_quantized(name, statements, weights)

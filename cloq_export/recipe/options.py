@@ -26,7 +26,7 @@ from cloq_export.recipe.checks import (
     below_power_of_two,
     between,
     bytes_of_size,
-    listed,
+    joined_names,
     mapping_faults,
     matching,
     near,
@@ -227,7 +227,7 @@ class Recipe:
         """
         faults: list[str] = []
         if preset not in PRESETS:
-            faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {listed(PRESETS)}")
+            faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {joined_names(PRESETS)}")
         values: dict[str, Any] = {}
         for name, value in mapping.items():
             if name not in FIELDS:
@@ -357,12 +357,12 @@ def override_faults(pattern: Any, settings: Any) -> list[str]:
     if not isinstance(pattern, str) or not pattern.strip():
         return [f"{label}: the pattern must be a text that matches module names, for example '*.down_proj'"]
     if not isinstance(settings, Mapping) or not settings:
-        return [f"{label}: settings are needed, out of {listed(OVERRIDE_KEYS)}"]
+        return [f"{label}: settings are needed, out of {joined_names(OVERRIDE_KEYS)}"]
     faults = []
     for key, value in settings.items():
         if key not in OVERRIDE_KEYS:
             faults.append(
-                f"{label}: {key!r} is unknown{near(str(key), OVERRIDE_KEYS)}; allowed are {listed(OVERRIDE_KEYS)}"
+                f"{label}: {key!r} is unknown{near(str(key), OVERRIDE_KEYS)}; allowed are {joined_names(OVERRIDE_KEYS)}"
             )
         elif key == "skip":
             if not isinstance(value, bool):

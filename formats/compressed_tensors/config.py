@@ -179,16 +179,16 @@ def resolve_grids(config: ReadConfig, modules: Collection[str], *, source: str) 
     config.ignored.check_cost(modules)
     grids: dict[str, QuantSpec] = {}
     for module in modules:
-        found = config.grids.by_name(module) or config.grids.of_linear
-        if len(found) != 1:
-            what = "no group" if not found else f"{len(found)} groups with different grids"
+        rules = config.grids.by_name(module) or config.grids.of_linear
+        if len(rules) != 1:
+            what = "no group" if not rules else f"{len(rules)} groups with different grids"
             raise FormatError(
                 f"{source}: {what} in config_groups means {module}, whose codes the files hold; config and weights "
                 "disagree."
             )
         if config.ignored.of_linear or config.ignored.by_name(module):
             raise FormatError(f"{source} ignores {module}, whose codes the files hold; config and weights disagree.")
-        grids[module] = next(iter(found))
+        grids[module] = next(iter(rules))
     return grids
 
 

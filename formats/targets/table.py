@@ -36,7 +36,7 @@ class Target:
     """The engine that an export is made for.
 
     Args:
-        name: of the engine, as in `--target`.
+        name: of the engine, as in the option `target`.
         version: as the table lists it, so with the patch number left out where it does not matter; None asks for what
             every version of the table reads.
         asked: the version that was asked for, where the table does not know it and `version` is the newest before it.
@@ -75,7 +75,7 @@ class Rule:
         symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
-        note: what a user must know beside it.
+        note: what else a user must know.
     """
 
     target: str
@@ -122,7 +122,7 @@ class Engine:
     """An engine of the table.
 
     Args:
-        name: as in `--target`.
+        name: as in the option `target`.
         title: as people write it.
         version_parts: how many numbers of a version matter.
         versions: the versions that were looked at, oldest first.
@@ -215,7 +215,7 @@ def parse_target(text: str) -> Target:
     if not older:
         raise UsageError(
             f"what {name} {match['version']} reads is not known; known are {', '.join(engine.versions)}. The nearest "
-            f"is --target {name}=={engine.versions[0]}."
+            f"is `target={name}=={engine.versions[0]}`."
         )
     return Target(name, older[-1], asked=match["version"])
 

@@ -68,16 +68,12 @@ def load(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
     _read_generation_config(checkpoint, model)
-    if found is not None and read is not None:
-        attach_adapter(model, found, read, trainable=trainable)
+    if bound is not None:
+        attach_adapter(model, *bound, trainable=trainable)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -85,6 +81,20 @@ def load(
     model = model.to(torch.device(device)).eval()
     report_slow_layers(model)
     return model
+
+
+def _opened(
+    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, *, force: bool
+) -> tuple[Checkpoint, tuple[Path, Adapter] | None]:
+    """Return a checkpoint, and the folder and pairs of an adapter that is bound to it."""
+    checkpoint = Checkpoint.open(path)
+    bound: tuple[Path, Adapter] | None = None
+    if adapter is not None:
+        folder = AdapterShelf.of(path).find(adapter)
+        bound = folder, read_bound_adapter(folder, checkpoint, force=force)
+    report_labels(checkpoint)
+    require_versions()
+    return checkpoint, bound
 
 
 def fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -133,20 +143,17 @@ def dequantized_model(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, torch.float32)
     _fill(model, checkpoint, _place_dense)
     _read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
-    if found is not None and read is not None and not merged:
-        attach_adapter(model, found, read, trainable=False)
-    elif found is not None and read is not None:
-        _check_pairs(model, found, read)
+    if bound is not None and not merged:
+        attach_adapter(model, *bound, trainable=False)
+    elif bound is not None:
+        folder, read = bound
+        _check_pairs(model, folder, read)
         with torch.no_grad():
             for module, pair in read.pairs.items():
                 weight = _own_weight(model, module)
@@ -361,7 +368,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, adapter: Adapter, *, tr
     from cloq_export.engines.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
+    # Not the file's own config: its rules may be patterns that PEFT never finishes matching, or name other modules.
     exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
     del exact["peft_type"]
     dropout = adapter.config.get("lora_dropout")

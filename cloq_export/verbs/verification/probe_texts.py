@@ -33,7 +33,7 @@ _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
-# Tokens on which the base is scored without its adapters beside the longest text, in whole windows.
+# Tokens on which the base is scored without its adapters, in whole windows, besides the longest text.
 _BASE_TOKENS = 512
 
 
@@ -167,7 +167,7 @@ def _longest_length(plan: Plan, model: Any, tokens: int) -> int:
     if options.longest is not None:
         if options.longest > served:
             raise UsageError(
-                f"--longest is {options.longest}; the model is served with up to {context or 'any number of'} "
+                f"`longest` is {options.longest}; the model is served with up to {context or 'any number of'} "
                 f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
             )
         return options.longest
