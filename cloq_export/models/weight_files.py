@@ -112,13 +112,22 @@ class WeightFiles:
         headers = {tensor: file.headers[tensor] for tensor, file in files.items()}
         return cls(tuple(folder / name for name in names), files, headers)
 
-    def decoded(self, block: tuple[int, int] | None) -> WeightFiles:
+    def decoded(self, blocks: Sequence[tuple[int, int]]) -> WeightFiles:
         """Return these files with the weights that are stored as floats of 8 or 4 bits decoded while they are read.
 
         Args:
-            block: rows and columns of one scale, where the config says so.
+            blocks: rows and columns of one scale, as the config says; none where it does not.
+
+        Raises:
+            SourceError: a weight is stored twice, as such floats and as others.
         """
-        found, idle = find_low_precision(self.headers, block)
+        found, idle = find_low_precision(self.headers, blocks)
+        twice = [name for name, each in found.items() if name != each.numbers and name in self.headers]
+        if twice:
+            raise SourceError(
+                f"{self.files[twice[0]].paths(twice[0])[0]} holds {twice[0]} beside {found[twice[0]].numbers}, which "
+                "decodes to it; two models were mixed. Fetch it again into an empty folder."
+            )
         files = {name: file for name, file in self.files.items() if isinstance(file, TensorFile)}
         reader = DecodedTensors(files, found)
         gone = {part for each in found.values() for part in each.parts} | set(idle)
@@ -173,7 +182,7 @@ def open_weights(name: str, folder: Path, config: Mapping[str, Any]) -> WeightFi
     statements = stated_quantization(folder, config)
     # Two sources of truth: a label of integer codes over floats with scales is believed neither way.
     if all(statement.is_float for statement in statements):
-        weights = weights.decoded(next((each.block for each in statements if each.block), None))
+        weights = weights.decoded([block for each in statements for block in each.blocks])
     refuse_quantized(name, statements, weights)
     return weights
 
@@ -218,13 +227,37 @@ def refuse_quantized(name: str, statements: Sequence[StatedQuantization], weight
     Raises:
         UnsupportedModelError: it is quantized; the message names the method, or the tensors.
     """
+    packed = _packed(weights)
     if statements and not weights.low_precision:
         where, method = statements[0].where, statements[0].method
+        floats = all(code in _FLOATS for code, _ in weights.headers.values()) and not packed
         raise UnsupportedModelError(
             f"{name} is already quantized (method {method}), as {where} says; float weights can be quantized, and "
-            "fp8, MXFP4 and NVFP4 weights with their scales beside them. Give the full-precision model it was made "
-            "from."
+            "fp8, MXFP4 and NVFP4 weights with their scales beside them. "
+            + (
+                "Its files hold float weights alone: if they were decoded, delete that entry; otherwise fetch the "
+                "model again."
+                if floats
+                else "Give the full-precision model it was made from."
+            )
         )
+    if packed:
+        kind, tensors = next(iter(packed.items()))
+        contrary = "" if statements else ", though its config does not say so"
+        scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
+        beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
+        own = next((scale for scale in scales if scale.startswith(tensors[0].removesuffix("_packed"))), None)
+        if own is not None:
+            beside += f", the first of shape {weights.headers[tensors[0]][1]} beside {weights.headers[own][1]}"
+        raise UnsupportedModelError(
+            f"{name} is already quantized{contrary}: it holds {len(tensors)} tensors of "
+            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized, and fp8, "
+            "MXFP4 and NVFP4 weights whose scales fit them. Give the full-precision model it was made from."
+        )
+
+
+def _packed(weights: WeightFiles) -> dict[str, list[str]]:
+    """Return kind of codes -> the tensors of files that hold them."""
     packed: dict[str, list[str]] = {}
     for tensor, (code, _) in weights.headers.items():
         short = tensor.rpartition(".")[2]
@@ -237,16 +270,7 @@ def refuse_quantized(name: str, statements: Sequence[StatedQuantization], weight
         else:
             continue
         packed.setdefault(f"{kind}, {code}", []).append(tensor)
-    if packed:
-        kind, tensors = next(iter(packed.items()))
-        contrary = "" if statements else ", though its config does not say so"
-        scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
-        beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
-        raise UnsupportedModelError(
-            f"{name} is already quantized{contrary}: it holds {len(tensors)} tensors of "
-            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized, and fp8, MXFP4 and NVFP4 "
-            "weights whose scales fit them. Give the full-precision model it was made from."
-        )
+    return packed
 
 
 def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
