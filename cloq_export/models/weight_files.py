@@ -7,20 +7,24 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
 from cloq_export.errors import SourceError, UnsupportedModelError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.models.low_precision import DecodedTensors, LowPrecision, find_low_precision
 from cloq_export.models.stated_quantization import StatedQuantization, stated_quantization
+from cloq_export.models.weight_names import loaded_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_SHARDS = "model-*-of-*.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 3
@@ -99,6 +103,13 @@ class WeightFiles:
                         "the index is another model's. Fetch it again into an empty folder."
                     )
                 files[tensor] = file
+        stray = sorted({path.name for path in folder.glob(_SHARDS)} - set(names))
+        if stray:
+            raise SourceError(
+                f"{folder} holds {len(stray)} weight files that do not belong to its model, {stray[0]} among them: "
+                f"{INDEX_FILE if weight_map is not None else SINGLE_FILE} says nothing of them. Two downloads were "
+                "mixed; fetch the model again into an empty folder, or delete what is not meant."
+            )
         lacking = sorted(set(weight_map or ()) - set(files))
         if lacking:
             raise SourceError(
@@ -273,7 +284,7 @@ def _packed(weights: WeightFiles) -> dict[str, list[str]]:
     return packed
 
 
-def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
+def refuse_left_over(name: str, model: PreTrainedModel, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
     """Refuse tensors that were loaded into nothing, except those that cannot change what the model computes.
 
     Left out may be: what the model computes for itself, biases that are zero, and what the model's own class in
@@ -293,10 +304,11 @@ def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], wei
         UnsupportedModelError: what has no place are scales of quantized weights.
     """
     places = dict(model.state_dict())
+    called = {each.stored: each.name for each in loaded_names(model, weights.headers, places) if each.name in places}
     wrong = [
         tensor
         for tensor, (code, _) in weights.headers.items()
-        if code not in _FLOATS and tensor in places and places[tensor].is_floating_point()
+        if code not in _FLOATS and tensor in called and places[called[tensor]].is_floating_point()
     ]
     if wrong:
         raise SourceError(
