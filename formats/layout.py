@@ -39,6 +39,9 @@ class Layout(abc.ABC):
     least_zero: int = 0
     """The smallest zero that it holds."""
 
+    holds_embeddings: bool = False
+    """Whether its readers know what codes of embeddings are."""
+
     @abc.abstractmethod
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
         """Return the parts that a layer with this grid must have."""

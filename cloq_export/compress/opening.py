@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, li
 from cloq_export.artifact.empty_model import refuse_lost_biases
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
+from cloq_export.compress.ends import plan_ends
 from cloq_export.compress.left_float import describe_left_float
 from cloq_export.compress.plan import ModelPlan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
@@ -80,6 +82,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
         RecipeError, ShapeError: as `make_plan`, or every layer stays float.
     """
     blocks = find_blocks(model, recipe.blocks)
+    ends = plan_ends(model, recipe)
     plan = make_plan(blocks, recipe)
     notes = rescale_neighbours(model, blocks, plan.asked)
     if notes:
@@ -90,6 +93,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    plan = dataclasses.replace(plan, modules={**plan.modules, **ends})
     notes += describe_left_float(plan)
     for name, fault in unfit[:_SHOWN_UNFIT]:
         notes.append(f"{name} stays float: {fault}")

@@ -35,6 +35,7 @@ class CompressedTensorsLayout(Layout):
     """
 
     quant_method = METHOD
+    holds_embeddings = True
     roles: Mapping[str, Role] = {
         "weight_packed": "codes",
         "weight_scale": "scales",
