@@ -28,6 +28,7 @@ from cloq_export.kernels.gpu import cuda
 from cloq_export.models.blocks import find_blocks
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tied_head import embeddings_in
 from cloq_export.recipe import Recipe, is_expert
 
 # Notes about layers that stay float; the rest is counted.
@@ -127,7 +128,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
     specs = {name: planned.spec for name, planned in plan.modules.items()}
     # The configuration is written at the end of the run; a name that the layout cannot hold is refused now.
     LAYOUTS[recipe.format].quantization_config(
-        specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
+        specs,
+        base_fingerprint="",
+        skipped=linears_beside(loaded.model, plan.modules),
+        embeddings=embeddings_in(loaded.model, plan.modules),
     )
     return loaded, plan
 
