@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_IN_BLOCKS = re.compile(r"(^|\.)\d+\.")
 # Tensors that other writers leave in their files and that models compute for themselves.
 _COMPUTED_BY_MODELS = (
     "rotary_emb.inv_freq",
@@ -210,6 +211,17 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
                 )
         linears[module] = linear
     return linears
+
+
+def quantized_embeddings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the modules that a checkpoint quantizes and that are embeddings.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    if all(_IN_BLOCKS.search(module) for module in checkpoint.specs):
+        return ()
+    return embeddings_in(empty_model(checkpoint, None), checkpoint.specs)
 
 
 def float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:

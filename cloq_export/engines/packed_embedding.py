@@ -20,7 +20,8 @@ _ROW = 32
 class PackedRows(nn.Embedding):
     """What a packed embedding does in the place of the class that it is mixed into.
 
-    Only rows that are asked for are dequantized. What the class does with them beside (Gemma scales them) stays its own.
+    Only rows that are asked for are dequantized. What the class does with them beside stays its own, such as Gemma's
+    factor.
     """
 
     packed_codes: torch.Tensor
