@@ -176,6 +176,11 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
             linear: nn.Module | None = model.get_submodule(module)
         except AttributeError:
             linear = None
+        if isinstance(linear, nn.Embedding) and not checkpoint.grids.layout.holds_embeddings:
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; its layout "
+                f"{checkpoint.layout_name} has no place for them: quantize again with float embeddings."
+            )
         if isinstance(linear, nn.Embedding) and linear is not model.get_input_embeddings():
             raise FormatError(
                 f"{checkpoint.folder} quantizes {module}, a table of {type(model).__name__} that is not its token "

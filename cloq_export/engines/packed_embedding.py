@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from cloq_export.types import QuantizedLayer
 
 # A row is padded to whole words of every width of a code.
 _ROW = 32
+_CLASSES: dict[Any, type[PackedRows]] = {}
 
 
 class PackedRows(nn.Embedding):
@@ -109,6 +109,9 @@ def pack_embedding(embedding: nn.Embedding, layer: QuantizedLayer, dtype: torch.
     return packed  # type: ignore[no-any-return]
 
 
-@functools.cache
 def _packed_class(family: type[nn.Embedding]) -> type[PackedRows]:
-    return type(f"Packed{family.__name__}", (PackedRows, family) if family is not nn.Embedding else (PackedRows,), {})
+    """Return the packed class of a family, the same in every call."""
+    if family not in _CLASSES:
+        bases = (PackedRows,) if family is nn.Embedding else (PackedRows, family)
+        _CLASSES[family] = type(f"Packed{family.__name__}", bases, {})
+    return _CLASSES[family]
