@@ -14,6 +14,7 @@ from cloq_export.errors import RecipeError, ShapeError, UnsupportedModelError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.tied_head import is_tied
+from cloq_export.quantize import reach_fault
 from cloq_export.recipe import Recipe
 from cloq_export.types import QuantSpec
 
@@ -73,6 +74,8 @@ def plan_ends(model: nn.Module, recipe: Recipe) -> dict[str, ModulePlan]:
             layout.check_packable(out_features, in_features, spec, name=name)
         except ShapeError as error:
             raise ShapeError(f"{name}: {str(error).removeprefix(f'{name}: ')} Or leave {option} at 0.") from None
+        if fault := reach_fault(module.weight.detach(), spec):
+            raise RecipeError(f"{name} cannot get codes: {fault}; leave {option} at 0.")
         plans[name] = ModulePlan(name, spec, rank=0)
     return plans
 
@@ -113,10 +116,12 @@ def head_inputs(stream: BlockStream, head: nn.Module, batch: int, hidden: torch.
     )
 
 
-def told_of_rows(layer: SolvedLayer) -> SolvedLayer:
-    """Return a finished head or embeddings; of embeddings it is said why no token calibrated them."""
-    if layer.certificate.tokens:
+def as_it_should_be(layer: SolvedLayer) -> SolvedLayer:
+    """Return a finished head or embeddings without the note that no token calibrated embeddings.
+
+    They are looked up: the row of a token is what it is, whatever else the text holds.
+    """
+    certificate = layer.certificate
+    if certificate.tokens:
         return layer
-    # The row of a token is what it is, whatever else the text holds.
-    notes = ("embeddings are looked up, not multiplied: rounded to nearest",)
-    return dataclasses.replace(layer, certificate=dataclasses.replace(layer.certificate, notes=notes))
+    return dataclasses.replace(layer, certificate=dataclasses.replace(certificate, notes=certificate.notes[1:]))

@@ -15,7 +15,7 @@ from torch import nn
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import SolvedBlock
-from cloq_export.compress.ends import head_inputs, told_of_rows
+from cloq_export.compress.ends import as_it_should_be, head_inputs
 from cloq_export.compress.expert_tokens import ExpertTokens
 from cloq_export.compress.plan import ModulePlan
 from cloq_export.compress.problem import SolvedLayer
@@ -176,7 +176,7 @@ class BlockWalk:
         started = time.perf_counter()
         for solved in self._here.solve([request]):
             self.seconds.solve += time.perf_counter() - started
-            self._write({name: told_of_rows(layer) for name, layer in solved.items()})
+            self._write({name: as_it_should_be(layer) for name, layer in solved.items()})
 
     def _groups(self, block: WalkedBlock, states: torch.Tensor) -> list[list[str]]:
         """Return the groups of linears that share an input; blocks built alike share them alike."""

@@ -17,6 +17,7 @@ from cloq_export.errors import (
     FormatError,
     MissingPackageError,
     SourceError,
+    UnsupportedModelError,
 )
 from cloq_export.files.fingerprint import FileDigest, added_files, file_digests, file_fingerprint
 from cloq_export.files.safe_json import read_json
@@ -223,6 +224,11 @@ def load_source(
     options: dict[str, Any]
     with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
+            if stream == "always":
+                raise UnsupportedModelError(
+                    f"the weights of {source.name} cannot be read from disk block by block: it is a GGUF file, which "
+                    "transformers decodes whole. Hold the model in memory with `stream=never`."
+                )
             gguf = GgufFile.open(source.name, source.weights[0])
             refuse_other_files(gguf)
             config = transformers.AutoConfig.from_pretrained(source.folder, gguf_file=gguf.path.name, **NO_CODE)

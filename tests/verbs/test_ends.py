@@ -109,7 +109,7 @@ def test_the_head_is_solved_on_what_it_meets(recipe_for: RecipeFor, tmp_path: Pa
     assert embeddings.certificate is not None
     assert (head.certificate.tokens, head.certificate.method) == (128, "optq")
     assert (embeddings.certificate.tokens, embeddings.certificate.method) == (0, "rtn")
-    assert embeddings.certificate.notes == ("embeddings are looked up, not multiplied: rounded to nearest",)
+    assert embeddings.certificate.notes == ()
     model = open_model(recipe.model).model
     for name, layer in ((HEAD, head), (EMBEDDINGS, embeddings)):
         weight = model.get_submodule(name).weight.detach()
