@@ -55,6 +55,8 @@ _NAMED = (
     "grid",
     "rank",
     "expert_rank",
+    "head_bits",
+    "embedding_bits",
     "budget",
     "split",
     "refine",

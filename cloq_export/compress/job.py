@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -241,7 +241,8 @@ def make_layers(session: Session, job: CompressJob) -> None:
     session.notes.extend(job.windows.drawn.notes)
     job.directory.write_report(WINDOWS_REPORT, {"bos": job.recipe.bos, **job.windows.drawn.to_json()})
     tokens = job.windows.solving.numel()
-    widest = max(int(job.model.get_submodule(name).in_features) for name in modules)  # type: ignore[arg-type]
+    weights = (cast(torch.Tensor, job.model.get_submodule(name).weight) for name in modules)
+    widest = max(weight.shape[1] for weight in weights)
     if tokens < widest:
         session.notes.append(
             f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "

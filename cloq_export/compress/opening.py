@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, li
 from cloq_export.artifact.empty_model import refuse_lost_biases
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
+from cloq_export.compress.ends import plan_ends
 from cloq_export.compress.left_float import describe_left_float
 from cloq_export.compress.plan import ModelPlan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
@@ -26,6 +28,7 @@ from cloq_export.models.blocks import find_blocks
 from cloq_export.models.devices import chosen_device
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tied_head import embeddings_in
 from cloq_export.recipe import Recipe, is_expert
 
 # Notes about layers that stay float; the rest is counted.
@@ -70,6 +73,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
         RecipeError, ShapeError: as `make_plan`, or every layer stays float.
     """
     blocks = find_blocks(model, recipe.blocks)
+    ends = plan_ends(model, recipe)
     plan = make_plan(blocks, recipe)
     notes = rescale_neighbours(model, blocks, plan.asked)
     if notes:
@@ -80,6 +84,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    plan = dataclasses.replace(plan, modules={**plan.modules, **ends})
     notes += describe_left_float(plan)
     for name, fault in unfit[:_SHOWN_UNFIT]:
         notes.append(f"{name} stays float: {fault}")
@@ -113,7 +118,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
     specs = {name: planned.spec for name, planned in plan.modules.items()}
     # The configuration is written at the end of the run; a name that the layout cannot hold is refused now.
     LAYOUTS[recipe.format].quantization_config(
-        specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
+        specs,
+        base_fingerprint="",
+        skipped=linears_beside(loaded.model, plan.modules),
+        embeddings=embeddings_in(loaded.model, plan.modules),
     )
     return loaded, plan
 

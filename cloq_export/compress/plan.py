@@ -68,6 +68,12 @@ class ModelPlan:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def ends(self) -> list[str]:
+        """Return the planned modules outside of the blocks: head and embeddings."""
+        inside = f"{self.blocks.name}."
+        return [name for name in self.modules if not name.startswith(inside)]
+
     def of_block(self, index: int) -> dict[str, ModulePlan]:
         """Return the plans of one block's layers."""
         prefix = self.blocks.prefix(index) + "."

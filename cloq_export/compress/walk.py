@@ -6,15 +6,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import SolvedBlock
+from cloq_export.compress.ends import as_it_should_be, head_inputs
 from cloq_export.compress.expert_tokens import ExpertTokens
+from cloq_export.compress.plan import ModulePlan
 from cloq_export.compress.problem import SolvedLayer
 from cloq_export.compress.solve import SolveRequest, served_weight
 from cloq_export.compress.walked_block import WalkedBlock
@@ -100,6 +103,10 @@ class BlockWalk:
         """Finish every layer that is not finished yet."""
         plan = self._job.plan
         last = max((i for i in range(len(plan.blocks)) if set(plan.of_block(i)) - self._done), default=-1)
+        ends = [plan.modules[name] for name in plan.ends if name not in self._done]
+        if ends:
+            # What the head meets stands behind all blocks.
+            last = len(plan.blocks) - 1
         if last < 0:
             return
         streams = [list(self._stream.hidden)]
@@ -121,6 +128,8 @@ class BlockWalk:
                 spent = time.perf_counter() - started
                 self.seconds.forward_and_statistics += spent - (self.seconds.beside_forward - before)
                 progress(index + 1, last + 1)
+            for end in ends:
+                self._finish_end(end, streams[-1])
 
     def _walk_block(self, index: int, streams: Streams) -> Streams:
         """Finish the layers of one block; return the streams behind it."""
@@ -146,6 +155,20 @@ class BlockWalk:
             finally:
                 for name, linear in linears.items():
                     linear.weight.data = original[name]
+
+    def _finish_end(self, end: ModulePlan, hidden: Sequence[torch.Tensor]) -> None:
+        """Finish the head, on what it meets behind the last block, or the embeddings, which meet nothing."""
+        solving = [states for batch, states in enumerate(hidden) if batch not in self._judging]
+        module: Any = self._job.model.get_submodule(end.name)
+        accumulator = self._accumulator(module.weight.shape[1], drift=False)
+        for batch, states in enumerate(solving if isinstance(module, nn.Linear) else ()):
+            accumulator.add(head_inputs(self._stream, module, batch, states))
+        stats = _stats_of(end.name, accumulator)
+        request = SolveRequest((end,), {end.name: module.weight.data}, stats, self._job.recipe, self._initialisation)
+        started = time.perf_counter()
+        for solved in self._here.solve([request]):
+            self.seconds.solve += time.perf_counter() - started
+            self._write({name: as_it_should_be(layer) for name, layer in solved.items()})
 
     def _groups(self, block: WalkedBlock, states: torch.Tensor) -> list[list[str]]:
         """Return the groups of linears that share an input; blocks built alike share them alike."""

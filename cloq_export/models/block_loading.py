@@ -49,18 +49,14 @@ class ModelOnDisk:
     fused: Mapping[str, FusedOnDisk]
 
     @classmethod
-    def of(cls, source: str, files: WeightFiles, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
+    def of(cls, files: WeightFiles, empty: Any, path: str) -> ModelOnDisk | str:
         """Return the model in a folder, or why its blocks cannot be read one after the other.
 
         Args:
-            source: name of the model, for messages.
             files: of its weights.
-            config: as transformers reads it.
-            dtype: of the weights in memory.
+            empty: the model without numbers.
             path: of its blocks; empty to search.
         """
-        with torch.device("meta"):
-            empty = model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
         try:
             blocks = find_blocks(empty, path)
         except UnsupportedModelError as error:
@@ -153,6 +149,21 @@ class ModelOnDisk:
         return places
 
 
+def without_numbers(source: str, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model that a config describes, its tensors on the meta device.
+
+    Args:
+        source: name of the model, for messages.
+        config: as transformers reads it.
+        dtype: of the weights in memory.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model of this type.
+    """
+    with torch.device("meta"):
+        return model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
+
+
 def load_from(
     files: WeightFiles,
     kind: type[Any],
@@ -194,15 +205,14 @@ def load_from(
 
 
 def left_on_disk(
-    source: str, files: WeightFiles, config: Any, dtype: torch.dtype, stream: Streaming, path: str
+    source: str, files: WeightFiles, empty: Any, *, stream: Streaming, path: str
 ) -> tuple[ModelOnDisk | None, tuple[str, ...]]:
     """Decide whether the matrices of a model's blocks stay on disk.
 
     Args:
         source: name of the model, for messages.
         files: of its weights.
-        config: as transformers reads it.
-        dtype: of the weights in memory.
+        empty: the model without numbers.
         stream: what was asked.
         path: of the blocks; empty to search.
 
@@ -214,10 +224,10 @@ def left_on_disk(
     """
     if stream == "never":
         return None, ()
-    demand = Demand.of(files, dtype)
+    demand = Demand.of(files, empty.dtype)
     if stream == "auto" and demand.fits:
         return None, ()
-    on_disk = ModelOnDisk.of(source, files, config, dtype=dtype, path=path)
+    on_disk = ModelOnDisk.of(files, empty, path)
     if isinstance(on_disk, ModelOnDisk):
         return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
     if stream == "always":

@@ -26,14 +26,15 @@ class TargetQuestion:
     def __init__(self, engine: Engine, versions: Sequence[str], exported: Exported) -> None:
         self.engine, self.versions, self.exported = engine, versions, exported
         self.specs, self.shapes = specs, shapes = exported.specs, exported.shapes
-        counts = collections.Counter(specs.values())
+        looked_up = set(exported.embeddings)
+        counts = collections.Counter(spec for module, spec in specs.items() if module not in looked_up)
         # The grid that the GPTQ layouts write as the default; every other one is an override there.
         self.default = min(counts, key=lambda spec: (-counts[spec], spec.bits, spec.group_size, spec.symmetric))
         self.fused = tuple(_fused_layers(shapes)) if engine.fused else ()
         # Layers of one shape and grid get one answer.
-        self.kinds: dict[tuple[QuantSpec, tuple[int, int]], str] = {}
+        self.kinds: dict[tuple[QuantSpec, tuple[int, int], bool], str] = {}
         for module, spec in specs.items():
-            self.kinds.setdefault((spec, shapes[module]), module)
+            self.kinds.setdefault((spec, shapes[module], module in looked_up), module)
 
     def with_specs(self, specs: Mapping[str, QuantSpec]) -> TargetQuestion:
         """Return the same question about other grids."""
@@ -88,10 +89,14 @@ class TargetQuestion:
     def _used(self, rules: Sequence[Rule], where: str) -> list[Rule] | str:
         """Return the first rule for each kind of layer, or the reason why one has none."""
         used: list[Rule] = []
-        for (spec, (outputs, inputs)), module in self.kinds.items():
-            fitting = [rule for rule in rules if rule.bits is None or spec.bits in rule.bits]
+        for (spec, (outputs, inputs), looked_up), module in self.kinds.items():
+            # In a merged export embeddings are a table of floats like any other.
+            about = [rule for rule in rules if rule.embeddings is looked_up or MERGED in rule.layouts]
+            if not about:
+                return f"reads no codes of embeddings in {where}, and {module} has such"
+            fitting = [rule for rule in about if rule.bits is None or spec.bits in rule.bits]
             if not fitting:
-                known = sorted({bits for rule in rules for bits in rule.bits or BITS})
+                known = sorted({bits for rule in about for bits in rule.bits or BITS})
                 return f"has no kernel for {spec.bits} bits in {where} (it has one for {listed(known)})"
             wider = fitting
             fitting = [rule for rule in wider if spec.symmetric in rule.symmetric]

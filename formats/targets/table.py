@@ -73,6 +73,7 @@ class Rule:
         needs: other packages that must be installed.
         flag: what the engine must be started with; it holds for all modules, so no line without it can serve some.
         symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
+        embeddings: whether it is about codes of embeddings, and of nothing else.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
         note: what else a user must know.
@@ -93,6 +94,7 @@ class Rule:
     needs: tuple[str, ...]
     flag: str
     symmetric_because: str
+    embeddings: bool
     snippet: str
     source: str
     note: str
@@ -167,12 +169,14 @@ class Exported:
             too, because some engines read only checkpoints without any.
         ranks: the ranks that occur in the adapters that will be used; empty without one.
         plugin: whether this package is installed beside the engine.
+        embeddings: those of the quantized modules that are embeddings.
     """
 
     specs: Specs
     shapes: Shapes
     ranks: Collection[int] = ()
     plugin: bool = False
+    embeddings: Collection[str] = ()
 
 
 @functools.cache
@@ -250,6 +254,7 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         needs=tuple(values.pop("needs", ())),
         flag=values.pop("flag", ""),
         symmetric_because=values.pop("symmetric_because", ""),
+        embeddings=values.pop("embeddings", False),
         note=values.pop("note", ""),
         inputs=multiple["inputs"],
         outputs=multiple["outputs"],

@@ -18,6 +18,7 @@ from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
+from cloq_export.engines.packed_embedding import pack_embedding
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
@@ -183,7 +184,7 @@ class _PackedTensors:
 
     checkpoint: Checkpoint
     module: str
-    linear: nn.Linear
+    linear: nn.Linear | nn.Embedding
     tensors: dict[str, torch.Tensor]
 
     def layer(self) -> QuantizedLayer:
@@ -191,9 +192,11 @@ class _PackedTensors:
         return self.checkpoint.unpack(self.module, self.tensors)
 
 
-def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
-    """Return the packed linear of a module; words in the kernels' own order are taken as they lie in the file."""
+def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
+    """Return the packed form of a module; words in the kernels' own order are taken as they lie in the file."""
     tensors, spec = packed.tensors, packed.checkpoint.specs[packed.module]
+    if isinstance(packed.linear, nn.Embedding):
+        return pack_embedding(packed.linear, packed.layer(), dtype)
     if packed.checkpoint.grids.layout is not GPTQ_V2:
         return PackedLinear.of_layer(packed.layer(), dtype=dtype)
     expected = torch.arange(packed.linear.in_features, dtype=torch.int32) // spec.columns_per_group(
@@ -211,8 +214,11 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
 
 
-def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
-    """Return the dense linear of a module."""
+def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
+    """Return the dense form of a module."""
+    if isinstance(packed.linear, nn.Embedding):
+        packed.linear.weight = nn.Parameter(packed.layer().dequantize(dtype))
+        return packed.linear
     with torch.device("meta"):
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
@@ -234,7 +240,7 @@ def report_slow_layers(model: PreTrainedModel) -> None:
 
 
 def _fill(
-    model: PreTrainedModel, checkpoint: Checkpoint, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
+    model: PreTrainedModel, checkpoint: Checkpoint, place: Callable[[_PackedTensors, torch.dtype], nn.Module]
 ) -> None:
     """Fill a model without weights, with `place` making the quantized linears."""
     linears = targeted_linears(checkpoint, model)
@@ -247,8 +253,9 @@ def _fill(
         except (ShapeError, NonFiniteError, FormatError) as error:
             text = str(error)
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
-        # Its numbers come with the float part.
-        placed.bias = linear.bias
+        if isinstance(linear, nn.Linear):
+            # Its numbers come with the float part.
+            placed.bias = linear.bias
         for name in (module, *(copy for copy, first in copies.items() if first == module)):
             model.set_submodule(name, placed)
     for name in placed_names:

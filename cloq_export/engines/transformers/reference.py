@@ -195,7 +195,8 @@ class ReferenceModel(TransformersModel):
         base = _base_layer(self.model(adapter), module)
 
         def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            return output * factor if module.bias is None else output * factor - (factor - 1) * module.bias
+            bias = getattr(module, "bias", None)  # embeddings have none
+            return output * factor if bias is None else output * factor - (factor - 1) * bias
 
         handle = base.register_forward_hook(hook)
         try:
@@ -260,7 +261,8 @@ def _scale_gradients(
         def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
             if rows > 1 and (output.ndim < 3 or output.shape[0] != rows):
                 raise _RowsMixedError
-            bare = output if module.bias is None else output - module.bias
+            bias = getattr(module, "bias", None)
+            bare = output if bias is None else output - bias
             return output + (factor - 1).view(-1, *[1] * (output.ndim - 1)) * bare
 
         return hook
