@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,6 @@ def make_subject(place: Path, *, bits: int = 2, seed: int = 0, **recipe: Any) ->
 
 
 def _write_model(folder: Path, seed: int) -> Path:
-    import tokenizers
     import torch
     import transformers
 
@@ -115,13 +115,26 @@ def _write_model(folder: Path, seed: int) -> Path:
             # Norms that are no constant, so that what is moved between them shows.
             parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
     model.save_pretrained(folder)
-    words = tokenizers.models.WordLevel({word: n for n, word in enumerate(_VOCABULARY)}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(words)
+    write_word_tokenizer(folder, _VOCABULARY)
+    return folder
+
+
+def write_word_tokenizer(folder: Path, vocabulary: Sequence[str]) -> None:
+    """Write a tokenizer of whole words.
+
+    Args:
+        folder: of the model.
+        vocabulary: with "<unk>", "<s>" and "</s>".
+    """
+    import tokenizers
+    import transformers
+
+    words = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    return folder
 
 
 def _random_text(words: int, seed: int) -> str:

@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import io
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +22,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from environment import describe_hardware, hardware_line, model_folder, put_into
+from environment import describe_hardware, model_folder, put_into
+from init_quality_settings import SETTINGS
+from init_quality_tables import markdown, show
 
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
@@ -31,94 +32,10 @@ from cloq_export.recipe import PRESETS, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "init_quality.json"
-
-# The closed form on a searched grid and nothing beyond it: what each addition is added to, whatever the defaults are.
-PLAIN: dict[str, Any] = {
-    "method": "optq",
-    "grid": "searched",
-    "damping": 0.01,
-    "sweeps": 0,
-    "refit": False,
-    "rank": 64,
-    "error_aware": 0.0,
-    "token_weighting": "none",
-}
-
-# Name -> (preset, recipe fields beside it). "default..." changes the default in one respect, "plain..." adds to PLAIN.
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("default", {}),
-    "paper": ("paper", {}),
-    "paper+searched": ("paper", {"grid": "searched"}),
-    "plain": ("default", PLAIN),
-    "plain+rtn": ("default", PLAIN | {"method": "rtn"}),
-    "plain+minmax": ("default", PLAIN | {"grid": "minmax"}),
-    "plain+magr": ("default", PLAIN | {"method": "magr"}),
-    "plain+magr-1e-4": ("default", PLAIN | {"method": "magr", "magr_alpha": 1e-4}),
-    "plain+refit": ("default", PLAIN | {"refit": True}),
-    "plain+sweeps": ("default", PLAIN | {"sweeps": 4}),
-    "plain+refit+sweeps": ("default", PLAIN | {"refit": True, "sweeps": 4}),
-    "plain+inverse-norm": ("default", PLAIN | {"token_weighting": "inverse_norm"}),
-    "plain+error-aware-0.25": ("default", PLAIN | {"error_aware": 0.25}),
-    "plain+error-aware-0.5": ("default", PLAIN | {"error_aware": 0.5}),
-    "plain+error-aware-0.75": ("default", PLAIN | {"error_aware": 0.75}),
-    "plain+error-aware-1.0": ("default", PLAIN | {"error_aware": 1.0}),
-    "default+error-aware-0": ("default", {"error_aware": 0.0}),
-    "default+error-aware-0.25": ("default", {"error_aware": 0.25}),
-    "default+error-aware-0.5": ("default", {"error_aware": 0.5}),
-    "default+error-aware-0.75": ("default", {"error_aware": 0.75}),
-    "default+error-aware-1.0": ("default", {"error_aware": 1.0}),
-    "default+float-share-1": ("default", {"float_share": 1.0}),
-    "default+no-weighting": ("default", {"token_weighting": "none"}),
-    "default+inverse-norm": ("default", {"token_weighting": "inverse_norm"}),
-    "default+no-refit": ("default", {"refit": False}),
-    "default+refit": ("default", {"refit": True}),
-    "default+no-sweeps": ("default", {"sweeps": 0}),
-    "default+sweeps": ("default", {"sweeps": 4}),
-    "default+magr": ("default", {"method": "magr"}),
-    "default+minmax": ("default", {"grid": "minmax"}),
-    "default+damping-0.001": ("default", {"damping": 0.001}),
-    "default+damping-0.05": ("default", {"damping": 0.05}),
-    "default+rank-0": ("default", {"rank": 0}),
-    "default+rank-4": ("default", {"rank": 4}),
-    "default+rank-16": ("default", {"rank": 16}),
-    "plain+rank-16": ("default", PLAIN | {"rank": 16}),
-    **{
-        f"{base}+low-rank-{rounds}{'-rank-16' if rank == 16 else ''}": (
-            "default",
-            (PLAIN if base == "plain" else {}) | {"low_rank_rounds": rounds, "rank": rank},
-        )
-        for base in ("plain", "default")
-        for rounds in (1, 3, 6)
-        for rank in (64, 16)
-    },
-    "plain+low-rank-3-half": ("default", PLAIN | {"low_rank_rounds": 3, "low_rank_share": 0.5}),
-    "plain+low-rank-3-magr-1e-4": ("default", PLAIN | {"low_rank_rounds": 3, "method": "magr", "magr_alpha": 1e-4}),
-    "plain+low-rank-3-sweeps": ("default", PLAIN | {"low_rank_rounds": 3, "sweeps": 4}),
-    "paper+low-rank-3": ("paper", {"low_rank_rounds": 3}),
-    "default+low-rank-3-refine": ("default", {"low_rank_rounds": 3, "refine": "block"}),
-    "default+symmetric": ("default", {"symmetric": True}),
-    "default+group-32": ("default", {"group_size": 32}),
-    "default+group-128": ("default", {"group_size": 128}),
-    "default+adapter-float32": ("default", {"adapter_dtype": "float32"}),
-    "default+float32-forward": ("default", {"precision": "float32"}),
-    "default+refine": ("default", {"refine": "block"}),
-    "default+refine-rank-0": ("default", {"refine": "block", "rank": 0}),
-    "default+refine-rank-16": ("default", {"refine": "block", "rank": 16}),
-    "default+refine-model": ("default", {"refine": "model"}),
-    "default+refine-model-rank-0": ("default", {"refine": "model", "rank": 0}),
-    "default+refine-model-rank-16": ("default", {"refine": "model", "rank": 16}),
-    "apiq-lw": ("default", {"refine": "apiq-lw"}),
-    "apiq-bw": ("default", {"refine": "apiq-bw"}),
-    # The same number of adapter parameters as rank 64 everywhere, for blocks shaped as the demo model's.
-    "default+rank-to-mlp": ("default", {"overrides": {"*.mlp.*": {"rank": 80}, "*.self_attn.*": {"rank": 37}}}),
-    "default+rank-to-attention": ("default", {"overrides": {"*.mlp.*": {"rank": 44}, "*.self_attn.*": {"rank": 96}}}),
-}
-
 # What a setting may not say, because it is an axis of the table or the same for all.
 _NOT_OF_A_SETTING = ("model", "bits", "seed", "samples", "seqlen", "calibration", "device", "eval_text", "codes_from")
 # What the pipeline's own evaluation is cut down to: here everything is measured afterwards.
 _HARDLY_EVALUATED = {"eval_text": "embedded", "eval_window": 2, "eval_windows": 1}
-MODELS = ("float", "quantized", "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,121 +280,6 @@ def _chosen_settings(text: str) -> list[str]:
         if preset not in PRESETS or set(fields) & set(_NOT_OF_A_SETTING):
             raise SystemExit(f"the setting {name} names an unknown preset or one of {', '.join(_NOT_OF_A_SETTING)}.")
     return names
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """Perplexity of one setting, width, text and model over the seeds."""
-
-    mean: float
-    least: float
-    most: float
-    seeds: int
-
-    def __str__(self) -> str:
-        """Return the mean, and the range over seeds if there are several."""
-        if self.seeds == 1:
-            return figure(self.mean)
-        return f"{figure(self.mean)} ({figure(self.least)} to {figure(self.most)})"
-
-
-def figure(value: float) -> str:
-    """Return a perplexity with as many digits as one can read."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
-def cells_of(content: Mapping[str, Any]) -> dict[tuple[int | None, str, str, str], Cell]:
-    """Return (bits, setting, text, model) -> cell."""
-    values: dict[tuple[int | None, str, str, str], list[float]] = {}
-    for row in content["rows"]:
-        # JSON has no infinity: a perplexity beyond all bounds comes back as null.
-        value = float("inf") if row["perplexity"] is None else row["perplexity"]
-        values.setdefault((row["bits"], row["setting"], row["text"], row["model"]), []).append(value)
-    return {key: Cell(statistics.fmean(found), min(found), max(found), len(found)) for key, found in values.items()}
-
-
-def table_of(content: Mapping[str, Any], bits: int) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of one width; settings come by their first text's perplexity with adapter."""
-    cells, texts = cells_of(content), list(content["conditions"]["texts"])
-    settings = list(dict.fromkeys(row["setting"] for row in content["rows"] if row["bits"] == bits))
-
-    def judged(setting: str) -> float:
-        cell = cells.get((bits, setting, texts[0], "adapter")) or cells.get((bits, setting, texts[0], "quantized"))
-        return cell.mean if cell else float("inf")
-
-    headings = ["setting", *(f"{text}, {model}" for text in texts for model in ("Q", "Q + adapter")), "bits per weight"]
-    float_cells = [cells.get((None, "float", text, "float")) for text in texts]
-    rows = [["float", *(str(cell) if cell else "" for cell in float_cells for _ in range(2)), ""]]
-    for setting in sorted(settings, key=judged):
-        found = [cells.get((bits, setting, text, model)) for text in texts for model in MODELS[1:]]
-        rows.append([setting, *(str(cell) if cell else "" for cell in found), size_of(content, setting, bits)])
-    return headings, rows
-
-
-def size_of(content: Mapping[str, Any], setting: str, bits: int) -> str:
-    """Return bits per weight of what is served: with the adapter where there is one."""
-    sizes = {
-        row["model"]: row.get("bits_per_weight")
-        for row in content["rows"]
-        if row["setting"] == setting and row["bits"] == bits
-    }
-    value = sizes.get("adapter", sizes.get("quantized"))
-    return "" if value is None else f"{value:.2f}"
-
-
-def widths_of(content: Mapping[str, Any]) -> list[int]:
-    """Return the widths that were measured, ascending."""
-    return sorted({row["bits"] for row in content["rows"] if row["bits"] is not None})
-
-
-def show(content: Mapping[str, Any]) -> None:
-    """Print one table per width."""
-    from rich.console import Console
-    from rich.table import Table
-
-    # A table in a file or a pipe need not be squeezed into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(hardware_line(content["hardware"]), highlight=False)
-    for bits in widths_of(content):
-        headings, rows = table_of(content, bits)
-        table = Table(title=f"perplexity at INT{bits}")
-        for heading in headings:
-            table.add_column(heading.replace(", ", "\n"), justify="left" if heading == "setting" else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def markdown(content: Mapping[str, Any]) -> str:
-    """Return the tables of a result file as markdown."""
-    conditions = content["conditions"]
-    versions = content["versions"]
-    drawn = f"{conditions['samples']} windows of {conditions['seqlen']} tokens of {conditions['calibration']}"
-    lines = [
-        f"{hardware_line(content['hardware'])}; torch {versions['torch']}, transformers {versions['transformers']}. "
-        f"Model: {conditions['model']}. Calibration: {drawn}.",
-        "",
-        "| text | tokens left out at the start | windows | tokens in a window | float perplexity | standard error |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name, about in conditions["texts"].items():
-        found = [row for row in content["rows"] if row["model"] == "float" and row["text"] == name]
-        figures = [figure(found[0]["perplexity"]), figure(found[0]["standard_error"] or 0.0)] if found else ["", ""]
-        shown = [name, str(about["skipped_tokens"]), str(about["windows"]), str(about["window"]), *figures]
-        lines.append(f"| {' | '.join(shown)} |")
-    for bits in widths_of(content):
-        headings, rows = table_of(content, bits)
-        lines += ["", f"### INT{bits}", "", f"| {' | '.join(headings)} |", "|---|" + "--:|" * (len(headings) - 1)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", "### What the settings are", "", "| setting | options |", "|---|---|"]
-    names = {row["setting"] for row in content["rows"]}
-    measured = {name: fields for name, fields in content["settings"].items() if name in names}
-    # Only the options in which the settings of this file differ.
-    telling = [key for key in Recipe().to_mapping() if len({json.dumps(f.get(key)) for f in measured.values()}) > 1]
-    for name, fields in measured.items():
-        options = ", ".join(f"`{key}: {json.dumps(fields.get(key))}`" for key in telling)
-        lines.append(f"| {name} | {options or 'as all others'} |")
-    return "\n".join(lines)
 
 
 def _listed(text: str) -> list[str]:

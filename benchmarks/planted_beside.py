@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from planted_made import InFolder
+from planted_adapters import InFolder, inside, outside
 from planted_scene import Fault, Scene, edit_config, edit_json, edit_tensors
 
 
@@ -78,19 +78,6 @@ _ADAPTERS: dict[str, tuple[InFolder, str]] = {
 }
 
 
-def _inside(name: str, plant: InFolder, says: str) -> Fault:
-    return Fault(name, "provenance", says, lambda scene: plant(scene, scene.one), certified=True)
-
-
-def _outside(name: str, plant: InFolder, says: str) -> Fault:
-    def planted(scene: Scene) -> Mapping[str, Any]:
-        folder = Path(shutil.copytree(scene.subject.run / "adapters" / "one", scene.place / "mine"))
-        plant(scene, folder)
-        return {"adapters": (f"mine={folder}",)}
-
-    return Fault(name, "provenance", says, planted)
-
-
 def _float(name: str, says: str, plant: Callable[[Scene], Any]) -> Fault:
     return Fault(name, "float_part", says, plant, certified=True)
 
@@ -117,6 +104,6 @@ BEFORE = [
         _quantization(lm_head=True),
         certified=True,
     ),
-    *(_inside(name, plant, says) for name, (plant, says) in _ADAPTERS.items()),
+    *(inside(name, plant, says) for name, (plant, says) in _ADAPTERS.items()),
 ]
-OUTSIDE = [_outside(name, plant, says) for name, (plant, says) in _ADAPTERS.items()]
+OUTSIDE = [outside(name, plant, says) for name, (plant, says) in _ADAPTERS.items()]

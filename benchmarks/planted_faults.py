@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import planted_adapters
 import planted_beside
 import planted_bytes
 import planted_engines
@@ -41,7 +42,7 @@ from cloq_export.verbs.verify import verify
 GROUPS: dict[str, Sequence[Fault]] = {
     "bytes": planted_bytes.FAULTS,
     "before": [*planted_made.BEFORE, *planted_beside.BEFORE],
-    "outside": [*planted_made.OUTSIDE, *planted_beside.OUTSIDE],
+    "outside": [*planted_adapters.OUTSIDE, *planted_beside.OUTSIDE],
     "engine": planted_engines.FAULTS,
 }
 _SHARE = 0.95

@@ -14,7 +14,7 @@ class CloqError(Exception):
 
 
 class UsageError(CloqError):
-    """An option or a combination of options that cannot be meant; exit code 2."""
+    """An option or a combination of options that makes no sense; exit code 2."""
 
     exit_code = 2
 

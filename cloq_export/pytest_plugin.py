@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse options that cannot be meant, before anything is collected."""
+    """Refuse options that make no sense, before anything is collected."""
     given = [f"--cloq-{name}" for name in _OPTIONS if config.getoption(f"--cloq-{name}") is not None]
     given += ["--cloq-adapter"] if config.getoption("--cloq-adapter") else []
     if config.getoption("--cloq-export") is None:

@@ -38,11 +38,11 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
-            raise RecipeError(f"bits is {self.bits}; allowed are 2, 3, 4 and 8. Choose one with --bits.")
+            raise RecipeError(f"bits is {self.bits}; allowed are 2, 3, 4 and 8. Choose one with `bits`.")
         if self.group_size != PER_CHANNEL and (self.group_size < 8 or self.group_size % 8):
             raise RecipeError(
                 f"group size is {self.group_size}; allowed are -1 (one group per output channel) or a multiple of 8, "
-                "usually 32, 64 or 128. Choose one with --group-size."
+                "usually 32, 64 or 128. Choose one with `group_size`."
             )
 
     @property
@@ -77,7 +77,7 @@ class LayerStats:
     `w_t` that are 1 unless weighting is asked for. In the error-aware mode x is the input that the layer meets behind
     the already compressed prefix, and `drift` is `D = sum_t w_t * x_t (f_t - x_t)^T` with f the same token's input in
     the float model; in the independent mode `drift` is None. D is summed as such, and not as the difference of two
-    large sums, because it is small beside H. It may be summed over a part of the tokens only; `drift_gram` is H over
+    large sums, because it is small compared to H. It may be summed over part of the tokens only; `drift_gram` is H over
     that part.
 
     Args:
@@ -85,7 +85,7 @@ class LayerStats:
         tokens: number of tokens that were summed.
         drift: D, (in, in), same dtype, or None.
         drift_gram: H over the tokens of D, (in, in), same dtype; None together with `drift`.
-        lent_tokens: of an expert that saw too few: how many tokens those of its block count for that `gram` sums beside
+        lent_tokens: of an expert that saw too few: how many tokens the block's count for that `gram` sums besides
             its own; they are not among `tokens`.
 
     Raises:
@@ -291,7 +291,7 @@ class LayerCertificate:
         refined_error_after: the same error of what was kept.
         refined_step: the step that was kept, 0 for the start.
         low_rank_round: where A and B were taken out of the weight before its codes were made (low rank first), the
-            round that was kept, 0 for codes of the weight itself; None where nobody asked for it.
+            round that was kept, 0 for codes of the weight itself; None if that was not asked for.
         needs_adapter: the codes were made for what A and B leave of the weight, so Q alone says nothing.
     """
 

@@ -39,6 +39,9 @@ class Layout(abc.ABC):
     least_zero: int = 0
     """The smallest zero that it holds."""
 
+    holds_embeddings: bool = False
+    """Whether its readers know what codes of embeddings are."""
+
     @abc.abstractmethod
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
         """Return the parts that a layer with this grid must have."""
@@ -113,6 +116,7 @@ class Layout(abc.ABC):
         skipped: Iterable[str] = (),
         producer: str = "",
         needs_adapter: bool = False,
+        embeddings: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Return the `quantization_config` of config.json.
 
@@ -122,6 +126,7 @@ class Layout(abc.ABC):
             skipped: linear modules of the same kind that stay float.
             producer: "name:version" of the program that writes.
             needs_adapter: the codes were made for what their adapter leaves of the weights.
+            embeddings: quantized modules that are embeddings; none unless `holds_embeddings`.
 
         Raises:
             FormatError: there is no module, or the layout cannot say this.

@@ -136,20 +136,20 @@ class Parser:
         if self._next() in simple:
             self._at += 1
             return simple[self._text[self._at - 1]]
-        found = self._counted_from(self._at)
-        if found is None:
+        counts = self._counted_from(self._at)
+        if counts is None:
             return None
-        least = int(found[1] or 0)
-        most = None if found[2] and found[3] is None else int(found[3] or least)
+        least = int(counts[1] or 0)
+        most = None if counts[2] and counts[3] is None else int(counts[3] or least)
         if max(least, most or 0) > _MAX_COUNT or (most is not None and most < least):
-            raise ValueError(f"the count {found[0][:20]} is none up to {_MAX_COUNT}")
-        self._at = found.end()
+            raise ValueError(f"the count {counts[0][:20]} is none up to {_MAX_COUNT}")
+        self._at = counts.end()
         return least, most
 
     def _counted_from(self, at: int) -> re.Match[str] | None:
         """Return the count that stands at a place, such as `{2,3}`; other braces are characters."""
-        found = _COUNTS.match(self._text, at)
-        return None if found is None or found[0] == "{}" else found
+        match = _COUNTS.match(self._text, at)
+        return None if match is None or match[0] == "{}" else match
 
     def _part(self, depth: int) -> Node:
         character = self._next()

@@ -162,8 +162,8 @@ class _Reading:
 
     def _look(self, node: Look, places: int) -> int:
         if not node.ahead:
-            found = self.follow(node.part, self._everywhere)
-            return places & found if node.wanted else places & ~found
+            reached = self.follow(node.part, self._everywhere)
+            return places & reached if node.wanted else places & ~reached
         kept = 0
         for place in range(len(self._name) + 1):
             if places >> place & 1 and bool(self.follow(node.part, 1 << place)) is node.wanted:

@@ -1,4 +1,4 @@
-"""All that the package asks of CUDA beside computing: devices, memory, streams; the tests replace it."""
+"""All that the package asks of CUDA besides computing: devices, memory, streams; the tests replace it."""
 
 from __future__ import annotations
 

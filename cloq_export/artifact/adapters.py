@@ -128,7 +128,7 @@ def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool, trust_
     Args:
         folder: the adapter folder.
         base: that it is to be served on.
-        force: take it whatever it is bound to.
+        force: take it even if it is bound to another base.
         trust_unbound: take it if it is bound to none.
 
     Raises:
@@ -147,6 +147,11 @@ def read_bound_adapter(folder: Path, base: QuantizedBase, *, force: bool, trust_
     return adapter
 
 
+def is_bound(bound_to: str | None, base: QuantizedBase) -> bool:
+    """Return whether an adapter that carries a base fingerprint, or None, was made for a base."""
+    return bound_to == base.fingerprint
+
+
 def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -> None:
     """Refuse an adapter unless it is bound to a base.
 
@@ -158,7 +163,7 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
     Raises:
         BindingError: it is bound to another base, or to none.
     """
-    if bound_to == base.fingerprint:
+    if is_bound(bound_to, base):
         return
     if bound_to is None:
         raise BindingError(
@@ -173,7 +178,7 @@ def refuse_other_base(folder: Path, bound_to: str | None, base: QuantizedBase) -
 
 def forced_note(name: str, bound_to: str | None, base: QuantizedBase) -> str | None:
     """Return what is to be said of an adapter that was taken by force, None if it belongs to the base."""
-    if bound_to == base.fingerprint:
+    if is_bound(bound_to, base):
         return None
     return f"the adapter {name} is bound to {bound_to or 'no base'}, not to {base.fingerprint}; it was taken by force"
 
@@ -187,7 +192,7 @@ def unbound_note(name: str, base: QuantizedBase) -> str:
 
 
 def carried_beside(folder: Path) -> list[str]:
-    """Return what engines or tokenizers may read in an adapter's folder beside the adapter, sorted."""
+    """Return what engines or tokenizers may read in an adapter's folder besides the adapter, sorted."""
     own = {CONFIG_NAME, WEIGHTS_NAME, ONNX_ADAPTER_NAME}
     return sorted(
         entry.name

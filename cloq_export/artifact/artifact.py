@@ -102,7 +102,7 @@ class Artifact:
 
     @property
     def floats(self) -> FloatPart:
-        """Return everything beside the quantized layers of a checkpoint.
+        """Return everything besides the quantized layers of a checkpoint.
 
         Raises:
             FormatError: there is no checkpoint, or its config describes no model.

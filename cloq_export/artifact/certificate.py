@@ -115,6 +115,17 @@ class RepeatedCertificate(Repeated):
         return {"layout": self.certificate.layout, "forced": forced, **super().to_json()}
 
 
+def certified_layer(layer: QuantizedLayer) -> dict[str, Any]:
+    """Return what a certificate says of a layer that was read back."""
+    return {
+        "bits": layer.spec.bits,
+        "group_size": layer.spec.group_size,
+        "symmetric": layer.spec.symmetric,
+        "shape": [layer.out_features, layer.in_features],
+        "sha256": layer_digest(layer),
+    }
+
+
 def certify_checkpoint(
     folder: Path,
     layers: LayerSource,
@@ -146,13 +157,7 @@ def certify_checkpoint(
     for module in layers.specs:
         read, meant = checkpoint.read_layer(module), layers.read(module)
         refuse_difference(read, meant, f"{folder}: {module}")
-        modules[module] = {
-            "bits": read.spec.bits,
-            "group_size": read.spec.group_size,
-            "symmetric": read.spec.symmetric,
-            "shape": [read.out_features, read.in_features],
-            "sha256": layer_digest(read),
-        }
+        modules[module] = certified_layer(read)
     for name in () if floats is None else floats.headers:
         if not same_bits(checkpoint.read(name), floats.read(name)):  # type: ignore[union-attr]
             raise FormatError(f"{folder}: {name} was read back with other numbers than were written; check the disk.")
@@ -203,7 +208,7 @@ def verify_certificate(
 
     Raises:
         FormatError: there is no certificate, or a file, a layer or the base differs from it, or something lies in the
-            folder that it does not name: a file of whatever suffix, a link, a device. Empty folders are fine.
+            folder that it does not name: a file of any suffix, a link, a device. Empty folders are fine.
     """
     folder = Path(folder)
     certificate = read_certificate(folder)

@@ -24,7 +24,7 @@ from cloq_export.files.shards import ShardWriter
 from cloq_export.files.tensor_writer import tensor_header
 from cloq_export.formats.gptq import GPTQ_V2
 from cloq_export.formats.layout import Layout
-from cloq_export.models.tied_head import correct_config, corrected_entries, is_tied
+from cloq_export.models.tied_head import correct_config, corrected_entries, embeddings_in, is_tied, untied_entries
 from cloq_export.models.weights_on_disk import tensor_of
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -37,7 +37,7 @@ _Written = TypeVar("_Written")
 
 @dataclasses.dataclass(frozen=True)
 class WriteSettings(Generic[_Written]):
-    """How a checkpoint folder is written, whatever goes in.
+    """How a checkpoint folder is written.
 
     Args:
         max_shard_bytes: largest weight file; one layer or tensor that is larger has a file of its own.
@@ -106,7 +106,7 @@ class LayerSource:
 
 @dataclasses.dataclass(frozen=True)
 class FloatPart:
-    """What a quantized checkpoint holds beside its quantized modules, read one tensor at a time.
+    """What a quantized checkpoint holds besides its quantized modules, read one tensor at a time.
 
     Args:
         headers: tensor name -> (dtype code of safetensors, shape), in the order in which they are written.
@@ -114,6 +114,7 @@ class FloatPart:
         config: entries of config.json that replace those that `save_files` writes.
         skipped: linear modules that stay float, the head left out.
         save_files: writes config.json, tokenizer and the like into the folder it is given.
+        embeddings: quantized modules that are embeddings.
         stored: tensor or quantized module -> its name in files, where that is another one than in memory.
         tied: tensor that the files do not hold -> the one that it is tied to, as far as it may be written apart.
     """
@@ -123,6 +124,7 @@ class FloatPart:
     config: Mapping[str, Any]
     skipped: tuple[str, ...]
     save_files: Callable[[Path], Any]
+    embeddings: tuple[str, ...] = ()
     stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -161,9 +163,14 @@ class FloatPart:
         return cls(
             headers,
             read,
-            {"architectures": [type(model).__name__], "dtype": str(dtype or model.dtype).removeprefix("torch.")},
+            {
+                "architectures": [type(model).__name__],
+                "dtype": str(dtype or model.dtype).removeprefix("torch."),
+                **untied_entries(model, layers.specs),
+            },
             linears_beside(model, layers.specs),
             save_files or (lambda folder: _save_config(model, folder)),
+            embeddings_in(model, layers.specs),
             stored_names(model, headers, layers.specs),
         )
 
@@ -173,6 +180,7 @@ class FloatPart:
         checkpoint: Checkpoint,
         *,
         skipped: Iterable[str],
+        embeddings: tuple[str, ...],
         save_files: Callable[[Path], Any],
         idle: Container[str] = (),
         config: Mapping[str, Any] | None = None,
@@ -182,7 +190,7 @@ class FloatPart:
         stored = {name: checkpoint.stored[name] for name in headers if name in checkpoint.stored}
         stored |= {module: checkpoint.stored_module(module) for module in checkpoint.specs}
         stored = {name: file_name for name, file_name in stored.items() if name != file_name}
-        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files, stored)
+        return cls(headers, checkpoint.read, config or {}, tuple(sorted(skipped)), save_files, embeddings, stored)
 
     def name_in_files(self, name: str, part: str = "") -> str:
         """Return what files call a tensor, or a part of a quantized module."""
@@ -203,7 +211,7 @@ def export_checkpoint(
     Args:
         folder: the folder to make; an earlier checkpoint of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         layout: how each layer is stored.
         settings: how the folder is written; what is written is the fingerprint of the layers.
 
@@ -218,6 +226,11 @@ def export_checkpoint(
     from cloq_export import __version__
 
     settings = settings or WriteSettings()
+    if floats.embeddings and not layout.holds_embeddings:
+        raise FormatError(
+            f"the layout {layout.name} cannot hold {floats.embeddings[0]}, the codes of embeddings; choose "
+            "`format=compressed_tensors`."
+        )
     bundles: list[Mapping[str, tuple[str, tuple[int, ...]]]] = []
     for module, spec in layers.specs.items():
         out_features, in_features = layers.shapes[module]
@@ -248,6 +261,7 @@ def export_checkpoint(
             skipped={*floats.skipped, *(_module_in_files(floats, name) for name in floats.skipped)},
             producer=f"cloq_export:{__version__}",
             needs_adapter=layers.needs_adapter,
+            embeddings=floats.embeddings,
         )
         config = {**read_json(filling / CONFIG_NAME), **floats.config}
         drop_private(config)
@@ -304,7 +318,7 @@ def check_target(model: PreTrainedModel, module: str, shape: tuple[int, int]) ->
         linear = model.get_submodule(module)
     except AttributeError:
         raise FormatError(f"the model has no module {module}; the layers belong to another model.") from None
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
+    if not isinstance(linear, (nn.Linear, nn.Embedding)) or tuple(linear.weight.shape) != shape:
         raise FormatError(f"{module} of the model is {linear}; the layer is {shape}: they belong to different models.")
 
 

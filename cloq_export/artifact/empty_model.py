@@ -11,7 +11,7 @@ from torch import nn
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import FloatPart, linears_beside
-from cloq_export.artifact.expert_names import names_in_files
+from cloq_export.artifact.expert_names import expert_names_in_files
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.errors import FormatError, ShapeError, UnsupportedModelError
 from cloq_export.files.safe_paths import require_inside
@@ -19,12 +19,13 @@ from cloq_export.models.companions import companion_files, copy_companions
 from cloq_export.models.experts import SplitExperts, split_experts
 from cloq_export.models.library_calls import NO_CODE
 from cloq_export.models.model_class import model_class
-from cloq_export.models.tied_head import correct_config, corrected_entries
+from cloq_export.models.tied_head import correct_config, corrected_entries, embeddings_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_IN_BLOCKS = re.compile(r"(^|\.)\d+\.")
 # Tensors that other writers leave in their files and that models compute for themselves.
 _COMPUTED_BY_MODELS = (
     "rotary_emb.inv_freq",
@@ -50,7 +51,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         split_experts(model)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # transformers raises whatever a malformed configuration leads to
+    except Exception as error:  # transformers may raise anything for a malformed configuration
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(
             f"{source} does not describe a causal language model that transformers can build ({reason}); check the "
@@ -60,7 +61,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
 
 
 def float_part(checkpoint: Checkpoint) -> FloatPart:
-    """Return what a checkpoint holds beside its quantized modules, with a config that says how head and embeddings are.
+    """Return what a checkpoint holds besides its quantized modules, with a config that says whether the head is tied.
 
     Tensors of zeros that the model has no place for, such as the biases that GPTQ tools write everywhere, are left out.
 
@@ -82,6 +83,7 @@ def float_part(checkpoint: Checkpoint) -> FloatPart:
     return FloatPart.of_checkpoint(
         checkpoint,
         skipped=linears_beside(model, checkpoint.specs),
+        embeddings=embeddings_in(model, checkpoint.specs),
         save_files=save_files,
         idle=idle,
         config=_tie_entries(checkpoint, model),
@@ -100,7 +102,7 @@ def refuse_single_experts(checkpoint: Checkpoint) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     model = empty_model(checkpoint, None)
-    readable = names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
+    readable = expert_names_in_files(model, get_model_conversion_mapping(model, add_legacy=False))
     mixtures = [f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts)]
     for module in checkpoint.specs:
         if module.startswith(tuple(mixtures)) and module not in readable:
@@ -164,9 +166,9 @@ def _stored_dtype(config: Any) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float32
 
 
-def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the linears that the checkpoint quantizes, after checking the shapes that its headers give."""
-    linears: dict[str, nn.Linear] = {}
+def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Linear | nn.Embedding]:
+    """Return the linears and embeddings that the checkpoint quantizes, after checking the shapes of its headers."""
+    linears: dict[str, nn.Linear | nn.Embedding] = {}
     tied = {name: model.all_tied_weights_keys.get(f"{name}.weight", f"{name}.weight") for name in checkpoint.specs}
     known: dict[Any, str] = {}
     for module, spec in checkpoint.specs.items():
@@ -174,12 +176,17 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
             linear: nn.Module | None = model.get_submodule(module)
         except AttributeError:
             linear = None
-        if isinstance(linear, nn.Embedding):
+        if isinstance(linear, nn.Embedding) and not checkpoint.grids.layout.holds_embeddings:
             raise FormatError(
-                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; only linear layers "
-                "are read: quantize again with float embeddings."
+                f"{checkpoint.folder} quantizes {module}, the embeddings of {type(model).__name__}; its layout "
+                f"{checkpoint.layout_name} has no place for them: quantize again with float embeddings."
             )
-        if not isinstance(linear, nn.Linear):
+        if isinstance(linear, nn.Embedding) and linear is not model.get_input_embeddings():
+            raise FormatError(
+                f"{checkpoint.folder} quantizes {module}, a table of {type(model).__name__} that is not its token "
+                "embeddings; only these and linear layers are read: quantize again without it."
+            )
+        if not isinstance(linear, (nn.Linear, nn.Embedding)):
             raise FormatError(
                 f"{checkpoint.folder} quantizes {module}, which is no linear layer of {type(model).__name__}; "
                 "config.json and the weights belong to different models."
@@ -191,11 +198,12 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
                     f"{type(model).__name__}; weights that several layers share are not read quantized."
                 )
         parts = {part: checkpoint.headers[f"{module}.{part}"] for part in checkpoint.grids.layout.parts(spec)}
+        out_features, in_features = linear.weight.shape
         held = checkpoint.grids.layout.stored_grid(parts)
-        if held is not None and held[2:] == (linear.out_features, linear.in_features):
+        if held is not None and held[2:] == (out_features, in_features):
             checkpoint.features(module)  # the right layer: if the config gives it another grid, that is said
         try:
-            expected = checkpoint.grids.layout.headers(linear.out_features, linear.in_features, spec)
+            expected = checkpoint.grids.layout.headers(out_features, in_features, spec)
         except ShapeError as error:
             checkpoint.features(module)  # says what the tensors hold, if that is not what the config says
             raise FormatError(f"{checkpoint.folder}: {module}: {error}") from None
@@ -204,14 +212,25 @@ def targeted_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str
             if seen != shape:
                 raise FormatError(
                     f"{checkpoint.files[f'{module}.{part}'].path}: {module}.{part} has shape {seen}; a layer with "
-                    f"{linear.in_features} inputs and {linear.out_features} outputs at {spec.bits} bits needs {shape}."
+                    f"{in_features} inputs and {out_features} outputs at {spec.bits} bits needs {shape}."
                 )
         linears[module] = linear
     return linears
 
 
+def quantized_embeddings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the modules that a checkpoint quantizes and that are embeddings.
+
+    Raises:
+        FormatError: config.json describes no model that transformers can build.
+    """
+    if all(_IN_BLOCKS.search(module) for module in checkpoint.specs):
+        return ()
+    return embeddings_in(empty_model(checkpoint, None), checkpoint.specs)
+
+
 def float_places(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[str], frozenset[str]]:
-    """Return the tensors beside the codes that have a place in an empty model, and the zeros that have none.
+    """Return the tensors besides the codes that have a place in an empty model, and the zeros that have none.
 
     Raises:
         FormatError: a tensor has no place, and is neither zero nor one that models compute for themselves.

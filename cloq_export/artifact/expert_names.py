@@ -29,7 +29,7 @@ def fused_places(model: PreTrainedModel) -> dict[str, SplitExperts]:
     }
 
 
-def names_in_files(model: PreTrainedModel, conversions: Sequence[Any]) -> dict[str, str]:
+def expert_names_in_files(model: PreTrainedModel, conversions: Sequence[Any]) -> dict[str, str]:
     """Return single expert's linear in memory -> its name in files, of those that files hold one by one.
 
     Args:

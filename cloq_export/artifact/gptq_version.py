@@ -82,7 +82,7 @@ def _refuse_other_version(folder: Path, layout: GptqLayout, modules: Sequence[st
     if evidence is not None:
         other = layout.in_version(1 if layout.version == 2 else 2).name
         raise FormatError(
-            f"{folder} is labelled {layout.name}, but its codes lie as in {other} ({evidence}); write it anew with "
-            f"`cloq convert {folder} --read-as {other} --format gptq_v2 --out OUT`, or with `--read-as {layout.name}` "
+            f"{folder} is labelled {layout.name}, but its codes lie as in {other} ({evidence}); write it again with "
+            f"`cloq convert {folder} --read-as {other} --format gptq_v2 --out OUT`, or with `read_as={layout.name}` "
             "if the label is known to be right."
         )

@@ -68,7 +68,9 @@ class Pushed:
         return {**dataclasses.asdict(self), "files": list(self.files)}
 
 
-def push(folder: str | os.PathLike[str], place: HubPlace, *, verify: Callable[[Path], Any], api: Any = None) -> Pushed:
+def upload_export(
+    folder: str | os.PathLike[str], place: HubPlace, *, verify: Callable[[Path], Any], api: Any = None
+) -> Pushed:
     """Upload an export as a model of the hub, after its certificate was repeated on the files as they lie here.
 
     The repository is made if it is not there; files of the same name are replaced, others are left alone. An upload

@@ -158,7 +158,7 @@ def _describe_foreign(folder: Path, *, verify: bool) -> Inspection:
 
 
 def _describe_bound(artifact: Artifact, adapter: str | os.PathLike[str], *, force: bool) -> AdapterInspection:
-    """Describe an adapter beside the base that it is to be served on, refusing one of another base."""
+    """Describe an adapter for the base that it is to be served on, refusing one of another base."""
     checkpoint = artifact.checkpoint
     folder = artifact.adapters.find(adapter)
     read_bound_adapter(folder, checkpoint, force=force)

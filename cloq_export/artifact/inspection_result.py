@@ -33,7 +33,13 @@ class Inspection:
         return facts | _given(checked_adapter=self.checked_adapter and self.checked_adapter.to_json())
 
     def _facts(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return what only this kind has, in the order of its fields; one that has its default is left out."""
+        facts = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_EVERY_KIND and (field.default is dataclasses.MISSING or value != field.default):
+                facts[field.name] = _plain(value)
+        return facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class AdapterInspection(Inspection):
         adapter_bytes: what they take.
         bits_per_weight_with_adapter: of the base that it lies on, or None.
         bound_to_this_base: None where there is no base to ask.
-        forced: whether it was taken although it is not; None where nobody asked for it.
+        forced: whether it was taken although it is not; None if that was not asked for.
         certificate: as repeated, or None.
     """
 
@@ -73,23 +79,6 @@ class AdapterInspection(Inspection):
     def to_json(self) -> dict[str, Any]:
         """Return the inspection as a JSON object."""
         return _given(name=self.name) | super().to_json()
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "base_model": self.base_model,
-            "base_fingerprint": self.base_fingerprint,
-            "modules": self.modules,
-            "ranks": self.ranks,
-            "dtype": self.dtype,
-            "parameters": self.parameters,
-            "adapter_bytes": self.adapter_bytes,
-            **_given(
-                bits_per_weight_with_adapter=self.bits_per_weight_with_adapter,
-                bound_to_this_base=self.bound_to_this_base,
-                forced=self.forced,
-                certificate=self.certificate and self.certificate.to_json(),
-            ),
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,9 +160,6 @@ class UnreadInspection(Inspection):
 
     examination: Examination
 
-    def _facts(self) -> dict[str, Any]:
-        return {"examination": self.examination.to_json()}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInspection(Inspection):
@@ -206,21 +192,6 @@ class RunInspection(Inspection):
     recipe: Mapping[str, Any]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "state": self.state,
-            "model": self.model,
-            "source_fingerprint": self.source_fingerprint,
-            "finished_layers": self.finished_layers,
-            "damaged_layers": list(self.damaged_layers),
-            "reports": list(self.reports),
-            "adapters": [adapter.to_json() for adapter in self.adapters],
-            "checkpoint": self.checkpoint and self.checkpoint.to_json(),
-            "recipe": dict(self.recipe),
-            "versions": dict(self.versions),
-            **_given(notes=list(self.notes) or None),
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,19 +259,7 @@ class OnnxInspection(Inspection):
     certificate: RepeatedCertificate | None = None
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "style": self.style,
-            "two_bit": self.two_bit,
-            "opset": self.opset,
-            "exporter": self.exporter,
-            "base_fingerprint": self.base_fingerprint,
-            "quantized_modules": self.quantized_modules,
-            "notes": list(self.notes),
-            "graph_bytes": self.graph_bytes,
-            "grids": [dataclasses.asdict(grid) for grid in self.grids],
-            **_given(adapters=None if self.adapters is None else list(self.adapters)),
-            **_verified(self.certificate),
-        }
+        return super()._facts() | _verified(self.certificate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,19 +276,20 @@ class OnnxAdapterInspection(Inspection):
     adapter_bytes: int
     certificate: RepeatedCertificate | None = None
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "base_model": self.base_model,
-            "base_fingerprint": self.base_fingerprint,
-            "modules": self.modules,
-            "ranks": self.ranks,
-            "parameters": self.parameters,
-            "adapter_bytes": self.adapter_bytes,
-            **_given(certificate=self.certificate and self.certificate.to_json()),
-        }
 
-
+_OF_EVERY_KIND = ("path", "ours", "checked_adapter", "name")
 _SIZES_WITH_ADAPTER = ("adapter_bytes", "bits_per_weight_with_adapter")
+
+
+def _plain(value: Any) -> Any:
+    """Return a fact as JSON holds it."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _given(**values: Any) -> dict[str, Any]:

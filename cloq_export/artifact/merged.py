@@ -86,7 +86,7 @@ def export_merged(
     """Write `W = Q + (alpha / rank) B A` as an ordinary float checkpoint, whole or not at all, one layer at a time.
 
     Q is exact in float64 (a float16 scale times a small integer); the product and the sum are computed in it, and the
-    result is cast once. Every float tensor beside the quantized ones is cast too. What both lose is measured and
+    result is cast once. Every float tensor besides the quantized ones is cast too. What both lose is measured and
     written to `cloq_merged.json` with the base fingerprint and the adapter's hash. Each tensor is read back from the
     finished files and compared.
 
@@ -96,7 +96,7 @@ def export_merged(
     Args:
         folder: the folder to make; an earlier merged export of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         adapter: what is merged.
         dtype: bfloat16, float16 or float32.
         settings: how the folder is written; what is written is the report.

@@ -1,4 +1,4 @@
-"""What identifies a LoRA pair: its bytes, and its product in whatever form it is served."""
+"""What identifies a LoRA pair: its bytes, and its product in any form in which it is served."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class PairRecord:
-    """What identifies one LoRA pair, and its product in whatever form it is served.
+    """What identifies one LoRA pair, and its product in any form in which it is served.
 
     With `P = (alpha / rank) B A`, the sketch is `u_k^T P v_k` for fixed vectors of signs u_k and v_k: a difference E of
     the product changes each by about `||E||_F`, and nothing that leaves the product alone changes any.

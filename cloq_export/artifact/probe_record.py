@@ -95,7 +95,7 @@ class TokenizerRecord:
             try:
                 rendered = tokenizer.apply_chat_template(list(PROBE_CHAT), tokenize=False, add_generation_prompt=True)
                 chat = tuple(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
-            except Exception:  # a template raises whatever its author wrote
+            except Exception:  # a template may raise anything
                 chat = None
         special = {
             name: tokenizer.convert_tokens_to_ids(token)

@@ -90,8 +90,7 @@ class AdapterRecord:
         Raises:
             FormatError: it is of another version, was edited, or is damaged.
         """
-        plain = _unsealed(content, source)
-        with _damaged(source):
+        with _unsealed(content, source) as plain:
             return cls(
                 name=printable(plain["name"]),
                 base_fingerprint=printable(plain["base_fingerprint"]),
@@ -192,8 +191,7 @@ class BaseRecord:
         Raises:
             FormatError: it is of another version, was edited, or is damaged.
         """
-        plain = _unsealed(content, source)
-        with _damaged(source):
+        with _unsealed(content, source) as plain:
             quality = plain["quality"]
             return cls(
                 model=printable(plain["model"]),
@@ -252,7 +250,9 @@ def _seal(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def _unsealed(content: Any, source: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _unsealed(content: Any, source: str) -> Iterator[dict[str, Any]]:
+    """Give the entries of a record; what a malformed one leads to becomes one line."""
     if not isinstance(content, Mapping) or content.get("format") != PROVENANCE_FORMAT:
         raise FormatError(f"{source}: this is no record of provenance; export or train again.")
     if content.get("format_version") != FORMAT_VERSION:
@@ -267,14 +267,8 @@ def _unsealed(content: Any, source: str) -> dict[str, Any]:
         seal = ""
     if content.get("seal") != seal:
         raise FormatError(f"{source}: the record of provenance was edited after it was written; export or train again.")
-    return plain
-
-
-@contextlib.contextmanager
-def _damaged(source: str) -> Iterator[None]:
-    """Turn what a malformed record leads to into one line."""
     try:
-        yield
+        yield plain
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FormatError(f"{source}: the record of provenance is damaged; export or train again.") from None
 

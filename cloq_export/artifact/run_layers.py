@@ -217,5 +217,5 @@ def remedy_named(path: Path) -> Iterator[None]:
         text = str(error)
         named = text if str(path) in text else f"{path}: {text}"
         raise FormatError(
-            f"{named} Delete this file and run the same command again: only this layer is made anew."
+            f"{named} Delete this file and run the same command again: only this layer is made again."
         ) from None

@@ -62,7 +62,7 @@ class RunLock:
     def give_back(self) -> None:
         """Give the lock back, if it is held."""
         if self._file is not None:
-            # An empty lock file leaves the folder byte for byte the same, whoever worked in it.
+            # An empty lock file leaves the folder byte for byte the same, no matter which process worked in it.
             with contextlib.suppress(OSError):
                 self._file.truncate(0)
             self._file.close()

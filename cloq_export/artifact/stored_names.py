@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cloq_export.artifact.expert_names import fused_places, name_in_memory, names_in_files
+from cloq_export.artifact.expert_names import expert_names_in_files, fused_places, name_in_memory
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts
 from cloq_export.models.library_calls import NO_CODE, quiet_transformers
@@ -132,7 +132,7 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
         conversions = [entry for entry in mapped if not isinstance(entry, PrefixChange)]
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
     asked = {name: name for name in names} | {module: f"{module}.weight" for module in modules}
-    single_experts = names_in_files(model, conversions)
+    single_experts = expert_names_in_files(model, conversions)
     mixtures = {fused.rpartition(".")[0] for fused in fused_places(model)}
     in_files: dict[str, str] = {}
     for name, tensor in asked.items():
@@ -160,7 +160,7 @@ def stored_names(model: PreTrainedModel, names: Iterable[str], modules: Iterable
 def _largest_count(config: Any) -> int:
     """Return the largest number in a config that says how many modules a model has."""
     largest, open_parts = 0, [config]
-    # Without recursion: how deep a config is nested is its writer's choice.
+    # Without recursion: an untrusted config may be nested to any depth.
     while open_parts:
         part = open_parts.pop()
         if not isinstance(part, Mapping):

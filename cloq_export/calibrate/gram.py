@@ -26,8 +26,8 @@ class GramAccumulator:
 
     The sums are float32 and independent of any enclosing autocast or reduced matrix-product precision: a Gram matrix
     whose sums are rounded is not positive definite. Only the panels on and above the diagonal of H are
-    computed, then mirrored, so H is symmetric to the last bit. D, a correction that is small beside H and need not be
-    definite, multiplies operands rounded to bfloat16 where the CPU has fast instructions for it (TF32 on GPUs).
+    computed, then mirrored, so H is symmetric to the last bit. D, a correction that is small compared to H and need not
+    be definite, multiplies operands rounded to bfloat16 where the CPU has fast instructions for it (TF32 on GPUs).
 
     Weighting "inverse_norm" takes `w_t = 1 / ||x_t||`, not normalised: it depends on the token alone, so neither the
     order nor the size of batches matters, and the scale of H cancels in everything built on it because damping is

@@ -57,7 +57,7 @@ _OF_THE_SYSTEM = {
 
 
 class _EndedFromOutsideError(Exception):
-    """Carries a signal or a closed pipe, its cause, past click, which would handle either in its own way."""
+    """Carries a signal or a closed pipe, its cause, past click, which would handle both differently."""
 
 
 class _VerbGroup(click.Group):
@@ -86,7 +86,7 @@ class _VerbGroup(click.Group):
                 error.args = (with_flags(str(error), command),)
             raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
-            # click would end on both in its own way, with an empty line and code 1.
+            # click would end on both with an empty line and code 1.
             raise _EndedFromOutsideError from error
 
     def resolve_command(

@@ -18,7 +18,7 @@ from cloq_export.verbs.options import EvaluateOptions
 @gate_option()
 @json_option()
 def command(path: Path, gate_texts: tuple[str, ...], as_json: bool, **named: Any) -> None:
-    """Measure PATH, a run or a checkpoint, beside its float model: perplexity, and answers to tasks."""
+    """Measure PATH, a run or a checkpoint, and its float model: perplexity, and answers to tasks."""
     gates = parse_gates(gate_texts)
 
     from cloq_export.cli.output import emit, progress_console

@@ -55,6 +55,8 @@ _NAMED = (
     "grid",
     "rank",
     "expert_rank",
+    "head_bits",
+    "embedding_bits",
     "budget",
     "split",
     "refine",
@@ -167,7 +169,7 @@ def recipe_options(function: Decorated) -> Decorated:
         click.option(
             "--demo",
             is_flag=True,
-            help="A small real model and small settings; every other option still applies beside it.",
+            help="A small real model and small settings; all other options still apply.",
         ),
         *(recipe_option(name) for name in _NAMED),
         click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that belong together."),

@@ -12,14 +12,24 @@ from typing import Any
 import click
 from rich.console import Console
 
-from cloq_export.cli.flags import notes_with_flags
+from cloq_export.cli.flags import notes_with_flags, with_flags
 from cloq_export.cli.streams import drop_closed_streams, refused_output, write_line
+
+
+class _ProgressConsole(Console):
+    """A console on standard error that shows options as they are typed in the verb that was called."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            objects = tuple(with_flags(each, context.command) if isinstance(each, str) else each for each in objects)
+        super().print(*objects, **options)
 
 
 @contextlib.contextmanager
 def progress_console(*, as_json: bool) -> Iterator[Console]:
     """Give the console for progress, on standard error; with --json Python's standard output goes there too."""
-    console = Console(stderr=True)
+    console = _ProgressConsole(stderr=True)
     with contextlib.ExitStack() as stack:
         if as_json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))

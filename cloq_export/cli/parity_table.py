@@ -15,7 +15,7 @@ from cloq_export.cli.output import print_line
 
 def render_parity(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a parity report, the gate last."""
-    from cloq_export.parity.page import figure, label_of, share, smallest_loss
+    from cloq_export.parity.page import figure, row_label, share, smallest_loss
 
     for note in report["notes"]:
         print_line(console, f"note: {note}")
@@ -32,14 +32,14 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
     if floor:
         numerics.add_row("float, again", "float", *map(figure, _spread(floor)))
     for row in report["numerics"]:
-        numerics.add_row(escape(label_of(row)), row["against"], *map(figure, _spread(row)))
+        numerics.add_row(escape(row_label(row)), row["against"], *map(figure, _spread(row)))
     console.print(numerics)
     if report["divergence"]:
         table = _table("KL divergence", ("measured", "against"), ("mean", "99%", "max", "same best token"))
         for row in report["divergence"]:
             mark = "" if row["estimate"] == "exact" else "≥ "
             values = [mark + figure(row[key]) for key in ("kl_mean", "kl_quantile_99", "kl_max")]
-            table.add_row(escape(label_of(row)), row["against"], *values, share(row["top1_agreement"]))
+            table.add_row(escape(row_label(row)), row["against"], *values, share(row["top1_agreement"]))
         console.print(table)
     if report["quality"]["perplexity"]:
         table = _table("perplexity", ("model",), ("perplexity", "± s.e.", "over float", "95% interval"))
@@ -50,7 +50,7 @@ def render_parity(report: Mapping[str, Any], console: Console) -> None:
                     figure(row["ratio_to_float"]),
                     f"{figure(row['ratio_lower'])} to {figure(row['ratio_upper'])}",
                 ]
-            table.add_row(escape(label_of(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
+            table.add_row(escape(row_label(row)), figure(row["perplexity"]), figure(row["standard_error"]), *beside)
         console.print(table)
     entries = [(task, entry) for task, rows in report["quality"]["tasks"].items() for entry in rows]
     render_tasks({f"{task}{_with(entry['adapter'])}": entry for task, entry in entries}, console)

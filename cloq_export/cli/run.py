@@ -17,7 +17,7 @@ from cloq_export.errors import GateMissedError, UsageError
 @click.option(
     "--finetune",
     is_flag=True,
-    help="With --demo: train the adapter too, export and verify. A recipe with a finetune section does so unasked.",
+    help="With --demo: train the adapter too, export and verify. A recipe with a finetune section needs no flag.",
 )
 @click.option(
     "--plan",

@@ -166,7 +166,7 @@ class BlockRefiner:
             (layer.quantized.to(self._device), layer.lora and layer.lora.to(self._device)),
             dtype=self._dtype,
             scales=not self._keeps_codes,
-            weight=problem_of(layer).weight.to(self._device) if moves_codes else None,
+            weight=solved_problem(layer).weight.to(self._device) if moves_codes else None,
         )
 
     def _candidates(self, solved: Mapping[str, SolvedLayer], refinement: Refinement) -> dict[str, Solution]:
@@ -178,7 +178,7 @@ class BlockRefiner:
         }
 
     def _solution(self, layer: SolvedLayer, quantized: QuantizedLayer, pair: LoraPair | None) -> Solution:
-        problem = problem_of(layer)
+        problem = solved_problem(layer)
         # If the device ran out of memory, the problem is on the CPU.
         device = problem.weight.device
         codes = Dequantized.of(quantized, device)
@@ -189,19 +189,21 @@ class BlockRefiner:
         self, candidates: Mapping[str, Solution], refinement: Refinement, error: float
     ) -> dict[str, SolvedLayer]:
         """Return the refined layers with certificates; where nothing was better, the start with a note."""
-        fields = {
-            "refined_error_before": finite(refinement.error_before),
-            "refined_error_after": finite(error),
-            "refined_step": refinement.best_step,
-        }
         notes = () if refinement.layers else (kept_start(refinement),)
-        return {
-            name: finish_layer(candidate, self._recipe, self._initialisation, fields, notes)
-            for name, candidate in candidates.items()
-        }
+        finished = {}
+        for name, candidate in candidates.items():
+            layer = finish_layer(candidate, self._recipe, self._initialisation, notes)
+            certificate = dataclasses.replace(
+                layer.certificate,
+                refined_error_before=finite(refinement.error_before),
+                refined_error_after=finite(error),
+                refined_step=refinement.best_step,
+            )
+            finished[name] = dataclasses.replace(layer, certificate=certificate)
+        return finished
 
 
-def problem_of(layer: SolvedLayer) -> LayerProblem:
+def solved_problem(layer: SolvedLayer) -> LayerProblem:
     """Return what a layer that was solved in this process was solved for."""
     assert layer.problem is not None
     return layer.problem

@@ -17,6 +17,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress.allocation import RankedLayer, StorageChoice, allocate, hull_of_group
 from cloq_export.compress.costs import (
     CostMeter,
+    GroupCosts,
     candidate_grids,
     candidate_ranks,
     divergences_of,
@@ -139,7 +140,7 @@ def budgeted_recipe(
     with started_run(path, measuring_recipe(recipe), directory.source_fingerprint) as work:
         spent = session.timed("budget", lambda: spend(session, loaded, work, recipe, calibration))
     directory.write_report(BUDGET_REPORT, spent.report())
-    # The budget is spent: a copy that was edited by hand must not choose again.
+    # The budget is spent: a copy of the recipe that was edited by hand must not choose again.
     write_bytes(directory.path / RECIPE_NAME, spent.recipe.changed({"budget": 0.0}).to_yaml().encode("utf-8"))
     directory.set_overrides(spent.recipe.to_mapping()["overrides"])
     shutil.rmtree(path, ignore_errors=True)
@@ -147,7 +148,7 @@ def budgeted_recipe(
         path.parent.rmdir()
     session.say(
         f"{spent.stored_bits_per_weight:.3f} stored bits per weight; what they are spent on stands in "
-        f"{directory.path / RECIPE_NAME}, and can be edited for another run with --recipe"
+        f"{directory.path / RECIPE_NAME}, and can be edited as the recipe of another run"
     )
     return spent.recipe
 
@@ -182,13 +183,13 @@ def spend(
     shapes = _shapes(loaded.model, plan)
     _check_smallest(recipe, _planned_bits(recipe, plan, shapes, plan.modules) / _weights(shapes))
     job = CompressJob.of(loaded, plan, measuring_recipe(recipe), work, calibration)
-    # On the windows that the run itself is solved on: none that judges it has a say in the choice.
+    # On the windows that the run is solved on: those that judge the run take no part in the choice.
     counts = strategy_of(recipe).window_counts(recipe)
     job = dataclasses.replace(job, windows=CalibrationWindows.of(loaded, recipe, calibration, counts))
     session.say("measuring what bits, groups and ranks of each layer are worth")
     BlockWalk(job, session.console, workers=CostMeter(recipe, job.device, work)).run()
     reports = set(work.reports())
-    groups = [work.read_report(report_of(name)) for name in plan.modules if report_of(name) in reports]
+    groups = [GroupCosts.read(work, name) for name in plan.modules if report_of(name) in reports]
     kept = max(1, _TOKENS // recipe.seqlen)
     windows = job.windows.solving[:kept, :_TOKENS]
     stream = BlockStream(loaded.model, plan.blocks, windows, device=job.device, compute=job.compute, batch=kept)
@@ -216,36 +217,35 @@ def _cheapest_plan(model: nn.Module, recipe: Recipe) -> ModelPlan:
 
 def _ranked(
     recipe: Recipe,
-    group: Mapping[str, Any],
+    group: GroupCosts,
     shapes: Mapping[str, tuple[int, ...]],
     divergences: Mapping[str, float],
 ) -> dict[QuantSpec, list[RankedLayer]]:
     """Return the layers of a group on every grid, their losses in parts of the measured divergence."""
-    names = list(group["grids"][0]["left"])
-    whole = group["left_by_cheapest"]
-    factor = divergences[names[0]] / whole if whole else 0.0
+    whole = group.left_by_cheapest
+    factor = divergences[group.names[0]] / whole if whole else 0.0
     of_grid = {}
-    for grid in group["grids"]:
-        spec = QuantSpec(grid["bits"], grid["group_size"], recipe.symmetric)
+    for grid in group.grids:
+        spec = QuantSpec(grid.bits, grid.group_size, recipe.symmetric)
         layers = []
-        for name in names:
+        for name in group.names:
             ranks, none = candidate_ranks(recipe, name, shapes[name]), stored_bits(recipe, shapes[name], spec, 0)
             adapters = [stored_bits(recipe, shapes[name], spec, rank) - none for rank in ranks]
-            losses = [factor * left for left in grid["left"][name]]
+            losses = [factor * left for left in grid.left[name]]
             layers.append(RankedLayer(name, none, ranks, adapters, losses))
         of_grid[spec] = layers
     return of_grid
 
 
 def choose(
-    recipe: Recipe, model: nn.Module, groups: Sequence[Mapping[str, Any]], divergences: Mapping[str, float]
+    recipe: Recipe, model: nn.Module, groups: Sequence[GroupCosts], divergences: Mapping[str, float]
 ) -> Budgeted:
     """Return what the budget is spent on.
 
     Args:
         recipe: every option; `budget` is in bits per weight.
         model: the float model.
-        groups: what `CostMeter` wrote of each group of layers.
+        groups: the costs of each group of layers.
         divergences: first layer of a group -> divergence with the group on its cheapest grid.
 
     Raises:
@@ -253,7 +253,7 @@ def choose(
     """
     plan = make_plan(find_blocks(model, recipe.blocks), recipe)
     shapes = _shapes(model, plan)
-    free = {name for group in groups for name in group["grids"][0]["left"]}
+    free = {name for group in groups for name in group.names}
     taken = _planned_bits(recipe, plan, shapes, plan.modules.keys() - free)
     hulls = [hull_of_group(_ranked(recipe, group, shapes, divergences)) for group in groups]
     weights = _weights(shapes)
@@ -274,7 +274,7 @@ def _check_smallest(recipe: Recipe, smallest: float) -> None:
     if recipe.budget < smallest:
         raise UsageError(
             f"a budget of {recipe.budget:g} bits per weight cannot be met: the smallest that these layers can take is "
-            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more with --budget."
+            f"{math.ceil(smallest * 1000) / 1000:g}; choose that or more as `budget`."
         )
 
 

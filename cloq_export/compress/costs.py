@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,45 @@ _DIVERGENCES = "divergences"
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
 RANKS = (0, 8, 16, 32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridCosts:
+    """What the layers that read one input lose on one grid.
+
+    Args:
+        bits: width of a code.
+        group_size: input channels that share a scale.
+        left: full module name -> error that is left with each rank of `candidate_ranks`.
+    """
+
+    bits: int
+    group_size: int
+    left: Mapping[str, Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCosts:
+    """What the layers that read one input lose on every grid.
+
+    Args:
+        grids: what they lose on each.
+        left_by_cheapest: the error on the grid on which their divergence is measured, without adapters.
+    """
+
+    grids: Sequence[GridCosts]
+    left_by_cheapest: float
+
+    @property
+    def names(self) -> list[str]:
+        """Return the full names of the layers."""
+        return list(self.grids[0].left)
+
+    @classmethod
+    def read(cls, directory: RunDirectory, module: str) -> GroupCosts:
+        """Return the costs of the group whose first layer is named, as `CostMeter` has written them."""
+        content = directory.read_report(report_of(module))
+        return cls([GridCosts(**grid) for grid in content["grids"]], content["left_by_cheapest"])
 
 
 class CostMeter:
@@ -61,9 +100,7 @@ class CostMeter:
                 yield solved
 
     @torch.no_grad()
-    def _measure(
-        self, request: SolveRequest, names: Sequence[str], cheapest: Mapping[str, SolvedLayer]
-    ) -> dict[str, Any]:
+    def _measure(self, request: SolveRequest, names: Sequence[str], cheapest: Mapping[str, SolvedLayer]) -> GroupCosts:
         gram = request.stats.gram.to(self._device)
         empty = request.stats.tokens + request.stats.lent_tokens == 0 or float(gram.diagonal().sum()) == 0.0
         damped = None if empty else damp_gram(gram, self._recipe.damping)
@@ -91,9 +128,9 @@ class CostMeter:
             if taken is not None:
                 for name, at, value in taken.left(spec, options):
                     left[name][at] = min(left[name][at], value)
-            grids.append({"bits": spec.bits, "group_size": spec.group_size, "left": left})
+            grids.append(GridCosts(spec.bits, spec.group_size, left))
         stored = (weight - cheapest[name].weight for name, weight in zip(names, weights, strict=True))
-        return {"grids": grids, "left_by_cheapest": sum(_left_by_rank(error, damped, [0])[0] for error in stored)}
+        return GroupCosts(grids, sum(_left_by_rank(error, damped, [0])[0] for error in stored))
 
 
 class _TakenOut:
@@ -159,7 +196,7 @@ def candidate_grids(recipe: Recipe, shapes: Sequence[tuple[int, ...]]) -> list[Q
     if not grids:
         raise ShapeError(
             f"no grid of {', '.join(map(str, BITS))} bits with groups of {', '.join(map(str, sizes))} fits layers of "
-            f"{' and '.join(f'{out} x {into}' for out, into in shapes)}; leave them in float with --override."
+            f"{' and '.join(f'{out} x {into}' for out, into in shapes)}; leave them in float with `overrides`."
         )
     return grids
 
@@ -187,7 +224,7 @@ def divergences_of(
     session: Session,
     stream: BlockStream,
     tokens: int,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[GroupCosts],
     work: RunDirectory,
 ) -> dict[str, float]:
     """Return the divergence of the model with each group of layers as `work` holds it, by the group's first layer.
@@ -196,11 +233,11 @@ def divergences_of(
         session: the call.
         stream: the float model on some windows.
         tokens: how many tokens those hold.
-        groups: what `CostMeter` wrote of each group of layers.
+        groups: the costs of each group of layers.
         work: holds the codes, and keeps the divergences.
     """
     measured: dict[str, float] = dict(work.read_report(_DIVERGENCES)) if _DIVERGENCES in work.reports() else {}
-    of_group = [list(group["grids"][0]["left"]) for group in groups]
+    of_group = [group.names for group in groups]
     missing = [names for names in of_group if names[0] not in measured]
     if not missing:
         return measured

@@ -1,7 +1,7 @@
 """What a run takes of a device's memory, counted before the work from the shapes of its layers.
 
 The counts follow the code: `test_device_memory.py` holds them against the book-keeping of a pretended GPU. What a GPU's
-libraries take inside of one operation is beside them.
+libraries take inside one operation is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from cloq_export.adapt.cloq import EXACT_SIDE, OVERSAMPLING
 from cloq_export.models.block_arguments import BlockArguments
 from cloq_export.models.blocks import find_linears
-from cloq_export.models.lending import STORAGE_SHARE, tensor_bytes
+from cloq_export.models.lending import STORAGE_SHARE, model_bytes
 from cloq_export.process.storage_counter import StorageCounter
 from cloq_export.quantize.optq import BLOCK_COLUMNS
 from cloq_export.recipe import Recipe
@@ -53,7 +53,7 @@ class BlockShape:
         weights: bytes of the block's tensors.
         linears: bytes of its linear weights.
         hidden: bytes of the hidden states of one window.
-        activations: bytes that a forward pass of one window takes at most, beside the hidden states.
+        activations: bytes that a forward pass of one window takes at most, besides the hidden states.
         traced: False if the forward pass was only estimated.
     """
 
@@ -70,7 +70,7 @@ class BlockShape:
 
         Args:
             block: a decoder block.
-            call: what it is given beside the hidden states, for one window.
+            call: what it is given besides the hidden states, for one window.
             states: hidden states of one window, (1, seqlen, hidden).
             ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
         """
@@ -104,7 +104,7 @@ class BlockShape:
         )
         widest = max(sum(group.outs) + group.in_features for group in groups)
         of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, tensor_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
+        return cls(groups, model_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
 
     @classmethod
     def trace(
@@ -114,7 +114,7 @@ class BlockShape:
 
         Args:
             block: a decoder block.
-            call: what it is given beside the hidden states, for one window.
+            call: what it is given besides the hidden states, for one window.
             states: hidden states of one window, (1, seqlen, hidden).
             ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
         """
@@ -153,7 +153,7 @@ class BlockShape:
             if any(name in ranks for name in each.names)
         )
         of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, tensor_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
+        return cls(groups, model_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ class StageMemory:
 
 
 def solve_bytes(group: InputGroup, recipe: Recipe) -> int:
-    """Return what the solve of layers that read one input takes beside their weights and H, in bytes.
+    """Return what the solve of layers that read one input takes besides their weights and H, in bytes.
 
     n is the number of inputs, M that of all outputs, m that of the widest layer. The damped H and its factor stand in
     float64; the walk over the columns holds its numbers in float32, and the closed form in float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,14 +13,17 @@ from torch import nn
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress.opening import compute_dtype, device_of, open_planned
+from cloq_export.compress.batches import Batches
+from cloq_export.compress.opening import compute_dtype, open_planned
 from cloq_export.compress.plan import ModelPlan
 from cloq_export.compress.session import Session
 from cloq_export.compress.space import check_space
 from cloq_export.compress.strategies import Strategy, strategy_of
 from cloq_export.errors import UsageError
 from cloq_export.models.context import context_length
+from cloq_export.models.devices import chosen_device
 from cloq_export.models.source import LoadedModel
+from cloq_export.models.stream import BlockStream
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import CalibrationText
@@ -58,7 +61,7 @@ class CalibrationWindows:
         if limit is not None and recipe.seqlen > limit:
             raise UsageError(
                 f"a calibration window has {recipe.seqlen} tokens, but this model reads at most {limit}; choose "
-                f"--seqlen {limit} or less."
+                f"`seqlen={limit}` or less."
             )
         return cls(loaded.tokenizer, text, recipe, counts)
 
@@ -161,11 +164,26 @@ class CompressJob:
             UsageError: a window is longer than what the model reads, or the device is not there.
             RecipeError: the strategy cannot do what the recipe says.
         """
-        strategy, device = strategy_of(recipe), device_of(recipe)
+        strategy, device = strategy_of(recipe), chosen_device(recipe.device)
         strategy.check(recipe, keeps_codes=kept_codes is not None)
         windows = CalibrationWindows.of(loaded, recipe, text, strategy.window_counts(recipe))
         compute = compute_dtype(recipe, device)
         return cls(loaded.model, plan, recipe, directory, windows, strategy, device, compute, kept_codes)
+
+    def stream(self, batches: Batches) -> BlockStream:
+        """Return a stream of the job's model over its calibration windows.
+
+        Args:
+            batches: of the windows.
+        """
+        return BlockStream(
+            self.model,
+            self.plan.blocks,
+            batches.windows,
+            device=self.device,
+            compute=self.compute,
+            batch=batches.sizes,
+        )
 
 
 def compress_model(
@@ -223,11 +241,12 @@ def make_layers(session: Session, job: CompressJob) -> None:
     session.notes.extend(job.windows.drawn.notes)
     job.directory.write_report(WINDOWS_REPORT, {"bos": job.recipe.bos, **job.windows.drawn.to_json()})
     tokens = job.windows.solving.numel()
-    widest = max(int(job.model.get_submodule(name).in_features) for name in modules)  # type: ignore[arg-type]
+    weights = (cast(torch.Tensor, job.model.get_submodule(name).weight) for name in modules)
+    widest = max(weight.shape[1] for weight in weights)
     if tokens < widest:
         session.notes.append(
             f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: damping "
-            "decides what they leave open; raise --samples or --seqlen"
+            "decides what they leave open; raise `samples` or `seqlen`"
         )
     keep_freed_memory()
     watch = MemoryWatch()
@@ -236,7 +255,7 @@ def make_layers(session: Session, job: CompressJob) -> None:
 
 
 def layers_report(certificates: list[LayerCertificate], plan: ModelPlan | None = None) -> dict[str, Any]:
-    """Return what a run keeps of its layers: certificates, and why some of a plan stay float though nobody asked."""
+    """Return what a run keeps of its layers: certificates, and why some of a plan stay float without being asked to."""
     report: dict[str, Any] = {"layers": [certificate.to_json() for certificate in certificates]}
     left_float = {} if plan is None else {**plan.spared, **plan.unfit}
     return {**report, "stays_float": left_float} if left_float else report

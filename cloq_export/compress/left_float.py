@@ -1,4 +1,4 @@
-"""Which linear layers stay float though nobody asked, and which get no adapter, each with its reason."""
+"""Which linear layers stay float without being asked to, and which get no adapter, each with its reason."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MOST_UNFIT = 0.1
 # PEFT knows a layer by its first name alone, and would put the adapter on its first use.
 SHARED = "several blocks share its weight"
 # A layer with fewer inputs or outputs than this share of the model's width is a gate, or one half of a low rank: what
-# codes would save is nothing, and what they would cost is not.
+# codes would save is negligible, and what they would cost in accuracy is not.
 _GATE_SHARE = 1 / 16
-# Their weight is multiplied without the layer being called, in Mamba's first form: codes would not be used.
+# Mamba's first form multiplies their weight without calling the layer, so codes would not be used.
 _NOT_CALLED = "dt_proj"
 # Of these families PEFT refuses an adapter on the layer, because kernels multiply its weight without calling it.
 _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -59,7 +59,7 @@ def layout_fault(name: str, linear: nn.Linear, spec: QuantSpec, format: str) -> 
     try:
         spec.group_count(linear.in_features)
     except ShapeError as error:
-        return f"{name}: {error} --override '{name}:skip=true' leaves it in float."
+        return f"{name}: {error} `overrides='{name}:skip=true'` leaves it in float."
     try:
         LAYOUTS[format].check_packable(linear.out_features, linear.in_features, spec, name=name)
     except ShapeError as error:

@@ -98,7 +98,7 @@ class LowRankFirst:
 
     def _leading(self, pair: BestPair) -> torch.Tensor:
         """Return the product of the first k triplets of a pair, (out, in) float32: they come by singular value."""
-        assert pair.pair is not None  # layers without a rank take no turns
+        assert pair.pair is not None  # layers without a rank have no rounds
         return leading_product(pair.pair, taken_out(pair.pair.rank, self.share))
 
 

@@ -180,7 +180,7 @@ class ModelObjective:
 
     The backward pass goes block by block: only the states between blocks are kept, and each block runs again for its
     own derivatives (Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174). So one block at a
-    time stands in fast memory, beside the head.
+    time is in fast memory, together with the head.
 
     Args:
         stream: the float model on windows; its weights are float again after every call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,19 @@ from cloq_export.artifact.checkpoint_writer import LayerSource, check_target, li
 from cloq_export.artifact.empty_model import refuse_lost_biases
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.artifact.run_layers import natural_order
+from cloq_export.compress.ends import plan_ends
 from cloq_export.compress.left_float import describe_left_float
 from cloq_export.compress.plan import ModelPlan, make_plan, plan_for_codes
 from cloq_export.compress.rescaling import rescale_neighbours
 from cloq_export.compress.session import Session
-from cloq_export.errors import RecipeError, RunDirectoryError, UsageError
+from cloq_export.errors import RecipeError, RunDirectoryError
 from cloq_export.files.versions import environment
 from cloq_export.formats.registry import LAYOUTS
-from cloq_export.kernels.gpu import cuda
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.devices import chosen_device
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.models.source import LoadedModel, open_model
+from cloq_export.models.tied_head import embeddings_in
 from cloq_export.recipe import Recipe, is_expert
 
 # Notes about layers that stay float; the rest is counted.
@@ -41,16 +44,6 @@ def started_run(path: Path, recipe: Recipe, fingerprint: str) -> Iterator[RunDir
         except Exception:
             directory.discard_if_empty()
             raise
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Return the device that a recipe asks for."""
-    if recipe.device == "auto":
-        return torch.device("cuda" if cuda().count() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not cuda().count():
-        raise UsageError(f"--device {recipe.device} was asked for, but torch sees no CUDA device; use --device cpu.")
-    return device
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
@@ -80,16 +73,18 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
         RecipeError, ShapeError: as `make_plan`, or every layer stays float.
     """
     blocks = find_blocks(model, recipe.blocks)
+    ends = plan_ends(model, recipe)
     plan = make_plan(blocks, recipe)
     notes = rescale_neighbours(model, blocks, plan.asked)
     if notes:
         plan = make_plan(blocks, recipe)
     bare = sum(is_expert(name) and not planned.rank for name, planned in plan.modules.items())
     if bare and recipe.rank:
-        notes.append(f"{bare} linear layers of experts get no adapter; --expert-rank gives them one")
+        notes.append(f"{bare} linear layers of experts get no adapter; `expert_rank` gives them one")
     unfit = list(plan.unfit.items())
     if not plan.modules:
         raise RecipeError(f"no linear layer can be quantized; of {unfit[0][0]}, {unfit[0][1]}. Rescale the weights.")
+    plan = dataclasses.replace(plan, modules={**plan.modules, **ends})
     notes += describe_left_float(plan)
     for name, fault in unfit[:_SHOWN_UNFIT]:
         notes.append(f"{name} stays float: {fault}")
@@ -101,7 +96,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> tuple[ModelPlan, list[str]]:
 def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPlan]:
     """Open the float model of a recipe, and decide what happens to each of its layers."""
     # On an accelerator the model keeps its stored dtype, which is its native arithmetic there.
-    dtype: Any = torch.float32 if device_of(recipe).type == "cpu" else "auto"
+    dtype: Any = torch.float32 if chosen_device(recipe.device).type == "cpu" else "auto"
     loaded = session.timed(
         "read model", lambda: open_model(recipe.model, dtype=dtype, stream=recipe.stream, blocks=recipe.blocks)
     )
@@ -123,7 +118,10 @@ def open_planned(session: Session, recipe: Recipe) -> tuple[LoadedModel, ModelPl
     specs = {name: planned.spec for name, planned in plan.modules.items()}
     # The configuration is written at the end of the run; a name that the layout cannot hold is refused now.
     LAYOUTS[recipe.format].quantization_config(
-        specs, base_fingerprint="", skipped=linears_beside(loaded.model, plan.modules)
+        specs,
+        base_fingerprint="",
+        skipped=linears_beside(loaded.model, plan.modules),
+        embeddings=embeddings_in(loaded.model, plan.modules),
     )
     return loaded, plan
 

@@ -51,7 +51,7 @@ class ModelPlan:
     Args:
         blocks: the decoder blocks.
         modules: full module name -> plan, in order of blocks; layers that stay float are absent.
-        unfit: full module name -> why its numbers cannot be stored as codes; these stay float though nobody asked.
+        unfit: full module name -> why its numbers cannot be stored as codes; these stay float without being asked to.
         asked: `modules` and those that are unfit.
         spared: full module name -> why it stays float in any run that does not name it, such as gates.
         unadapted: full module name -> why it has no adapter though the recipe's rank is not 0.
@@ -67,6 +67,12 @@ class ModelPlan:
     unadapted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ends(self) -> list[str]:
+        """Return the planned modules outside of the blocks: head and embeddings."""
+        inside = f"{self.blocks.name}."
+        return [name for name in self.modules if not name.startswith(inside)]
 
     def of_block(self, index: int) -> dict[str, ModulePlan]:
         """Return the plans of one block's layers."""
@@ -128,7 +134,7 @@ def make_plan(blocks: BlockList, recipe: Recipe) -> ModelPlan:
     for name in ranks:
         modules[name] = dataclasses.replace(modules[name], rank=min(linears[name].weight.shape))
     if not modules:
-        raise RecipeError("every linear layer is skipped by --override; leave at least one to quantize.")
+        raise RecipeError("every linear layer is skipped by `overrides`; leave at least one to quantize.")
     unfit = _unfit(blocks, linears, modules)
     return ModelPlan(
         blocks,
@@ -190,8 +196,8 @@ def plan_for_codes(blocks: BlockList, specs: Mapping[str, QuantSpec], recipe: Re
         except ShapeError as error:
             reason = str(error).partition(" Give this layer")[0]
             raise ShapeError(
-                f"{reason} The codes are kept as they are, so choose a layout that holds them: --set "
-                "format=compressed_tensors."
+                f"{reason} The codes are kept as they are, so choose a layout that holds them: "
+                "`format=compressed_tensors`."
             ) from None
         if fault := _rank_fault(linear, modules[name]):
             raise ShapeError(fault)
@@ -240,8 +246,8 @@ def _rank_fault(linear: nn.Linear, plan: ModulePlan) -> str:
         return ""
     return (
         f"{plan.name}: rank {plan.rank} is above {largest}, the smaller side of this {linear.out_features} x "
-        f"{linear.in_features} layer; lower it with --rank, or for this layer with --override "
-        f"'{plan.name}:rank={largest}'."
+        f"{linear.in_features} layer; lower it with `rank`, or for this layer with "
+        f"`overrides='{plan.name}:rank={largest}'`."
     )
 
 

@@ -19,6 +19,7 @@ from cloq_export.compress.device_memory import (
 from cloq_export.compress.plan import ModelPlan
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.kernels.gpu import cuda
+from cloq_export.models.devices import device_of
 from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import Recipe
 
@@ -89,7 +90,7 @@ def block_shapes(model: nn.Module, plan: ModelPlan, recipe: Recipe) -> list[Bloc
         recipe: its `seqlen` is the length of a window.
     """
     window = torch.zeros(1, recipe.seqlen, dtype=torch.int64)
-    stream = BlockStream(model, plan.blocks, window, device=next(model.parameters()).device)
+    stream = BlockStream(model, plan.blocks, window, device=device_of(model))
     shapes: dict[tuple[object, ...], BlockShape] = {}
     for index, block in enumerate(plan.blocks):
         ranks = _ranks(plan, index)

@@ -68,7 +68,7 @@ class LayerProblem:
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
-    """Codes of a layer beside the weight Q that they stand for, which is computed once.
+    """Codes of a layer with the weight Q that they stand for, which is computed once.
 
     Args:
         layer: codes, scales and zeros, on the device of the solve.

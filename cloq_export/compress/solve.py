@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -144,7 +143,7 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
     if outputs > LOST_SHARE * weight.shape[0]:
         notes.append(
             f"{outputs} of {weight.shape[0]} outputs have weights too small for float16 scales and are rounded to next "
-            "to nothing; if they matter, leave the layer in float with --override 'MODULE:skip=true'"
+            "to nothing; if they matter, leave the layer in float with `overrides='MODULE:skip=true'`"
         )
     if damped is not None:
         whole = _frobenius(damped.weighted(weight))
@@ -152,7 +151,7 @@ def _lost_notes(plan: ModulePlan, weight: torch.Tensor, damped: DampedGram | Non
         if share**2 > LOST_SHARE:
             notes.append(
                 f"{share:.0%} of what this layer puts out on the calibration text comes from weights too small for "
-                f"float16 scales; leave it in float with --override '{plan.name}:skip=true'"
+                f"float16 scales; leave it in float with `overrides='{plan.name}:skip=true'`"
             )
     return tuple(notes)
 
@@ -171,7 +170,6 @@ def finish_layer(
     solution: Solution,
     recipe: Recipe,
     initialisation: Initialisation,
-    refinement: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> SolvedLayer:
     """Return a layer with its certificate.
@@ -180,7 +178,6 @@ def finish_layer(
         solution: codes and pair.
         recipe: every option of the run.
         initialisation: what made the first codes and pair.
-        refinement: fields of the certificate that tell of a refinement, if there was one.
         notes: more for the certificate.
     """
     problem, codes = solution.problem, solution.codes
@@ -214,7 +211,6 @@ def finish_layer(
         low_rank_round=problem.low_rank_round,
         needs_adapter=problem.needs_adapter,
         notes=(*problem.notes, *solution.best.notes, *notes),
-        **(refinement or {}),
     )
     cpu, pair = torch.device("cpu"), solution.pair
     return SolvedLayer(codes.layer.to(cpu), pair and pair.to(cpu), certificate, served, problem)

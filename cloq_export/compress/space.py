@@ -1,4 +1,4 @@
-"""What a run will write, counted before it starts: a disk that fills up after hours has cost them."""
+"""What a run will write, counted before it starts, so that a full disk does not end it after hours of work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_space(directory: RunDirectory, plan: ModelPlan, loaded: LoadedModel, r
     if free < needed:
         raise RunDirectoryError(
             f"{directory.path} has room for {_size(free)}, and this run writes at least {_size(needed)} there (layers, "
-            f"checkpoint, adapter); free {_size(needed - free)}, or choose a folder on another disk with --out."
+            f"checkpoint, adapter); free {_size(needed - free)}, or choose an `out` on another disk."
         )
 
 

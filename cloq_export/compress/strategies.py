@@ -20,7 +20,6 @@ from cloq_export.compress.session import Session
 from cloq_export.compress.walk import BlockWalk
 from cloq_export.compress.workers import workers_of
 from cloq_export.errors import UsageError
-from cloq_export.models.stream import BlockStream
 from cloq_export.recipe import REFINE_STEPS, Recipe, registered_choice
 from cloq_export.refine import JUDGING_BATCHES, judging_batches
 from cloq_export.texts.windows import WindowCounts
@@ -82,8 +81,8 @@ class Strategy:
                 if at_once == 1:
                     raise UsageError(
                         "memory ran out with one calibration window in a forward pass; what is finished is kept. "
-                        f"Choose fewer --samples than {job.recipe.samples}, a smaller --seqlen than "
-                        f"{job.recipe.seqlen}, --device cpu, or a larger device; --plan says what takes most."
+                        f"Choose fewer `samples` than {job.recipe.samples}, a smaller `seqlen` than "
+                        f"{job.recipe.seqlen}, `device=cpu`, or a larger device; `plan` says what takes most."
                     ) from None
             # Finished layers are kept, so the walk only catches up.
             at_once //= 2
@@ -121,7 +120,7 @@ class BlockRefined(Strategy):
 
 
 class ModelRefined(BlockRefined):
-    """Solves all layers and refines their blocks beside the run, then all together, and only then stores them in it."""
+    """Solves all layers and refines their blocks in a work folder, then all together, and only then stores them."""
 
     def window_counts(self, recipe: Recipe) -> WindowCounts:
         """Return how many windows the run draws, and for what: a step on the model takes windows of its own."""
@@ -138,7 +137,7 @@ class ModelRefined(BlockRefined):
             self._refine(job, solved, session)
         for done in (work / "solved", work / "refinement"):
             shutil.rmtree(done, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another adapter may be in the making there
+        with contextlib.suppress(OSError):  # another adapter may be under construction there
             work.rmdir()
 
     def _solve(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
@@ -152,26 +151,19 @@ class ModelRefined(BlockRefined):
 
     def _refine(self, job: CompressJob, solved: RunDirectory, session: Session) -> None:
         recipe, batch, drawn = job.recipe, self.windows_per_batch(job.recipe), job.windows.drawn
-        # Not those of the solve, whose errors are already corrected: they would favour the start.
+        # Not the windows of the solve, whose errors are already corrected: they would favour the start.
         batches = Batches.of(drawn.refining.ids, drawn.judging.ids, batch)
         started = time.perf_counter()
         try:
-            stream = BlockStream(
-                job.model,
-                job.plan.blocks,
-                batches.windows,
-                device=job.device,
-                compute=job.compute,
-                batch=batches.sizes,
-            )
+            stream = job.stream(batches)
             with session.progress("refine the model") as progress:
                 folder = job.directory.path / "work" / "refinement"
                 refinement = refine_model(stream, job, solved, batches.judging, RefinementPlace(folder, progress))
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"memory ran out in the refinement of the model, {batch} windows of {recipe.seqlen} tokens at a time; "
-                "the solved layers are kept. Choose --device cpu, a larger device, or another run with a smaller "
-                "--seqlen or with --refine block."
+                "the solved layers are kept. Choose `device=cpu`, a larger device, or another run with a "
+                "smaller `seqlen` or with `refine=block`."
             ) from None
         session.seconds["refine the model"] = time.perf_counter() - started
         for name, stored in refined_layers(refinement, job.plan, solved).items():
@@ -182,7 +174,7 @@ _OWN: dict[str, Strategy] = {"none": Strategy(), "block": BlockRefined(), "model
 
 
 def check_low_rank_first(recipe: Recipe) -> None:
-    """Refuse rounds of low rank first where there is nothing to take out of the weight, or nobody who would.
+    """Refuse rounds of low rank first where no layer could have them.
 
     Raises:
         UsageError: codes are kept, A and B are not CLoQ's closed form, or no layer has a rank.

@@ -6,15 +6,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import SolvedBlock
+from cloq_export.compress.ends import as_it_should_be, head_inputs
 from cloq_export.compress.expert_tokens import ExpertTokens
+from cloq_export.compress.plan import ModulePlan
 from cloq_export.compress.problem import SolvedLayer
 from cloq_export.compress.solve import SolveRequest, served_weight
 from cloq_export.compress.walked_block import WalkedBlock
@@ -25,7 +28,6 @@ from cloq_export.models.blocks import find_linears
 from cloq_export.models.experts import calling_experts
 from cloq_export.models.lockstep import GroupInputs, run_in_lockstep
 from cloq_export.models.shared_inputs import shared_inputs
-from cloq_export.models.stream import BlockStream
 from cloq_export.process.progress import show_progress
 from cloq_export.types import LayerStats
 
@@ -88,14 +90,7 @@ class BlockWalk:
         self._workers = workers or self._here
         batch = windows_per_batch or strategy.windows_per_batch(recipe)
         batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), batch)
-        self._stream = BlockStream(
-            job.model,
-            job.plan.blocks,
-            batches.windows,
-            device=job.device,
-            compute=job.compute,
-            batch=batches.sizes,
-        )
+        self._stream = job.stream(batches)
         # Layers are solved on the batches before these.
         self._judging = batches.judging
         self._done = job.directory.completed_modules()
@@ -108,12 +103,16 @@ class BlockWalk:
         """Finish every layer that is not finished yet."""
         plan = self._job.plan
         last = max((i for i in range(len(plan.blocks)) if set(plan.of_block(i)) - self._done), default=-1)
+        ends = [plan.modules[name] for name in plan.ends if name not in self._done]
+        if ends:
+            # What the head meets stands behind all blocks.
+            last = len(plan.blocks) - 1
         if last < 0:
             return
         streams = [list(self._stream.hidden)]
         if self._error_aware:
-            # The float stream only tells how far targets move, and part of the tokens tells most of that: it costs as
-            # much as the other stream, so it runs over a share of the windows.
+            # The float stream only measures how far targets move, for which a share of the windows is enough: it costs
+            # as much as the other stream.
             share = 1.0 if self._refiner else self._job.recipe.float_share
             paired = max(1, math.ceil(share * len(self._stream.hidden)))
             streams = [self._stream.hidden[:paired], list(self._stream.hidden)]
@@ -129,6 +128,8 @@ class BlockWalk:
                 spent = time.perf_counter() - started
                 self.seconds.forward_and_statistics += spent - (self.seconds.beside_forward - before)
                 progress(index + 1, last + 1)
+            for end in ends:
+                self._finish_end(end, streams[-1])
 
     def _walk_block(self, index: int, streams: Streams) -> Streams:
         """Finish the layers of one block; return the streams behind it."""
@@ -144,7 +145,7 @@ class BlockWalk:
             if not self._done.issuperset(plans):
                 sharing = self._groups(block, streams[FLOAT_STREAM][0])
                 planned = (tuple(name for name in group if name in plans) for group in sharing)
-                # A group that a kill cut in two is solved again as a whole: its layers share matrix products, and
+                # A group that was left half done is solved again as a whole: its layers share matrix products, and
                 # those give the same bits only for the same shapes.
                 groups = tuple(group for group in planned if not self._done.issuperset(group))
                 block = dataclasses.replace(block, groups=groups)
@@ -154,6 +155,20 @@ class BlockWalk:
             finally:
                 for name, linear in linears.items():
                     linear.weight.data = original[name]
+
+    def _finish_end(self, end: ModulePlan, hidden: Sequence[torch.Tensor]) -> None:
+        """Finish the head, on what it meets behind the last block, or the embeddings, which meet nothing."""
+        solving = [states for batch, states in enumerate(hidden) if batch not in self._judging]
+        module: Any = self._job.model.get_submodule(end.name)
+        accumulator = self._accumulator(module.weight.shape[1], drift=False)
+        for batch, states in enumerate(solving if isinstance(module, nn.Linear) else ()):
+            accumulator.add(head_inputs(self._stream, module, batch, states))
+        stats = _stats_of(end.name, accumulator)
+        request = SolveRequest((end,), {end.name: module.weight.data}, stats, self._job.recipe, self._initialisation)
+        started = time.perf_counter()
+        for solved in self._here.solve([request]):
+            self.seconds.solve += time.perf_counter() - started
+            self._write({name: as_it_should_be(layer) for name, layer in solved.items()})
 
     def _groups(self, block: WalkedBlock, states: torch.Tensor) -> list[list[str]]:
         """Return the groups of linears that share an input; blocks built alike share them alike."""

@@ -36,7 +36,7 @@ class WalkedBlock:
         linears: full module name -> layer.
         plans: full module name -> plan, of the layers that are quantized.
         original: full module name -> float weight.
-        tokens: what experts that saw too few are lent.
+        tokens: tokens of the block for experts that saw too few of their own.
         groups: names of layers that share an input and are still to be solved.
     """
 

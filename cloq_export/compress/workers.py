@@ -54,7 +54,7 @@ def solve_on(request: SolveRequest, device: torch.device) -> dict[str, SolvedLay
     except torch.OutOfMemoryError:
         if len(plans) == 1 and device.type == "cpu":
             raise
-    # Outside of `except`: inside, the traceback would keep the tensors of the attempt alive.
+    # Outside `except`: inside, the traceback would keep the tensors of the failed attempt alive.
     _free(device)
     if len(plans) > 1:
         try:
@@ -137,7 +137,7 @@ class RayWorkers:
             import ray
         except ImportError:
             raise MissingPackageError(
-                "solvers=ray needs the package ray; run: pip install 'cloq-export[ray]', or take solvers=local."
+                "solvers=ray needs the package ray; run: pip install 'cloq-export[ray]', or take `solvers=local`."
             ) from None
         require_versions("ray")
         self._ray: Any = ray
@@ -164,7 +164,7 @@ class RayWorkers:
                 raise EngineError(
                     f"a Ray worker was lost {_RETRIES + 1} times in the same layer ({type(error).__name__}); what is "
                     "finished is kept, and the same command continues. Give workers more memory, or take "
-                    "--set solvers=local."
+                    "`solvers=local`."
                 ) from None
 
 
@@ -186,7 +186,7 @@ def workers_of(recipe: Recipe, device: torch.device) -> Workers:
         if recipe.error_aware > 0.0:
             raise UsageError(
                 f"solvers=ray spreads independent layers, but with error_aware={recipe.error_aware:g} every layer "
-                "waits for the one before it; add --set error_aware=0, or --preset paper."
+                "waits for the one before it; add `error_aware=0`, or `preset=paper`."
             )
         return RayWorkers(device)
     if device == torch.device("cuda"):

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cloq_export.errors import NonFiniteError
+from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 Ended = Callable[[Sequence[int]], bool]
@@ -60,7 +61,7 @@ def continue_greedily(
     """Return the most probable continuation of each prompt, computed together with a cache of keys and values.
 
     Prompts are filled up in front, and masked there. Nothing but the largest logit decides: what a model's
-    generation_config.json says of sampling or penalties is not looked at, only its end-of-text tokens are.
+    generation_config.json says about sampling or penalties is ignored, except its end-of-text tokens.
 
     Args:
         model: a causal language model.
@@ -101,7 +102,7 @@ def _continue_across(
     """Return continuations of prompts that come to a switch together, if they do.
 
     Keys that were computed with the short factors of LongRoPE do not go with queries of the long ones: behind the
-    switch the text is read anew.
+    switch the text is read again from its start.
     """
     ends = end_tokens(model)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -109,7 +110,7 @@ def _continue_across(
     crossing = len({len(prompt) for prompt in prompts}) == 1
     stretches = switch.stretches(len(prompts[0]), max_new_tokens) if crossing else [max_new_tokens]
     for stretch in stretches:
-        # What asks for the end is told all of a text, which behind a switch is another one for each row.
+        # `ended` needs the whole text of a row, and after a switch each row has a different beginning.
         anew = ended is not None and any(texts)
         for rows in [[row] for row in alive] if anew else [alive]:
             so_far = [[*prompts[row], *texts[row]] for row in rows]
@@ -135,7 +136,7 @@ def _continue_together(
     cache = _roomy_cache(model) if "past_key_values" in accepted else None
     if cache is None:
         return _generate(model, prompts, max_new_tokens, ended)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     ends = end_tokens(model)
     ids, mask = _filled_up(prompts, device)
     results: list[list[int]] = [[] for _ in prompts]
@@ -228,7 +229,7 @@ def _together(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 class _Watch:
-    """Sees every step of `generate`: refuses what overflows, and ends texts of which nothing more is wanted."""
+    """Watches every step of `generate`: raises on overflow, and ends texts that need no more tokens."""
 
     def __init__(self, begun: int, ended: Ended | None) -> None:
         self._begun, self._ended = begun, ended
@@ -252,9 +253,9 @@ class _Watch:
 def end_tokens(model: Any) -> frozenset[int]:
     """Return the token ids with which a transformers model ends a text."""
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset(found if isinstance(found, (list, tuple)) else [found])
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
     return frozenset()
 
 
@@ -280,7 +281,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch; the room is made anew."""
+        """Keep these rows of the batch, in newly made room."""
         self._rooms.clear()
         super().batch_select_indices(indices)
 
@@ -297,7 +298,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _cache_layers(model: Any) -> list[Any]:
-    """Return what a model keeps of the tokens before, layer by layer; empty if its cache is one of its own kind."""
+    """Return what a model keeps of the tokens before, layer by layer; empty if its cache is of another kind."""
     try:
         return list(DynamicCache(config=model.config).layers)
     except (AttributeError, KeyError, TypeError, ValueError):

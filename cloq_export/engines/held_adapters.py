@@ -90,10 +90,14 @@ def factors_of(modules: Iterable[tuple[str, torch.nn.Module]], adapter: str) -> 
         modules: names and modules of a model with LoRA layers, without the names of PEFT's own wrapper.
         adapter: PEFT's name of the adapter.
     """
-    found: dict[str, Factors] = {}
+    factors: dict[str, Factors] = {}
     for name, layer in modules:
         module: Any = layer
         a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if isinstance(a, torch.nn.ModuleDict) and isinstance(b, torch.nn.ModuleDict) and adapter in a:
-            found[name] = (module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter]))
-    return found
+            factors[name] = (
+                module.lora_A[adapter].weight,
+                module.lora_B[adapter].weight,
+                float(module.scaling[adapter]),
+            )
+    return factors

@@ -27,7 +27,7 @@ _WORD_BITS = 32
 class PackedLinear(nn.Linear):
     """A frozen linear layer that computes from packed codes: `y = x Q^T + bias`, `Q = scales * (codes - zeros)`.
 
-    It is a `torch.nn.Linear`, so that whatever wraps linear layers (PEFT above all) takes it for one, but it has no
+    It is a `torch.nn.Linear`, so that code that wraps linear layers (PEFT above all) accepts it as one, but it has no
     weight parameter: `weight` is made on demand and never kept. Gradients reach x and the bias; codes, scales and
     zeros are buffers. Casting the module changes the dtype that `weight` and `bias` have, never the scales, because
     float16 scales rounded to bfloat16 would be another base.
@@ -126,7 +126,7 @@ class PackedLinear(nn.Linear):
         self.native = native
 
     def in_gptq_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return qweight, qzeros and scales; made anew where the native library's layout is held."""
+        """Return qweight, qzeros and scales, converted if they are held in the native library's layout."""
         if self.native is None:
             return self.packed_codes, self.packed_zeros, self.packed_scales
         codes, scales, zeros = cpu_weight.unpack_weight(self.native)
@@ -231,15 +231,15 @@ class PackedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + part for part in _PARTS]
-        found = {name: state_dict[name] for name in names if name in state_dict}
+        held = {name: state_dict[name] for name in names if name in state_dict}
         super()._load_from_state_dict(
-            {name: value for name, value in state_dict.items() if name not in found},
+            {name: value for name, value in state_dict.items() if name not in held},
             *(prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs),
         )
-        missing_keys.extend(name for name in names if name not in found)
-        if len(found) < len(names):
+        missing_keys.extend(name for name in names if name not in held)
+        if len(held) < len(names):
             return
-        qweight, qzeros, scales = (found[name].to(self.packed_codes.device, copy=True) for name in names)
+        qweight, qzeros, scales = (held[name].to(self.packed_codes.device, copy=True) for name in names)
         more_outputs, more_inputs = self._padding
         size = (self.in_features + more_inputs, self.out_features + more_outputs)
         groups = self.groups if self.groups == 1 else size[0] // self.group_size
@@ -304,7 +304,7 @@ class PackedWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Refuse `weight.data = ...`, which torch would carry out on a tensor that nobody keeps."""
+        """Refuse `weight.data = ...`, which torch would carry out on a temporary tensor."""
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             raise ShapeError(_READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors, not packed weights

@@ -25,7 +25,7 @@ class PackedLoraLinear(lora.Linear):
 
     The pairs are brought into the library's layout once, in the narrowest dtype that holds them exactly, and again when
     a parameter has been changed. Of frozen ones that is what torch counts, and writing through `parameter.data` is not
-    counted; those that are trained are compared number by number, because fused optimizers count nothing either.
+    counted; trained ones are compared number by number, because fused optimizers do not update the count either.
     """
 
     _kept: tuple[tuple[Any, ...], cpu_lora.CpuLora, list[torch.Tensor]] | None = None
@@ -105,7 +105,7 @@ class PackedLoraLinear(lora.Linear):
 
 
 class _Served:
-    """What one adapter for all rows, or one for each, was found to need; a token costs as much as finding that out.
+    """What one adapter for all rows, or one for each, was found to need; finding it costs as much as computing a token.
 
     Args:
         layer: the layer.

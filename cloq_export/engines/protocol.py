@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 
 from cloq_export.engines.alternatives import Alternatives
-from cloq_export.engines.held_adapters import HeldAdapter
 
 # vLLM names 20 tokens of each place at most, unless it is started otherwise, and the one that comes may be among them.
 MOST_ALTERNATIVES = 19
@@ -26,17 +25,6 @@ class TokenDistributions:
 
     logprobs: torch.Tensor
     token_ids: torch.Tensor | None = None
-
-
-class HoldsAdapters(Protocol):
-    """A served model that tells which weights of its adapters it holds."""
-
-    def held_adapter(self, name: str) -> HeldAdapter | None:
-        """Return what is held of an adapter; None where the engine does not tell.
-
-        Args:
-            name: of the adapter.
-        """
 
 
 class ServedModel(Protocol):

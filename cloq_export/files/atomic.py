@@ -104,7 +104,7 @@ def write_folder(path: str | os.PathLike[str], *, owned: Callable[[Path], bool])
             replaced = None
             if target.is_dir():
                 # A non-empty folder cannot be replaced by one rename: a kill between the two leaves none at `path`,
-                # and the command makes it anew.
+                # and the command makes it again.
                 replaced = partial_path(target)
                 os.rename(target, replaced)
             os.rename(filling, target)

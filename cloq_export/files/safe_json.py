@@ -114,17 +114,17 @@ def describe_json_error(error: Exception) -> str:
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, refusing a key that stands there twice: readers differ in which of the two they take.
+    """Return an object, refusing a key that occurs twice: readers differ in which of the two they take.
 
     Args:
         pairs: of keys and values, as `json.loads` gives them to its `object_pairs_hook`.
 
     Raises:
-        ValueError: a key stands there twice.
+        ValueError: a key occurs twice.
     """
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return mapping

@@ -29,7 +29,7 @@ def require_inside(folder: Path, path: Path, *, also: Iterable[Path] = ()) -> Pa
         home, place = folder.resolve(), path.resolve()
     except (OSError, RuntimeError):  # RuntimeError before Python 3.13
         raise FormatError(
-            f"{path} is a link that leads round in a circle; put the file itself into the folder."
+            f"{path} is a link that points back to itself; put the file itself into the folder."
         ) from None
     allowed = [home, *also]
     # Also from a folder inside a snapshot, such as an adapter that lies beside its base.

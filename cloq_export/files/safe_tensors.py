@@ -186,7 +186,7 @@ class TensorFile:
 def _memory_of_its_own(shape: tuple[int, ...], dtype: torch.dtype, skipped: int = 0) -> torch.Tensor:
     """Return a tensor in a mapping that nothing else shares, some bytes behind its start."""
     count = math.prod(shape) * dtype.itemsize
-    # Not one of no bytes, which no system maps. A private copy of nothing is what anonymous memory is called here.
+    # An empty mapping is refused by every system. A private mapping of no file is anonymous memory.
     mapping = mmap.mmap(-1, max(1, skipped + count), access=mmap.ACCESS_COPY)
     return torch.frombuffer(mapping, dtype=torch.uint8)[skipped : skipped + count].view(dtype).view(shape)
 

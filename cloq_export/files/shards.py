@@ -19,7 +19,7 @@ class ShardWriter:
     """The weight files of a folder, planned from the headers of all tensors and then filled in any order.
 
     Args:
-        folder: where the files go; a folder that nobody reads before it is complete.
+        folder: where the files go; a folder that is not read before it is complete.
         bundles: tensors that belong into one file, as name -> (dtype code of safetensors, shape); the files take the
             bundles in this order.
         max_bytes: largest file; a bundle that is larger has a file of its own.

@@ -10,7 +10,7 @@ from cloq_export.errors import UsageError
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """Return a path with a leading tilde made into a home folder; it stays as it is where nobody knows that folder."""
+    """Return a path with a leading tilde made into a home folder; it stays as it is where that folder is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no HOME, and no user of this number or name

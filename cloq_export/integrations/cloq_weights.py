@@ -20,6 +20,7 @@ from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import CalibrationError, ShapeError, UsageError
 from cloq_export.models.blocks import find_blocks
+from cloq_export.models.devices import device_of
 from cloq_export.models.experts import split_experts
 from cloq_export.models.source import open_model
 from cloq_export.models.stream import BlockStream
@@ -86,7 +87,7 @@ def replace_lora_weights_cloq(
         warnings.warn(f"outside of the blocks weights stay as they are: {', '.join(outside)}.", stacklevel=2)
     was_training, left = peft_model.training, {}
     try:
-        stream = BlockStream(base, blocks, windows, device=_device_of(base))
+        stream = BlockStream(base, blocks, windows, device=device_of(base))
         hidden = stream.hidden
         for index in range(len(blocks)):
             own = {name: layer for name, layer in layers.items() if name.startswith(f"{blocks.prefix(index)}.")}
@@ -168,7 +169,7 @@ def _collect(
         groups.setdefault(tuple(map(id, tensors)) or (name,), []).append(name)
     read.clear()
     first = {names[0]: layers[names[0]] for names in groups.values()}
-    sums = {name: GramAccumulator(layer.in_features, device=_device_of(layer)) for name, layer in first.items()}
+    sums = {name: GramAccumulator(layer.in_features, device=device_of(layer)) for name, layer in first.items()}
     with _watching(first, lambda name, x: sums[name].add(x)):
         run(None)
     return [(names, sums[names[0]]) for names in groups.values()]
@@ -226,7 +227,3 @@ def _replace(layer: LoraLayer, adapter: str, weight: torch.Tensor, root: GramRoo
         b.copy_(solved.pair.lora_B / layer.scaling[adapter])
     before = float(((weight.to(torch.float64) - quantized) @ root.matrix.t()).norm())
     return solved.bound / before if before else 0.0
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

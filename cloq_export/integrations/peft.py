@@ -25,7 +25,7 @@ def register() -> None:
     """Let PEFT put our LoRA layer around packed linears, bind what it saves, and refuse adapters of another base.
 
     PEFT has no registry: `LoraConfig._register_custom_module` holds for one config that somebody has in hand, and it
-    calls nobody when it saves. So five of its functions are wrapped; for all other models they do what they did.
+    has no hook for saving. So five of its functions are wrapped; for all other models they do what they did.
     """
     if hasattr(lora_model.dispatch_default, "of_cloq_export"):
         return

@@ -1,4 +1,4 @@
-"""Rollouts for TRL's GRPO from a vLLM server that gets the adapter alone: A and B travel, the base never does.
+"""Rollouts for TRL's GRPO from a vLLM server that is sent the adapter alone: A and B, never the base.
 
 TRL's own synchronisation merges the adapter into the base, which a packed base cannot hold, and sends all weights. Here
 the adapter of each step is loaded under a name of its own, and the one before is unloaded when its last request is
@@ -145,7 +145,7 @@ class AdapterRollouts:
             return ask()
         except EngineError as error:
             if self.server.is_ready() and not (loads and self._is_gone()):
-                raise  # it is there, and has refused
+                raise  # the server is there and refuses
             end = time.monotonic() + self.options.patience
             while not self.server.is_ready():
                 if time.monotonic() > end:

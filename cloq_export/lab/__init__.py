@@ -1,4 +1,4 @@
-"""The research bench: methods and peers beside each other. Nothing outside imports it but the command line.
+"""The research bench: methods and peers compared. Nothing outside imports it but the command line.
 
 It registers the start points that are there only to be compared with, so that recipes can name them.
 """

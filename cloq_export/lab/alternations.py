@@ -19,7 +19,7 @@ from cloq_export.types import LoraPair, QuantizedLayer, QuantSpec
 
 # What LoftQ runs by default, as the CLoQ paper (section 3.2) notes.
 LOFTQ_ITERATIONS = 5
-# LQ-LoRA ends by itself, mostly after five to ten.
+# LQ-LoRA stops by its own criterion, mostly after five to ten.
 LQ_LORA_ITERATIONS = 50
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from cloq_export.compress.block_refined import BlockRefiner, SolvedBlock, problem_of
+from cloq_export.compress.block_refined import BlockRefiner, SolvedBlock, solved_problem
 from cloq_export.compress.initialisations import CLOQ, ClosedForm
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.problem import ADAPTER_DTYPES, Dequantized, LayerProblem, Solution, SolvedLayer
@@ -95,7 +95,7 @@ class BlockWiseRefiner(BlockRefiner):
         return self._recipe.refine_steps or PASSES * max(1, trained)
 
     def _trainable(self, parameter: nn.Parameter, layer: SolvedLayer) -> TrainableLayer:
-        return clipped(parameter, problem_of(layer), self._recipe, self._dtype)
+        return clipped(parameter, solved_problem(layer), self._recipe, self._dtype)
 
 
 class LayerWiseRefiner(BlockWiseRefiner):
@@ -124,7 +124,7 @@ class LayerWiseRefiner(BlockWiseRefiner):
         finished: dict[str, SolvedLayer] = {}
         for name, layer in solved.items():
             parameter = nn.Parameter(layer.weight.to(self._dtype), requires_grad=False)
-            weight = problem_of(layer).weight.to(self._device, self._dtype)
+            weight = solved_problem(layer).weight.to(self._device, self._dtype)
             seen = [met[b].to(self._dtype) for b in batches]
             targets = [nn.functional.linear(asked[b].to(self._dtype), weight) for b in batches]
             trainable = {name: self._trainable(parameter, layer)}

@@ -177,8 +177,8 @@ class ComparisonFolder:
             session = Session(self.console)
             subject = Subject(name, float_model(model), None, name)
             entries = answer_tasks(session, questions, [subject], tokenizer, None, None)
-            accuracies = {task: entry["models"][name]["accuracy"] for task, entry in entries.items()}
-            asked = sum(entry["questions"] for entry in entries.values())
+            accuracies = {task: entry.models[name].accuracy for task, entry in entries.items()}
+            asked = sum(entry.questions for entry in entries.values())
             # Of a group the mean over its tasks, as the paper's tables have it.
             judged |= {"accuracy": statistics.fmean(accuracies.values()), "questions": asked}
             if len(accuracies) > 1:

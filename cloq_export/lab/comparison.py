@@ -12,7 +12,7 @@ from cloq_export.lab.table_recipe import (
     is_positive,
     is_text,
     is_width,
-    listed,
+    list_of,
     read_table_recipe,
     whole,
 )
@@ -30,7 +30,7 @@ class Start:
 
     Args:
         kind: "run" trains over packed codes, "float" over the float model, "nf4" over bitsandbytes' codes.
-        quantize: recipe options of its own base, beside those of all bases.
+        quantize: recipe options of its own base, besides those of all bases.
         adapt: recipe options of an adapter that is made for the codes of that base; None takes the base's own.
         zero: begin with an adapter that changes nothing yet.
     """
@@ -163,17 +163,17 @@ _JUDGED_BY = {
 
 def _are_seeds(value: Any) -> bool:
     # Keys of a YAML mapping are read as texts.
-    return is_mapping(value) and all(str(width).isdecimal() and listed(whole(0))(own) for width, own in value.items())
+    return is_mapping(value) and all(str(width).isdecimal() and list_of(whole(0))(own) for width, own in value.items())
 
 
 _NEEDED = {
     "model": (is_text, "a model"),
     "quantize": (is_mapping, "a mapping of recipe options"),
-    "bits": (listed(is_width), "a list of widths out of 2, 3, 4 and 8"),
+    "bits": (list_of(is_width), "a list of widths out of 2, 3, 4 and 8"),
     "seeds": (_are_seeds, "a mapping from a width to a list of whole numbers"),
-    "starts": (listed(is_text), "a list of starts"),
+    "starts": (list_of(is_text), "a list of starts"),
     "tasks": (lambda tasks: is_mapping(tasks) and bool(tasks), "a mapping from a name to its options"),
-    "rates": (listed(is_positive), "a list of learning rates above 0"),
+    "rates": (list_of(is_positive), "a list of learning rates above 0"),
     "rate_steps": (whole(1), "a whole number of at least 1"),
 }
 

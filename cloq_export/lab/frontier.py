@@ -1,4 +1,4 @@
-"""Measure the quality of every method on a model beside its stored size and its time."""
+"""Measure the quality of every method on a model against its stored size and its time."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class FrontierFolder:
             subject = Subject(case.name, float_model(model), None, case.name)  # type: ignore[arg-type]
             session = Session(self.console)
             entry = answer_tasks(session, questions, [subject], tokenizer, None, None)[self.frontier.questions]
-            accuracy = entry["models"][case.name]["accuracy"]
-            deviation = math.sqrt(accuracy * (1 - accuracy) / entry["questions"])
+            accuracy = entry.models[case.name].accuracy
+            deviation = math.sqrt(accuracy * (1 - accuracy) / entry.questions)
             judged["accuracy"] = {"value": accuracy, "standard_error": deviation}
         return judged

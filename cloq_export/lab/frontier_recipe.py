@@ -8,7 +8,7 @@ from typing import Any
 
 from cloq_export.errors import RecipeError
 from cloq_export.lab.peers import PEERS
-from cloq_export.lab.table_recipe import is_mapping, is_text, is_width, listed, read_table_recipe, whole
+from cloq_export.lab.table_recipe import is_mapping, is_text, is_width, list_of, read_table_recipe, whole
 from cloq_export.parity.tasks import task_names
 from cloq_export.recipe import Recipe
 
@@ -62,7 +62,7 @@ class Frontier:
         methods: names in `METHODS`.
         peers: names in `PEERS`.
         seeds: which draw the calibration windows.
-        texts: what perplexity is measured on, as `--eval-text` names it; the first orders the plot.
+        texts: what perplexity is measured on, as `eval_text` names it; the first orders the plot.
         window: tokens in a window.
         windows: windows of each text.
         questions: a task by name.
@@ -117,12 +117,12 @@ class Frontier:
 _NEEDED = {
     "model": (is_text, "a model"),
     "quantize": (is_mapping, "a mapping of recipe options"),
-    "bits": (listed(is_width), "a list of widths out of 2, 3, 4 and 8"),
-    "ranks": (listed(whole(0)), "a list of whole numbers"),
-    "methods": (listed(is_text, least=0), "a list of methods"),
-    "peers": (listed(is_text, least=0), "a list of peers"),
-    "seeds": (listed(whole(0)), "a list of whole numbers"),
-    "texts": (listed(is_text), "a list of texts"),
+    "bits": (list_of(is_width), "a list of widths out of 2, 3, 4 and 8"),
+    "ranks": (list_of(whole(0)), "a list of whole numbers"),
+    "methods": (list_of(is_text, least=0), "a list of methods"),
+    "peers": (list_of(is_text, least=0), "a list of peers"),
+    "seeds": (list_of(whole(0)), "a list of whole numbers"),
+    "texts": (list_of(is_text), "a list of texts"),
     "window": (whole(2), "a whole number of at least 2"),
     "windows": (whole(1), "a whole number of at least 1"),
     "questions": (lambda name: name in task_names(), f"a task out of {', '.join(task_names())}"),

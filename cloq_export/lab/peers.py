@@ -32,7 +32,7 @@ class Peer:
 
     Args:
         worker: script in `peer_workers` that runs it.
-        packages: what is installed beside torch, with versions.
+        packages: what is installed besides torch, with versions.
         adapters: whether it makes adapters.
     """
 

@@ -86,7 +86,7 @@ def write_table(
     Args:
         folder: where they go.
         name: of the table.
-        content: what the JSON holds beside the environments that its rows name.
+        content: what the JSON holds besides the environments that its rows name.
         table: gives the Markdown of what the JSON holds.
         plots: gives name -> SVG of what the JSON holds.
 
@@ -116,7 +116,7 @@ def table_foot(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"-{environment_mark([name], environments)} {hardware}; {_listed(versions, 'torch', 'transformers')}"
         )
-    # A peer's rows carry the versions of its own environment, which differ if that was made anew in between.
+    # A peer's rows carry the versions of its own environment, which differ if that was recreated in between.
     peers = [(row["method"], row["versions"]) for row in result["rows"] if "versions" in row]
     lines += dict.fromkeys(f"- {peer}: {_listed(versions, *versions)}" for peer, versions in peers)
     if result["missing_rows"]:

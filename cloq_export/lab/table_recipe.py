@@ -93,6 +93,6 @@ def whole(least: int) -> Fits:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def listed(fits: Fits, *, least: int = 1) -> Fits:
+def list_of(fits: Fits, *, least: int = 1) -> Fits:
     """Return what tells lists of at least so many values that each have a form."""
     return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))

@@ -140,7 +140,7 @@ class FloatTrainer(Trainer):
         )
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **NO_CODE)
-        except Exception as error:  # the library raises what its backend raises
+        except Exception as error:  # the library raises whatever its backend raises
             raise UnavailableError(" ".join(str(error).split())[:200]) from None
         for module in model.modules():
             # On a CPU the library repacks its codes for good at the first evaluation, and only supports rows of whole

@@ -1,4 +1,4 @@
-"""What a model passes to its blocks and gets from them, beside the hidden states."""
+"""What a model passes to its blocks and gets from them, besides the hidden states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cloq_export.errors import UnsupportedModelError
 
 
 class BlockArguments:
-    """What a block receives beside the hidden states."""
+    """What a block receives besides the hidden states."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str | None) -> None:
         self.args = args
@@ -105,7 +105,7 @@ class OnDevice:
 
 @dataclasses.dataclass(frozen=True)
 class WrittenBeside:
-    """What blocks wrote for later ones beside the hidden states.
+    """What blocks wrote for later ones besides the hidden states.
 
     Args:
         shared: the dictionary that some models hand to every block (keys and values that layers share).
@@ -122,7 +122,7 @@ class WrittenBeside:
 
 @dataclasses.dataclass(frozen=True)
 class HandedOn:
-    """Stands for a value that a block returns beside its hidden states, to see whether the model passes it on.
+    """Stands for a value that a block returns besides its hidden states, to see whether the model passes it on.
 
     Args:
         position: among the values behind the hidden states.
@@ -132,14 +132,14 @@ class HandedOn:
 
 
 def returned_beside(output: Any, name: str) -> tuple[Any, ...] | None:
-    """Return placeholders for what a block gives beside the hidden states, None if it gives the bare tensor."""
+    """Return placeholders for what a block gives besides the hidden states, None if it gives the bare tensor."""
     if isinstance(output, torch.Tensor):
         return None
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
         return tuple(None if value is None else HandedOn(place) for place, value in enumerate(output[1:]))
     raise UnsupportedModelError(
         f"block {name} returns a {type(output).__name__}; a decoder block must return its hidden states, alone or "
-        "first in a tuple. Name the list of decoder blocks with --blocks, e.g. --blocks model.layers."
+        "first in a tuple. Name the list of decoder blocks with `blocks`, e.g. `blocks=model.layers`."
     )
 
 

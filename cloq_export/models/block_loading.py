@@ -26,7 +26,7 @@ from cloq_export.process.host_memory import free_bytes
 
 # Whether the weights of blocks are read from disk while they are used: where memory asks for it, always, or never.
 Streaming = Literal["auto", "always", "never"]
-# Of the model's bytes: what is written and measured beside it.
+# Share of the model's bytes that is written and measured in addition to it.
 _WORK = 1.3
 
 
@@ -49,18 +49,14 @@ class ModelOnDisk:
     fused: Mapping[str, FusedOnDisk]
 
     @classmethod
-    def of(cls, source: str, files: WeightFiles, config: Any, *, dtype: torch.dtype, path: str) -> ModelOnDisk | str:
+    def of(cls, files: WeightFiles, empty: Any, path: str) -> ModelOnDisk | str:
         """Return the model in a folder, or why its blocks cannot be read one after the other.
 
         Args:
-            source: name of the model, for messages.
             files: of its weights.
-            config: as transformers reads it.
-            dtype: of the weights in memory.
+            empty: the model without numbers.
             path: of its blocks; empty to search.
         """
-        with torch.device("meta"):
-            empty = model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
         try:
             blocks = find_blocks(empty, path)
         except UnsupportedModelError as error:
@@ -153,6 +149,21 @@ class ModelOnDisk:
         return places
 
 
+def without_numbers(source: str, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model that a config describes, its tensors on the meta device.
+
+    Args:
+        source: name of the model, for messages.
+        config: as transformers reads it.
+        dtype: of the weights in memory.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model of this type.
+    """
+    with torch.device("meta"):
+        return model_class(source, config)._from_config(copy.deepcopy(config), dtype=dtype)
+
+
 def load_from(
     files: WeightFiles,
     kind: type[Any],
@@ -194,15 +205,14 @@ def load_from(
 
 
 def left_on_disk(
-    source: str, files: WeightFiles, config: Any, dtype: torch.dtype, stream: Streaming, path: str
+    source: str, files: WeightFiles, empty: Any, *, stream: Streaming, path: str
 ) -> tuple[ModelOnDisk | None, tuple[str, ...]]:
     """Decide whether the matrices of a model's blocks stay on disk.
 
     Args:
         source: name of the model, for messages.
         files: of its weights.
-        config: as transformers reads it.
-        dtype: of the weights in memory.
+        empty: the model without numbers.
         stream: what was asked.
         path: of the blocks; empty to search.
 
@@ -214,10 +224,10 @@ def left_on_disk(
     """
     if stream == "never":
         return None, ()
-    demand = Demand.of(files, dtype)
+    demand = Demand.of(files, empty.dtype)
     if stream == "auto" and demand.fits:
         return None, ()
-    on_disk = ModelOnDisk.of(source, files, config, dtype=dtype, path=path)
+    on_disk = ModelOnDisk.of(files, empty, path)
     if isinstance(on_disk, ModelOnDisk):
         return on_disk, (f"the weights of {source} are read from disk block by block: {demand}",)
     if stream == "always":
@@ -230,7 +240,7 @@ def left_on_disk(
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What a model takes in memory whole, beside what is free, in bytes."""
+    """What a model takes in memory whole, and what is free, in bytes."""
 
     model: int
     free: int
@@ -243,7 +253,7 @@ class Demand:
 
     @property
     def fits(self) -> bool:
-        """Return whether the model fits beside the work that is done with it."""
+        """Return whether the model fits together with the work that is done with it."""
         return _WORK * self.model <= self.free
 
     def __str__(self) -> str:

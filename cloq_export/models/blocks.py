@@ -88,7 +88,7 @@ def _search_blocks(model: nn.Module, config: object) -> BlockList:
         return candidates[0]
     raise UnsupportedModelError(
         f"the decoder blocks of {architecture} were not recognised; {_describe_candidates(model)}. "
-        "Name the list of blocks with --blocks, e.g. --blocks model.layers."
+        "Name the list of blocks with `blocks`, e.g. `blocks=model.layers`."
     )
 
 
@@ -120,7 +120,7 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     if not linears:
         raise UnsupportedModelError(
             f"{prefix or type(block).__name__} ({type(block).__name__}) holds no torch.nn.Linear; only linear layers "
-            "can be quantized. Name another list of blocks with --blocks, e.g. --blocks model.layers."
+            "can be quantized. Name another list of blocks with `blocks`, e.g. `blocks=model.layers`."
         )
     return linears
 
@@ -131,12 +131,12 @@ def _blocks_at(model: nn.Module, path: str) -> BlockList:
     except AttributeError:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module {path!r}; {_describe_candidates(model)}. "
-            "Name one of them with --blocks."
+            "Name one of them with `blocks`."
         ) from None
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
         raise UnsupportedModelError(
             f"{path!r} is a {type(blocks).__name__}, not a list of blocks; {_describe_candidates(model)}. "
-            "Name one of them with --blocks."
+            "Name one of them with `blocks`."
         )
     return BlockList(path, list(blocks))
 
@@ -174,7 +174,7 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 def _is_gpt2_conv1d(module: nn.Module) -> bool:
-    # Told by name: importing transformers for one class would cost every caller a second.
+    # Recognised by name: importing transformers for one class would cost every caller a second.
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 

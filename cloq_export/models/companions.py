@@ -1,4 +1,4 @@
-"""What belongs to a model beside its config and weights: tokenizer, processors, templates, settings, licence.
+"""What belongs to a model besides its config and weights: tokenizer, processors, templates, settings, licence.
 
 The files of a family are not listed by name: every family has its own, and one that stays behind is missed only where
 the model is served. So a file is taken for its kind, and left for its kind: never weights, pickles, code, hidden files,
@@ -51,12 +51,12 @@ _SIGNS = (
     *("tokenizer_config.json", "tokenizer.json", "tekken.json", "preprocessor_config.json", "processor_config.json"),
     "video_preprocessor_config.json",
 )
-# A folder with one of these is a model, a run or an adapter, whatever else it holds.
+# A folder with one of these is a model, a run or an adapter, no matter what else it holds.
 _OTHER_FOLDERS = ("config.json", "run.json", "adapter_config.json", "params.json", "trainer_state.json")
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that travel with the model, beside its config and weights, sorted.
+    """Return the files of a model folder that travel with the model, besides its config and weights, sorted.
 
     Args:
         folder: the model's folder.

@@ -181,7 +181,7 @@ class SplitExperts(nn.ModuleList):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         per_token = chosen.shape[-1]
         chosen, weights = chosen.reshape(-1), weights.reshape(-1)
-        # Stable, so that the tokens of an expert come in order. Numbers beyond the experts are nobody's, as in the
+        # Stable, so that the tokens of an expert come in order. Numbers beyond the experts are ignored, as in the
         # family's own function.
         order = torch.argsort(chosen, stable=True)
         ends = torch.searchsorted(chosen[order], torch.arange(len(self), device=chosen.device), right=True)
@@ -308,7 +308,7 @@ def split_fault(module: nn.Module) -> str | None:
     with torch.no_grad():
         try:
             expected = module(*arguments)
-        except Exception as error:  # whatever a class that is called otherwise than expected raises
+        except Exception as error:  # a class that is called in an unexpected way may raise anything
             return f"its class is not called with tokens, chosen experts and weights ({type(error).__name__})"
         split = SplitExperts(alone)(*arguments)
     if expected.shape != split.shape:

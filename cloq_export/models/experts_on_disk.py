@@ -130,9 +130,6 @@ def fused_on_disk(model: PreTrainedModel, blocks: BlockList, files: WeightFiles)
         stored = _stored(of_name[full], storage, parts)
         if stored is None or full not in meant:
             return f"transformers makes {full} of its files in a way that is not known"
-        if of_name[full][0].pattern is not None and {*map(len, stored)} != {storage.experts}:
-            counts = " and ".join(str(len(names)) for names in stored)
-            return f"its files hold {counts} matrices of the {storage.experts} experts of {full}"
         found[full] = FusedOnDisk(tuple(state[full].shape), parts, storage, stored)
     return found
 

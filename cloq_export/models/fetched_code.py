@@ -22,7 +22,7 @@ def refuse_fetched_code(config: Mapping[str, Any], source: str) -> None:
         UnsupportedModelError: it does; the message names the key.
     """
     parts: list[Any] = [config]
-    # Without recursion: how deep a config is nested is its writer's choice.
+    # Without recursion: an untrusted config may be nested to any depth.
     while parts:
         part = parts.pop()
         if isinstance(part, list):

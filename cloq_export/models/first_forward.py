@@ -36,7 +36,7 @@ def require_forward(model: Any, source: str) -> None:
             model(input_ids=ids[:, :1], **options).logits  # noqa: B018
     except (MemoryError, torch.OutOfMemoryError, CloqError):
         raise
-    except Exception as error:  # transformers raises whatever a value that it does not know leads to
+    except Exception as error:  # transformers may raise anything for a value that it does not know
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UnsupportedModelError(
             f"{source}: {type(model).__name__} cannot compute with its config.json ({reason}); values such "

@@ -17,7 +17,7 @@ _HELD_BY_SHAPES = frozenset(
         "tensor_data_layout", "rope.scaling.finetuned",
     }
 )  # fmt: skip
-# What a scaling type needs beside it; without one llama.cpp does not look at them.
+# What else a scaling type needs; without one llama.cpp does not look at them.
 _SCALING_DETAILS = (
     "original_context_length", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_log_multiplier",
     "yarn_attn_factor",
@@ -203,7 +203,7 @@ _EXPECTED: Mapping[str, Callable[[_Facts], Any]] = {
     "expert_weights_scale": lambda facts: facts.first("routed_scaling_factor", default=1.0),
     "expert_weights_norm": lambda facts: facts.first("norm_topk_prob", default=True),
     "expert_gating_func": lambda facts: _GATING.get(facts.first("scoring_func", default="softmax")),
-    # Blocks that guess further tokens; transformers leaves out those of the families whose layers it counts without.
+    # Blocks that predict further tokens; transformers leaves out those of the families whose layers it counts without.
     "nextn_predict_layers": lambda facts: facts.further if facts.architecture.startswith("qwen3_5") else 0,
     "leading_dense_block_count": lambda facts: facts.first("first_k_dense_replace", default=0),
     "full_attention_interval": lambda facts: facts.first("full_attention_interval"),

@@ -74,7 +74,7 @@ def check_gguf_tokenizer(name: str, header: Mapping[str, Any], tokenizer: Any) -
         )
     named = sorted(key for key in header if key.startswith("tokenizer.chat_template."))
     if named:
-        notes.append(f"chat templates of {name} beside the default one are not read: {', '.join(named)}")
+        notes.append(f"chat templates of {name} besides the default one are not read: {', '.join(named)}")
     return notes
 
 

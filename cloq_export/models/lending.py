@@ -1,4 +1,4 @@
-"""What is held on a device beside the block that computes: a whole model for a while, or hidden states."""
+"""What is held on a device besides the block that computes: a whole model for a while, or hidden states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def place_of_states(device: torch.device, needed: int) -> torch.device:
     return device if device.type == "cpu" else torch.device("cpu")
 
 
-def tensor_bytes(model: nn.Module) -> int:
+def model_bytes(model: nn.Module) -> int:
     """Return what the parameters and buffers of a model take, in bytes, those that are shared once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(model))
 

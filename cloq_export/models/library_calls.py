@@ -22,7 +22,7 @@ def quiet_transformers() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        # Some of its bars ask no setting, so standard error itself is turned away.
+        # Some of its progress bars obey no setting, so standard error itself is redirected.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -31,13 +31,24 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
-    """Say in one line what the libraries below raise in dozens of ways."""
+    """Say in one line what the libraries below raise in dozens of ways.
+
+    Args:
+        name: of the model, for messages.
+        what: is read: "model", "tokenizer" or "config".
+        gguf: the model is a GGUF file.
+
+    Raises:
+        SourceError: it cannot be read.
+        UnsupportedModelError: the installed transformers does not know it, or it needs code of its own.
+        MissingPackageError: it needs a package that is not installed.
+    """
     try:
         yield
     except (MemoryError, KeyboardInterrupt, CloqError):
         raise
     except ImportError as error:
-        # Towers for images and sounds need packages that texts do not.
+        # Image and audio towers need packages that text models do not.
         needed = " ".join(str(error).split())[:200]
         raise MissingPackageError(
             f"{name} cannot be opened without a package that is not installed ({needed}). Install it, and run the "
@@ -62,6 +73,11 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
                 else "Put the model's tokenizer.json and tokenizer_config.json into the folder"
             )
             raise SourceError(f"the tokenizer of {name} cannot be read ({reason}). {remedy}.") from None
+        if what == "config":
+            raise SourceError(
+                f"transformers can make no model of the config.json of {name} ({reason}). Compare it with the "
+                "original, or update transformers."
+            ) from None
         raise SourceError(
             f"the weights of {name} cannot be read ({reason}); the file is truncated, damaged or of another "
             "architecture than it says. Fetch it again."
@@ -69,6 +85,10 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the kind of an error and the first line of what it says."""
+    """Return the kind of an error and the first line of what it says, or the first two."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Some say what it is about in the first line, and what is wrong in the second.
+    said = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__}: {said[:200]}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ _NVFP4_COLUMNS, _MXFP4_COLUMNS = 16, 32
 _DEFAULT_BLOCK = (128, 128)
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
+Blocks = Sequence[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,12 @@ class LowPrecision:
         return tuple(name for name in (self.numbers, self.scale, self.global_scale) if name)
 
 
-def find_low_precision(headers: Headers, block: tuple[int, int] | None) -> tuple[dict[str, LowPrecision], list[str]]:
+def find_low_precision(headers: Headers, blocks: Blocks) -> tuple[dict[str, LowPrecision], list[str]]:
     """Find the weights of a file that are stored as floats of 8 or 4 bits.
 
     Args:
         headers: tensor name -> (dtype code of safetensors, shape).
-        block: rows and columns of one scale, where the config says so.
+        blocks: rows and columns of one scale, as the config says; none where it does not.
 
     Returns:
         (name of the decoded weight -> where it comes from; scales that belong to activations and the cache).
@@ -81,7 +82,7 @@ def find_low_precision(headers: Headers, block: tuple[int, int] | None) -> tuple
     for name, (code, shape) in headers.items():
         each: LowPrecision | None = None
         if code in _EIGHT_BITS and not name.endswith(("_scale", "_scale_inv", "_scale_2")):
-            each = _eight_bits(name, shape, headers, block)
+            each = _eight_bits(name, shape, headers, blocks)
         elif code in _BYTES and name.endswith("_blocks"):
             each = _blocks(name, shape, headers)
         elif code in _BYTES:
@@ -121,7 +122,7 @@ class DecodedTensors:
 
         Raises:
             FormatError: a file changed since it was opened.
-            SourceError: a scale is not a positive number that can be.
+            SourceError: a scale is below zero, or not finite.
         """
         weight = self._weights[name]
         numbers = self._part(weight, weight.numbers, rows)
@@ -154,6 +155,8 @@ class DecodedTensors:
                 raise SourceError(f"{weight.scale} holds a scale that is no number; fetch the model again.")
             scale = torch.ldexp(torch.ones(exponents.shape), exponents)
         scale = scale.to(torch.float32)
+        if scale.ndim == 1 and len(weight.shape) == 3 and scale.numel() > 1:
+            scale = scale[slice(*rows) if rows else slice(None), None, None]
         if weight.global_scale:
             whole = self._files[weight.global_scale].read(weight.global_scale).to(torch.float32).reshape(())
             scale = scale / whole if weight.global_scale.endswith("_global_scale") else scale * whole
@@ -161,6 +164,11 @@ class DecodedTensors:
             raise SourceError(
                 f"{weight.scale} of {weight.numbers} holds a scale that is not finite; the model is damaged. Fetch it "
                 "again."
+            )
+        if bool((scale < 0).any()):
+            raise SourceError(
+                f"{weight.scale} of {weight.numbers} holds a scale below zero, which no writer makes; the model is "
+                "damaged. Fetch it again."
             )
         return scale.reshape(()) if scale.numel() == 1 else scale
 
@@ -187,39 +195,41 @@ def _spread(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, ...])
     return scale.index_select(-2, rows_of).index_select(-1, columns_of)
 
 
-def _eight_bits(
-    name: str, shape: tuple[int, ...], headers: Headers, block: tuple[int, int] | None
-) -> LowPrecision | None:
+def _eight_bits(name: str, shape: tuple[int, ...], headers: Headers, blocks: Blocks) -> LowPrecision | None:
     for suffix in ("_scale_inv", "_scale"):
         code, of_scale = headers.get(f"{name}{suffix}", ("", ()))
         if code not in (*_FLOATS, *_EXPONENTS) or len(shape) < 2:
             continue
-        fitting = _fitting_block(shape, of_scale, (1, _MXFP4_COLUMNS) if code == "U8" else block)
+        fitting = _fitting_block(shape, of_scale, [(1, _MXFP4_COLUMNS)] if code == "U8" else blocks)
         if fitting is not None:
             kind: Literal["fp8", "mxfp8"] = "mxfp8" if code == "U8" else "fp8"
             return LowPrecision(kind, name, f"{name}{suffix}", "", shape, fitting)
     return None
 
 
-def _fitting_block(
-    shape: tuple[int, ...], of_scale: tuple[int, ...], block: tuple[int, int] | None
-) -> tuple[int, int] | None:
+def _fitting_block(shape: tuple[int, ...], of_scale: tuple[int, ...], blocks: Blocks) -> tuple[int, int] | None:
     """Return rows and columns of one scale; None if scales of this shape cannot be those of the weight."""
     rows, columns = shape[-2:]
     if torch.Size(of_scale).numel() == 1:
         return rows, columns
-    if of_scale in ((rows,), (*shape[:-1], 1)):
-        return 1, columns
+    if len(of_scale) == 1:
+        # One for each row of a matrix, or for each expert of a stack.
+        return None if of_scale != shape[:1] else (1, columns) if len(shape) == 2 else (rows, columns)
     if len(of_scale) != len(shape) or of_scale[:-2] != shape[:-2]:
         return None
-    if of_scale[-2:] == (1, 1):
+    down, across = of_scale[-2:]
+    if (down, across) == (rows, 1):
+        return 1, columns
+    if (down, across) == (1, 1):
         return rows, columns
-    for one in dict.fromkeys((block or _DEFAULT_BLOCK, _DEFAULT_BLOCK)):
-        if of_scale[-2:] == (-(-rows // one[0]), -(-columns // one[1])):
+    for one in blocks or (_DEFAULT_BLOCK,):
+        if (down, across) == (-(-rows // one[0]), -(-columns // one[1])):
             return one
-    if rows % of_scale[-2] == 0 and columns % of_scale[-1] == 0:
-        return rows // of_scale[-2], columns // of_scale[-1]
-    return None
+    if blocks or rows % down or columns % across:
+        return None
+    # Where nothing says it: squares, and groups of columns.
+    guess = rows // down, columns // across
+    return guess if guess[0] in (1, guess[1]) else None
 
 
 def _four_bits(name: str, shape: tuple[int, ...], headers: Headers) -> LowPrecision | None:

@@ -15,7 +15,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @contextlib.contextmanager
 def forward_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
-    """Set the arithmetic of forward passes for a while, whatever is set outside.
+    """Set the arithmetic of forward passes for a while, regardless of the settings outside.
 
     "float32" computes in the model's own dtype, with full-precision products. "bfloat16" lets a float32 model multiply
     in bfloat16 by torch's autocast: the residual stream and the norms stay float32. It costs some accuracy in every
@@ -59,6 +59,6 @@ def resolve_precision(model_dtype: torch.dtype, compute: torch.dtype | None) -> 
     if model_dtype == torch.float32 and compute == torch.bfloat16:
         return "bfloat16"
     raise UsageError(
-        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are --precision auto, "
+        f"the model is in {model_dtype}, so its forward pass cannot run in {compute}; allowed are `precision=auto`, "
         "float32 (load the model in float32) or bfloat16 (a float32 or bfloat16 model)."
     )

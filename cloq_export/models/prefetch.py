@@ -16,7 +16,7 @@ from cloq_export.models.placeholders import is_placeholder
 class BlockMover:
     """Lends blocks to a device: their tensors are copied there, and put back afterwards.
 
-    On a GPU the copies of the next block run on a stream of their own, from page-locked memory, beside the work of the
+    On a GPU the copies of the next block run on a stream of their own, from page-locked memory, during the work of the
     current block. What a borrower changed (a parameter's data put in the place of others, or written into through the
     parameter) is copied back; what it left alone is not, because the original still stands in host memory.
 
@@ -51,7 +51,7 @@ class BlockMover:
         versions = {name: tensor._version for name, tensor in tensors.items()}
         if self._stream is not None and index + 1 < len(self._blocks):
             following = _tensors_of(self._blocks.modules[index + 1])
-            # A block that is still on disk is read meanwhile, by whoever holds this one.
+            # A block that is still on disk is read by the code that holds this one.
             if not any(map(is_placeholder, following.values())):
                 self._ahead = (index + 1, self._copy(following))
         try:

@@ -80,7 +80,7 @@ def forget_lengths(model: nn.Module) -> None:
     transformers keeps those of the longest text so far until a text comes that needs no scaling.
 
     Args:
-        model: a transformers model; from here on each of its rotary modules begins anew at every call.
+        model: a transformers model; from here on each of its rotary modules starts afresh at every call.
     """
     if not RotarySwitch.of(model).grows or getattr(model, _RESETS, False):
         return

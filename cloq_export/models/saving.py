@@ -33,7 +33,7 @@ def save_plain(loaded: LoadedModel, folder: str | Path) -> None:
 
 
 def save_source_files(loaded: LoadedModel, folder: str | Path) -> list[str]:
-    """Write what a model folder needs beside its weights: config, tokenizer, processors, generation settings, licence.
+    """Write what a model folder needs besides its weights: config, tokenizer, processors, generation settings, licence.
 
     Files of a Hugging Face folder are copied byte for byte, except a config.json that says of head and embeddings what
     the weights are not; those of a GGUF file are made from its header.

@@ -53,7 +53,7 @@ def shared_inputs(block: nn.Module, run: Callable[[], object], prefix: str = "")
 
 
 def _with_unreached(groups: list[list[str]], defined: list[str]) -> list[list[str]]:
-    """Return groups in order of execution, the linears that are in none put beside the closest relative."""
+    """Return groups in order of execution, the linears that are in none put next to the closest relative."""
     ordered = list(groups)
     place = {name: group for group in groups for name in group}
     for number, name in enumerate(defined):

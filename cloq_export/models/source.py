@@ -17,16 +17,18 @@ from cloq_export.errors import (
     FormatError,
     MissingPackageError,
     SourceError,
+    UnsupportedModelError,
 )
 from cloq_export.files.fingerprint import FileDigest, added_files, file_digests, file_fingerprint
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.spelled_paths import expand_user, require_text
 from cloq_export.files.versions import require_versions
-from cloq_export.models.block_loading import Streaming, left_on_disk, load_from
+from cloq_export.models.block_loading import Streaming, left_on_disk, load_from, without_numbers
 from cloq_export.models.companions import companion_files, hub_patterns
 from cloq_export.models.experts import split_experts
 from cloq_export.models.fetched_code import refuse_fetched_code
 from cloq_export.models.first_forward import require_forward
+from cloq_export.models.fitting_files import refuse_misfits
 from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_files
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
@@ -222,6 +224,11 @@ def load_source(
     options: dict[str, Any]
     with quiet_transformers(), told_in_one_line(source.name, "model", gguf=source.kind == "gguf"):
         if source.kind == "gguf":
+            if stream == "always":
+                raise UnsupportedModelError(
+                    f"the weights of {source.name} cannot be read from disk block by block: it is a GGUF file, which "
+                    "transformers decodes whole. Hold the model in memory with `stream=never`."
+                )
             gguf = GgufFile.open(source.name, source.weights[0])
             refuse_other_files(gguf)
             config = transformers.AutoConfig.from_pretrained(source.folder, gguf_file=gguf.path.name, **NO_CODE)
@@ -229,14 +236,19 @@ def load_source(
             dequantize = transformers.GgufConfig(dequantize=True)
             options = {"config": config, "gguf_file": gguf.path.name, "quantization_config": dequantize}
         else:
-            config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
             options = {"use_safetensors": True}
             with _damage_of(source.name):
                 files = open_weights(source.name, source.folder, read_json(source.folder / "config.json"))
-            if files.low_precision:
-                # Otherwise transformers would decode once more, or want a GPU for it.
-                forget_quantization(config)
-            on_disk, reading = left_on_disk(source.name, files, config, kind, stream, blocks)
+                if (source.folder / "generation_config.json").is_file():
+                    read_json(source.folder / "generation_config.json")
+            with told_in_one_line(source.name, "config", gguf=False):
+                config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
+                if files.low_precision:
+                    # Otherwise transformers would decode once more, or want a GPU for it.
+                    forget_quantization(config)
+                empty = without_numbers(source.name, config, kind)
+            refuse_misfits(source.name, empty, files)
+            on_disk, reading = left_on_disk(source.name, files, empty, stream=stream, path=blocks)
         if on_disk is not None:
             model, report = on_disk.load(config, kind)
         elif files is not None and files.low_precision:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cloq_export.files.safe_json import read_json
 
-# Files of other writers that say beside config.json how the weights are quantized.
+# Files besides config.json in which other writers say how the weights are quantized.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 # "quantization" is MLX's word.
@@ -63,16 +63,19 @@ class StatedQuantization:
         return method in _FLOAT_METHODS
 
     @property
-    def block(self) -> tuple[int, int] | None:
-        """Return rows and columns of one scale of an fp8 weight, where the place says so."""
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Return rows and columns of one scale of fp8 weights, each that the place names."""
         groups = self.content.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, Mapping) else []
-        places = [group.get("weights") for group in groups if isinstance(group, Mapping)]
-        stated = [each.get("block_structure") for each in places if isinstance(each, Mapping)]
-        for block in (self.content.get("weight_block_size"), *stated):
-            if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
-                return block[0], block[1]
-        return None
+        stated = [self.content.get("weight_block_size")]
+        for each in (group.get("weights") for group in groups if isinstance(group, Mapping)):
+            if isinstance(each, Mapping):
+                stated += [each.get("block_structure"), [1, each.get("group_size")]]
+        return tuple(
+            (block[0], block[1])
+            for block in stated
+            if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+        )
 
 
 def stated_quantization(folder: Path, config: Mapping[str, Any]) -> list[StatedQuantization]:

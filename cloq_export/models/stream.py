@@ -22,6 +22,7 @@ from cloq_export.models.block_arguments import (
     returned_beside,
 )
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.devices import device_of
 from cloq_export.models.lending import place_of_states
 from cloq_export.models.precision import forward_precision, resolve_precision
 from cloq_export.models.prefetch import BlockMover
@@ -71,7 +72,7 @@ class BlockStream:
         if windows.ndim != 2 or windows.numel() == 0:
             raise CalibrationError(
                 f"calibration windows have shape {tuple(windows.shape)}; at least one window of one token is needed. "
-                "Give more text, or fewer tokens per window with --seqlen."
+                "Give more text, or fewer tokens per window with `seqlen`."
             )
         self.model = model.eval()
         forget_lengths(model)
@@ -82,9 +83,9 @@ class BlockStream:
         self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
         self._check_vocabulary(windows)
 
-        # Sums of outputs that nobody has looked at yet: on a GPU the host would wait for each.
+        # Sums of outputs that are not checked yet: on a GPU the host would wait for each.
         self._unseen: list[tuple[int, torch.dtype, torch.Tensor]] = []
-        # What each kind of block returns beside the hidden states; None: nothing, not even a tuple.
+        # What each kind of block returns besides the hidden states; None: nothing, not even a tuple.
         self._returns: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         self._calls: list[list[BlockArguments]] = []
         self.hidden: list[torch.Tensor] = []
@@ -115,7 +116,7 @@ class BlockStream:
         return self._precision == "bfloat16"
 
     def arguments(self, index: int) -> BlockArguments:
-        """Return what a block is given beside the hidden states in the first batch."""
+        """Return what a block is given besides the hidden states in the first batch."""
         return self._calls[0][index]
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
@@ -179,7 +180,7 @@ class BlockStream:
         index, dtype = next((index, dtype) for index, dtype, total in unseen if not bool(torch.isfinite(total)))
         raise NonFiniteError(
             f"block {self.blocks.prefix(index)} gives NaN or Inf in {dtype}: the model overflows on the "
-            "calibration text. Run it with --precision float32, or check the model's weights."
+            "calibration text. Run it with `precision=float32`, or check the model's weights."
         )
 
     def differentiable_batch(self, index: int, batch_index: int, states: torch.Tensor) -> torch.Tensor:
@@ -204,7 +205,7 @@ class BlockStream:
                     raise UnsupportedModelError(
                         f"blocks of {type(self.model).__name__} share more than hidden states (such as keys and "
                         "values), which is not kept for every step of a refinement of the whole model. Choose "
-                        "--refine block."
+                        "`refine=block`."
                     )
                 beside = self._beside[states].copied()
             output = call.map(self._as_argument, beside).invoke(block, states.to(self.device))
@@ -245,7 +246,7 @@ class BlockStream:
             return stub
 
         with _replaced_forwards(self.blocks, make_stub):
-            host = _device_of(_embeddings(self.model))
+            host = device_of(_embeddings(self.model))
             with forward_precision(self._precision, host):
                 logits: torch.Tensor = self.model(input_ids=ids.to(host), use_cache=False).logits
                 return logits
@@ -272,7 +273,7 @@ class BlockStream:
         """
         block = self.blocks.modules[index]
         with in_memory(block):
-            if _same_device(_device_of(block), self.device):
+            if _same_device(device_of(block), self.device):
                 yield block
                 return
             with self._mover.lent(index):
@@ -297,7 +298,7 @@ class BlockStream:
         """Learn what each kind of block returns, and refuse models that a block-by-block run would misread.
 
         Blocks may talk to each other through the hidden states, a dictionary that all are given, and values returned
-        beside the hidden states and handed on. Another way is looked for: arguments computed from hidden states.
+        besides the hidden states and handed on. Another way is looked for: arguments computed from hidden states.
 
         Returns:
             bool: blocks are given more than hidden states by each other.
@@ -306,7 +307,7 @@ class BlockStream:
             _, plain = self._capture(ids, probing=True)
             _, shifted = self._capture(ids, shift=1.0)
         except (AttributeError, TypeError, KeyError, ValueError) as error:
-            # What a model does with its blocks beside calling them is its own; it fails on what stands in for them.
+            # What a model does with its blocks besides calling them is its own; it fails on what stands in for them.
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does more with its blocks than call one after the other ("
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}); such models cannot be run block by "
@@ -344,7 +345,7 @@ class BlockStream:
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} does not hand the output of one block of {self.blocks.name} "
                         "unchanged to the next; such models cannot be run block by block. If the decoder blocks are "
-                        "elsewhere, name their list with --blocks."
+                        "elsewhere, name their list with `blocks`."
                     )
                 calls[index] = call
                 if probing and type(block) not in self._returns:
@@ -358,11 +359,11 @@ class BlockStream:
             return stub
 
         with torch.no_grad(), _replaced_forwards(self.blocks, make_stub):
-            self._base(input_ids=ids.to(_device_of(_embeddings(self.model))), use_cache=False)
+            self._base(input_ids=ids.to(device_of(_embeddings(self.model))), use_cache=False)
         if any(call is None for call in calls):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} did not run every block of {self.blocks.name}; name the list of decoder "
-                "blocks with --blocks, e.g. --blocks model.layers."
+                "blocks with `blocks`, e.g. `blocks=model.layers`."
             )
         return first[0], [call for call in calls if call is not None]
 
@@ -371,10 +372,6 @@ def _embeddings(model: nn.Module) -> nn.Module:
     """Return the token embeddings, or the whole model where it does not say which they are."""
     find: Any = getattr(model, "get_input_embeddings", None)
     return model if find is None else find()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

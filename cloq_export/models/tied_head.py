@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
+
+from torch import nn
 
 FLAG = "tie_word_embeddings"
 
@@ -29,7 +32,7 @@ def is_tied(model: Any) -> bool | None:
 def correct_config(config: Any, *, tied: bool | None) -> bool:
     """Let a model's config say whether head and embeddings are tied, wherever it says otherwise.
 
-    Whatever ties again later (transformers does so in several places) goes by the config.
+    Code that ties them again later (transformers does so in several places) follows the config.
 
     Args:
         config: of a causal language model.
@@ -44,6 +47,28 @@ def correct_config(config: Any, *, tied: bool | None) -> bool:
     for place in wrong:
         setattr(place, FLAG, tied)
     return bool(wrong)
+
+
+def untied_entries(model: Any, specs: Container[str]) -> dict[str, Any]:
+    """Return the entries of a config.json that say that head and embeddings are apart, where both have codes.
+
+    Args:
+        model: the float model.
+        specs: its quantized modules.
+    """
+    held_apart = any(
+        name.removesuffix(".weight") in specs for name in getattr(model, "all_tied_weights_keys", None) or ()
+    )
+    if not held_apart:
+        return {}
+    config = copy.deepcopy(model.config)
+    correct_config(config, tied=False)
+    return corrected_entries(model.config.to_dict(), config)
+
+
+def embeddings_in(model: nn.Module, specs: Container[str]) -> tuple[str, ...]:
+    """Return the quantized modules of a model that are embeddings."""
+    return tuple(name for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name in specs)
 
 
 def config_of_json(config_class: Any, raw: Mapping[str, Any]) -> Any:

@@ -7,20 +7,24 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
 from cloq_export.errors import SourceError, UnsupportedModelError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_tensors import TensorFile
 from cloq_export.models.low_precision import DecodedTensors, LowPrecision, find_low_precision
 from cloq_export.models.stated_quantization import StatedQuantization, stated_quantization
+from cloq_export.models.weight_names import loaded_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_SHARDS = "model-*-of-*.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 3
@@ -30,7 +34,7 @@ _PACKED = re.compile(
     r"|codebooks|Qidxs|trellis|(weight|[a-z_]+_proj)_(blocks|scales)|quant_state\.[\w.]+)$"
 )
 _SCALE = re.compile(r"(scale|scales|scale_inv|absmax|SCB|qzeros|zero_point|scale_\d)$")
-# What models compute for themselves and older writers stored beside the weights.
+# What models compute for themselves and older writers stored besides the weights.
 _COMPUTED = re.compile(
     r"(^|\.)(rotary_emb|rotary_embedding|rotary_pos_emb|rotary)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|(^|\.)(attn|attention|crossattention|self_attention|self_attn)\.masked_bias$|(^|\.)position_ids$"
@@ -99,6 +103,13 @@ class WeightFiles:
                         "the index is another model's. Fetch it again into an empty folder."
                     )
                 files[tensor] = file
+        stray = sorted({path.name for path in folder.glob(_SHARDS)} - set(names))
+        if stray:
+            raise SourceError(
+                f"{folder} holds {len(stray)} weight files that do not belong to its model, {stray[0]} among them: "
+                f"{INDEX_FILE if weight_map is not None else SINGLE_FILE} says nothing of them. Two downloads were "
+                "mixed; fetch the model again into an empty folder, or delete what is not meant."
+            )
         lacking = sorted(set(weight_map or ()) - set(files))
         if lacking:
             raise SourceError(
@@ -112,13 +123,22 @@ class WeightFiles:
         headers = {tensor: file.headers[tensor] for tensor, file in files.items()}
         return cls(tuple(folder / name for name in names), files, headers)
 
-    def decoded(self, block: tuple[int, int] | None) -> WeightFiles:
+    def decoded(self, blocks: Sequence[tuple[int, int]]) -> WeightFiles:
         """Return these files with the weights that are stored as floats of 8 or 4 bits decoded while they are read.
 
         Args:
-            block: rows and columns of one scale, where the config says so.
+            blocks: rows and columns of one scale, as the config says; none where it does not.
+
+        Raises:
+            SourceError: a weight is stored twice, as such floats and as others.
         """
-        found, idle = find_low_precision(self.headers, block)
+        found, idle = find_low_precision(self.headers, blocks)
+        twice = [name for name, each in found.items() if name != each.numbers and name in self.headers]
+        if twice:
+            raise SourceError(
+                f"{self.files[twice[0]].paths(twice[0])[0]} holds {twice[0]} beside {found[twice[0]].numbers}, which "
+                "decodes to it; two models were mixed. Fetch it again into an empty folder."
+            )
         files = {name: file for name, file in self.files.items() if isinstance(file, TensorFile)}
         reader = DecodedTensors(files, found)
         gone = {part for each in found.values() for part in each.parts} | set(idle)
@@ -171,9 +191,9 @@ def open_weights(name: str, folder: Path, config: Mapping[str, Any]) -> WeightFi
     """
     weights = WeightFiles.open(folder)
     statements = stated_quantization(folder, config)
-    # Two sources of truth: a label of integer codes over floats with scales is believed neither way.
+    # The label says integer codes and the tensors are floats with scales: neither is trusted.
     if all(statement.is_float for statement in statements):
-        weights = weights.decoded(next((each.block for each in statements if each.block), None))
+        weights = weights.decoded([block for each in statements for block in each.blocks])
     refuse_quantized(name, statements, weights)
     return weights
 
@@ -218,13 +238,37 @@ def refuse_quantized(name: str, statements: Sequence[StatedQuantization], weight
     Raises:
         UnsupportedModelError: it is quantized; the message names the method, or the tensors.
     """
+    packed = _packed(weights)
     if statements and not weights.low_precision:
         where, method = statements[0].where, statements[0].method
+        floats = all(code in _FLOATS for code, _ in weights.headers.values()) and not packed
         raise UnsupportedModelError(
             f"{name} is already quantized (method {method}), as {where} says; float weights can be quantized, and "
-            "fp8, MXFP4 and NVFP4 weights with their scales beside them. Give the full-precision model it was made "
-            "from."
+            "fp8, MXFP4 and NVFP4 weights with their scales beside them. "
+            + (
+                "Its files hold float weights alone: if they were decoded, delete that entry; otherwise fetch the "
+                "model again."
+                if floats
+                else "Give the full-precision model it was made from."
+            )
         )
+    if packed:
+        kind, tensors = next(iter(packed.items()))
+        contrary = "" if statements else ", though its config does not say so"
+        scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
+        beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
+        own = next((scale for scale in scales if scale.startswith(tensors[0].removesuffix("_packed"))), None)
+        if own is not None:
+            beside += f", the first of shape {weights.headers[tensors[0]][1]} beside {weights.headers[own][1]}"
+        raise UnsupportedModelError(
+            f"{name} is already quantized{contrary}: it holds {len(tensors)} tensors of "
+            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized, and fp8, "
+            "MXFP4 and NVFP4 weights whose scales fit them. Give the full-precision model it was made from."
+        )
+
+
+def _packed(weights: WeightFiles) -> dict[str, list[str]]:
+    """Return kind of codes -> the tensors of files that hold them."""
     packed: dict[str, list[str]] = {}
     for tensor, (code, _) in weights.headers.items():
         short = tensor.rpartition(".")[2]
@@ -237,19 +281,10 @@ def refuse_quantized(name: str, statements: Sequence[StatedQuantization], weight
         else:
             continue
         packed.setdefault(f"{kind}, {code}", []).append(tensor)
-    if packed:
-        kind, tensors = next(iter(packed.items()))
-        contrary = "" if statements else ", though its config does not say so"
-        scales = [tensor for tensor in weights.headers if _SCALE.search(tensor)]
-        beside = f", and {len(scales)} scales ({listed(scales)})" if scales else ""
-        raise UnsupportedModelError(
-            f"{name} is already quantized{contrary}: it holds {len(tensors)} tensors of "
-            f"{kind} ({listed(tensors)}){beside}; only float weights can be quantized, and fp8, MXFP4 and NVFP4 "
-            "weights whose scales fit them. Give the full-precision model it was made from."
-        )
+    return packed
 
 
-def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
+def refuse_left_over(name: str, model: PreTrainedModel, unexpected: Sequence[str], weights: WeightFiles) -> list[str]:
     """Refuse tensors that were loaded into nothing, except those that cannot change what the model computes.
 
     Left out may be: what the model computes for itself, biases that are zero, and what the model's own class in
@@ -269,10 +304,11 @@ def refuse_left_over(name: str, model: nn.Module, unexpected: Sequence[str], wei
         UnsupportedModelError: what has no place are scales of quantized weights.
     """
     places = dict(model.state_dict())
+    called = {each.stored: each.name for each in loaded_names(model, weights.headers, places) if each.name in places}
     wrong = [
         tensor
         for tensor, (code, _) in weights.headers.items()
-        if code not in _FLOATS and tensor in places and places[tensor].is_floating_point()
+        if code not in _FLOATS and tensor in called and places[called[tensor]].is_floating_point()
     ]
     if wrong:
         raise SourceError(

@@ -1,7 +1,7 @@
 """The matrices of a model's blocks stay in its files, and are read while their block is used.
 
 A model that does not fit into memory is opened with placeholders for them: one number each, seen in the shape of the
-matrix. Whoever uses a block's weights holds it `in_memory` meanwhile, and a call of the whole model does so by itself.
+matrix. Code that uses a block's weights holds it `in_memory`, and a call of the whole model does so by itself.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class WeightsOnDisk:
             tensor = place.read(self._dtypes[name])
         except (FormatError, OSError) as error:
             raise SourceError(
-                f"{name} of {self._source} cannot be read while the model is worked on: {error} Bring the model's "
-                "files back as they were and give the same command again; finished layers are kept."
+                f"{name} of {self._source} cannot be read while the model is worked on: {error} Restore the model's "
+                "files and run the same command again; finished layers are kept."
             ) from None
         require_finite(name, tensor)
         return functools.reduce(times, self._factors.get(name, ()), tensor)

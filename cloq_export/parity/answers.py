@@ -88,12 +88,14 @@ class AnswerStore:
             held = read_json(path)
             self.answers = {int(number): answer for number, answer in held["answers"].items()}
         except (FormatError, KeyError, ValueError, AttributeError):
-            raise RunDirectoryError(f"{path} holds no answers of `cloq eval`; delete it, or choose --out.") from None
+            raise RunDirectoryError(
+                f"{path} holds no answers of `cloq eval`; delete it, or choose another `out`."
+            ) from None
         differing = sorted(name for name in self.key if held.get("key", {}).get(name) != self.key[name])
         if differing:
             raise RunDirectoryError(
-                f"{path} holds answers that were given under another {' and '.join(differing)}; choose another folder "
-                "with --out, or delete it."
+                f"{path} holds answers that were given under another {' and '.join(differing)}; choose another `out`, "
+                "or delete it."
             )
 
     def add(self, answers: Mapping[int, Any]) -> None:
@@ -194,18 +196,18 @@ def _in_chunks(
     advance: Advance | None,
 ) -> list[Any]:
     """Return the result of every question, asked in chunks of like length; the chunks never depend on the store."""
-    found: dict[int, Any] = dict(store.answers) if store is not None else {}
+    answers: dict[int, Any] = dict(store.answers) if store is not None else {}
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     for start in range(0, len(order), chunk):
         rows = order[start : start + chunk]
-        if not all(row in found for row in rows):
+        if not all(row in answers for row in rows):
             new = dict(zip(rows, work(rows), strict=True))
-            found |= new
+            answers |= new
             if store is not None:
                 store.add(new)
         if advance is not None:
             advance(start + len(rows), len(order))
-    return [found[row] for row in range(len(lengths))]
+    return [answers[row] for row in range(len(lengths))]
 
 
 def _chunk_of(model: ServedModel) -> int:
@@ -221,7 +223,7 @@ def _text_of(tokenizer: Any, cut: Callable[[str], str], new: Sequence[int]) -> s
 
 
 def _ended(tokenizer: Any, cut: Callable[[str], str]) -> Ended:
-    # The longest end has two dozen letters: the last tokens are enough, and an end is looked for every few of them.
+    # The longest end has two dozen letters, so the last tokens are enough; they are searched every few tokens.
     def ended(new: Sequence[int]) -> bool:
         text = tokenizer.decode(list(new)[-24:], skip_special_tokens=False)
         return len(cut(text)) < len(text)

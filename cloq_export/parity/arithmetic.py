@@ -39,17 +39,17 @@ _STATED_LETTER = re.compile(
 
 def last_number(text: str) -> str:
     """Return the last number of a text as it is written there, without commas; "[invalid]" if there is none."""
-    found = _LAST_NUMBER.findall(text.replace(",", ""))
-    return found[-1] if found else INVALID
+    numbers = _LAST_NUMBER.findall(text.replace(",", ""))
+    return numbers[-1] if numbers else INVALID
 
 
 def stated_number(text: str) -> str:
     """Return the number that a text states as its answer, the last one if it states several; else "[invalid]"."""
-    found = list(_STATED.finditer(text))
-    if not found:
+    statements = list(_STATED.finditer(text))
+    if not statements:
         return INVALID
-    number = re.sub(r"[,\s+]", "", found[-1]["number"]).replace("−", "-")
-    return f"-{number}" if found[-1]["sign"] else number
+    number = re.sub(r"[,\s+]", "", statements[-1]["number"]).replace("−", "-")
+    return f"-{number}" if statements[-1]["sign"] else number
 
 
 def number_value(text: str) -> Fraction | None:
@@ -58,10 +58,10 @@ def number_value(text: str) -> Fraction | None:
     Args:
         text: as an extraction rule gives it.
     """
-    found = _VALUE.fullmatch(text.strip())
-    if found is None or Fraction(found["below"] or 1) == 0:
+    match = _VALUE.fullmatch(text.strip())
+    if match is None or Fraction(match["below"] or 1) == 0:
         return None
-    return Fraction(found["above"]) / Fraction(found["below"] or 1)
+    return Fraction(match["above"]) / Fraction(match["below"] or 1)
 
 
 def is_number_right(extracted: str, gold: str) -> bool:
@@ -78,56 +78,56 @@ def number_form(text: str) -> str:
 
 def first_letter(text: str) -> str:
     """Return the first of the letters A to E in a text, even inside a word; "[invalid]" if there is none."""
-    found = _FIRST_LETTER.search(text)
-    return found[0] if found else INVALID
+    match = _FIRST_LETTER.search(text)
+    return match[0] if match else INVALID
 
 
 def stated_letter(text: str) -> str:
     """Return the letter that a text states as its answer, the last one if it states several; else "[invalid]"."""
-    found = _STATED_LETTER.findall(text)
-    return found[-1].upper() if found else INVALID
+    letters = _STATED_LETTER.findall(text)
+    return letters[-1].upper() if letters else INVALID
 
 
-def gold_number(found: Any, where: str) -> str:
+def gold_number(answer: Any, where: str) -> str:
     """Return the right answer of a row as an exact number.
 
     Args:
-        found: a number, a text with one, a worked solution that ends with "#### NUMBER", or a list whose last is one.
+        answer: a number, a text with one, a worked solution that ends with "#### NUMBER", or a list whose last is one.
         where: which row it is, for messages.
 
     Raises:
         DataError: no number can be read out of it.
     """
-    if isinstance(found, list) and found:
-        found = found[-1]
-    text = str(found).rpartition("####")[2].replace(",", "").replace("$", "").strip()
-    if isinstance(found, float):
-        text = format(found, ".6f")
-    value = None if isinstance(found, bool) else number_value(text)
+    if isinstance(answer, list) and answer:
+        answer = answer[-1]
+    text = str(answer).rpartition("####")[2].replace(",", "").replace("$", "").strip()
+    if isinstance(answer, float):
+        text = format(answer, ".6f")
+    value = None if isinstance(answer, bool) else number_value(text)
     if value is None:
         raise DataError(
-            f"{where}: no answer can be read out of {str(found)[:60]!r}; a number is needed, or a solution that ends "
+            f"{where}: no answer can be read out of {str(answer)[:60]!r}; a number is needed, or a solution that ends "
             "with '#### NUMBER'. Mend the row, or name another file."
         )
     return str(value)
 
 
-def gold_letter(found: Any, where: str) -> str:
+def gold_letter(answer: Any, where: str) -> str:
     """Return the right answer of a row as a letter.
 
     Args:
-        found: a letter of A to E, or a list whose last is one.
+        answer: a letter of A to E, or a list whose last is one.
         where: which row it is, for messages.
 
     Raises:
         DataError: it is no such letter.
     """
-    if isinstance(found, list) and found:
-        found = found[-1]
-    letter = str(found).strip(" ().").upper()
+    if isinstance(answer, list) and answer:
+        answer = answer[-1]
+    letter = str(answer).strip(" ().").upper()
     if len(letter) != 1 or letter not in LETTERS:
         raise DataError(
-            f"{where}: no answer can be read out of {str(found)[:60]!r}; one of the letters {LETTERS[0]} to "
+            f"{where}: no answer can be read out of {str(answer)[:60]!r}; one of the letters {LETTERS[0]} to "
             f"{LETTERS[-1]} is needed. Mend the row, or name another file."
         )
     return letter

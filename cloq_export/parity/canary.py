@@ -150,8 +150,8 @@ class SyncCanary:
             own = [sequence_logprobs(model, [ids])[0] for ids in self._probes]
             places = []
             for ids in self._probes:
-                found = self._served.token_distributions([ids], [adapter])[0]
-                places.append(divergences(whole_vocabulary(model, ids), found))
+                distributions = self._served.token_distributions([ids], [adapter])[0]
+                places.append(divergences(whole_vocabulary(model, ids), distributions))
         differences = compare_logprobs(served, own)
         return SyncFigures(
             step,

@@ -64,21 +64,21 @@ class CommonsenseSet:
 
 def first_label(text: str, labels: Sequence[str]) -> str:
     """Return the first label that occurs in a text, in lower case as it is asked for; else "[invalid]"."""
-    found = re.search("|".join(map(re.escape, labels)), text)
-    return found[0] if found else INVALID
+    match = re.search("|".join(map(re.escape, labels)), text)
+    return match[0] if match else INVALID
 
 
 def stated_label(text: str, labels: Sequence[str]) -> str:
-    """Return the label that a text states as the correct answer and nothing else, whatever its case; else "[invalid]".
+    """Return the label that a text states as the correct answer and nothing else, in any case; else "[invalid]".
 
     A text states it with the words that the training set ends with, "the correct answer is LABEL", or is the label.
     """
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"\s*(?:the\s+correct\s+answer\s+is\s*:?\s*)?(?P<label>{'|'.join(map(re.escape, labels))})\s*\.?\s*",
         text,
         re.IGNORECASE,
     )
-    return found["label"].lower() if found else INVALID
+    return match["label"].lower() if match else INVALID
 
 
 def harness_definition(chosen: CommonsenseSet) -> tuple[str, str]:
@@ -108,12 +108,14 @@ _DefinitionLoader.add_constructor("!function", lambda loader, node: f"!function 
 def _read_definition(path: Path, chosen: CommonsenseSet) -> str:
     remedy = f"install {RELEASE}, or none: its rules are kept here too."
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_DefinitionLoader)
-        if "include" in found:
-            base = yaml.load((path.parent / found["include"]).read_text(encoding="utf-8"), Loader=_DefinitionLoader)
-            found = {**base, **found}
-        version = str(found["metadata"]["version"])
-        differing = [name for name, value in chosen.harness.items() if found.get(name) != value]
+        definition = yaml.load(path.read_text(encoding="utf-8"), Loader=_DefinitionLoader)
+        if "include" in definition:
+            base = yaml.load(
+                (path.parent / definition["include"]).read_text(encoding="utf-8"), Loader=_DefinitionLoader
+            )
+            definition = {**base, **definition}
+        version = str(definition["metadata"]["version"])
+        differing = [name for name, value in chosen.harness.items() if definition.get(name) != value]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path} is no task definition as it is known here ({type(error).__name__}: {str(error)[:120]}); {remedy}"

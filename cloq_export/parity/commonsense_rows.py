@@ -103,8 +103,8 @@ def _question_instruction(question: str, choices: Sequence[str]) -> str:
 
 def _boolq_answer(row: Mapping[str, Any], where: str) -> int:
     # The hub has it as "answer" (google/boolq) and as "label" (SuperGLUE).
-    found = row.get("answer", row.get("label"))
-    return int(found) if isinstance(found, bool) else _index(found, 2, where)
+    answer = row.get("answer", row.get("label"))
+    return int(answer) if isinstance(answer, bool) else _index(answer, 2, where)
 
 
 def read_boolq_choices(row: Mapping[str, Any], where: str) -> Choices:

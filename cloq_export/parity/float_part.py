@@ -88,9 +88,9 @@ def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Findin
     try:
         with quiet_transformers():
             mine = dict(_flat(config_of_json(type(model.config), plain).to_dict()))
-    except Exception as error:  # a config raises whatever its values lead to
+    except Exception as error:  # a config may raise any exception
         return Finding("config", CONTRADICTED, f"{source} cannot be read ({' '.join(str(error).split())[:200]})")
-    # What a reader of the file goes by, whatever class reads it here.
+    # What a reader of the file uses, independent of the class that reads it here.
     names = config.get("architectures")
     known = {type(model).__name__, *(model.config.architectures or ())}
     if isinstance(names, list) and not known & set(map(str, names)):

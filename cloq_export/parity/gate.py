@@ -217,9 +217,9 @@ def default_limits(
     Args:
         dtype: of the served activations: "float32", "bfloat16" or "float16".
         bits: the smallest width among the layers.
-        tasks: what is measured beside numerics: "ppl", and tasks by name.
+        tasks: what is measured besides numerics: "ppl", and tasks by name.
         adapters: how many are served.
-        packed: whether the packed transformers runtime is measured beside another one.
+        packed: whether the packed transformers runtime is measured in addition to another one.
         rounded: whether kernels round activations to int8: no limit on a single log-probability survives that, and the
             effect of a single module drowns in it.
 
@@ -322,7 +322,7 @@ def parse_limits(content: Mapping[Any, Any], source: str) -> dict[str, float | N
 def merged_limits(defaults: Mapping[str, float], chosen: Mapping[str, float | None]) -> dict[str, float]:
     """Return the limits that hold: the defaults, with what was chosen in their place, in the order of the gates.
 
-    That something is judged is asked for whatever was chosen.
+    The gate that something is judged at all always holds.
     """
     joined = {**defaults, **chosen, **{name: 1.0 for name in (JUDGED,) if name in defaults}}
     return {name: limit for name in _ALL_GATES if (limit := joined.get(name)) is not None}
@@ -384,11 +384,9 @@ class _DistinctLoader(yaml.SafeLoader):
     """A loader that refuses a key that stands twice: of two limits it is not known which one is meant."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping, refusing a key that stands there twice."""
+        """Return a mapping, refusing a key that occurs twice."""
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{str(twice)[:80]!r} stands there twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"{str(twice)[:80]!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)

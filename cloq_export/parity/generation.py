@@ -1,6 +1,6 @@
 """Texts that an engine writes, judged token by token: how far each lies below the reference's best one.
 
-One forward pass of the reference over prompt and text tells it for every token, also behind a near-tie, so that the
+One forward pass of the reference over prompt and text gives it for every token, also after a near-tie, so that the
 engine's decode steps and its cache are judged by the reference's prefill.
 """
 
@@ -171,12 +171,12 @@ def mixed_texts(
         ShapeError: the runtime answered another number of requests.
     """
     requests = [(prompt, name) for prompt in prompts for name in names]
-    found: dict[str | None, tuple[list[Sequence[int]], list[list[int]]]] = {name: ([], []) for name in names}
+    written: dict[str | None, tuple[list[Sequence[int]], list[list[int]]]] = {name: ([], []) for name in names}
     for order in (requests, requests[::-1]):
         texts = served.generate([prompt for prompt, _ in order], [name for _, name in order], max_new_tokens)
         if len(texts) != len(order):
             raise ShapeError(f"the runtime continued {len(texts)} of {len(order)} prompts; it drops requests.")
         for (prompt, name), text in zip(order, texts, strict=True):
-            found[name][0].append(prompt)
-            found[name][1].append(text)
-    return found
+            written[name][0].append(prompt)
+            written[name][1].append(text)
+    return written

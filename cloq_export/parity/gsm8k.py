@@ -68,10 +68,10 @@ class Definition:
 
     def extract(self, text: str, *, strict: bool = False) -> str:
         """Return the number that an answer gives as its author wrote it, "[invalid]" if there is none."""
-        found = re.findall(self.strict if strict else self.flexible, text)
-        if not found:
+        matches = re.findall(self.strict if strict else self.flexible, text)
+        if not matches:
             return INVALID
-        match = found[0 if strict else -1]
+        match = matches[0 if strict else -1]
         if isinstance(match, tuple):
             match = next((part for part in match if part), INVALID)
         return str(match).strip()
@@ -196,7 +196,7 @@ def choose_examples(problems: Sequence[Problem], count: int, number: int) -> lis
     if count > len(problems):
         raise DataError(
             f"{count} worked examples were asked for, and there are {len(problems)} training problems; choose fewer "
-            "with --shots."
+            "`shots`."
         )
     draw = random.Random(_EXAMPLE_SEED)
     places = [draw.sample(range(len(problems)), count) for _ in range(number + 1)]

@@ -101,11 +101,11 @@ def measure_presence(
     """
     r = torch.cat([values.to(torch.float64) for values in reference])
     e = torch.cat([values.to(torch.float64) for values in served]) - r
-    found = []
+    presences = []
     for module, sequences in without.items():
         d = r - torch.cat([values.to(torch.float64) for values in sequences])
-        found.append(_judge(module, e, d, (gains or {}).get(module, 1.0), is_zero=module in zero))
-    return found
+        presences.append(_judge(module, e, d, (gains or {}).get(module, 1.0), is_zero=module in zero))
+    return presences
 
 
 def left_out(

@@ -27,14 +27,14 @@ def collect_metrics(report: ParityReport) -> dict[str, float | None]:
     """
     adapters = [each.name for each in report.adapters]
     subjects: list[str | None] = [*adapters] or [None]
-    found = report.provenance.findings
+    findings = report.provenance.findings
     perplexities = _whole([row for row in report.quality.perplexity if row.model == "served"], subjects)
     ratios = [row.ratio for row in perplexities]
     greedy = _whole(report.greedy, subjects)
     metrics: dict[str, float | None] = {
         "certificate": float(report.certificate.passed),
-        "provenance": _verdict(each for each in found if not each.what.startswith(_REFERENCE)),
-        "reference": _verdict(each for each in found if each.what.startswith(_REFERENCE)),
+        "provenance": _verdict(each for each in findings if not each.what.startswith(_REFERENCE)),
+        "reference": _verdict(each for each in findings if each.what.startswith(_REFERENCE)),
         "float_part": _verdict(report.float_part),
         "last_step_difference_mean": _worst(row.mean for row in report.provenance.probes),
         "noise_floor_max": report.noise_floor.max,
@@ -94,12 +94,12 @@ def _divergence_metrics(rows: Sequence[DivergenceRow], subjects: Sequence[str | 
     figures: dict[str, float | None] = {}
     for against in ("float", "reference"):
         served = _whole([row for row in rows if (row.measured, row.against) == ("served", against)], subjects)
-        found = [row.divergence for row in served]
+        divergences = [row.divergence for row in served]
         figures |= {
-            f"kl_to_{against}_mean": _worst(each.kl_mean for each in found),
-            f"kl_to_{against}_99": _worst(each.kl_quantile_99 for each in found),
-            f"kl_to_{against}_max": _worst(each.kl_max for each in found),
-            f"top1_agreement_{against}": _worst((each.top1_agreement for each in found), least=True),
+            f"kl_to_{against}_mean": _worst(each.kl_mean for each in divergences),
+            f"kl_to_{against}_99": _worst(each.kl_quantile_99 for each in divergences),
+            f"kl_to_{against}_max": _worst(each.kl_max for each in divergences),
+            f"top1_agreement_{against}": _worst((each.top1_agreement for each in divergences), least=True),
         }
     return figures
 
@@ -148,7 +148,7 @@ def _task_metrics(task: str, entries: Sequence[VerifiedTask]) -> dict[str, float
         f"{gate_key(task)}_{name}": _worst((row[name] for row in figures), least=gate.bound == "at least")
         for name, gate in TASK_GATES.items()
     }
-    # Of adapters whose answers nobody recorded nothing is said.
+    # Adapters without recorded answers are left out.
     recorded = [entry.recorded.p_value for entry in entries if entry.recorded is not None]
     return metrics | {f"{gate_key(task)}_recorded_p_value": _worst(recorded, least=True)}
 

@@ -67,7 +67,7 @@ def smallest_loss(finds: Mapping[str, Any]) -> str:
     return f"It sees a loss of {finds['loss']:.2%} with a probability of {1 - finds['beta']:.0%}{alarm}"
 
 
-def label_of(row: Mapping[str, Any]) -> str:
+def row_label(row: Mapping[str, Any]) -> str:
     """Return what a row is of, with its adapter."""
     name = row.get("measured") or row.get("model") or ""
     return f"{name}, {row['adapter']}" if row.get("adapter") else str(name)
@@ -77,7 +77,7 @@ def _difference_plot(report: Mapping[str, Any]) -> Markup:
     rows = [row for row in report["numerics"] if row.get("histogram") and row["against"] != "float"]
     rows += [row for row in report["numerics"] if row.get("histogram") and row["against"] == "float"]
     series = [
-        (f"{label_of(row)} against {row['against']}", row["histogram"]["edges"], row["histogram"]["counts"])
+        (f"{row_label(row)} against {row['against']}", row["histogram"]["edges"], row["histogram"]["counts"])
         for row in rows[:_MOST_SERIES]
     ]
     return histogram_plot(series, x_label="|difference of log-probabilities|", y_label="share of tokens")
@@ -85,7 +85,7 @@ def _difference_plot(report: Mapping[str, Any]) -> Markup:
 
 def _position_plot(report: Mapping[str, Any]) -> Markup:
     series = [
-        (label_of(row), row["by_position"]["position"], row["by_position"]["perplexity"])
+        (row_label(row), row["by_position"]["position"], row["by_position"]["perplexity"])
         for row in report["quality"]["perplexity"][:_MOST_SERIES]
     ]
     return line_plot(series, x_label="position in the window", y_label="perplexity", log_y=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
 from cloq_export.models.context import context_length
+from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.stream import BlockStream
 from cloq_export.models.weights_on_disk import weights_on_disk
@@ -70,7 +71,7 @@ def _losses_of(
 ) -> torch.Tensor:
     """Return the loss of each window, (windows,); `watch` is shown the logits of each as they come."""
     window = rows.shape[1]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     losses = torch.empty(len(rows), dtype=torch.float64)
     silent = contextlib.nullcontext()
     shown = silent if label is None else show_progress(label, console, unit="windows", transient=True)
@@ -100,11 +101,11 @@ def _logits_of(model: nn.Module, rows: torch.Tensor, count: int) -> Iterator[tup
     weights = weights_on_disk(model)
     batches = rows.split(count)
     if weights is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         for batch in batches:
             yield batch, model(input_ids=batch.to(device), use_cache=False).logits
         return
-    stream = BlockStream(model, weights.blocks, rows, device=next(model.parameters()).device, batch=count)
+    stream = BlockStream(model, weights.blocks, rows, device=device_of(model), batch=count)
     hidden = stream.hidden
     for index in range(len(weights.blocks)):
         hidden = stream.forward_block(index, hidden)
@@ -167,8 +168,8 @@ def check_windows(model: nn.Module, token_ids: torch.Tensor, *, window: int, win
     limit = context_length(model)
     if limit is not None and window > limit:
         raise UsageError(
-            f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose --window {limit} "
-            "or less (eval_window in a recipe)."
+            f"an evaluation window has {window} tokens, but this model reads at most {limit}; choose {limit} or "
+            "less as `window` (in a run `eval_window`)."
         )
 
 
@@ -248,7 +249,7 @@ class ModelPerplexity:
     token_mult_prob_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures, those beside the float model only where there are any."""
+        """Return the figures, those relative to the float model only where there are any."""
         content: dict[str, Any] = {"perplexity": self.perplexity, "standard_error": self.standard_error}
         if self.ratio_to_float is not None:
             content |= {"ratio_to_float": self.ratio_to_float, "ratio_standard_error": self.ratio_standard_error}
@@ -288,7 +289,7 @@ class PerplexityTable:
         return models | facts | {"begin_tokens": list(self.begin_tokens)}
 
 
-def evaluate(
+def compare_perplexities(
     models: Iterable[tuple[str, nn.Module]],
     token_ids: torch.Tensor,
     on: TextWindows,
@@ -342,13 +343,13 @@ def _cut_windows(token_ids: torch.Tensor, window: int, windows: int) -> torch.Te
     if window < 2 or windows < 1:
         raise UsageError(
             f"{windows} windows of {window} tokens were asked for; at least 1 window of 2 tokens is needed "
-            "(--windows, --window)."
+            "(`windows`, `window`)."
         )
     available = token_ids.numel()
     if available < window:
         raise CalibrationError(
-            f"the evaluation text has {available} tokens, one window needs {window}; give a longer text with --text, "
-            "or shorter windows with --window (eval_text and eval_window in a recipe)."
+            f"the evaluation text has {available} tokens, one window needs {window}; give a longer text as `text`, "
+            "or a smaller `window` (in a run `eval_text` and `eval_window`)."
         )
     count = min(windows, available // window)
     return token_ids.reshape(-1)[: count * window].view(count, window)

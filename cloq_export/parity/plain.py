@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Result:
     """A frozen dataclass whose fields are the keys of its JSON object."""
 
+    levelled: ClassVar[str] = ""
+    """Name of a field, itself a result, whose keys stand behind the other keys; empty if there is none."""
+
     def to_json(self) -> dict[str, Any]:
         """Return the result as the report holds it."""
-        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        entries = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return entries | entries.pop(self.levelled, {})
 
 
 def plain(value: Any) -> Any:

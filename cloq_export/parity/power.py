@@ -2,7 +2,7 @@
 
 Two models answer the same n questions; b of them the first alone answers right, c the second alone. The drop is
 `(b - c) / n`, and the gate bounds its upper confidence limit: a drop as large as the limit then passes with a
-probability of at most alpha, whatever the p-value of a test of equality says.
+probability of at most alpha, regardless of the p-value of a test of equality.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cloq_export.parity.plain import Result
 
 # A drop of the limit passes unseen with this probability.
 UNSEEN = 0.05
-# A model that loses nothing is missed with this probability.
+# A model that loses nothing misses the gate with this probability.
 FALSE_ALARM = 0.01
 # Questions that a model which loses nothing answers otherwise by chance: rounding turns near-ties around.
 CHANCE: Mapping[str, float] = {"float32": 0.05}

@@ -15,7 +15,7 @@ from cloq_export.types import LoraPair
 
 PROVEN = "proven"
 NOT_PROVEN = "not proven"
-# Nobody wrote anything down, and nothing says that somebody did: an older version, or another tool.
+# No record was written, and nothing says that there is one: an older version, or another tool.
 NOT_RECORDED = "not recorded"
 CONTRADICTED = "contradicted"
 
@@ -123,7 +123,7 @@ def judge_tokenizer(record: TokenizerRecord, found: TokenizerRecord, *, what: st
 
 @dataclasses.dataclass(frozen=True)
 class ServedOn:
-    """What an adapter is served on, and beside what.
+    """What an adapter is served on, and what is served with it.
 
     Args:
         base_fingerprint: of the codes.
@@ -150,7 +150,7 @@ def judge_adapter(
         name: that it is served under.
         pairs: full module name -> pair, as the folder holds it.
         record: what its folder records of it.
-        served: what it is served on, and beside what.
+        served: what it is served on, and what is served with it.
         declared_error: relative Frobenius error of a product that the export says writing it cost.
     """
     what = f"adapter {name}"
@@ -169,14 +169,14 @@ def judge_adapter(
     if record.base_fingerprint != served.base_fingerprint:
         reason = f"it was made for the base {record.base_fingerprint}, and {served.base_fingerprint} is served"
         return Finding(what, CONTRADICTED, reason)
-    found = record_pairs(pairs)
-    if {module: pair.sha256 for module, pair in found.items()} == _digests(record):
+    served_records = record_pairs(pairs)
+    if {module: pair.sha256 for module, pair in served_records.items()} == _digests(record):
         return Finding(what, PROVEN)
-    missing, added = sorted(set(record.pairs) - set(found)), sorted(set(found) - set(record.pairs))
+    missing, added = sorted(set(record.pairs) - set(served_records)), sorted(set(served_records) - set(record.pairs))
     if missing or added:
         verb = "lacks" if missing else "adds"
         return Finding(what, CONTRADICTED, f"it {verb} the pairs of {join_some(missing or added)}")
-    digest = pairs_digest({module: pair.sha256 for module, pair in found.items()})
+    digest = pairs_digest({module: pair.sha256 for module, pair in served_records.items()})
     if record.training is not None and digest == record.training.start:
         return Finding(what, CONTRADICTED, "its pairs are those that the training started from, not what it ended with")
     for other, known in others.items():
@@ -186,7 +186,7 @@ def judge_adapter(
     wrong = {
         module: fault
         for module, pair in pairs.items()
-        if (fault := _fault_of(pair, found[module], record.pairs[module], allowed))
+        if (fault := _fault_of(pair, served_records[module], record.pairs[module], allowed))
     }
     if not wrong:
         return Finding(what, PROVEN)

@@ -1,4 +1,4 @@
-"""Quality beside the float model: perplexity ratios with their interval, answers with McNemar's test."""
+"""Quality compared with the float model: perplexity ratios with their interval, answers with McNemar's test."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PerplexityRow(Result):
         perplexity: on all windows.
         standard_error: of it.
         by_position: over the place in the window.
-        ratio: beside the float model; None for the float model itself.
+        ratio: to the float model's; None for the float model itself.
     """
 
     model: str
@@ -67,7 +67,7 @@ class PerplexityRow(Result):
     ratio: Ratio | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as the report holds it: the ratio's figures beside the others."""
+        """Return the row as the report holds it: the ratio's figures among the others."""
         row = super().to_json()
         del row["ratio"]
         return row | (self.ratio.to_json() if self.ratio is not None else {})
@@ -81,7 +81,7 @@ class PairedTest(Result):
         only_first: questions that the first model alone answers right.
         only_second: questions that the second model alone answers right.
         p_value: 1 where the two never differ.
-        drop: share of the questions that the second model loses beside the first, those that it wins taken off.
+        drop: share of the questions that the second model loses compared with the first, those that it wins taken off.
         drop_upper: upper confidence limit of the drop.
     """
 
@@ -107,7 +107,7 @@ def perplexity_row(
     logprobs: Sequence[torch.Tensor],
     reference: Sequence[torch.Tensor] | None,
 ) -> PerplexityRow:
-    """Return perplexity with its standard error, and beside a float model the ratio with its interval.
+    """Return perplexity with its standard error, and given a float model the ratio with its interval.
 
     Args:
         model: its name.

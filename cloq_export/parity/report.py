@@ -121,7 +121,7 @@ class CertificateCheck(Result):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance(Result):
-    """Codes, adapters and float model beside what the run and the training recorded when they made them."""
+    """Codes, adapters and float model compared with what the run and the training recorded when they made them."""
 
     findings: tuple[Finding, ...]
     probes: tuple[ProbeDifferences, ...]
@@ -129,47 +129,36 @@ class Provenance(Result):
 
 
 @dataclasses.dataclass(frozen=True)
-class NumericsRow(Result):
-    """Differences of log-probabilities between two models on the same tokens.
+class ModelPair(Result):
+    """Two models on the same tokens.
 
     Args:
         measured: the model in question.
         against: the model that it is compared with.
         adapter: with which adapter.
-        differences: per token.
     """
 
     measured: str
     against: str
     adapter: str | None
-    differences: LogprobDifferences
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as the report holds it: the figures beside what they are of."""
-        row = super().to_json()
-        return row | row.pop("differences")
 
 
 @dataclasses.dataclass(frozen=True)
-class DivergenceRow(Result):
-    """Distance between the distributions of two models on the same tokens.
+class NumericsRow(ModelPair):
+    """Differences of the log-probabilities of two models, per token."""
 
-    Args:
-        measured: the model in question.
-        against: the model that it is compared with.
-        adapter: with which adapter.
-        divergence: of the distributions.
-    """
+    levelled = "differences"
 
-    measured: str
-    against: str
-    adapter: str | None
+    differences: LogprobDifferences
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceRow(ModelPair):
+    """Distance between the distributions of two models."""
+
+    levelled = "divergence"
+
     divergence: Divergence
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as the report holds it: the figures beside what they are of."""
-        row = super().to_json()
-        return row | row.pop("divergence")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 With `e = s - r` the error of serving, `s` the log-probabilities that are served and `r` the reference's, and
 `d_m = dr / d f_m` what a relative change of module m's output does to them, an engine whose scale of module m is off by
-a share a_m serves `e = a_m d_m` beside its rounding. The least-squares share and its standard error, which holds
+a share a_m serves `e = a_m d_m` plus its rounding. The least-squares share and its standard error, which holds
 whatever the rounding of each token is (White, Econometrica 48, 1980), are
 
     a_m = <e, d_m> / <d_m, d_m>,    se(a_m)^2 = sum_i (<e_i - a_m d_mi, d_mi>)^2 / <d_m, d_m>^2.
@@ -14,7 +14,7 @@ those whose rounding lifted them among the most probable would be chosen for the
 more than others, so each has the weight `1 / (|e_i|^2 + median)` in all products, which leaves a_m as it is where e is
 a multiple of d_m. What an engine in half precision rounds, the reference rounds in part alike when it computes in that
 precision: with `c` the error that this gives it, `e - b c` stands in the place of e, `b = <e, c> / <c, c>` between 0
-and 1. Without it, what half precision does to every engine would pass for a few thousandths of a scale.
+and 1. Without it, half precision in any engine would look like an error of a few thousandths of a scale.
 
 One backward pass gives `<e, d_m>` of all modules, the gradient of `sum_i e_i r_i` with respect to their f_m; with drawn
 signs in the place of e its square has the expectation `<d_m, d_m>` (Hutchinson, Communications in Statistics 19, 1990).
@@ -45,10 +45,10 @@ CANDIDATES = 4
 ALTERNATIVES = 16
 # Fewer tokens know too little of their spread.
 LEAST_TOKENS = 8
-# Of one adapter among several: its own windows are judged beside all of them, and their spread must be known well.
+# Of one adapter among several: its own windows are judged too, and their spread must be known well.
 _LEAST_TOKENS_OF_ONE_PATH = 128
 _SIGN_DRAWS = 2
-# Relative change of a module's output: small enough to be linear, large beside the rounding of float32.
+# Relative change of a module's output: small enough to be linear, large compared to the rounding of float32.
 _STEP = 0.01
 
 
@@ -307,13 +307,13 @@ def _screen(
     # Rounding errors are small numbers: their size is taken out before float32 sees them.
     size = float(e.abs().max()) or 1.0
     weights = [w * e / size, *(w.sqrt() * each for each in signs)]
-    found = torch.zeros(len(weights), len(windows), len(modules), dtype=torch.float64)
+    products = torch.zeros(len(weights), len(windows), len(modules), dtype=torch.float64)
     for adapter, rows in _by_adapter(windows):
         short = [windows[row].token_ids[:screened] for row in rows]
         tokens = torch.stack([windows[row].tokens[: screened - 1] for row in rows])
         weighted = [weight[rows] * (tokens != ServedWindow.ABSENT) for weight in weights]
-        found[:, rows] = reference.scale_gradients(short, adapter, modules, tokens.clamp(min=0), weighted)
-    return found[0] * size, found[1:].square().mean(0)
+        products[:, rows] = reference.scale_gradients(short, adapter, modules, tokens.clamp(min=0), weighted)
+    return products[0] * size, products[1:].square().mean(0)
 
 
 def _effect(reference: ReferenceModel, windows: Sequence[ServedWindow], module: str) -> torch.Tensor:

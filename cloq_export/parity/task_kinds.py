@@ -113,7 +113,7 @@ class Task(abc.ABC):
             return _generated_rows(self.name), f"generated ({self.name}, test)"
         rows = hub_rows(
             *self.hub,
-            remedy=f"Name a file with --tasks {self.name}=FILE, or put {self.files[0]} into the folder that the "
+            remedy=f"Name a file with `tasks={self.name}=FILE`, or put {self.files[0]} into the folder that the "
             "environment variable CLOQ_DATA names.",
         )
         origin = ":".join(part for part in ("hub", *self.hub) if part)
@@ -149,7 +149,7 @@ class Task(abc.ABC):
             UsageError: this task has none.
         """
         raise UsageError(
-            f"{self.name} takes no worked examples; leave --shots out, or ask for gsm8k or {WORD_PROBLEMS} alone."
+            f"{self.name} takes no worked examples; leave `shots` out, or ask for gsm8k or {WORD_PROBLEMS} alone."
         )
 
 
@@ -252,11 +252,11 @@ class Gsm8kTask(WrittenTask):
     def with_examples(self, questions: Sequence[Question], shots: int) -> list[Question]:
         """Return the questions with worked examples of the training problems before each, seeded by its number."""
         pool = self.examples()
-        found = []
+        prompts = []
         for number, question in enumerate(questions):
             worked = self.rules.worked(gsm8k.choose_examples(pool, shots, number))
-            found.append(dataclasses.replace(question, prompt=worked + question.prompt))
-        return found
+            prompts.append(dataclasses.replace(question, prompt=worked + question.prompt))
+        return prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,14 +323,14 @@ class ContinuationTask(ChoiceTask):
             DataError: it has too few paragraphs that are long enough.
             MissingPackageError: it is on the hub, and `datasets` is not installed.
         """
-        found = evaluation_text(file or WIKITEXT2)
-        rows = list(continuation_rows(found.text, found.origin))
+        corpus = evaluation_text(file or WIKITEXT2)
+        rows = list(continuation_rows(corpus.text, corpus.origin))
         if not rows:
             raise DataError(
-                f"{found.origin} has no {CHOICES} paragraphs of {PARAGRAPH_WORDS} words or more, each on one line; "
-                f"name another text with --tasks {self.name}=FILE."
+                f"{corpus.origin} has no {CHOICES} paragraphs of {PARAGRAPH_WORDS} words or more, each on one line; "
+                f"name another text with `tasks={self.name}=FILE`."
             )
-        return iter(rows), found.origin
+        return iter(rows), corpus.origin
 
 
 def _largest(values: Sequence[float]) -> int:

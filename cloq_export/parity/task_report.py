@@ -1,4 +1,4 @@
-"""What a report says of a task: each model's accuracy, and every two models beside each other."""
+"""What a report says of a task: each model's accuracy, and each pair of models compared."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelAnswers(Result):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Result):
-    """Two models beside each other.
+    """Two models compared.
 
     Args:
         first: name of the one.
@@ -42,15 +42,12 @@ class Comparison(Result):
         test: McNemar's.
     """
 
+    levelled = "test"
+
     first: str
     second: str
     agreement: float
     test: PairedTest
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the comparison as the report holds it: the test's figures beside the others."""
-        row = super().to_json()
-        return row | row.pop("test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ class TaskEntry(Result):
 
 @dataclasses.dataclass(frozen=True)
 class RecordedAnswers(Result):
-    """Answers of the served model beside those that the run recorded to the same questions.
+    """Answers of the served model next to those that the run recorded to the same questions.
 
     Args:
         questions: that both answered.

@@ -36,14 +36,14 @@ from cloq_export.texts.named_sets import WORD_PROBLEM_COUNTS, WORD_PROBLEM_SETS
 from cloq_export.texts.reading import read_rows
 from cloq_export.texts.word_problems import generate
 
-# Asked for in one breath with the tasks, though no question is asked for it.
+# Accepted among the tasks, although it asks no questions.
 PERPLEXITY = "ppl"
 # Behind a task's name: put as LLM-Adapters puts it, and read by its rules.
 INSTRUCTION = "instruction"
 # Tokens that an answer may take: a worked solution, and a label as LLM-Adapters limits it.
 _SOLUTION_TOKENS = 256
 _LABEL_TOKENS = 32
-# What ends the answer to an instruction, beside the tokenizer's own end.
+# What ends the answer to an instruction, besides the tokenizer's own end.
 _INSTRUCTION_ENDS = ("\n### ", "</s>", "<|im_end|>")
 CONTINUATIONS = "continuations"
 _OWN_RULES = "four endings of neighbouring paragraphs; the choice of the largest log-likelihood"
@@ -77,19 +77,19 @@ def expand_names(asked: Sequence[str]) -> dict[str, str | None]:
     Raises:
         UsageError: there is no such task, or a group is given a file.
     """
-    found: dict[str, str | None] = {}
+    files: dict[str, str | None] = {}
     for text in asked:
         name, separator, file = text.partition("=")
         if name in GROUPS and separator:
-            raise UsageError(f"--tasks {text}: {name} is a group; name a file for each of {', '.join(GROUPS[name])}.")
+            raise UsageError(f"the task {text}: {name} is a group; name a file for each of {', '.join(GROUPS[name])}.")
         if name not in GROUPS and name not in _MAKERS:
             known = (*_MAKERS, *GROUPS)
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"--tasks is {name!r}; allowed are {PERPLEXITY}, {', '.join(known)}.{hint}")
+            raise UsageError(f"`tasks` is {name!r}; allowed are {PERPLEXITY}, {', '.join(known)}.{hint}")
         for task in GROUPS.get(name, (name,)):
-            found[task] = (file or None) if separator else found.get(task)
-    return found
+            files[task] = (file or None) if separator else files.get(task)
+    return files
 
 
 def find_task(name: str) -> Task:
@@ -122,13 +122,13 @@ def load_questions(task: Task, file: str | None, *, count: int | None = None, sh
     if shots and not task.takes_examples:
         task.with_examples((), shots)
     rows, origin = task.rows(file)
-    # All are read, so that a broken row is found whatever part is asked for.
+    # All rows are read, so that a broken one is found even if only some are asked for.
     pairs = [(task.read(row, where), row) for where, row in rows][:count]
     items = [item for item, _ in pairs]
     keys = tuple(question_hash(_put(item, "\n")) for item in items)
     hashes = tuple(row_hashes(_put(item, None), row) for item, row in pairs)
     if not items:
-        raise DataError(f"{origin} holds no question of {task.name}; name another file with --tasks {task.name}=FILE.")
+        raise DataError(f"{origin} holds no question of {task.name}; name another file with `tasks={task.name}=FILE`.")
     if shots:
         items = task.with_examples(items, shots)
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ import psutil
 if sys.platform != "win32":
     import resource
 
-# The parameters of glibc's mallopt that say how much free memory is kept, and from which size on memory is mapped anew.
+# The parameters of glibc's mallopt that say how much free memory is kept, and from which size on it is mapped.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 1 << 30
@@ -24,7 +24,7 @@ _KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> bool:
     """Let glibc reuse freed blocks up to 1 GiB; return whether the allocator took it.
 
-    The activations of a batch are tens of megabytes. By default glibc maps each anew and unmaps it when it is freed,
+    The activations of a batch are tens of megabytes. By default glibc maps each one and unmaps it when it is freed,
     and the page faults slow a forward pass on a CPU. Elsewhere (macOS, Windows, musl) nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -109,7 +109,7 @@ class _Lines:
     def advance(self, done: int, total: int) -> None:
         now = self.clock()
         if self._total is None and total and done > 1:
-            # What an interrupted call had done already says nothing about the speed of this one.
+            # Work that an interrupted call had done says nothing about the speed of this one.
             self._rate_start, self._rate_done = now, done
         # 0 of 0 is a wait of unknown length.
         self._done, self._total = done, total or None

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Termination(KeyboardInterrupt):
-    """SIGTERM; whatever handles Ctrl-C handles it too."""
+    """SIGTERM; code that handles Ctrl-C handles it too."""
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def damp_gram(gram: torch.Tensor, fraction: float, dtype: torch.dtype = torch.fl
         if int(info):
             continue
         candidate = DampedGram(damped, lower, relative * mean, attempt)
-        # With next to no damping a singular matrix may pass by the luck of rounding: its condition number tells.
+        # With almost no damping rounding may let a singular matrix factorise: its condition number shows that.
         if relative >= _SAFE_FRACTION or candidate.condition() < _LARGEST_CONDITION:
             return candidate
     raise SingularStatsError(

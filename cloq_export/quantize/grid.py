@@ -115,7 +115,7 @@ def fit_grid(
     if weight.numel() and float(weight.abs().amax()) > LARGEST_SCALE:
         raise NonFiniteError(
             f"a weight of magnitude {float(weight.abs().amax()):.3g} cannot be scaled in float16 (largest "
-            f"{LARGEST_SCALE:.0f}); leave this layer in float with --override 'MODULE:skip=true'."
+            f"{LARGEST_SCALE:.0f}); leave this layer in float with `overrides='MODULE:skip=true'`."
         )
     shape = (out_features, spec.group_count(in_features))
     if method == "searched" and triton_takes_groups(groups.shape[1], weight):

@@ -7,7 +7,7 @@ import torch
 from cloq_export.kernels.dispatch import triton_takes
 
 # Columns handled between two large matrix products; and the elements of a tile inside which columns are updated one
-# by one: few enough that torch keeps them on one thread, which is quicker than sharing them out.
+# by one: few enough that torch keeps them on one thread, which is faster than splitting them.
 BLOCK_COLUMNS = 128
 TILE_ELEMENTS = (1 << 15) - 1
 

@@ -32,7 +32,7 @@ def option(default: Any, text: str, *rules: ValueRule) -> Any:
     Args:
         default: its value unless another is given.
         text: its meaning, for people.
-        rules: what its values must be beside their type; the first that is broken is told.
+        rules: what its values must satisfy besides their type; the first broken rule is reported.
     """
     return dataclasses.field(default=default, metadata={"help": text, "rules": rules})
 
@@ -119,7 +119,7 @@ class Options:
         if kind == "bool" and not isinstance(value, bool):
             return "true or false is needed"
         if name in self.choices and value not in self.choices[name]:
-            return f"allowed are {listed(self.choices[name])}{near(str(value), self.choices[name])}"
+            return f"allowed are {joined_names(self.choices[name])}{near(str(value), self.choices[name])}"
         if kind == "str" and not isinstance(value, str):
             return "a text is needed"
         return ""
@@ -170,6 +170,6 @@ def near(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def listed(names: Iterable[str]) -> str:
+def joined_names(names: Iterable[str]) -> str:
     """Return names as a message lists them."""
     return ", ".join(names)

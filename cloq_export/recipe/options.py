@@ -26,7 +26,7 @@ from cloq_export.recipe.checks import (
     below_power_of_two,
     between,
     bytes_of_size,
-    listed,
+    joined_names,
     mapping_faults,
     matching,
     near,
@@ -50,6 +50,7 @@ _GROUP_SIZE = ValueRule(
     lambda value: value == -1 or (value >= 8 and value % 8 == 0),
     "allowed are -1 (one group per output channel) or a multiple of 8, usually 32, 64 or 128",
 )
+_END_BITS = ValueRule((0, 4, 8).__contains__, "allowed are 0, 4 and 8")
 _DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "allowed are auto, cpu, cuda, cuda:N, xpu, mps")
 _OF_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _MODULE_PATH = matching(r"|\w+(\.\w+)*", "a dotted module path is needed, for example model.layers")
@@ -93,6 +94,10 @@ class Recipe:
     refit: bool = option(False, "Refit the scales by least squares after OPTQ.")
     rank: int = option(64, "Rank of the LoRA adapter; 0 makes none.", at_least(0))
     expert_rank: int = option(0, "Rank of the LoRA adapter of each expert of a mixture; 0 makes none.", at_least(0))
+    head_bits: int = option(0, "Width of the head's codes, symmetric: 4 or 8; 0 leaves it float.", _END_BITS)
+    embedding_bits: int = option(
+        0, "Width of the embeddings' codes, symmetric: 4 or 8; 0 leaves them float.", _END_BITS
+    )
     init: Literal["cloq", "svd"] = option(
         "cloq",
         "How A and B are made: cloq (closed form on the calibration inputs) or svd (of the weight error alone); other "
@@ -227,7 +232,7 @@ class Recipe:
         """
         faults: list[str] = []
         if preset not in PRESETS:
-            faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {listed(PRESETS)}")
+            faults.append(f"preset {preset!r} is unknown{near(preset, PRESETS)}; allowed are {joined_names(PRESETS)}")
         values: dict[str, Any] = {}
         for name, value in mapping.items():
             if name not in FIELDS:
@@ -357,12 +362,12 @@ def override_faults(pattern: Any, settings: Any) -> list[str]:
     if not isinstance(pattern, str) or not pattern.strip():
         return [f"{label}: the pattern must be a text that matches module names, for example '*.down_proj'"]
     if not isinstance(settings, Mapping) or not settings:
-        return [f"{label}: settings are needed, out of {listed(OVERRIDE_KEYS)}"]
+        return [f"{label}: settings are needed, out of {joined_names(OVERRIDE_KEYS)}"]
     faults = []
     for key, value in settings.items():
         if key not in OVERRIDE_KEYS:
             faults.append(
-                f"{label}: {key!r} is unknown{near(str(key), OVERRIDE_KEYS)}; allowed are {listed(OVERRIDE_KEYS)}"
+                f"{label}: {key!r} is unknown{near(str(key), OVERRIDE_KEYS)}; allowed are {joined_names(OVERRIDE_KEYS)}"
             )
         elif key == "skip":
             if not isinstance(value, bool):

@@ -59,7 +59,7 @@ def preset_options(preset: str, bits: int, group_size: int) -> dict[str, Any]:
 # What --demo sets: a small real model and a calibration that two cores finish in minutes.
 DEMO: dict[str, Any] = {"model": "smollm2-demo", "bits": 2, "samples": 40, "seqlen": 1024}
 
-# What --demo --finetune sets beside it: WikiText-2's validation split is what the demo is calibrated on too, all but
+# What --demo --finetune sets as well: WikiText-2's validation split is what the demo is calibrated on too, all but
 # what the training holds out at its end: 16 sequences, and one that may not be full.
 DEMO_RESERVE = 17 * 256
 DEMO_FINETUNE: dict[str, Any] = {

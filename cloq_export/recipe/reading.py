@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cloq_export.errors import RecipeError
-from cloq_export.recipe.checks import listed, near, parse_value, recipe_error
+from cloq_export.recipe.checks import joined_names, near, parse_value, recipe_error
 from cloq_export.recipe.finetune import FINETUNE_PREFIX, parse_finetune_setting
 from cloq_export.recipe.options import FIELDS, OVERRIDE_KEYS, Recipe, override_faults, parse_option
 from cloq_export.recipe.presets import PRESETS, magr_options
@@ -66,7 +66,7 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], str | None]:
         )
     preset = content.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
-        raise RecipeError(f"the recipe file {path} gives preset {preset!r}; allowed are {listed(PRESETS)}.")
+        raise RecipeError(f"the recipe file {path} gives preset {preset!r}; allowed are {joined_names(PRESETS)}.")
     return content, preset
 
 
@@ -138,7 +138,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if name == "finetune":
         raise RecipeError("finetune cannot be given as KEY=VALUE; set its options, e.g. finetune.learning_rate=1e-4.")
     if name == "overrides":
-        raise RecipeError("overrides cannot be given as KEY=VALUE; use --override 'PATTERN:key=value,...'.")
+        raise RecipeError("overrides cannot be given as KEY=VALUE; use `overrides='PATTERN:key=value,...'`.")
     return name, parse_option(name, value.strip())
 
 
@@ -157,7 +157,8 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
         key = key.strip().replace("-", "_")
         if key not in OVERRIDE_KEYS:
             raise RecipeError(
-                f"override {text!r}: {key!r} is unknown{near(key, OVERRIDE_KEYS)}; allowed are {listed(OVERRIDE_KEYS)}."
+                f"override {text!r}: {key!r} is unknown{near(key, OVERRIDE_KEYS)}; allowed are "
+                f"{joined_names(OVERRIDE_KEYS)}."
             )
         if key == "skip":
             settings[key] = parse_value(key, "bool", value.strip()) if equals else True

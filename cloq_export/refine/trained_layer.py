@@ -30,7 +30,7 @@ class _Adam:
         self._mean.lerp_(gradient, 1.0 - _MOMENTUM)
         self._squares.lerp_(gradient.square(), 1.0 - _SQUARES)
         root = (self._squares / (1.0 - _SQUARES**self._steps)).sqrt_()
-        # No constant beside the root: gradients of a block have no natural size. Without any gradient nothing moves.
+        # No constant added to the root: gradients of a block have no natural size. Without any gradient nothing moves.
         mean = self._mean / (1.0 - _MOMENTUM**self._steps)
         return torch.where(root > 0, mean / root, mean)
 

@@ -157,7 +157,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def judging_batches(trained: int) -> int:
-    """Return how many batches judge beside so many that are trained on."""
+    """Return how many batches judge, given how many are trained on."""
     return min(max(1, trained // _TRAINED_FOR_EACH), JUDGING_BATCHES)
 
 
@@ -176,7 +176,7 @@ def mean_error(
         forward: runs a batch, by number, through the weights as they stand.
         targets: per batch, what its output should be.
         batches: which of them.
-        measure: error of an output beside its target.
+        measure: error of an output relative to its target.
     """
     with torch.no_grad():
         return sum(float(measure(forward(batch), targets[batch])) for batch in batches) / len(batches)
@@ -190,7 +190,7 @@ class OutputObjective:
         forward: runs a batch, by number, through the weights as they stand, with gradients if those are on.
         targets: per batch, what its output should be, of the shape of the output.
         judging: the batches that judge, and are not trained on.
-        measure: error of an output beside its target.
+        measure: error of an output relative to its target.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Schedule:
     Args:
         steps: how many steps at most.
         seed: draws the order of batches.
-        warmup: 0 to 1; Adam's first steps go by the sign of one gradient alone.
+        warmup: 0 to 1; Adam's first steps depend on the sign of a single gradient.
         patience: after so many judgements without a better one training ends; more where a rising rate first undoes
             what was solved.
     """

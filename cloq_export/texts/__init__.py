@@ -1,1 +1,1 @@
-"""Texts: files of them, read in one way whatever they are for, and the token ids that are made of them."""
+"""Texts: their files, all read in the same way, and the token ids that are made of them."""

@@ -37,7 +37,7 @@ class CalibrationText:
         text: the whole text, not empty.
         origin: a file path, "hub:<id>", or "embedded (<what>)", for reports.
         sha256: of the text in UTF-8, hexadecimal.
-        parts: of a mix, the texts that take turns in giving a window; empty for one text.
+        parts: of a mix, the texts from which windows are drawn in turn; empty for one text.
     """
 
     text: str

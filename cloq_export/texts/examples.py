@@ -84,7 +84,7 @@ class ChatExample:
 
     Args:
         messages: in order, the assistant's last; a system message can only be the first.
-        where: which row it is, for messages of errors; two chats are equal whatever it says.
+        where: which row it is, for error messages; it does not count when chats are compared.
     """
 
     messages: tuple[Message, ...]

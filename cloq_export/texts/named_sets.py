@@ -15,7 +15,7 @@ from cloq_export.texts.wikitext import WIKITEXTS, read_wikitext, wikitext_files
 from cloq_export.texts.word_problems import MOST_STEPS, generate
 
 WORD_PROBLEMS = "word-problems"
-# Name -> the most calculations that a problem takes; the short ones are within a small model's reach.
+# Name -> the most calculations that a problem takes; a small model can learn the short ones.
 WORD_PROBLEM_SETS = {WORD_PROBLEMS: MOST_STEPS, "short-word-problems": 2}
 WORD_PROBLEM_COUNTS = {"train": 2000, "test": 500}
 
@@ -70,7 +70,7 @@ def set_names() -> tuple[str, ...]:
 
 
 def load_examples(name: str) -> ExampleSet:
-    """Return examples by whatever a user names them by.
+    """Return the examples that a user names.
 
     A set by name is read from the data folder if it has it, else from the hub; word problems are generated.
 

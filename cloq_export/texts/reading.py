@@ -1,4 +1,4 @@
-"""Files of plain text and of JSON rows, read in one way whatever they are for."""
+"""Files of plain text and of JSON rows, read in the same way for every purpose."""
 
 from __future__ import annotations
 

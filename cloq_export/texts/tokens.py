@@ -186,7 +186,7 @@ def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for start in range(len(whole) - len(plain) + 1):
         if plain and whole[start : start + len(plain)] == plain:
             return tuple(whole[:start]), tuple(whole[start + len(plain) :])
-    # The probe has no tokens of its own, or others beside special ones: only a begin token can be identified then.
+    # The probe has no tokens of its own, or others besides special ones: only a begin token can be identified then.
     begin = getattr(tokenizer, "bos_token_id", None)
     count = 1 if whole[:1] == [begin] and begin is not None else 0
     end = getattr(tokenizer, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Templates of grade-school word problems: what is told, what is asked, and the steps of the solution."""
+"""Templates of grade-school word problems: the story, the question, and the steps of the solution."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def generate(count: int, *, seed: int = 0, split: str = "train", most_steps: int
 
 
 def split_of(template: str, numbers: Sequence[int]) -> str:
-    """Return the split that a problem with these numbers belongs to, whatever its seed and its names.
+    """Return the split that a problem with these numbers belongs to, for any seed and any names.
 
     Args:
         template: what kind of problem it is.

@@ -12,6 +12,7 @@ import torch
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import UsageError
 from cloq_export.kernels.gpu import cuda
+from cloq_export.models.devices import chosen_device
 from cloq_export.models.precision import has_fast_bfloat16
 from cloq_export.recipe import FineTuneRecipe
 
@@ -37,10 +38,7 @@ class Placement:
         Raises:
             UsageError: CUDA is asked for and there is none, or bfloat16 of a GPU that does not multiply it.
         """
-        has_cuda = bool(cuda().count())
-        if recipe.device == "cuda" and not has_cuda:
-            raise UsageError("`device=cuda` was asked for, but torch sees no CUDA device; use `device=cpu`.")
-        device = torch.device(recipe.device if recipe.device != "auto" else "cuda" if has_cuda else "cpu")
+        device = chosen_device(recipe.device)
         if device.type == "cuda" and recipe.precision == "bfloat16" and not cuda().has_bfloat16():
             raise UsageError(
                 f"`precision=bfloat16` was asked for, and {cuda().name(device)} does not multiply bfloat16; use "

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from cloq_export.train.sequences import NOT_LEARNED
 
-# Elements of float32 at a time: a piece and its exponentials stay near the processor.
+# Elements of float32 at a time: a piece and its exponentials stay in the cache.
 _PIECE_ELEMENTS = 1 << 22
 
 

@@ -21,7 +21,7 @@ from cloq_export.verbs.run_files import remove_finished, write_run_adapter
 from cloq_export.verbs.run_texts import bind_text, calibration_text_of
 from cloq_export.verbs.summary import RunSummary, summarize_run
 
-# What may be chosen anew: none of it touches the codes.
+# Options that may be chosen again, because they do not change the codes.
 ADAPTER_OPTIONS = (
     "rank",
     "init",

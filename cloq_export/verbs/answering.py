@@ -12,8 +12,9 @@ from cloq_export.compress.session import Session
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.files.atomic import make_folder, write_json
 from cloq_export.parity.answers import Answers, AnswerStore, Respondent
+from cloq_export.parity.plain import plain
 from cloq_export.parity.task_kinds import Questions, Task, WrittenTask
-from cloq_export.parity.task_report import task_entry
+from cloq_export.parity.task_report import TaskEntry, task_entry
 from cloq_export.parity.tasks import GROUPS, find_task, load_questions
 from cloq_export.texts.tokens import TextTokens
 
@@ -61,7 +62,7 @@ def answer_tasks(
     tokenizer: Any,
     adapter: str | None,
     out: Path | None,
-) -> dict[str, Any]:
+) -> dict[str, TaskEntry]:
     """Put every task to every model.
 
     Args:
@@ -73,7 +74,7 @@ def answer_tasks(
         out: folder for answers and tasks.json; None keeps nothing.
 
     Returns:
-        dict: task -> its entry in a report, as `task_entry` gives it.
+        dict: task -> its entry in a report.
 
     Raises:
         RunDirectoryError: the folder holds answers of another model or to other questions, or cannot be written.
@@ -93,15 +94,13 @@ def answer_tasks(
                 answers[name][subject.name] = task.ask(
                     Respondent(subject.model, tokenizer, subject.adapter), questions, store=store, advance=advance
                 )
-    entries = {
-        name: task_entry(task, questions, answers[name], adapter).to_json() for name, (task, questions) in tasks.items()
-    }
+    entries = {name: task_entry(task, questions, answers[name], adapter) for name, (task, questions) in tasks.items()}
     if out is not None:
-        write_json(out / TASKS_FILE, entries, sort_keys=False)
+        write_json(out / TASKS_FILE, plain(entries), sort_keys=False)
     return entries
 
 
-def group_means(entries: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def group_means(entries: Mapping[str, TaskEntry]) -> dict[str, dict[str, float]]:
     """Return group -> model -> mean accuracy of its tasks, for each group all of whose tasks were measured.
 
     Args:
@@ -110,10 +109,9 @@ def group_means(entries: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     means = {}
     for group, names in GROUPS.items():
         if all(name in entries for name in names):
-            models = entries[names[0]]["models"]
             means[group] = {
-                model: sum(entries[name]["models"][model]["accuracy"] for name in names) / len(names)
-                for model in models
+                model: sum(entries[name].models[model].accuracy for name in names) / len(names)
+                for model in entries[names[0]].models
             }
     return means
 

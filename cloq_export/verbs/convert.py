@@ -46,7 +46,7 @@ def convert(
         raise UsageError(f"{path} cannot be converted in place; choose another folder with `out`.")
     checkpoint = Checkpoint.open(path, read_as=read_as)
     if read_as is not None:
-        session.notes.append(f"read as {read_as}, whatever its config says")
+        session.notes.append(f"read as {read_as}, although its config may say otherwise")
     session.notes.extend(checkpoint.notes)
     source = ExportSource(
         path=path,

@@ -17,6 +17,8 @@ from cloq_export.files.atomic import make_folder
 from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import open_model
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows
+from cloq_export.parity.plain import plain
+from cloq_export.parity.task_report import TaskEntry
 from cloq_export.parity.tasks import PERPLEXITY, expand_names
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
@@ -32,20 +34,20 @@ class Evaluation:
 
     Args:
         perplexity: None if it was not asked for.
-        tasks: task -> its entry, as `parity.tasks.task_entry` gives it; empty if none was asked for.
+        tasks: task -> its entry; empty if none was asked for.
         means: group of tasks -> model -> mean accuracy.
         notes: what did not go the ordinary way.
     """
 
     perplexity: PerplexityTable | None
-    tasks: Mapping[str, Any]
+    tasks: Mapping[str, TaskEntry]
     means: Mapping[str, Mapping[str, float]]
     notes: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cloq eval --json` prints."""
         perplexity = self.perplexity.to_json() if self.perplexity is not None else {}
-        answers = {"tasks": self.tasks, "means": self.means} if self.tasks else {}
+        answers = {"tasks": plain(self.tasks), "means": self.means} if self.tasks else {}
         return {**perplexity, **answers, **({"notes": list(self.notes)} if self.notes else {})}
 
 
@@ -86,7 +88,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
     if text is not None:
         windows = TextWindows(text, options.window, options.windows, options.bos or recipe.bos)
         perplexity = measure_perplexity(session, stored, windows, loaded)
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskEntry] = {}
     if questions:
         tokenizer = loaded.tokenizer if loaded is not None else stored.tokenizer()
         subjects = subjects_of(session, stored, loaded)

@@ -62,7 +62,7 @@ def export(run_path: Path, options: ExportOptions, *, console: Console | None = 
 
 
 def _own_checkpoint(session: Session, directory: RunDirectory, recipe: Recipe) -> Checkpoint:
-    """Return the run's own checkpoint, written anew from the float original if it is missing or not of these layers."""
+    """Return the run's own checkpoint, written again from the float original if it is missing or of other layers."""
     if not directory.completed_modules():
         raise RunDirectoryError(
             f"{directory.path} has no finished layer; finish it with: cloq run {recipe.model} --out {directory.path}"
@@ -72,7 +72,7 @@ def _own_checkpoint(session: Session, directory: RunDirectory, recipe: Recipe) -
         computed = directory.base_fingerprint()
         if checkpoint.grids.base_fingerprint == computed:
             return checkpoint
-        session.notes.append("the run's own checkpoint was of other layers, so it was written anew")
+        session.notes.append("the run's own checkpoint was of other layers, so it was written again")
     loaded, plan = open_planned(session, recipe)
     refuse_other_source(loaded, directory)
     refuse_unfinished(directory, plan)

@@ -46,7 +46,7 @@ class PreparedAdapter:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """Return what its side file says beside the base."""
+        """Return what its side file says besides the base."""
         return {**self.record, **({ADAPTER_KEY: self.provenance.to_json()} if self.provenance else {})}
 
     def to_json(self) -> dict[str, Any]:

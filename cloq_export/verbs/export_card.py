@@ -12,7 +12,6 @@ from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.base_license import License, base_license
 from cloq_export.artifact.certificate import CERTIFICATE_NAME, Certificate
 from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.model_card import CardFacts, EngineLines, Figure, MadeFrom, write_model_card
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.registry import LAYOUTS
@@ -59,26 +58,21 @@ def _figures(report: Mapping[str, Any], recipe: Recipe) -> Iterator[Figure]:
             yield Figure("perplexity", measured["perplexity"], conditions, label, measured.get("standard_error"))
 
 
-def loading_lines(
-    format: str, layers: LayerSource, adapters: Sequence[PreparedAdapter], *, merged: bool
-) -> tuple[EngineLines, ...]:
+def loading_lines(format: str, exported: Exported, adapters: Sequence[PreparedAdapter]) -> tuple[EngineLines, ...]:
     """Return how each engine loads an export, ours first.
 
     Args:
         format: of the export; one that is a checkpoint.
-        layers: what it is made of.
+        exported: what engines are given.
         adapters: that lie in it.
-        merged: there is one adapter, and it is in the weights.
     """
     names = [adapter.name for adapter in adapters]
-    ranks = [] if merged else [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
     inside = f"{_PLACEHOLDER}/{ADAPTERS_NAME}/{names[0]}" if names else _PLACEHOLDER
     lines: list[EngineLines] = []
     if format in LAYOUTS:
         served = f'cloq_export.load("{_PLACEHOLDER}"' + (f', adapter="{names[0]}")' if names else ")")
         note = "checks that the adapter belongs to this base"
         lines.append(EngineLines("cloq_export", f"import cloq_export\n\nmodel = {served}", __version__, note))
-    exported = Exported(layers.specs, layers.shapes, ranks, plugin=True)
     for entry in load_snippets(format, exported, folder=_PLACEHOLDER, adapter=inside):
         note = f"on {entry['device']}" + (f"; needs {entry['needs']}" if entry["needs"] else "")
         lines.append(EngineLines(entry["engine"], entry["snippet"], entry["version"], note, entry["language"]))

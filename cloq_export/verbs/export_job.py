@@ -9,6 +9,7 @@ from typing import Any
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource
+from cloq_export.artifact.empty_model import quantized_embeddings
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, MadeFrom
 from cloq_export.artifact.needed_adapter import NOTE, refuse_alone
 from cloq_export.artifact.provenance import BaseRecord
@@ -122,6 +123,11 @@ def write_export(session: Session, source: ExportSource, options: ExportOptions)
             f"{checkpoint.folder} is a wrapper of the type {checkpoint.config.get('model_type')}, and an ONNX export "
             "is a decoder of text, without the wrapper's other parts; choose another format, e.g. `format=gptq_v2`."
         )
+    if options.format == ONNX and (embeddings := quantized_embeddings(checkpoint)):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} holds codes of {embeddings[0]}, and an ONNX export has floats of embeddings alone; "
+            "choose another format, e.g. `format=compressed_tensors`."
+        )
     if layers.needs_adapter:
         _require_adapter(session, source, options)
     adapters = prepare_adapters(session, source.path, source.adapters, checkpoint, options)
@@ -134,7 +140,8 @@ def write_export(session: Session, source: ExportSource, options: ExportOptions)
         record = export_record(
             session, source.record, layers, {adapter.name: adapter.provenance for adapter in adapters}
         )
-    engines = () if format in ADAPTERS_ALONE else loading_lines(format, layers, adapters, merged=format == MERGED)
+    exported = exported_of(source, adapters, merged=format == MERGED)
+    engines = () if format in ADAPTERS_ALONE else loading_lines(format, exported, adapters)
     job = ExportJob(
         session=session,
         out=options.out or source.path / "exports" / format,
@@ -223,6 +230,19 @@ def noted_record(session: Session, read: Callable[[], BaseRecord | None]) -> Bas
         return None
 
 
+def exported_of(source: ExportSource, adapters: Sequence[PreparedAdapter], *, merged: bool) -> Exported:
+    """Return what an engine would be given; this package, and so the plugin, is installed here.
+
+    Args:
+        source: what the export is made from.
+        adapters: that lie in it.
+        merged: there is one adapter, and it is in the weights.
+    """
+    ranks = [] if merged else [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
+    embeddings = quantized_embeddings(source.checkpoint)
+    return Exported(source.layers.specs, source.layers.shapes, ranks, plugin=True, embeddings=embeddings)
+
+
 def _choose_format(
     session: Session, source: ExportSource, adapters: Sequence[PreparedAdapter], options: ExportOptions
 ) -> tuple[str, Decision | None]:
@@ -230,11 +250,9 @@ def _choose_format(
     alone = options.format if options.format in ADAPTERS_ALONE else None
     if options.target is None:
         return options.format or source.checkpoint.grids.layout.name, None
-    ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
     decision = preflight(
         parse_target(options.target),
-        # This package, and so the plugin, is installed here; the notes say where else it is needed.
-        Exported(source.layers.specs, source.layers.shapes, ranks, plugin=True),
+        exported_of(source, adapters, merged=False),
         layout=None if alone else options.format,
         device=options.device,
     )

@@ -67,7 +67,7 @@ class ExportJob:
         return self.card.made_from.base_model
 
     def certificate_facts(self) -> dict[str, Any]:
-        """Return what the certificate says beside hashes."""
+        """Return what the certificate says besides hashes."""
         return {
             "provenance": self.record is not None,
             "adapters": {adapter.name: dict(adapter.record) for adapter in self.adapters},

@@ -140,7 +140,7 @@ class ServeOptions:
 
     adapters: tuple[str, ...] = option(
         (),
-        "An adapter to serve beside those of EXPORT; can be repeated.",
+        "An adapter to serve besides those of EXPORT; can be repeated.",
         flag="--adapter",
         metavar="NAME=FOLDER",
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from cloq_export.compress.opening import device_of, open_planned
+from cloq_export.compress.opening import open_planned
 from cloq_export.compress.planned import DevicePlan
 from cloq_export.compress.session import Session
+from cloq_export.models.devices import chosen_device
 from cloq_export.recipe import Recipe
 
 
@@ -59,5 +60,5 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> RunPlan:
     )
     if recipe.budget:
         session.notes.append("a budget chooses bits, groups and ranks after measuring; the plan has the recipe's own")
-    device = DevicePlan.of(loaded.model, plan, recipe, device_of(recipe))
+    device = DevicePlan.of(loaded.model, plan, recipe, chosen_device(recipe.device))
     return RunPlan(recipe.model, dict(kinds), len(plan.modules), device, tuple(session.notes))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cloq_export.artifact.certificate import verify_certificate
-from cloq_export.artifact.hub import HubPlace, Pushed, is_left_out
-from cloq_export.artifact.hub import push as upload
+from cloq_export.artifact.hub import HubPlace, Pushed, is_left_out, upload_export
 
 
 def push(
@@ -31,4 +30,4 @@ def push(
     def refuse_uncertified(path: Path) -> None:
         verify_certificate(path, left_out=is_left_out)
 
-    return upload(folder, HubPlace(repo_id, private, token, revision), verify=refuse_uncertified)
+    return upload_export(folder, HubPlace(repo_id, private, token, revision), verify=refuse_uncertified)

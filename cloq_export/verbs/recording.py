@@ -1,4 +1,4 @@
-"""Records of what a run or a training has made, written when it is made; `verify` compares what is served with them."""
+"""Records of what a run or a training made, written when it is made; `verify` compares what is served with them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from cloq_export.errors import FormatError, RunDirectoryError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.peft import read_adapter
 from cloq_export.parity.task_kinds import Questions, Task
+from cloq_export.parity.task_report import TaskEntry
 from cloq_export.types import LoraPair
 
 PROVENANCE_REPORT = "provenance"
@@ -111,7 +112,7 @@ def record_answers(
     directory: RunDirectory,
     adapter: str | None,
     tasks: Mapping[str, tuple[Task, Questions]],
-    entries: Mapping[str, Any],
+    entries: Mapping[str, TaskEntry],
 ) -> None:
     """Add to a run's record which questions it answers right, for `verify` to hold served answers against.
 
@@ -131,9 +132,9 @@ def record_answers(
         seals |= {} if made is None else {"adapter": seal_of(made)}
     kept = dict(record.tasks)
     for name, (task, questions) in tasks.items():
-        models = entries[name]["models"]
+        models = entries[name].models
         right = {
-            seal: "".join("1" if flag else "0" for flag in models[model]["correct"])
+            seal: "".join("1" if flag else "0" for flag in models[model].correct)
             for model, seal in seals.items()
             if model in models
         }

@@ -13,9 +13,9 @@ from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
-from cloq_export.compress.opening import device_of
 from cloq_export.compress.session import Session
 from cloq_export.compress.strategies import check_low_rank_first
+from cloq_export.models.devices import chosen_device
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_windows
 from cloq_export.recipe import Recipe
@@ -76,7 +76,7 @@ def run(
         write_run_adapter(session, directory, recipe)
         write_run_checkpoint(session, directory, model, recipe)
         adapter = choose_adapter(session, out, recipe.adapter_name)
-        stored = StoredModel(out, adapter, device=device_of(recipe))
+        stored = StoredModel(out, adapter, device=chosen_device(recipe.device))
         session.notes.extend(stored.notes)
         probes: dict[str, ProbeRecord] = {}
         perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))

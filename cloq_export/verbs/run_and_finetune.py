@@ -81,7 +81,7 @@ class FineTunedRun:
         return [*self.summary.notes, *self.trained.notes]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `cloq run --json` prints: the summary of the run, and what followed beside it."""
+        """Return what `cloq run --json` prints: the summary of the run with what followed it."""
         content = self.summary.to_json()
         adapter, report = self.trained.adapter, self.report
         perplexity = dict(content["perplexity"])

@@ -113,5 +113,5 @@ def remove_finished(work: Path) -> None:
     shutil.rmtree(finished, ignore_errors=True)
     work.rename(finished)
     shutil.rmtree(finished, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another adapter may be in the making there
+    with contextlib.suppress(OSError):  # another adapter may be under construction there
         work.parent.rmdir()

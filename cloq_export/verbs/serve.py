@@ -80,7 +80,7 @@ def serve(
         console: where progress goes; None is standard error.
 
     Raises:
-        UsageError: options that cannot be meant, or a port that is taken.
+        UsageError: options that make no sense, or a port that is taken.
         BindingError: an adapter belongs to another base.
         EngineError: the server did not start, or ended by itself; its last lines are in the message.
         CloqError: anything else that a user can mend.

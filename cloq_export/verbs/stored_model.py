@@ -23,12 +23,12 @@ from cloq_export.engines.transformers.served import float_model
 from cloq_export.errors import UsageError
 from cloq_export.formats.peft import WEIGHTS_NAME, read_adapter
 from cloq_export.kernels.gpu import cuda
-from cloq_export.models.lending import lent, tensor_bytes
+from cloq_export.models.lending import lent, model_bytes
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weights_on_disk import weights_on_disk
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows
-from cloq_export.parity.perplexity import evaluate as measure
+from cloq_export.parity.perplexity import compare_perplexities as measure
 from cloq_export.texts.tokens import TextTokens
 from cloq_export.verbs.answering import Subject
 from cloq_export.verbs.recording import CODES_ALONE, probe_model
@@ -184,7 +184,7 @@ def _fitting(session: Session, model: nn.Module, device: torch.device, what: str
     if weights_on_disk(model) is not None:
         session.notes.append(f"{what} is measured on the CPU: its weights are on disk")
         return _HOST
-    needed, free = tensor_bytes(model) + _BESIDE_WEIGHTS, cuda().free_bytes(device)
+    needed, free = model_bytes(model) + _BESIDE_WEIGHTS, cuda().free_bytes(device)
     if needed <= free:
         return device
     session.notes.append(

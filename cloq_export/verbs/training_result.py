@@ -119,7 +119,7 @@ def write_trained(
         recipe: every option.
         pairs: what was trained, as it is stored.
         curve: what the training did.
-        record: what the adapter records of itself beside that.
+        record: what the adapter records of itself besides that.
     """
     data_sha256 = start.data["data"]["sha256"]
     trained = TrainingRecord(
@@ -163,7 +163,7 @@ def write_trained(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRecord:
-    """What a trained adapter records of itself, beside the training.
+    """What a trained adapter records of itself, besides the training.
 
     Args:
         examples: what it learned; only marks of the prompts are kept.

@@ -35,7 +35,7 @@ def verify(export: Path, options: VerifyOptions, *, console: Console | None = No
         ParityReport: `passed` is the verdict, and `files` names what was written.
 
     Raises:
-        UsageError: options that cannot be meant.
+        UsageError: options that make no sense.
         GateMissedError: the text is shorter than one window, so that nothing can be judged.
         CloqError: the model, an adapter or the engine cannot be loaded, so that nothing can be measured.
     """
@@ -95,7 +95,7 @@ def _measure(plan: Plan, place: Path, progress: Progress) -> ParityReport:
         reference=known.source,
         runtime=options.runtime,
         dtype=options.dtype,
-        adapters=judging.served_adapters(plan),
+        adapters=judging.describe_adapters(plan),
         conditions=judging.conditions(plan, known, text),
         certificate=certificate,
         provenance=Provenance(proven, tuple(engine.probes), tuple(plan.made.recorded_ratios(options, text.sha256))),

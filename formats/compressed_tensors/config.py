@@ -17,6 +17,9 @@ METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 LM_HEAD = "lm_head"
 
+EMBEDDING = "Embedding"
+
+_IN_BLOCKS = re.compile(r"(^|\.)\d+\.")
 _MODULE_NAME = re.compile(r"[\w.\-]+")
 # The presets of compressed-tensors 0.20 that quantize weights alone, to integers of widths that are read here.
 _PRESETS = {f"W{bits}A16": QuantSpec(bits, 128, symmetric=True) for bits in SUPPORTED_BITS} | {
@@ -51,6 +54,7 @@ def quantization_config(
     skipped: Iterable[str] = (),
     producer: str = "",
     needs_adapter: bool = False,
+    embeddings: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json; SPEC.md section 4.
 
@@ -62,6 +66,7 @@ def quantization_config(
             named.
         producer: "name:version" of the program that writes, kept in `meta`.
         needs_adapter: the codes were made for what their adapter leaves of the weights.
+        embeddings: quantized modules that are embeddings, which other readers also look for by their class.
 
     Returns:
         A JSON object.
@@ -80,13 +85,18 @@ def quantization_config(
                 f"the module name {module!r} is {LINEAR!r} or holds characters other than letters, digits, '_', '-' "
                 "and '.', so readers of compressed-tensors would take it for something else."
             )
-    counts = collections.Counter(specs.values())
+    looked_up = set(embeddings)
+    counts = collections.Counter(spec for module, spec in specs.items() if module not in looked_up)
+    counts.update(dict.fromkeys((specs[module] for module in looked_up), 0))
     grids = sorted(counts, key=lambda spec: (-counts[spec], spec.bits, spec.group_size, spec.symmetric))
     groups: dict[str, dict[str, Any]] = {}
     for number, grid in enumerate(grids):
         names = sorted(module for module, spec in specs.items() if spec == grid)
+        # vLLM does not take a head for a linear layer unless it is named, nor embeddings that it was given no name for.
+        beside = [module for module in names if _IN_BLOCKS.search(module) is None]
+        classes = [] if looked_up.isdisjoint(names) else [EMBEDDING]
         groups[f"group_{number}"] = {
-            "targets": names if number else [LINEAR],
+            "targets": [*classes, *names] if number else [LINEAR, *classes, *beside],
             "weights": _weights(grid),
             "input_activations": None,
             "output_activations": None,
@@ -179,16 +189,16 @@ def resolve_grids(config: ReadConfig, modules: Collection[str], *, source: str) 
     config.ignored.check_cost(modules)
     grids: dict[str, QuantSpec] = {}
     for module in modules:
-        found = config.grids.by_name(module) or config.grids.of_linear
-        if len(found) != 1:
-            what = "no group" if not found else f"{len(found)} groups with different grids"
+        rules = config.grids.by_name(module) or config.grids.of_linear
+        if len(rules) != 1:
+            what = "no group" if not rules else f"{len(rules)} groups with different grids"
             raise FormatError(
                 f"{source}: {what} in config_groups means {module}, whose codes the files hold; config and weights "
                 "disagree."
             )
         if config.ignored.of_linear or config.ignored.by_name(module):
             raise FormatError(f"{source} ignores {module}, whose codes the files hold; config and weights disagree.")
-        grids[module] = next(iter(found))
+        grids[module] = next(iter(rules))
     return grids
 
 

@@ -35,6 +35,7 @@ class CompressedTensorsLayout(Layout):
     """
 
     quant_method = METHOD
+    holds_embeddings = True
     roles: Mapping[str, Role] = {
         "weight_packed": "codes",
         "weight_scale": "scales",
@@ -126,6 +127,7 @@ class CompressedTensorsLayout(Layout):
         skipped: Iterable[str] = (),
         producer: str = "",
         needs_adapter: bool = False,
+        embeddings: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Return the config; see `quantization_config`."""
         return quantization_config(
@@ -135,6 +137,7 @@ class CompressedTensorsLayout(Layout):
             skipped=skipped,
             producer=producer,
             needs_adapter=needs_adapter,
+            embeddings=embeddings,
         )
 
 

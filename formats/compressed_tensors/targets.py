@@ -75,8 +75,8 @@ class TargetMap(Generic[Value]):
 
     def by_name(self, module: str) -> set[Value]:
         """Return the values that a module has by its name, and not only as a linear layer."""
-        found = set(self.names.get(module, ()))
+        rules = set(self.names.get(module, ()))
         for pattern, values in self._patterns.values():
-            if not values <= found and pattern.matches(module):
-                found |= values
-        return found
+            if not values <= rules and pattern.matches(module):
+                rules |= values
+        return rules

@@ -85,7 +85,7 @@ def pack_layer(layer: QuantizedLayer, *, version: Version = 2, name: str = "laye
         if int(zeros.min()) == 0:
             raise FormatError(
                 f"{name} has a zero of 0, which the layout gptq (version 1) cannot hold because it stores zero - 1; "
-                "write it as gptq_v2 (--format gptq_v2)."
+                "write it as gptq_v2 (`format=gptq_v2`)."
             )
         zeros = zeros - 1
     return {

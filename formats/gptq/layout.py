@@ -197,6 +197,7 @@ class GptqLayout(Layout):
         skipped: Iterable[str] = (),
         producer: str = "",
         needs_adapter: bool = False,
+        embeddings: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Return the config; see `quantization_config`."""
         return quantization_config(

@@ -84,7 +84,7 @@ def write_onnx_adapter(
         RunDirectoryError: the folder holds other files, or cannot be written.
     """
     if not pairs:
-        raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose --rank 1 or more.")
+        raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose `rank=1` or more.")
     with write_folder(folder, owned=_holds_only_an_adapter) as filling:
         save_adapter(filling / ADAPTER_NAME, pairs, base_fingerprint)
         write_json(

@@ -87,13 +87,13 @@ def choose_blocks(
         fitting = [size for size in legal if span % size == 0]
         if not fitting and (compact or style == "matmulnbits"):
             if not compact:
-                remedy = "--style qdq, which takes any group and is slow for this one"
+                remedy = "`style=qdq`, which takes any group and is slow for this one"
             else:
                 exact = style == "qdq" or span % _BLOCK_SIZES[0] == 0
-                remedy = "--two-bit exact" if exact else "--two-bit exact --style qdq"
+                remedy = "`two_bit=exact`" if exact else "`two_bit=exact` `style=qdq`"
             raise ShapeError(
                 f"{name} has groups of {span} inputs, into which no block of {_listed(legal)} fits; export it with "
-                f"{remedy}, or quantize with --group-size 32, 64 or 128."
+                f"{remedy}, or quantize with `group_size=32`, 64 or 128."
             )
         size = max(fitting, default=span)
     return BlockGrid(style, bits, size, -(-in_features // size), level)
@@ -149,12 +149,12 @@ def unpack_blocks(
     codes, scales, zeros = tensors
     out_features, in_features = shape
     if grid.style == "qdq":
-        found = _unstream(codes, grid.bits, (in_features, out_features)).T
+        integers = _unstream(codes, grid.bits, (in_features, out_features)).T
         found_zeros = _unstream(zeros, grid.bits, (grid.blocks, out_features)).T
         scales = scales.T
     else:
         wide = unpack_rows(_words(codes.reshape(out_features, -1)), grid.bits)
-        found = wide[:, :in_features]
+        integers = wide[:, :in_features]
         if bool(wide[:, in_features:].any()):
             raise FormatError(f"{name}: the padding behind the last input is not zero; the graph was edited.")
         found_zeros = unpack_rows(_words(zeros), grid.bits, grid.blocks)
@@ -169,7 +169,7 @@ def unpack_blocks(
             "edited."
         )
     try:
-        return QuantizedLayer(found.contiguous(), half.contiguous(), group_zeros.contiguous(), spec)
+        return QuantizedLayer(integers.contiguous(), half.contiguous(), group_zeros.contiguous(), spec)
     except Exception as error:
         raise FormatError(f"{name}: {error}") from None
 

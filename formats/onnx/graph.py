@@ -50,7 +50,7 @@ def plan_blocks(
         for name, spec in layers.specs.items()
     }
     if two_bit == "compact" and not any(spec.bits == 2 for spec in layers.specs.values()):
-        raise UsageError("--two-bit compact was given, but no layer has 2 bits; leave it out.")
+        raise UsageError("`two_bit=compact` was given, but no layer has 2 bits; leave it out.")
     return modules, tuple(_notes(modules.values(), style))
 
 

@@ -55,10 +55,10 @@ class FloatLinear:
         """Return the hash of the weight as (out, in) float32."""
         tensor = self.weight.const_value
         assert tensor is not None
-        found = _digest(np.ascontiguousarray(tensor.numpy() if self.transposed else tensor.numpy().T).data)
+        digest = _digest(np.ascontiguousarray(tensor.numpy() if self.transposed else tensor.numpy().T).data)
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
-        return found
+        return digest
 
 
 def match_linears(graph: ir.Graph, layers: GraphLayers) -> dict[str, FloatLinear]:

@@ -62,8 +62,8 @@ def set_opset(model: ir.Model, needed: int, wanted: int | None) -> int:
     newest = onnx.defs.onnx_opset_version()
     if chosen < needed:
         raise UsageError(
-            f"opset {chosen} has no DequantizeLinear for these codes; {needed} is the least: choose --opset {needed} "
-            "or more, or --style matmulnbits."
+            f"opset {chosen} has no DequantizeLinear for these codes; {needed} is the least: choose `opset={needed}` "
+            "or more, or `style=matmulnbits`."
         )
     if not 1 <= chosen <= newest:
         raise UsageError(f"opset {chosen} is unknown to the installed onnx; it knows 1 to {newest}.")
@@ -73,7 +73,7 @@ def set_opset(model: ir.Model, needed: int, wanted: int | None) -> int:
             if not _means_the_same(operator, present, chosen):
                 raise UsageError(
                     f"{operator} is another operator in opset {chosen} than in {present}, which the float graph was "
-                    f"exported with; choose --opset {present}, or leave it out."
+                    f"exported with; choose `opset={present}`, or leave it out."
                 )
         model.opset_imports[""] = chosen
         least = next((version for opset, version in _IR_VERSIONS if chosen >= opset), 0)

@@ -1,4 +1,4 @@
-"""The packages that ONNX needs beside torch."""
+"""The packages that ONNX needs besides torch."""
 
 from __future__ import annotations
 

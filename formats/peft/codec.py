@@ -75,7 +75,7 @@ def write_adapter(
         RunDirectoryError: the folder holds other files, or cannot be written.
     """
     if not pairs:
-        raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose --rank 1 or more.")
+        raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose `rank=1` or more.")
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
         tensors[tensor_name(module, "A")] = pair.lora_A

@@ -189,8 +189,8 @@ class _Patterns:
         for place, pattern in enumerate(patterns):
             plain = _PLAIN_PATTERN.fullmatch(pattern)
             if plain is None:
-                found = NamePattern(rf"(.*\.)?({pattern})$", source=budget.source, budget=budget)
-                self._general.append((place, found))
+                compiled = NamePattern(rf"(.*\.)?({pattern})$", source=budget.source, budget=budget)
+                self._general.append((place, compiled))
                 continue
             whole = bool(plain["start"])
             characters = re.findall(r"\\.|.", plain["name"])
@@ -202,11 +202,11 @@ class _Patterns:
     def value(self, module: str, default: float) -> float:
         """Return the number of a module."""
         starts = [0, *(index + 1 for index, character in enumerate(module) if character == ".")]
-        found = [place for start in starts for place in self._ending(module[start:], whole=start == 0)]
+        places = [place for start in starts for place in self._ending(module[start:], whole=start == 0)]
         first = next((place for place, pattern in self._general if pattern.matches(module)), None)
         if first is not None:
-            found.append(first)
-        return self._values[min(found)] if found else default
+            places.append(first)
+        return self._values[min(places)] if places else default
 
     def _ending(self, end: str, *, whole: bool) -> Iterator[int]:
         """Yield the places of the plain keys that match a name, or the end of one behind a dot."""

@@ -118,7 +118,7 @@ def allowed_rank(rank: int, allowed: Iterable[int] = VLLM_MAX_LORA_RANKS) -> int
         if candidate >= rank:
             return candidate
     raise ShapeError(
-        f"rank {rank} is above {ranks[-1]}, the largest that is allowed; make the adapter with --rank {ranks[-1]} or "
+        f"rank {rank} is above {ranks[-1]}, the largest that is allowed; make the adapter with `rank={ranks[-1]}` or "
         "less."
     )
 
@@ -186,7 +186,7 @@ def uniform(pairs: Mapping[str, LoraPair], rank: int | None = None) -> UniformPa
         except NonFiniteError:
             raise NonFiniteError(
                 f"{module}: B times {pair.scaling / common:g} leaves the range of {lora_b.dtype}; store the adapter in "
-                "float32 (--adapter-dtype float32), or split it evenly first."
+                "float32 (`adapter_dtype=float32`), or split it evenly first."
             ) from None
         result[module] = LoraPair(wide.lora_A, wide.lora_B, alpha)
         if pair.scaling != common:

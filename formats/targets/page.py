@@ -33,7 +33,7 @@ def table_markdown() -> str:
         for rule in shown:
             number = sources.setdefault(rule.source, len(sources) + 1)
             cells = (
-                ", ".join(rule.layouts),
+                ", ".join(rule.layouts) + (" (embeddings)" if rule.embeddings else ""),
                 _list(rule.bits),
                 "symmetric or not" if len(rule.symmetric) == 2 else "symmetric" if rule.symmetric[0] else "asymmetric",
                 _list(rule.group_sizes),

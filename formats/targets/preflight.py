@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cloq_export.errors import UsageError
-from cloq_export.formats.targets.questions import BITS, Question
+from cloq_export.formats.targets.questions import BITS, TargetQuestion
 from cloq_export.formats.targets.table import (
     DEVICE_NAMES,
     DEVICES,
@@ -78,23 +78,23 @@ def preflight(target: Target, exported: Exported, *, layout: str | None = None, 
         raise UsageError(f"the shape of {missing[0]} is not known; give the shape of every quantized module.")
     versions = engine.versions if target.version is None else (target.version,)
     devices = DEVICES if device == "any" else tuple(known for known in DEVICES if known == device)
-    question = Question(engine, versions, exported)
+    question = TargetQuestion(engine, versions, exported)
     wanted = [known for known in engine.layouts if known != MERGED] if layout is None else [layout]
     fitting = []
     for place, name in enumerate(wanted):
-        found = {where: rules for where in devices if not isinstance(rules := question.answer(name, where), str)}
-        if found:
-            fitting.append((-len(found), place, name, found))
+        allowed = {where: rules for where in devices if not isinstance(rules := question.answer(name, where), str)}
+        if allowed:
+            fitting.append((-len(allowed), place, name, allowed))
     if not fitting:
         raise UsageError(_refusal(target, question, layout, devices))
-    _, _, chosen, found = min(fitting, key=lambda fit: fit[:2])
-    rules = tuple(dict.fromkeys(rule for used in found.values() for rule in used))
+    _, _, chosen, allowed = min(fitting, key=lambda fit: fit[:2])
+    rules = tuple(dict.fromkeys(rule for used in allowed.values() for rule in used))
     max_lora_rank, pad_rank, adapter_notes = _check_ranks(target, engine, ranks)
-    notes = (*_version_notes(target), *_notes(engine, versions, found), *adapter_notes)
-    return Decision(target, chosen, tuple(found), rules, notes, max_lora_rank, pad_rank)
+    notes = (*_version_notes(target), *_notes(engine, versions, allowed), *adapter_notes)
+    return Decision(target, chosen, tuple(allowed), rules, notes, max_lora_rank, pad_rank)
 
 
-def _refusal(target: Target, question: Question, layout: str | None, devices: Sequence[Device]) -> str:
+def _refusal(target: Target, question: TargetQuestion, layout: str | None, devices: Sequence[Device]) -> str:
     if layout is not None and layout not in (known := _layouts()):
         close = difflib.get_close_matches(layout, known, n=1)
         return f"layout {layout!r} is unknown; allowed are {', '.join(known)}." + (
@@ -108,21 +108,21 @@ def _refusal(target: Target, question: Question, layout: str | None, devices: Se
     reason = f"{target} {'; it '.join(reasons.values())}"
     choices = [
         _nearest(question, layout, devices),
-        f"--format {MERGED}" if layout != MERGED and question.works(MERGED, devices) else None,
+        f"`format={MERGED}`" if layout != MERGED and question.works(MERGED, devices) else None,
     ]
     quantized = [name for name in question.engine.layouts if name != MERGED]
     for device in DEVICES:
         if device not in devices:
             names = sorted(quantized, key=lambda name: name != layout)
             found = next((name for name in names if question.works(name, [device])), None)
-            choices.append(found and f"--format {found} on {DEVICE_NAMES[device]}")
+            choices.append(found and f"`format={found}` on {DEVICE_NAMES[device]}")
     works = list(dict.fromkeys(choice for choice in choices if choice is not None))
     if not works:
         return f"{reason}; nothing near it works: choose another target, or none."
     return f"{reason}; the nearest that works: {', or '.join(works)}."
 
 
-def _nearest(question: Question, layout: str | None, devices: Sequence[Device]) -> str | None:
+def _nearest(question: TargetQuestion, layout: str | None, devices: Sequence[Device]) -> str | None:
     """Return the options that change least and pass: layout first, then group size, symmetry, and bits last."""
     engine, specs, default = question.engine, question.specs, question.default
     rules = [rule for rule in read_table().rules if rule.target == engine.name]
@@ -158,12 +158,12 @@ def _nearest(question: Question, layout: str | None, devices: Sequence[Device]) 
             continue
         words = ["one grid for all modules"] if uniform else []
         if "bits" in grid:
-            words.append(f"--bits {grid['bits']}")
+            words.append(f"`bits={grid['bits']}`")
         if "group_size" in grid:
-            words.append(f"--group-size {grid['group_size']}")
+            words.append(f"`group_size={grid['group_size']}`")
         if "symmetric" in grid:
-            words.append("--symmetric" if grid["symmetric"] else "--asymmetric")
-        return " ".join([*words, f"--format {name}"])
+            words.append(f"`symmetric={str(grid['symmetric']).lower()}`")
+        return " ".join([*words, f"`format={name}`"])
     return None
 
 
@@ -179,7 +179,7 @@ def _check_ranks(
     allowed = allowed_rank(adapters, largest)
     if allowed is None:
         limit = max(adapters.ranks or ())
-        raise UsageError(f"an adapter has rank {largest}; {target} takes up to {limit}: make it with --rank {limit}.")
+        raise UsageError(f"an adapter has rank {largest}; {target} takes up to {limit}: make it with `rank={limit}`.")
     notes = []
     option = "--max-lora-rank" in adapters.note
     if option:
@@ -188,7 +188,7 @@ def _check_ranks(
     if not adapters.patterns and len(set(ranks)) > 1:
         pad_rank = largest
         notes.append(
-            f"{engine.title} takes one rank in all modules of an adapter: write adapters with --pad-rank {pad_rank}"
+            f"{engine.title} takes one rank in all modules of an adapter: write adapters with `pad_rank={pad_rank}`"
         )
     return allowed if option else None, pad_rank, tuple(notes)
 

@@ -20,37 +20,38 @@ BITS = (2, 3, 4, 8)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class Question:
+class TargetQuestion:
     """A checkpoint put to some versions of an engine."""
 
     def __init__(self, engine: Engine, versions: Sequence[str], exported: Exported) -> None:
         self.engine, self.versions, self.exported = engine, versions, exported
         self.specs, self.shapes = specs, shapes = exported.specs, exported.shapes
-        counts = collections.Counter(specs.values())
+        looked_up = set(exported.embeddings)
+        counts = collections.Counter(spec for module, spec in specs.items() if module not in looked_up)
         # The grid that the GPTQ layouts write as the default; every other one is an override there.
         self.default = min(counts, key=lambda spec: (-counts[spec], spec.bits, spec.group_size, spec.symmetric))
         self.fused = tuple(_fused_layers(shapes)) if engine.fused else ()
         # Layers of one shape and grid get one answer.
-        self.kinds: dict[tuple[QuantSpec, tuple[int, int]], str] = {}
+        self.kinds: dict[tuple[QuantSpec, tuple[int, int], bool], str] = {}
         for module, spec in specs.items():
-            self.kinds.setdefault((spec, shapes[module]), module)
+            self.kinds.setdefault((spec, shapes[module], module in looked_up), module)
 
-    def with_specs(self, specs: Mapping[str, QuantSpec]) -> Question:
+    def with_specs(self, specs: Mapping[str, QuantSpec]) -> TargetQuestion:
         """Return the same question about other grids."""
-        return Question(self.engine, self.versions, dataclasses.replace(self.exported, specs=specs))
+        return TargetQuestion(self.engine, self.versions, dataclasses.replace(self.exported, specs=specs))
 
     def answer(self, layout: str, device: Device) -> tuple[Rule, ...] | str:
         """Return the rules that allow a layout on a device in every version, or the reason against it."""
         # Lines that hold for every version are one way to load for all of them.
-        found = self._answer_for(self.versions, layout, device)
-        if not isinstance(found, str):
-            return tuple(dict.fromkeys(found))
+        answer = self._answer_for(self.versions, layout, device)
+        if not isinstance(answer, str):
+            return tuple(dict.fromkeys(answer))
         used: list[Rule] = []
         for version in self.versions:
-            found = self._answer_for((version,), layout, device)
-            if isinstance(found, str):
-                return found
-            used += found
+            answer = self._answer_for((version,), layout, device)
+            if isinstance(answer, str):
+                return answer
+            used += answer
         return tuple(dict.fromkeys(used))
 
     def works(self, layout: str, devices: Iterable[Device]) -> bool:
@@ -74,24 +75,28 @@ class Question:
             rules = [] if self._partly_float() else [rule for rule in rules if rule.own_grids == "parts"]
             if not rules:
                 return reason
-        found = self._used(rules, where)
-        if isinstance(found, str) or len({rule.flag for rule in found}) < 2:
-            return found
+        rules_used = self._used(rules, where)
+        if isinstance(rules_used, str) or len({rule.flag for rule in rules_used}) < 2:
+            return rules_used
         # What an engine is started with holds for all modules.
         for flag in dict.fromkeys(rule.flag for rule in rules):
             alone = self._used([rule for rule in rules if rule.flag == flag], where)
             if not isinstance(alone, str):
                 return alone
-        flags = listed(sorted({rule.flag for rule in found if rule.flag}))
+        flags = listed(sorted({rule.flag for rule in rules_used if rule.flag}))
         return f"reads some of the modules in {where} only with {flags}, and others only without"
 
     def _used(self, rules: Sequence[Rule], where: str) -> list[Rule] | str:
         """Return the first rule for each kind of layer, or the reason why one has none."""
         used: list[Rule] = []
-        for (spec, (outputs, inputs)), module in self.kinds.items():
-            fitting = [rule for rule in rules if rule.bits is None or spec.bits in rule.bits]
+        for (spec, (outputs, inputs), looked_up), module in self.kinds.items():
+            # In a merged export embeddings are a table of floats like any other.
+            about = [rule for rule in rules if rule.embeddings is looked_up or MERGED in rule.layouts]
+            if not about:
+                return f"reads no codes of embeddings in {where}, and {module} has such"
+            fitting = [rule for rule in about if rule.bits is None or spec.bits in rule.bits]
             if not fitting:
-                known = sorted({bits for rule in rules for bits in rule.bits or BITS})
+                known = sorted({bits for rule in about for bits in rule.bits or BITS})
                 return f"has no kernel for {spec.bits} bits in {where} (it has one for {listed(known)})"
             wider = fitting
             fitting = [rule for rule in wider if spec.symmetric in rule.symmetric]

@@ -8,7 +8,7 @@ import re
 import string
 
 from cloq_export.errors import UsageError
-from cloq_export.formats.targets.questions import Question
+from cloq_export.formats.targets.questions import TargetQuestion
 from cloq_export.formats.targets.table import (
     DEVICE_NAMES,
     DEVICES,
@@ -53,7 +53,7 @@ def load_snippets(
         # (snippet, needs, device) -> the versions in which it works.
         works: dict[tuple[str, tuple[str, ...], Device], list[str]] = collections.defaultdict(list)
         for device, version in itertools.product(DEVICES, engine.versions):
-            rules = Question(engine, (version,), exported).answer(layout, device)
+            rules = TargetQuestion(engine, (version,), exported).answer(layout, device)
             if not isinstance(rules, str):
                 # Of two ways to load, the one further down in the table also takes what the one above it takes.
                 snippet = max(rules, key=table.rules.index).snippet

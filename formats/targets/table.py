@@ -36,7 +36,7 @@ class Target:
     """The engine that an export is made for.
 
     Args:
-        name: of the engine, as in `--target`.
+        name: of the engine, as in the option `target`.
         version: as the table lists it, so with the patch number left out where it does not matter; None asks for what
             every version of the table reads.
         asked: the version that was asked for, where the table does not know it and `version` is the newest before it.
@@ -73,9 +73,10 @@ class Rule:
         needs: other packages that must be installed.
         flag: what the engine must be started with; it holds for all modules, so no line without it can serve some.
         symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
+        embeddings: whether it is about codes of embeddings, and of nothing else.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
-        note: what a user must know beside it.
+        note: what else a user must know.
     """
 
     target: str
@@ -93,6 +94,7 @@ class Rule:
     needs: tuple[str, ...]
     flag: str
     symmetric_because: str
+    embeddings: bool
     snippet: str
     source: str
     note: str
@@ -122,7 +124,7 @@ class Engine:
     """An engine of the table.
 
     Args:
-        name: as in `--target`.
+        name: as in the option `target`.
         title: as people write it.
         version_parts: how many numbers of a version matter.
         versions: the versions that were looked at, oldest first.
@@ -167,12 +169,14 @@ class Exported:
             too, because some engines read only checkpoints without any.
         ranks: the ranks that occur in the adapters that will be used; empty without one.
         plugin: whether this package is installed beside the engine.
+        embeddings: those of the quantized modules that are embeddings.
     """
 
     specs: Specs
     shapes: Shapes
     ranks: Collection[int] = ()
     plugin: bool = False
+    embeddings: Collection[str] = ()
 
 
 @functools.cache
@@ -215,7 +219,7 @@ def parse_target(text: str) -> Target:
     if not older:
         raise UsageError(
             f"what {name} {match['version']} reads is not known; known are {', '.join(engine.versions)}. The nearest "
-            f"is --target {name}=={engine.versions[0]}."
+            f"is `target={name}=={engine.versions[0]}`."
         )
     return Target(name, older[-1], asked=match["version"])
 
@@ -250,6 +254,7 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         needs=tuple(values.pop("needs", ())),
         flag=values.pop("flag", ""),
         symmetric_because=values.pop("symmetric_because", ""),
+        embeddings=values.pop("embeddings", False),
         note=values.pop("note", ""),
         inputs=multiple["inputs"],
         outputs=multiple["outputs"],

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from cloq_export.artifact.hub import HubPlace, push
+from cloq_export.artifact.hub import HubPlace, upload_export
 from cloq_export.errors import BindingError, CloqError, FormatError, HubError, UsageError
 
 TOKEN = "hf_secret"
@@ -68,7 +68,7 @@ def accept(folder):
 
 def refused(folder, api, repo_id="me/model", error=HubError, **options):
     with pytest.raises(error) as caught:
-        push(folder, HubPlace(repo_id, token=TOKEN, **options), verify=accept, api=api)
+        upload_export(folder, HubPlace(repo_id, token=TOKEN, **options), verify=accept, api=api)
     assert type(caught.value) is error
     text = str(caught.value)
     assert "\n" not in text
@@ -89,7 +89,7 @@ def test_an_export_is_uploaded_whole_and_nothing_else(export):
     (export / "__pycache__" / "x.pyc").write_text("mine")
     (export / "odd1x.txt~").write_text("mine")
     api = FakeApi()
-    done = push(export, HubPlace("me/model", private=True, token=TOKEN), verify=accept, api=api)
+    done = upload_export(export, HubPlace("me/model", private=True, token=TOKEN), verify=accept, api=api)
     expected = ["README.md", "adapters/cloq/adapter_config.json", "config.json", "model.safetensors", "odd[1]*.txt"]
     assert api.uploaded == list(done.files) == expected
     assert done.bytes == sum(len(name) for name in expected)
@@ -110,7 +110,7 @@ def test_an_export_is_uploaded_whole_and_nothing_else(export):
 
 def test_a_branch_is_made_and_a_short_name_is_completed(export):
     api = FakeApi()
-    done = push(export, HubPlace("model", token=TOKEN, revision="int2"), verify=accept, api=api)
+    done = upload_export(export, HubPlace("model", token=TOKEN, revision="int2"), verify=accept, api=api)
     assert (done.repo_id, done.revision) == ("me/model", "int2")
     assert [name for name, _ in api.calls] == ["create_repo", "create_branch", "upload_folder"]
     assert api.calls[1][1]["branch"] == api.calls[2][1]["revision"] == "int2"
@@ -124,7 +124,7 @@ def test_an_export_without_a_certificate_is_not_uploaded(export):
         raise BindingError(f"{folder} has no certificate")
 
     with pytest.raises(BindingError, match="has no certificate"):
-        push(export, HubPlace("me/model", token=TOKEN), verify=verify, api=api)
+        upload_export(export, HubPlace("me/model", token=TOKEN), verify=verify, api=api)
     assert api.calls == []
 
 
@@ -137,7 +137,7 @@ def test_a_name_that_is_none_is_refused_before_anything(export, repo_id):
 
 def test_no_token(export):
     with pytest.raises(HubError, match="there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN"):
-        push(export, HubPlace("me/model"), verify=accept, api=FakeApi())
+        upload_export(export, HubPlace("me/model"), verify=accept, api=FakeApi())
     missing = FakeApi({"create_repo": hub_errors.LocalTokenNotFoundError("Token is required\nbut none found")})
     assert "there is no token for the hub" in refused(export, missing)
 

@@ -5,195 +5,21 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from recorded_verbs import PERPLEXITY, RecordedVerbs
 
 import cloq_export
-from cloq_export.artifact.hub import Pushed
-from cloq_export.artifact.inspection_result import CheckpointInspection, GridCount
-from cloq_export.artifact.stored_sizes import StoredSizes
 from cloq_export.cli import VERBS, main
 from cloq_export.errors import SourceError
-from cloq_export.parity.perplexity import ModelPerplexity, PerplexityTable
-from cloq_export.process.host_memory import MemoryUse
 from cloq_export.recipe import Recipe
-from cloq_export.verbs.evaluate import Evaluation
-from cloq_export.verbs.export_adapters import PreparedAdapter
-from cloq_export.verbs.export_job import ExportResult
 from cloq_export.verbs.options import EvaluateOptions, ExportOptions
-from cloq_export.verbs.summary import LayersSummary, RunSummary
-
-PERPLEXITY = {
-    "float": {"perplexity": 29.5, "standard_error": 0.5},
-    "quantized": {"perplexity": 90.25, "standard_error": 2.0},
-    "adapter": {"perplexity": 45.125, "standard_error": 1.0},
-    "tokens": 8176,
-    "windows": 16,
-    "window": 512,
-    "text": "wikitext2",
-    "text_sha256": "0123456789abcdef" * 4,
-    "bos": "auto",
-    "begin_tokens": [],
-}
-
-
-def table_of(content: dict[str, Any]) -> PerplexityTable:
-    models = {name: ModelPerplexity(**entry) for name, entry in content.items() if isinstance(entry, dict)}
-    facts = {name: value for name, value in (PERPLEXITY | content).items() if not isinstance(value, dict)}
-    return PerplexityTable(models, **facts | {"begin_tokens": tuple(facts["begin_tokens"])})
-
-
-def summary_of(recipe: Recipe, out: Path, perplexity: dict[str, Any]) -> RunSummary:
-    return RunSummary(
-        run=str(out),
-        recipe=recipe,
-        perplexity=table_of(perplexity),
-        seconds={"calibrate": 1.25, "quantize": 2.0},
-        memory=MemoryUse(peak=1_500_000_000, beyond_start=300_000_000),
-        stored={
-            "bits_per_weight_base": 2.28125,
-            "bits_per_weight_with_adapter": 5.5,
-            "checkpoint_bytes": 60_000_000,
-            "adapter_bytes": 20_000_000,
-            "float_bytes": 500_000_000,
-        },
-        layers=LayersSummary(
-            count=210,
-            worst_error_adapted=0.25,
-            worst_module="model.layers.0.mlp.down_proj",
-            bits={"2": 200, "4": 10},
-            group_size={"64": 210},
-            rank={"64": 210},
-            warnings=("few tokens [red]here[/red]",),
-        ),
-        files={"checkpoint": f"{out}/checkpoint", "adapter": f"{out}/adapters/cloq"},
-        next=[f"cloq eval {out}"],
-        notes=["calibrated on the embedded text"],
-    )
-
-
-def export_of(options: ExportOptions) -> ExportResult:
-    return ExportResult(
-        folder=options.out or Path("x/exports/gptq_v2"),
-        format=options.format or "gptq_v2",
-        target=options.target,
-        devices=None,
-        max_lora_rank=None,
-        base_fingerprint="sha256:0",
-        adapters=(PreparedAdapter("a", {}, {"rank": 4}, None),),
-        seconds={},
-        notes=[],
-    )
-
-
-ANSWERED = {
-    "questions": 2,
-    "origin": "mine [x].jsonl",
-    "definition": "lm_eval",
-    "other_rule": "strict",
-    "models": {"float": {"accuracy": 0.5, "other_accuracy": 0.0}},
-    "comparisons": [
-        {
-            "first": "float",
-            "second": "adapter",
-            "agreement": 0.5,
-            "p_value": 1.0,
-            "drop": 0.0,
-            "drop_upper": 0.1,
-            "only_first": 1,
-            "only_second": 0,
-        }
-    ],
-}
-
-
-class RecordedVerbs:
-    """Stands in for the verbs: notes how they were called, which the real ones must allow, and gives real results.
-
-    It prints to standard output, as careless libraries do.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.raises: BaseException | None = None
-        self.perplexity: dict[str, Any] = PERPLEXITY
-
-    def replace(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        """Put the method of this name in the verb's place; a call that the verb would refuse fails."""
-        module = importlib.import_module(f"cloq_export.verbs.{name}")
-        verb, stand_in = getattr(module, name), getattr(self, name)
-
-        def called(*arguments: Any, **named: Any) -> Any:
-            bound = inspect.signature(verb).bind(*arguments, **named)
-            bound.apply_defaults()
-            given = {key: value for key, value in bound.arguments.items() if key not in ("console", "check")}
-            if bound.arguments.get("console") is not None:
-                bound.arguments["console"].print("progress")
-            print("noise")
-            self.calls.append((name, *given.values()))
-            if self.raises is not None:
-                raise self.raises
-            return stand_in(*given.values())
-
-        monkeypatch.setattr(module, name, called)
-
-    def run(self, recipe: Recipe, out: Path, demo: bool) -> RunSummary:
-        return summary_of(recipe, out, self.perplexity)
-
-    def quantize(self, recipe: Recipe, out: Path, demo: bool) -> RunSummary:
-        return summary_of(recipe, out, self.perplexity)
-
-    def adapt(self, run_path: Path, changes: dict[str, Any]) -> RunSummary:
-        known = {name: value for name, value in changes.items() if name != "damping"}
-        return summary_of(Recipe.from_mapping(known), run_path, self.perplexity)
-
-    def adapt_checkpoint(self, checkpoint: Path, recipe: Recipe, out: Path) -> RunSummary:
-        return summary_of(recipe, out, self.perplexity)
-
-    def export(self, run_path: Path, options: ExportOptions) -> ExportResult:
-        return export_of(options)
-
-    def convert(self, path: Path, options: ExportOptions, read_as: str | None) -> ExportResult:
-        return export_of(options)
-
-    def push(self, folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> Pushed:
-        return Pushed(repo_id, f"hub/{repo_id}", "hub/commit", revision or "main", ("README.md",), 4)
-
-    def evaluate(self, path: Path, options: EvaluateOptions) -> Evaluation:
-        if options.tasks == ("ppl",):
-            return Evaluation(table_of(self.perplexity), {}, {}, ())
-        return Evaluation(None, {options.tasks[0]: ANSWERED}, {"arithmetic": {"float": 0.25}}, ())
-
-    def inspect(self, path: Path, verify: bool, adapter: str | None, force: bool) -> CheckpointInspection:
-        grids = tuple(GridCount(bits=bits, group_size=64, symmetric=False, modules=1) for bits in (2, 4))
-        return CheckpointInspection(
-            path=str(path),
-            architecture="LlamaForCausalLM",
-            layout="gptq_v2",
-            main=grids[0],
-            grids=grids,
-            base_fingerprint="sha256:0",
-            files=("model.safetensors",),
-            companions=(),
-            sizes=StoredSizes(100, 1, 2, 3, 4, 5, 1234567, None, 7, 2.28125, None),
-        )
-
-
-@pytest.fixture
-def verbs(monkeypatch: pytest.MonkeyPatch) -> RecordedVerbs:
-    recorded = RecordedVerbs()
-    names = ("run", "quantize", "adapt", "adapt_checkpoint", "export", "convert", "push", "evaluate", "inspect")
-    for name in names:
-        recorded.replace(monkeypatch, name)
-    return recorded
 
 
 def recipe_of(verbs: RecordedVerbs) -> Recipe:
@@ -508,20 +334,6 @@ def test_an_unexpected_error_keeps_its_traceback(verbs):
     verbs.raises = ZeroDivisionError("a mistake of ours")
     with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
         main(["run", "--demo"])
-
-
-def test_word_problems_as_a_file(capsys, tmp_path):
-    options = ["data", "word-problems", "--count", "3", "--split", "test"]
-    assert main([*options, "--out", str(tmp_path / "words.jsonl")]) == 0
-    assert "3 word-problems (test) in" in capsys.readouterr().out
-    assert main(options) == 0
-    printed = capsys.readouterr().out
-    assert printed == (tmp_path / "words.jsonl").read_text()
-    assert [list(json.loads(line)) for line in printed.splitlines()] == [["question", "answer"]] * 3
-    assert main([*options, "--out", str(tmp_path / "words.txt")]) == 2
-    assert "end it with .jsonl" in capsys.readouterr().err
-    assert main([*options, "--most-steps", "9"]) == 2
-    assert "most_steps of word problems is 9; allowed is 1 to 4" in capsys.readouterr().err
 
 
 def test_tasks_of_eval(verbs, capsys, tmp_path):

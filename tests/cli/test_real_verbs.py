@@ -162,3 +162,17 @@ def test_a_plan_says_what_a_run_would_take(options: Words, model: str, tmp_path:
     with pretended_gpus(total=1 << 18):
         shown = cloq("run", model, "--plan", "--device", "cuda", *options)
     assert "not even one window in a forward pass fits" in shown.out.replace("\n", " ")
+
+
+def test_word_problems_as_a_file(capsys, tmp_path):
+    options = ["data", "word-problems", "--count", "3", "--split", "test"]
+    assert main([*options, "--out", str(tmp_path / "words.jsonl")]) == 0
+    assert "3 word-problems (test) in" in capsys.readouterr().out
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "words.jsonl").read_text()
+    assert [list(json.loads(line)) for line in printed.splitlines()] == [["question", "answer"]] * 3
+    assert main([*options, "--out", str(tmp_path / "words.txt")]) == 2
+    assert "end it with .jsonl" in capsys.readouterr().err
+    assert main([*options, "--most-steps", "9"]) == 2
+    assert "most_steps of word problems is 9; allowed is 1 to 4" in capsys.readouterr().err

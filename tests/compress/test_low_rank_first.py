@@ -260,18 +260,18 @@ def test_a_budget_weighs_what_a_round_leaves(tmp_path: Any) -> None:
         measuring = dataclasses.replace(request, plans=tuple(dataclasses.replace(p, rank=0) for p in request.plans))
         assert list(meter.solve([measuring]))
         measured[rounds] = reports[costs.report_of("a")]
-    grids = zip(measured[0]["grids"], measured[3]["grids"], strict=True)
+    grids = zip(measured[0].grids, measured[3].grids, strict=True)
     for plain, taken in grids:
-        for name, left in taken["left"].items():
-            assert left[0] == plain["left"][name][0]  # rank 0 has nothing to take out
-            assert all(later <= earlier for later, earlier in zip(left, plain["left"][name], strict=True))
-    two = next(grid for grid in measured[3]["grids"] if (grid["bits"], grid["group_size"]) == (2, 32))
-    plain_two = next(grid for grid in measured[0]["grids"] if (grid["bits"], grid["group_size"]) == (2, 32))
-    assert two["left"]["a"][-1] < 0.95 * plain_two["left"]["a"][-1]
+        for name, left in taken.left.items():
+            assert left[0] == plain.left[name][0]  # rank 0 has nothing to take out
+            assert all(later <= earlier for later, earlier in zip(left, plain.left[name], strict=True))
+    two = next(grid for grid in measured[3].grids if (grid.bits, grid.group_size) == (2, 32))
+    plain_two = next(grid for grid in measured[0].grids if (grid.bits, grid.group_size) == (2, 32))
+    assert two.left["a"][-1] < 0.95 * plain_two.left["a"][-1]
     # It is what a solve with one round leaves.
     layer = solved(request, low_rank_rounds=1)["a"]
     left = layer.certificate.error_bound * float(layer.problem.damped.weighted(layer.problem.target).norm())
-    assert two["left"]["a"][-1] == pytest.approx(left**2, rel=2e-2)  # its A and B are float16
+    assert two.left["a"][-1] == pytest.approx(left**2, rel=2e-2)  # its A and B are float16
 
 
 class _Reports:

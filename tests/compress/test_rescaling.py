@@ -246,7 +246,7 @@ def test_inputs_that_carry_much_through_tiny_weights_are_said(recipe_for: Recipe
     )["some.layer"]
     notes = [note for note in solved.certificate.notes if "comes from weights too small" in note]
     assert len(notes) == 1
-    assert "--override 'some.layer:skip=true'" in notes[0]
+    assert "`overrides='some.layer:skip=true'`" in notes[0]
 
 
 @pytest.mark.parametrize("method", ["rtn", "optq", "magr"])
@@ -319,9 +319,7 @@ def test_any_width_is_loaded_and_measured(
         log_probabilities(cloq_export.load(foreign)), log_probabilities(cloq_export.load(tmp_path / "run"))
     )
     again = recipe.changed({"rank": 2, "format": "gptq_v2"})
-    with pytest.raises(
-        ShapeError, match=r"whole 32-bit words.* choose a layout that holds them: --set format=compress"
-    ):
+    with pytest.raises(ShapeError, match=r"whole 32-bit words.* choose a layout that holds them: `format=compress"):
         adapt_checkpoint(foreign, again, tmp_path / "adapted", console=silent)
     assert not (tmp_path / "adapted").exists()
     adapt_checkpoint(foreign, again.changed({"format": recipe.format}), tmp_path / "adapted", console=silent)

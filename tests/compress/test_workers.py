@@ -108,7 +108,7 @@ def test_a_walk_that_runs_out_of_memory_goes_on_with_fewer_windows(fitting, reci
 
     monkeypatch.setattr(BlockStream, "forward_batch", limited)
     if not fitting:
-        with pytest.raises(UsageError, match=r"ran out with one calibration window .* a smaller --seqlen than 32"):
+        with pytest.raises(UsageError, match=r"ran out with one calibration window .* a smaller `seqlen` than 32"):
             quantize(recipe_for(), tmp_path / "run", console=silent)
         return
     summary = quantize(recipe_for(), tmp_path / "run", console=silent)
@@ -118,7 +118,7 @@ def test_a_walk_that_runs_out_of_memory_goes_on_with_fewer_windows(fitting, reci
 
 
 def test_layers_that_wait_for_each_other_are_not_given_to_a_cluster():
-    with pytest.raises(UsageError, match=r"error_aware=0\.5 every layer waits .* --set error_aware=0, or --preset"):
+    with pytest.raises(UsageError, match=r"error_aware=0\.5 every layer waits .* `error_aware=0`, or `preset"):
         workers.workers_of(Recipe(solvers="ray"), CPU)
 
 

@@ -196,7 +196,7 @@ def test_a_module_that_the_graph_computes_in_another_way_is_refused(tmp_path: Pa
         ({"style": "qdq", "two_bit": "compact", "opset": 22}, 2, "opset 22 has no Dequant.*; 25 is the least"),
         ({"opset": 12}, 4, "Identity is another operator in opset 12 than in 22"),
         ({"opset": 999}, 4, "opset 999 is unknown to the installed onnx"),
-        ({"two_bit": "compact"}, 4, "--two-bit compact was given, but no layer has 2 bits"),
+        ({"two_bit": "compact"}, 4, "`two_bit=compact` was given, but no layer has 2 bits"),
     ],
 )
 def test_an_opset_or_a_storage_that_does_not_fit_is_refused(

@@ -73,10 +73,10 @@ def test_a_row_long_group_takes_the_block_that_is_stored_in_fewest_bytes() -> No
 @pytest.mark.parametrize(
     ("bits", "group_size", "style", "two_bit", "message"),
     [
-        (4, 24, "matmulnbits", "exact", r"groups of 24 inputs, .* 16, 32, 64, 128 or 256 fits; .*--style qdq"),
-        (2, 16, "matmulnbits", "compact", r"groups of 16 inputs, .* 32, 64 or 128 fits; .*--two-bit exact"),
-        (2, 24, "matmulnbits", "compact", r"--two-bit exact --style qdq"),
-        (2, 16, "qdq", "compact", r"--two-bit exact, or"),
+        (4, 24, "matmulnbits", "exact", r"groups of 24 inputs, .* 16, 32, 64, 128 or 256 fits; .*`style=qdq`"),
+        (2, 16, "matmulnbits", "compact", r"groups of 16 inputs, .* 32, 64 or 128 fits; .*`two_bit=exact`"),
+        (2, 24, "matmulnbits", "compact", r"`two_bit=exact` `style=qdq`"),
+        (2, 16, "qdq", "compact", r"`two_bit=exact`, or"),
     ],
 )
 def test_groups_without_a_block_are_refused(bits: int, group_size: int, style: Any, two_bit: Any, message: str) -> None:

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from asked_targets import SHAPES, ask, make_specs
 
 from cloq_export.errors import UsageError
 from cloq_export.formats.targets.preflight import preflight
 from cloq_export.formats.targets.snippets import load_snippets
-from cloq_export.formats.targets.table import Exported, Target, parse_target, read_table
+from cloq_export.formats.targets.table import Exported, Target
 from cloq_export.types import QuantSpec
-
-SIZES = {
-    "self_attn.q_proj": (256, 256),
-    "self_attn.k_proj": (128, 256),
-    "self_attn.v_proj": (128, 256),
-    "self_attn.o_proj": (256, 256),
-    "mlp.gate_proj": (512, 256),
-    "mlp.up_proj": (512, 256),
-    "mlp.down_proj": (256, 512),
-}
-SHAPES = {f"model.layers.{layer}.{name}": size for layer in range(2) for name, size in SIZES.items()}
-
-
-def make_specs(bits=4, group_size=64, symmetric=False, **own) -> dict[str, QuantSpec]:
-    """Return one grid for all modules, except those whose last name stands in `own`."""
-    spec = QuantSpec(bits, group_size, symmetric)
-    return {module: own.get(module.rpartition(".")[2], spec) for module in SHAPES}
-
-
-def ask(target: str, specs=None, *, shapes=SHAPES, **options):
-    asked = {key: options.pop(key) for key in ("ranks", "plugin") if key in options}
-    return preflight(parse_target(target), Exported(specs or make_specs(), shapes, **asked), **options)
-
-
-# Choices.
 
 
 @pytest.mark.parametrize(
@@ -75,29 +46,29 @@ def test_accepted(target, grid, options, layout, devices) -> None:
             {"bits": 3},
             {"device": "cpu", "layout": "compressed_tensors"},
             r"vllm==0\.32 has no kernel for 3 bits in compressed_tensors on CPU \(it has one for 4\); the nearest that "
-            r"works: --bits 4 --format compressed_tensors, or --format merged, or --format compressed_tensors on "
+            r"works: `bits=4` `format=compressed_tensors`, or `format=merged`, or `format=compressed_tensors` on "
             r"CUDA\.$",
         ),
         (
             "vllm==0.32",
             {"bits": 4},
             {"layout": "gptq_v2", "device": "cpu"},
-            r"vllm==0\.32 reads 4 bits in gptq_v2 on CPU only symmetric; the nearest that works: --format "
-            r"compressed_tensors, or --format merged",
+            r"vllm==0\.32 reads 4 bits in gptq_v2 on CPU only symmetric; the nearest that works: `format="
+            r"compressed_tensors`, or `format=merged`",
         ),
         (
             "vllm==0.32",
             {"bits": 3},
             {"layout": "gptq"},
             r"no kernel for 3 bits in gptq on CPU \(it has one for 4\); it has no kernel for 3 bits in gptq on CUDA "
-            r"\(it has one for 4 and 8\); the nearest that works: --format compressed_tensors",
+            r"\(it has one for 4 and 8\); the nearest that works: `format=compressed_tensors`",
         ),
         (
             "vllm==0.32",
             {"bits": 3},
             {"layout": "compressed_tensors_padded"},
-            r"does not read compressed_tensors_padded on CPU or CUDA; the nearest that works: --format "
-            r"compressed_tensors, or",
+            r"does not read compressed_tensors_padded on CPU or CUDA; the nearest that works: `format="
+            r"compressed_tensors`, or",
         ),
         (
             "vllm",
@@ -105,34 +76,34 @@ def test_accepted(target, grid, options, layout, devices) -> None:
             {},
             r"vllm has no kernel for 3 bits in compressed_tensors on CPU \(it has one for 4\); it reads 3 bits in "
             r"compressed_tensors on CUDA with group size -1, 32, 64 and 128, not 16; the nearest that works: "
-            r"--group-size 32 --format compressed_tensors, or --format merged\.",
+            r"`group_size=32` `format=compressed_tensors`, or `format=merged`\.",
         ),
         (
             "gptqmodel",
             {"bits": 3},
             {"layout": "gptq"},
-            r"gptqmodel reads 3 bits in gptq on CPU or CUDA only symmetric; the nearest that works: --format "
-            r"gptq_v2\.$",
+            r"gptqmodel reads 3 bits in gptq on CPU or CUDA only symmetric; the nearest that works: `format="
+            r"gptq_v2`\.$",
         ),
         (
             "gptqmodel",
             {"bits": 4},
             {"layout": "merged"},
-            r"gptqmodel does not read merged on CPU or CUDA; the nearest that works: --format gptq_v2\.$",
+            r"gptqmodel does not read merged on CPU or CUDA; the nearest that works: `format=gptq_v2`\.$",
         ),
         (
             "sglang==0.5.23",
             {"bits": 2},
             {"device": "cuda", "layout": "compressed_tensors"},
-            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: --format gptq_v2, or "
-            r"--format merged",
+            r"no kernel for 2 bits .* on CUDA \(it has one for 4 and 8\); the nearest that works: `format=gptq_v2`, or "
+            r"`format=merged`",
         ),
         (
             "sglang",
             {"bits": 8, "group_size": -1},
             {"device": "cuda"},
-            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: --group-size 256 "
-            r"--format gptq_v2, or --format merged",
+            r"reads 8 bits in compressed_tensors on CUDA only symmetric; the nearest that works: `group_size=256` "
+            r"`format=gptq_v2`, or `format=merged`",
         ),
     ],
 )
@@ -146,7 +117,7 @@ def test_refused_by_shape() -> None:
     specs = {name: QuantSpec(4) for name in shapes}
     message = (
         r"needs inputs in multiples of 128 and outputs in multiples of 64 for compressed_tensors on CUDA, and b has "
-        r"128 inputs and 96 outputs; the nearest that works: --format gptq_v2, or --format merged, or --format gptq on "
+        r"128 inputs and 96 outputs; the nearest that works: `format=gptq_v2`, or `format=merged`, or `format=gptq` on "
         r"CPU\."
     )
     with pytest.raises(UsageError, match=message):
@@ -159,7 +130,7 @@ def test_fused_projections_need_one_grid(target: str) -> None:
     message = (
         r"computes q_proj, k_proj and v_proj as one layer with one grid, and model\.layers\.0\.self_attn has 4-bit "
         r"asymmetric group 128 and 4-bit asymmetric group 64 there; the nearest that works: one grid for all modules "
-        r"--format compressed_tensors, or --format merged\."
+        r"`format=compressed_tensors`, or `format=merged`\."
     )
     with pytest.raises(UsageError, match=message):
         ask(target, specs)
@@ -183,7 +154,7 @@ def test_own_grids_outside_of_fused_layers() -> None:
     message = (
         r"reads one grid for the modules that it fuses in gptq_v2 on CPU or CUDA, and model\.layers\.0\.self_attn\."
         r"q_proj has 4-bit symmetric group 128 where most have 4-bit symmetric group 64; the nearest that works: "
-        r"--format compressed_tensors"
+        r"`format=compressed_tensors`"
     )
     with pytest.raises(UsageError, match=message):
         ask("vllm==0.32", fused, layout="gptq_v2")
@@ -226,9 +197,6 @@ def test_nothing_to_export() -> None:
         preflight(Target("vllm"), Exported({}, {}))
 
 
-# The plugin.
-
-
 def test_plugin_counts_only_where_it_is() -> None:
     for layout in ("gptq_v2", "gptq"):
         with pytest.raises(UsageError):
@@ -254,9 +222,6 @@ def test_stock_comes_before_the_plugin() -> None:
     assert {rule.provider for rule in decision.rules} == {"stock"}
 
 
-# Humming, which vLLM and SGLang use where they are started with --quantization humming.
-
-
 @pytest.mark.parametrize("target", ["vllm==0.33", "sglang==0.5.23"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_humming_reads_version_two_with_its_flag(target, bits) -> None:
@@ -273,7 +238,7 @@ def test_humming_reads_version_two_with_its_flag(target, bits) -> None:
 def test_humming_is_refused_asymmetric_files_of_version_one(target, bits) -> None:
     message = (
         rf"reads {bits} bits in gptq on CUDA only symmetric \(Humming takes stored zeros as they lie, which for "
-        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: --format "
+        r"version 1 is one step off; gptq_v2 is read right\); the nearest that works: `format="
     )
     with pytest.raises(UsageError, match=message):
         ask(target, make_specs(bits=bits), layout="gptq", device="cuda")
@@ -319,147 +284,3 @@ def test_snippets_have_the_flag() -> None:
         assert "--quantization humming" in by_engine["SGLang"]["snippet"]
         exported = Exported(make_specs(bits=4, symmetric=True), SHAPES, ranks)
         assert not any("humming" in entry["snippet"] for entry in load_snippets("gptq_v2", exported))
-
-
-# Versions that the table does not know.
-
-
-@pytest.mark.parametrize(
-    ("target", "note"),
-    [
-        ("vllm==0.34.1", "vllm 0.34.1 is not in the table of targets; it is taken for 0.33, the newest before it"),
-        ("gptqmodel==7.5", "gptqmodel 7.5 is not in the table of targets; it is taken for 7.3, the newest before it"),
-    ],
-)
-def test_versions_after_the_first_known_one_are_taken_with_a_note(target, note) -> None:
-    assert ask(target).notes[0] == note
-
-
-# Adapters.
-
-
-@pytest.mark.parametrize(("ranks", "needed"), [((64,), 64), ((4,), 8), ((17, 4), 32), ((300,), 320), ((512,), 512)])
-def test_max_lora_rank_of_vllm(ranks, needed) -> None:
-    decision = ask("vllm==0.32", ranks=ranks)
-    assert decision.max_lora_rank == needed
-    assert decision.pad_rank is None
-    assert f"adapters of rank {max(ranks)} need --max-lora-rank {needed} in vLLM" in decision.notes
-
-
-def test_rank_too_large() -> None:
-    message = r"an adapter has rank 600; vllm==0\.32 takes up to 512: make it with --rank 512\."
-    with pytest.raises(UsageError, match=message):
-        ask("vllm==0.32", ranks=(8, 600))
-
-
-def test_ranks_of_their_own_are_padded_for_sglang() -> None:
-    decision = ask("sglang", ranks=(8, 20))
-    assert (decision.max_lora_rank, decision.pad_rank) == (20, 20)
-    assert any("--pad-rank 20" in note for note in decision.notes)
-    assert ask("sglang", ranks=(20,)).pad_rank is None
-
-
-def test_peft_takes_any_rank() -> None:
-    decision = ask("transformers", ranks=(8, 700))
-    assert (decision.max_lora_rank, decision.pad_rank) == (None, None)
-
-
-# Notes and snippets.
-
-
-def test_notes_say_what_was_not_run() -> None:
-    notes = ask("vllm==0.32").notes
-    assert "on CUDA: known from the source of vLLM, not run" in notes
-    assert not any(note.startswith("on CPU") and "not run" in note for note in notes)
-
-
-def test_notes_name_packages() -> None:
-    notes = ask("transformers", make_specs(bits=3)).notes
-    assert "on CPU and CUDA: needs compressed-tensors>=0.18 beside Transformers" in notes
-    notes = ask("transformers", make_specs(bits=3), layout="gptq_v2").notes
-    assert "on CPU and CUDA: needs optimum>=2.3 and gptqmodel>=7.3 beside Transformers" in notes
-
-
-def test_snippets_of_compressed_tensors() -> None:
-    entries = load_snippets("compressed_tensors", Exported(make_specs(bits=3), SHAPES, ranks=(48,)), folder="me/model")
-    assert [(entry["engine"], entry["version"], entry["device"]) for entry in entries] == [
-        ("vLLM", "0.32 to 0.33", "CUDA"),
-        ("Transformers", "5.19 to 5.24", "CPU, CUDA"),
-    ]
-    vllm, transformers = (entry["snippet"] for entry in entries)
-    assert 'LLM("me/model"' in vllm
-    assert "max_lora_rank=64" in vllm
-    assert "CompressedTensorsConfig(dequantize=True)" in transformers
-    assert "PeftModel.from_pretrained(model," in transformers
-
-
-def test_snippets_without_an_adapter() -> None:
-    entries = load_snippets("gptq_v2", Exported(make_specs(), SHAPES))
-    assert [entry["engine"] for entry in entries] == ["vLLM", "Transformers", "GPTQModel", "SGLang"]
-    assert not any("Peft" in entry["snippet"] for entry in entries)
-
-
-def test_snippet_forces_the_kernel_that_works() -> None:
-    entries = load_snippets("gptq_v2", Exported(make_specs(group_size=16), SHAPES))
-    by_device = {(entry["engine"], entry["device"]): entry["snippet"] for entry in entries}
-    assert "GPTQ_TORCH" in by_device["GPTQModel", "CPU"]
-    assert "GPTQ_TORCH" not in by_device["GPTQModel", "CUDA"]
-
-
-@pytest.mark.parametrize("layout", ["compressed_tensors", "compressed_tensors_padded", "gptq", "gptq_v2", "merged"])
-def test_python_snippets_compile(layout: str) -> None:
-    for bits, symmetric, ranks in itertools.product((2, 3, 4, 8), (True, False), ((), (8,))):
-        for entry in load_snippets(layout, Exported(make_specs(bits, 64, symmetric), SHAPES, ranks)):
-            assert "$" not in entry["snippet"]
-            json.dumps(entry)
-            if entry["language"] == "python":
-                compile(entry["snippet"], "snippet", "exec")
-            else:
-                assert entry["language"] == "sh"
-
-
-def test_snippet_refuses_a_path_that_needs_quoting() -> None:
-    with pytest.raises(UsageError, match="holds characters that need quoting"):
-        load_snippets("merged", Exported(make_specs(), SHAPES), folder='a"; rm -rf b')
-
-
-# For any question: what is chosen is accepted by name, and what is refused says why.
-
-GRIDS = st.builds(
-    QuantSpec,
-    bits=st.sampled_from([2, 3, 4, 8]),
-    group_size=st.sampled_from([-1, 8, 16, 32, 64, 128, 256]),
-    symmetric=st.booleans(),
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    target=st.sampled_from(
-        [Target(name, version) for name, engine in read_table().engines.items() for version in (None, *engine.versions)]
-    ),
-    common=GRIDS,
-    own=st.dictionaries(st.sampled_from([name.rpartition(".")[2] for name in SIZES]), GRIDS, max_size=2),
-    device=st.sampled_from(["any", "cpu", "cuda"]),
-    plugin=st.booleans(),
-)
-def test_what_is_chosen_is_accepted_by_name(target, common, own, device, plugin) -> None:
-    specs = make_specs(common.bits, common.group_size, common.symmetric, **own)
-    exported = Exported(specs, SHAPES, plugin=plugin)
-
-    def decide(layout=None):
-        try:
-            return preflight(target, exported, layout=layout, device=device), ""
-        except UsageError as error:
-            return None, str(error)
-
-    chosen, message = decide()
-    by_name = {layout: decide(layout)[0] for layout in read_table().engines[target.name].layouts if layout != "merged"}
-    if chosen is None:
-        assert message.startswith(str(target))
-        assert message.endswith(".")
-        assert "\n" not in message
-        assert set(by_name.values()) == {None}
-        return
-    assert by_name[chosen.layout] == chosen
-    assert all(len(other.devices) <= len(chosen.devices) for other in by_name.values() if other is not None)

@@ -123,10 +123,10 @@ def test_targets_read_as_they_are_written() -> None:
         ("vllm=0.33", r"target 'vllm=0\.33' is unknown; .* Did you mean vllm==0\.33\?"),
         ("vllm>=0.32", r"target 'vllm>=0\.32' is unknown; give a name or NAME==VERSION"),
         ("", r"target '' is unknown; give a name"),
-        ("vllm==0.31", r"what vllm 0\.31 reads is not known; known are 0\.32, 0\.33\. .* --target vllm==0\.32\."),
+        ("vllm==0.31", r"what vllm 0\.31 reads is not known; known are 0\.32, 0\.33\. .* `target=vllm==0\.32`\."),
         ("vllm==0", r"what vllm 0 reads is not known"),
-        ("transformers==4.57.1", r"what transformers 4\.57\.1 reads is not known; .* --target transformers==5\.19\."),
-        ("sglang==0.5.22", r"what sglang 0\.5\.22 reads is not known; .* --target sglang==0\.5\.23\."),
+        ("transformers==4.57.1", r"what transformers 4\.57\.1 reads is not known; .* `target=transformers==5\.19`\."),
+        ("sglang==0.5.22", r"what sglang 0\.5\.22 reads is not known; .* `target=sglang==0\.5\.23`\."),
     ],
 )
 def test_unknown_target(text: str, message: str) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,7 +198,7 @@ def test_a_group_of_tasks_is_judged_by_the_mean_of_its_accuracies(
     def answered(_: Any, questions: Any, subjects: Any, *more: Any) -> dict[str, Any]:
         asked.extend(questions)
         return {
-            name: {"models": {"start": {"accuracy": 0.25 + 0.5 * place}}, "questions": 2}
+            name: SimpleNamespace(models={"start": SimpleNamespace(accuracy=0.25 + 0.5 * place)}, questions=2)
             for place, name in enumerate(questions)
         }
 

@@ -39,7 +39,7 @@ def test_a_named_list_is_taken(build_model: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("path", ["model.blocks", "model.norm", "lm_head.weight", "model"])
 def test_a_wrong_name_lists_the_candidates(path: str, build_model: Callable[[str], Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers \(3 blocks\).* --blocks"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers \(3 blocks\).* `blocks`"):
         find_blocks(build_model("llama"), path)
 
 
@@ -68,7 +68,7 @@ def test_lists_that_cannot_be_told_apart_are_refused_with_the_option_to_use() ->
     with pytest.raises(
         UnsupportedModelError,
         match=r"decoder blocks of TwoTowers were not recognised; .*image \(3 blocks\), text \(3 blocks\).*"
-        r"--blocks model\.layers",
+        r"`blocks=model\.layers",
     ):
         find_blocks(TwoTowers(3, 3, 3))
 

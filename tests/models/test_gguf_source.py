@@ -117,6 +117,12 @@ def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     one_line(error)
 
 
+def test_a_gguf_file_cannot_be_streamed(gguf_file: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="it is a GGUF file, which transformers decodes whole") as error:
+        open_model(str(gguf_file), stream="always")
+    assert "`stream=never`" in one_line(error)
+
+
 def test_gguf_without_its_package_names_the_extra(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"needs the package gguf; .*pip install cloq-export\[demo\]"):

@@ -187,13 +187,81 @@ def test_a_label_that_says_more_than_scales_is_refused(
     assert "float weights can be quantized, and fp8, MXFP4 and NVFP4 weights with their scales" in message
 
 
-def test_scales_that_do_not_fit_are_refused(write_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale", "shape"),
+    [
+        ("fp8-rows", "weight_scale", (7, 3)),
+        # The config says blocks of 48 x 32, of which two by two cover the weight; these would cover it too.
+        ("fp8-blocks", "weight_scale_inv", (4, 4)),
+        ("fp8-blocks", "weight_scale_inv", (2, 1)),
+        # One for each input is none of the formats.
+        ("fp8-silent", "weight_scale", (1, 64)),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(
+    name: str, scale: str, shape: tuple[int, int], write_model: Callable[[str], Path]
+) -> None:
     folder = write_model("llama")
-    store(folder, "fp8-rows")
-    change(folder, lambda tensors: tensors.update({f"{Q}.weight_scale": torch.ones(7, 3)}))
+    store(folder, name)
+    change(folder, lambda tensors: tensors.update({f"{Q}.{scale}": torch.ones(shape)}))
     message = refusal(folder, UnsupportedModelError)
-    assert f"is already quantized: it holds 1 tensors of fp8, F8_E4M3 ({Q}.weight)" in message
+    assert f"it holds 1 tensors of fp8, F8_E4M3 ({Q}.weight)" in message
+    assert f"of shape (64, 64) beside {shape}" in message
     assert "whose scales fit them" in message
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (64, 2)])
+def test_squares_and_groups_are_guessed_where_nothing_says_them(
+    shape: tuple[int, int], write_model: Callable[[str], Path]
+) -> None:
+    folder = write_model("llama")
+    store(folder, "fp8-silent")
+    scale = torch.rand(shape) / 100
+    change(folder, lambda tensors: tensors.update({f"{Q}.weight_scale": scale}))
+    stored = read_safetensors(folder / "model.safetensors")[0][f"{Q}.weight"].to(torch.float32)
+    spread = scale.repeat_interleave(64 // shape[0], 0).repeat_interleave(64 // shape[1], 1)
+    assert torch.equal(open_model(str(folder)).model.get_parameter(f"{Q}.weight"), stored * spread)
+
+
+def test_one_scale_for_each_expert_of_a_stack(tmp_path: Path, write_tokenizer: Callable[[Path], None]) -> None:
+    build_mixture("gpt-oss").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    name = "model.layers.1.mlp.experts.down_proj"
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    change(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {
+                name: tensors[name].to(torch.float8_e4m3fn),
+                f"{name}_scale": scale,
+                f"{name}_bias": tensors[f"{name}_bias"],
+            }
+        ),
+    )
+    stored = read_safetensors(tmp_path / "model.safetensors")[0][name].to(torch.float32)
+    for stream in ("never", "always"):
+        model = open_model(str(tmp_path), stream=stream).model  # type: ignore[arg-type]
+        state = model.state_dict()
+        for expert in range(4):
+            weight = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+            assert torch.equal(tensor_of(model, weight, state[weight]), (stored[expert] * scale[expert]).T)
+
+
+def test_floats_under_a_label_of_codes_are_told_from_codes(write_model: Callable[[str], Path]) -> None:
+    folder = write_model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    message = refusal(folder, UnsupportedModelError)
+    assert "(method fp8), as quantization_config in its config.json says" in message
+    assert "Its files hold float weights alone: if they were decoded, delete that entry" in message
+
+
+def test_a_weight_stored_twice_is_refused(write_model: Callable[[str], Path]) -> None:
+    folder = write_model("llama")
+    store(folder, "mxfp4")
+    change(folder, lambda tensors: tensors.update({f"{Q}.weight": torch.ones(64, 64)}))
+    assert f"holds {Q}.weight beside {Q}.weight_packed, which decodes to it" in refusal(folder, SourceError)
 
 
 @pytest.mark.parametrize("part", ["weight_zero_point", "pre_quant_scale"])
@@ -209,6 +277,8 @@ def test_damaged_scales_are_named(write_model: Callable[[str], Path]) -> None:
     store(folder, "fp8-tensor")
     change(folder, lambda tensors: tensors[f"{Q}.weight_scale"].fill_(float("inf")))
     assert f"{Q}.weight_scale of {Q}.weight holds a scale that is not finite" in refusal(folder, SourceError)
+    change(folder, lambda tensors: tensors[f"{Q}.weight_scale"].fill_(-0.5))
+    assert f"{Q}.weight_scale of {Q}.weight holds a scale below zero" in refusal(folder, SourceError)
     folder = write_model("qwen2")
     store(folder, "mxfp4")
     change(folder, lambda tensors: tensors[f"{Q}.weight_scale"].fill_(255))

@@ -273,7 +273,7 @@ def test_keys_and_values_that_blocks_share_belong_to_their_hidden_states(token_w
     for batch, windows in zip(one, token_windows.split(2), strict=True):
         assert torch.equal(batch, states_after(model, last, windows))
     assert not torch.equal(one[0], other[0])
-    with pytest.raises(UnsupportedModelError, match=r"share more than hidden states .* Choose --refine block"):
+    with pytest.raises(UnsupportedModelError, match=r"share more than hidden states .* Choose `refine=block`"):
         stream.forward_block(len(stream.blocks) - 1, [torch.zeros_like(one[0])])
 
 

@@ -326,14 +326,14 @@ def test_names_and_groups() -> None:
     assert set(GROUPS["arithmetic"]) == {"gsm8k:instruction", "svamp", "mawps", "aqua"}
     assert expand_names(["commonsense"]) == {f"{name}:instruction": None for name in COMMONSENSE_SETS}
     assert expand_names(["boolq=a.json", "arithmetic", "svamp=b=c.json"])["svamp"] == "b=c.json"
-    with pytest.raises(UsageError, match=r"--tasks is 'bolq'; allowed are ppl, gsm8k, .* did you mean 'boolq'\?"):
+    with pytest.raises(UsageError, match=r"`tasks` is 'bolq'; allowed are ppl, gsm8k, .* did you mean 'boolq'\?"):
         expand_names(["bolq"])
     with pytest.raises(UsageError, match="arithmetic is a group; name a file for each of gsm8k:instruction, svamp"):
         expand_names(["arithmetic=a.json"])
 
 
 def test_worked_examples_belong_to_some_tasks(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="arc-e takes no worked examples; leave --shots out"):
+    with pytest.raises(UsageError, match="arc-e takes no worked examples; leave `shots` out"):
         load_questions(find_task("arc-e"), arc_file(tmp_path, 2), shots=2)
     item = load_questions(find_task("word-problems"), None, count=1, shots=2).items[0]
     assert item.prompt.count("Question: ") == 3

@@ -46,7 +46,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("perplexity_ratio: .nan", r"sets perplexity_ratio to nan; a number is needed"),
         ("perplexity_ratio: true", r"sets perplexity_ratio to True; a number is needed"),
         ("perplexity_ratio: [1]", r"a number is needed"),
-        ("perplexity_ratio: 1\nperplexity_ratio: 2", r"'perplexity_ratio' stands there twice"),
+        ("perplexity_ratio: 1\nperplexity_ratio: 2", r"'perplexity_ratio' occurs twice"),
         ("- 1", r"holds no mapping"),
         ("", r"holds no mapping"),
         ("a: [", r"is not YAML"),

@@ -161,7 +161,7 @@ GOOD = b'{"question": "q", "answer": "#### 1"}\n'
         (GOOD + b'{"question": 3, "answer": "#### 1"}', "line 2 of .* has no text 'question'"),
         (GOOD + b'{"question": "q", "answer": "1"}', "line 2 of .* has an answer without '#### NUMBER'"),
         (GOOD + b'{"question": "\xff"}', "line 2 of .* is not UTF-8"),
-        (b"\n \n", "holds no question of gsm8k; name another file with --tasks gsm8k=FILE"),
+        (b"\n \n", "holds no question of gsm8k; name another file with `tasks=gsm8k=FILE`"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number(

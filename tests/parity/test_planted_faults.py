@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from passing_runtime import PassingRuntime
-from rich.console import Console
+from faulty_engine import changed_models, each_score, each_text, named_module, scoring, writing
+from gate_subjects import SILENT, write_word_tokenizer
 
 from cloq_export.engines.protocol import ServedModel
 from cloq_export.engines.transformers.reference import reference_model
@@ -37,7 +35,6 @@ CONTEXT = 64
 # A window of the text ends here; only the longest text goes on.
 SEEN = 24
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(61))]
-SILENT = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +58,7 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
     model.save_pretrained(folder)
-    words = tokenizers.models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    write_word_tokenizer(folder, WORDS)
     return folder
 
 
@@ -98,46 +90,6 @@ def options(float_folder: Path, text: Path) -> VerifyOptions:
     )
 
 
-def scoring(change: Callable[[Any, Any, Any], Any]) -> type[PassingRuntime]:
-    """Return an engine whose log-probabilities are changed: (engine, token ids, adapters) -> answers."""
-    return type(
-        "Scores", (PassingRuntime,), {"prompt_logprobs": lambda self, ids, names: change(self.inner, ids, names)}
-    )
-
-
-def writing(change: Callable[[Any, Any, Any, int], Any]) -> type[PassingRuntime]:
-    """Return an engine whose texts are changed: (engine, prompts, adapters, tokens) -> texts."""
-    return type(
-        "Writes", (PassingRuntime,), {"generate": lambda self, ids, names, new: change(self.inner, ids, names, new)}
-    )
-
-
-def each_score(change: Callable[[torch.Tensor], torch.Tensor]) -> type[PassingRuntime]:
-    return scoring(lambda engine, ids, names: [change(values) for values in engine.prompt_logprobs(ids, names)])
-
-
-def each_text(change: Callable[[list[int]], list[int]]) -> type[PassingRuntime]:
-    return writing(lambda engine, ids, names, new: [change(text) for text in engine.generate(ids, names, new)])
-
-
-def broken_model(change: Callable[[Any, str | None], None]) -> type[PassingRuntime]:
-    """Return an engine whose models are changed when they are loaded: (model, adapter)."""
-
-    class Changed(PassingRuntime):
-        def __init__(self, inner: Any) -> None:
-            super().__init__(inner)
-            load = inner._load_model
-
-            def load_changed(name: str | None) -> Any:
-                model = load(name)
-                change(model, name)
-                return model
-
-            inner._load_model = load_changed
-
-    return Changed
-
-
 def beyond(place: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda values: torch.cat([values[:place], change(values[place:])])
 
@@ -148,10 +100,6 @@ def is_mixed(names: Sequence[str | None]) -> bool:
 
 def other_name(name: str | None) -> str | None:
     return {"second": "cloq", "cloq": "second", None: None}[name]
-
-
-def adapted(model: Any, suffix: str) -> Any:
-    return next(module for name, module in model.named_modules() if name.endswith(suffix))
 
 
 def rounded_inputs(model: Any, _: str | None) -> None:
@@ -165,7 +113,7 @@ def rounded_inputs(model: Any, _: str | None) -> None:
 
 
 def other_angles(model: Any, _: str | None) -> None:
-    rotary = adapted(model, "rotary_emb")
+    rotary = named_module(model, "rotary_emb")
     rotary.inv_freq = rotary.inv_freq * 1.02
 
 
@@ -178,7 +126,7 @@ def other_epsilon(model: Any, _: str | None) -> None:
 def other_pair(field: str, factor: float) -> Callable[[Any, str | None], None]:
     def change(model: Any, name: str | None) -> None:
         if name == "second":
-            weight = getattr(adapted(model, "0.self_attn.v_proj"), field)["default"].weight
+            weight = getattr(named_module(model, "0.self_attn.v_proj"), field)["default"].weight
             weight.data.mul_(factor)
 
     return change
@@ -230,7 +178,7 @@ def only_long(change: Callable[[list[int]], list[int]]) -> Callable[[Any, Any, A
     return write
 
 
-FAULTS: dict[str, tuple[type[PassingRuntime], str]] = {
+FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     # scores of one forward pass
     "wrong beyond a position": (each_score(beyond(40, lambda v: v - 0.3)), "longest_difference_max"),
     "NaN beyond a position": (each_score(beyond(40, lambda v: v * torch.nan)), "longest_difference_max"),
@@ -377,17 +325,21 @@ FAULTS: dict[str, tuple[type[PassingRuntime], str]] = {
         "longest_difference_max",
     ),
     # inside the model
-    "activations in int8": (broken_model(rounded_inputs), "logprob_difference_max"),
-    "other rotary angles": (broken_model(other_angles), "logprob_difference_max"),
-    "another epsilon in the norms": (broken_model(other_epsilon), "logprob_difference_max"),
-    "a module of one adapter is ignored": (broken_model(other_pair("lora_B", 0.0)), "live_modules"),
-    "a module of one adapter is doubled": (broken_model(other_pair("lora_A", 2.0)), "logprob_difference_max"),
-    "alpha is doubled": (broken_model(all_pairs(2.0)), "live_modules"),
-    "alpha has another sign": (broken_model(all_pairs(-1.0)), "live_modules"),
+    "activations in int8": (changed_models(rounded_inputs), "logprob_difference_max"),
+    "other rotary angles": (changed_models(other_angles), "logprob_difference_max"),
+    "another epsilon in the norms": (changed_models(other_epsilon), "logprob_difference_max"),
+    "a module of one adapter is ignored": (changed_models(other_pair("lora_B", 0.0)), "live_modules"),
+    "a module of one adapter is doubled": (changed_models(other_pair("lora_A", 2.0)), "logprob_difference_max"),
+    "alpha is doubled": (changed_models(all_pairs(2.0)), "live_modules"),
+    "alpha has another sign": (changed_models(all_pairs(-1.0)), "live_modules"),
 }
 
 
-def served_by(kind: type[PassingRuntime], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
+def healthy(engine: ServedModel) -> ServedModel:
+    return engine
+
+
+def served_by(kind: Callable[[Any], Any], export: Path | None = None, **more: Any) -> Callable[..., ServedModel]:
     def opener(own: Path, adapters: Mapping[str, Path], options: VerifyOptions) -> ServedModel:
         return kind(packed_model(export or own, adapters, dtype=engines.DTYPES[options.dtype], **more))
 
@@ -456,7 +408,7 @@ def test_one_hundredth_of_a_scale_is_found_at_two_bits(
 ) -> None:
     name = f"model.layers.{module}"
     copy = with_changed(tmp_path, exported, scaled(name, 1.01))
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(healthy, copy, force=True))
     report = verify(exported, dataclasses.replace(options, dtype=dtype, windows=40), console=SILENT)
     assert "scale_error_max" in missed(report)
     worst = report.scales.candidates[0]
@@ -486,7 +438,7 @@ def test_one_hundredth_of_a_scale_is_found_in_bfloat16_on_the_tokens_that_it_tak
     generator = torch.Generator().manual_seed(4)
     drawn = (61 * torch.rand(4200, generator=generator).pow(2)).long()
     (tmp_path / "long.txt").write_text(" ".join(f"w{int(number)}" for number in drawn))
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(healthy, copy, force=True))
     asked = dataclasses.replace(
         options, dtype="bfloat16", text=str(tmp_path / "long.txt"), windows=90, window=CONTEXT - 20, adapters=("cloq",)
     )
@@ -507,7 +459,7 @@ def test_a_zero_that_is_off_by_one_in_one_group_is_found(
         held["model.layers.0.mlp.up_proj.qzeros"][0, 0] ^= 1
 
     copy = with_changed(tmp_path, exported, change)
-    monkeypatch.setitem(engines.OPENERS, "hf", served_by(PassingRuntime, copy, force=True))
+    monkeypatch.setitem(engines.OPENERS, "hf", served_by(healthy, copy, force=True))
     assert "logprob_difference_max" in missed(verify(exported, options, console=SILENT))
 
 

@@ -214,6 +214,7 @@ def test_weights_too_large_for_a_float16_scale_are_refused() -> None:
         fit_grid(weight, QuantSpec(4, 8))
     weight[0, 0] = -LARGEST
     layer = quantize(weight, QuantSpec(2, 8), "searched")
+    # The search may shrink the range by some of its steps.
     assert float(layer.dequantize()[0, 0]) == pytest.approx(-LARGEST, rel=0.1)
 
 

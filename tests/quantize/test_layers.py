@@ -61,6 +61,7 @@ def test_a_joint_magr_solve_serves_every_layer_as_well_as_separate_ones(targets,
     for target, layer in zip(targets, joint, strict=True):
         (alone,) = quantize_group([target], spec, damped, options).layers
         together, apart = (float(damped.weighted(target - result.dequantize()).norm()) for result in (layer, alone))
+        # MagR stops when all rows together have settled, so a few codes differ from those of layers alone.
         assert together == pytest.approx(apart, rel=0.05)
 
 

@@ -101,7 +101,7 @@ GOOD = LINES[1] + b"\n"
         (GOOD + b'{"question": "\xed\xa0\x80"}', r"line 2 of .*rows.jsonl is not UTF-8 text \(byte 15 of the line\)"),
         (GOOD + b'{"question": "a\\ud800", "answer": "b"}', r"line 2 of .*: 'question' holds half of a surrogate pair"),
         (GOOD + b'{"question": "a", "answer": [{"\\udc00b": 1}]}', r"line 2 of .*: 'answer' holds half of a surrogate"),
-        (GOOD + b'{"question": "a", "question": "b"}', r"line 2 of .* \(the key 'question' stands there twice\)"),
+        (GOOD + b'{"question": "a", "question": "b"}', r"line 2 of .* \(the key 'question' occurs twice\)"),
         (GOOD + b"[" * 100_000, r"line 2 of .*rows.jsonl is not a JSON object \(nested too deeply\)"),
         (GOOD + b'{"answer": ' + b"9" * 5000 + b"}", r"line 2 of .*rows.jsonl is not a JSON object \("),
         (GOOD + b"\x1a", r"line 2 of .*rows.jsonl is not a JSON object"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_bad_input_is_found_before_a_model_is_read(
     (tmp_path / "a.jsonl").write_text('{"instruction": "w1", "answer": 1}\n{"instruction": "w1", "answer": "none"}\n')
     with pytest.raises(DataError, match=r"line 2 of .*a.jsonl: no answer can be read out of 'none'"):
         answer(run, (f"svamp={tmp_path / 'a.jsonl'}",), silent)
-    with pytest.raises(UsageError, match="--tasks is 'svmp'"):
+    with pytest.raises(UsageError, match="`tasks` is 'svmp'"):
         answer(run, ("svmp",), silent)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="file is not a folder; choose another one with `out`"):
@@ -120,6 +121,8 @@ def test_bad_input_is_found_before_a_model_is_read(
 
 def test_groups_have_a_mean() -> None:
     names = answering.GROUPS["arithmetic"]
-    entries = {name: {"models": {"float": {"accuracy": n / 10}}} for n, name in enumerate(names)}
+    entries: dict[str, Any] = {
+        name: SimpleNamespace(models={"float": SimpleNamespace(accuracy=n / 10)}) for n, name in enumerate(names)
+    }
     assert group_means(entries) == {"arithmetic": {"float": pytest.approx(0.15)}}
     assert group_means(dict(list(entries.items())[1:])) == {}

@@ -240,7 +240,7 @@ def test_windows_beyond_the_models_positions(refused: Callable[..., str], model_
     message = refused("--seqlen", "80", model=model_folder("opt"), code=MISUSE)
     assert "a calibration window has 80 tokens, but this model reads at most 64; choose --seqlen 64 or less" in message
     message = refused(model=model_folder("opt"), eval_window=65, code=MISUSE)
-    assert "an evaluation window has 65 tokens, but this model reads at most 64; choose --window 64 or less" in message
+    assert "an evaluation window has 65 tokens, but this model reads at most 64; choose 64 or less" in message
 
 
 def test_a_tokenizer_of_another_model(

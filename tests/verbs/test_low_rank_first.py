@@ -141,7 +141,7 @@ def test_it_is_never_served_alone(
     message = refusal(lambda: plan_serving(tmp_path / "export", ServeOptions(port=0, kv_cache_gib=1)))
     assert message == (
         f"{tmp_path / 'export'} needs its adapter: {WHY}; serve the run or an export that holds it, or name it with "
-        "--adapter NAME=FOLDER."
+        "`adapters=NAME=FOLDER`."
     )
     named = f"mine={exported / 'adapters' / 'cloq'}"
     assert plan_serving(tmp_path / "export", ServeOptions(port=0, kv_cache_gib=1, adapters=(named,))).default == "mine"

@@ -110,7 +110,7 @@ def test_adapters_of_experts_are_asked_for(recipe_for: RecipeFor, run_recipe: Ru
 
 def test_experts_without_adapters_are_said(recipe_for: RecipeFor, run_recipe: RunRecipe) -> None:
     run, summary = run_recipe(recipe_for("qwen3-moe"))
-    assert "12 linear layers of experts get no adapter; --expert-rank gives them one" in summary.notes
+    assert "12 linear layers of experts get no adapter; `expert_rank` gives them one" in summary.notes
     assert all(run.read_layer(name).lora is None for name in run.completed_modules() if ".experts." in name)
 
 

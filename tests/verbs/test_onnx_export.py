@@ -165,7 +165,7 @@ def test_adapters_alone_are_written_and_bound(run: Path, exported: Path, tmp_pat
 def test_what_does_not_go_together_is_refused(run: Path, exported: Path, tmp_path: Path, silent: Console) -> None:
     model = json.loads((run / "run.json").read_text())["recipe"]["model"]
     for options, message in (
-        (VerifyOptions(model), r"is an ONNX export, whose graph computes in float32; verify it with --runtime onnx"),
+        (VerifyOptions(model), r"is an ONNX export, whose graph computes in float32; verify it with `runtime=onnx`"),
         (VerifyOptions(model, runtime="onnx", dtype="float16"), "whose graph computes in float32"),
         (VerifyOptions(model, runtime="onnx", adapters=("none",)), "none is no adapter in"),
     ):

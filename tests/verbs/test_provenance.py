@@ -541,7 +541,7 @@ def test_answers_that_the_run_gave_and_the_engine_loses_miss(
     def answered() -> list[bool]:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = evaluate(asked, EvaluateOptions(adapter="cloq", tasks=(f"piqa={file}",)), console=silent)
-        return list(found.tasks["piqa"]["models"]["adapter"]["correct"])
+        return list(found.tasks["piqa"].models["adapter"].correct)
 
     # What the model takes is made the right answer, so that all of it can be lost.
     for row, right in zip(rows, answered(), strict=True):

@@ -116,6 +116,7 @@ def test_a_healthy_export_passes_and_the_report_keeps_its_schema(
         near, far = compared["served", "reference", name], compared["served", "float", name]
         assert (near.estimate, near.tokens, near.top1_agreement) == ("exact", 4 * 23, 1.0)
         assert near.kl_max < 1e-6 < far.kl_mean
+        # Served and reference differ by rounding alone, far less than either differs from the float model.
         assert far.kl_mean == pytest.approx(compared["reference", "float", name].kl_mean, rel=1e-2)
     for row in report.liveness:
         assert row.live_share == 1
@@ -402,7 +403,7 @@ def test_without_prompts_nothing_that_adapters_write_is_judged(
 ) -> None:
     report = verify(exported, dataclasses.replace(options, prompts=0), console=silent)
     assert missed(report) == {"judged", "greedy_flips", "decode_gap_max", "mixed_decode_gap_max"}
-    assert "no prompt was continued (--prompts 0)" in str(missed_gates(report))
+    assert "no prompt was continued (`prompts=0`)" in str(missed_gates(report))
 
 
 def test_a_text_shorter_than_a_window_judges_nothing(
@@ -485,11 +486,11 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
     ("changes", "message"),
     [
         ({"runtime": "vlm"}, r"`runtime` is 'vlm'; allowed are hf, vllm, vllm-server, onnx. did you mean 'vllm'"),
-        ({"tasks": ("gsm8",)}, r"--tasks is 'gsm8'; allowed are ppl, gsm8k"),
+        ({"tasks": ("gsm8",)}, r"`tasks` is 'gsm8'; allowed are ppl, gsm8k"),
         ({"adapters": ("a/b=cloq",)}, r"'a/b' cannot be the name of an adapter"),
         ({"adapters": ("a=cloq", "a=second")}, r"two adapters have the name 'a'"),
         ({"window": 4000}, r"model reads at most 64"),
-        ({"longest": 400}, r"--longest is 400; the model is served with up to 64 tokens .* choose 64"),
+        ({"longest": 400}, r"`longest` is 400; the model is served with up to 64 tokens .* choose 64"),
         ({"problems": 0}, r"`problems` is 0; it must be at least 1"),
         ({"detect": 3.0}, r"`detect` is 3.0; a share of the questions from 0.005 to 0.5 is needed, for example 0.03"),
         ({"detect": 0.1, "problems": 9}, r"`problems` is 9 and `detect` is 0.1; .* leave one out"),

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import tiny_mixtures
-import tokenizers
 import torch
 import transformers
+from gate_subjects import write_word_tokenizer
 
 import cloq_export
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, export_checkpoint
@@ -113,15 +113,6 @@ def _random_model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def _write_tokenizer(folder: pathlib.Path) -> None:
-    words = tokenizers.models.WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
 def _write_pairs(
     folder: pathlib.Path, layers: Mapping[str, QuantizedLayer], fingerprint: str, *, seed: int, rank: int = 4
 ) -> pathlib.Path:
@@ -163,7 +154,7 @@ def write_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
                 layers[name] = _rounded(module.weight.detach().to(torch.float32), own, lowest)
         source = LayerSource.of_mapping(layers)
         fingerprint = export_checkpoint(folder, source, FloatPart.of_model(model, source), **options)
-        _write_tokenizer(folder)
+        write_word_tokenizer(folder, VOCABULARY)
         (folder / "adapters").mkdir()
         adapters = {
             name: _write_pairs(folder / "adapters" / name, layers, fingerprint, seed=seed)
@@ -199,7 +190,7 @@ def write_float_model() -> Callable[[pathlib.Path], pathlib.Path]:
 
     def write(folder: pathlib.Path) -> pathlib.Path:
         _random_model().save_pretrained(folder)
-        _write_tokenizer(folder)
+        write_word_tokenizer(folder, VOCABULARY)
         return folder
 
     return write
@@ -259,7 +250,7 @@ def load_engine(engine_python: str, device: str) -> Iterator[Loader]:
         how.setdefault("dtype", "float32" if device == "cpu" else "float16")
         if device == "cuda":
             how["more"] = {"gpu_memory_utilization": 0.2} | how.get("more", {})
-        if plugin in running and running[plugin].is_running:  # a test may have meant to end it
+        if plugin in running and running[plugin]._process.exit_code is None:  # a test may have meant to end it
             running[plugin].load(export, adapters, EngineSettings(**how))
             return running[plugin]
         start = EngineStart(python=engine_python, threads=1, plugin=plugin, timeout=600)

@@ -15,8 +15,9 @@ import torch
 from cloq_export.engines.held_adapters import HeldAdapter
 from cloq_export.engines.protocol import MOST_ALTERNATIVES
 from cloq_export.engines.transformers.served import packed_model
-from cloq_export.engines.vllm.engine import MOST_PROBABLE, EngineStart, VllmModel
+from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import engine_facts
+from cloq_export.engines.vllm.listed_tokens import MOST_PROBABLE
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.errors import BindingError, EngineError, FormatError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
@@ -275,7 +276,7 @@ def test_an_engine_that_takes_too_long_is_stopped(export: Any, engine_python: st
 
 
 def test_an_interpreter_that_is_missing(export: Any, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(EngineError, match="cannot be started: No such file or directory; check --python"):
+    with pytest.raises(EngineError, match="cannot be started: No such file or directory; check `python`"):
         VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=tmp_path / "python"))
 
 

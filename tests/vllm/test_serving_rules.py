@@ -223,7 +223,7 @@ def test_a_folder_gives_the_model_its_name() -> None:
 
 
 def test_an_environment_without_vllm(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(EngineError, match="cannot be started: No such file or directory; check --python"):
+    with pytest.raises(EngineError, match="cannot be started: No such file or directory; check `python`"):
         engine_facts(tmp_path / "python")
     bare = tmp_path / "bare"
     # Isolated and without site-packages: an environment that has nothing.

@@ -45,7 +45,7 @@ def test_an_engine_that_gives_no_answer_is_stopped(export: Any, tmp_path: pathli
         model.timeout = 1
         with pytest.raises(EngineError, match=r"gave no answer within 1 seconds and was stopped .*last lines:"):
             model.generate([[1]], [None], 1)
-        assert not model.is_running
+        assert model._process.exit_code is not None
 
 
 def test_an_engine_that_dies_is_told_of_with_its_last_lines(export: Any, tmp_path: pathlib.Path) -> None:

@@ -257,7 +257,7 @@ def _examine_other(case: Case, method: str, shown: str | None, modules: int) -> 
         seen = UNREAD_METHODS[shown][0] if shown else "of no layout that is known here"
         if method == "gptq" and modules:
             seen = UNREAD_METHODS["awq"][0]
-        what, remedy = seen, "ask whoever published it which program wrote it"
+        what, remedy = seen, "ask its publisher which program wrote it"
         case.suspect(
             "label", "wrong", f"the file is labelled {method}, but its tensors are {seen}", "names and shapes", remedy
         )

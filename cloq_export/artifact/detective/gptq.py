@@ -30,7 +30,7 @@ from cloq_export.artifact.detective.gptq_sample import PARTS, Sample, grid_of_sh
 from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
 from cloq_export.formats.layout import Headers
 
-# vLLM's and SGLang's reader for 2 and 3 bits, which takes zeros for those of version 2 whatever a label says.
+# vLLM's and SGLang's reader for 2 and 3 bits, which reads all zeros as those of version 2, whatever the label.
 HUMMING_ZEROS = (
     "vLLM and SGLang with --quantization humming take stored zeros as they lie, so every weight of this asymmetric "
     "file of version 1 comes out one step off there, without a word",

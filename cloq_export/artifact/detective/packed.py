@@ -34,7 +34,6 @@ from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.types import PER_CHANNEL, SUPPORTED_BITS
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_COUNTED_SHAPES = 256
 
 
 def examine_packed(case: Case, modules: list[str]) -> FamilyVerdict:
@@ -277,7 +276,7 @@ def _sample_layer(
 
 
 def _unpack_words(words: torch.Tensor, bits: int, columns: int, *, dense: bool) -> torch.Tensor:
-    """Return the codes of rows of words, whatever else the words hold."""
+    """Return the codes of rows of words, ignoring their other bits."""
     if dense or 32 % bits == 0:
         return unpack_rows(words, bits, columns)
     per_word = 32 // bits

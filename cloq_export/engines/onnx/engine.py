@@ -141,8 +141,8 @@ class OnnxModel:
         Raises:
             UsageError: the adapter is unknown, or several are given.
         """
-        found: np.ndarray = self._step(ids, len(ids), self._empty_cache(), self._run_options(adapter))[0][0]
-        return found
+        logits: np.ndarray = self._step(ids, len(ids), self._empty_cache(), self._run_options(adapter))[0][0]
+        return logits
 
     def close(self) -> None:
         """Let go of the session."""
@@ -199,7 +199,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
         options.intra_op_num_threads = count
-        # Errors are raised; what it says beside is for its own developers.
+        # Errors are raised; its other messages are for its own developers.
         options.log_severity_level = 4
         level = max(module.blocks.accuracy_level for module in self.export.record.modules.values())
         options.add_session_config_entry(ACCURACY_OPTION, str(level))

@@ -1,4 +1,4 @@
-"""Write an ONNX export: a decoder graph that carries a base's integers, its adapters, and what engines need beside."""
+"""Write an ONNX export: a decoder graph that carries a base's integers, its adapters, and what else engines need."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.certificate import refuse_difference
+from cloq_export.artifact.certificate import certified_layer, refuse_difference
 from cloq_export.artifact.checkpoint_writer import FloatPart, LayerSource, WriteSettings
 from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.onnx.float_graph import GENAI_CONFIG, FloatGraph, build_graph, trace_graph
 from cloq_export.errors import FormatError, UnsupportedModelError
 from cloq_export.files.atomic import translate_os_errors, write_folder, write_json
-from cloq_export.files.fingerprint import combine_digests, layer_digest
+from cloq_export.files.fingerprint import combine_digests
 from cloq_export.formats.onnx.graph import plan_blocks, quantize_graph
 from cloq_export.formats.onnx.matching import GraphLayers, UnmatchedLinearError
 from cloq_export.formats.onnx.packages import require_packages
@@ -62,7 +62,7 @@ def export_onnx(
     Args:
         folder: the folder to make; an earlier ONNX export of ours there is replaced.
         layers: the quantized layers.
-        floats: everything beside them.
+        floats: everything besides them.
         options: how the graph is written.
         base_fingerprint: of the layers; another one than theirs is refused.
         finish: called with the filled folder and the report before the folder gets its name.
@@ -134,16 +134,11 @@ def _compared(folder: Path, layers: LayerSource, base_fingerprint: str) -> dict[
     modules: dict[str, Any] = {}
     for module, layer in export.read_layers():
         refuse_difference(layer, layers.read(module), f"{folder}: {module}")
-        modules[module] = {
-            "bits": layer.spec.bits,
-            "group_size": layer.spec.group_size,
-            "symmetric": layer.spec.symmetric,
-            "shape": [layer.out_features, layer.in_features],
-            "sha256": layer_digest(layer),
-        }
-    found = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
-    if set(modules) != set(layers.specs) or found != base_fingerprint:
+        modules[module] = certified_layer(layer)
+    fingerprint = combine_digests({module: entry["sha256"] for module, entry in modules.items()})
+    if set(modules) != set(layers.specs) or fingerprint != base_fingerprint:
         raise FormatError(
-            f"{folder} was read back as the base {found}, and {base_fingerprint} was to be written; write it again."
+            f"{folder} was read back as the base {fingerprint}, and {base_fingerprint} was to be written; write it "
+            "again."
         )
     return modules

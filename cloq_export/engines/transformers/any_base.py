@@ -21,7 +21,7 @@ from cloq_export.models.source import find_source, open_model
 
 
 class AnyBase:
-    """A base with adapters that are not bound to it: a float model, or a quantized checkpoint of whatever tool.
+    """A base with adapters that are not bound to it: a float model, or a quantized checkpoint of any tool.
 
     Args:
         name: folder of a quantized checkpoint or a run, or folder or hub id of a float model.

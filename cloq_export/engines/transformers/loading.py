@@ -18,6 +18,7 @@ from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import copies_of_codes
 from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
+from cloq_export.engines.packed_embedding import pack_embedding
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.versions import require_versions
@@ -68,16 +69,12 @@ def load(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
     _read_generation_config(checkpoint, model)
-    if found is not None and read is not None:
-        attach_adapter(model, found, read, trainable=trainable)
+    if bound is not None:
+        attach_adapter(model, *bound, trainable=trainable)
     model.requires_grad_(False)
     if trainable:
         for name, parameter in model.named_parameters():
@@ -85,6 +82,20 @@ def load(
     model = model.to(torch.device(device)).eval()
     report_slow_layers(model)
     return model
+
+
+def _opened(
+    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, *, force: bool
+) -> tuple[Checkpoint, tuple[Path, Adapter] | None]:
+    """Return a checkpoint, and the folder and pairs of an adapter that is bound to it."""
+    checkpoint = Checkpoint.open(path)
+    bound: tuple[Path, Adapter] | None = None
+    if adapter is not None:
+        folder = AdapterShelf.of(path).find(adapter)
+        bound = folder, read_bound_adapter(folder, checkpoint, force=force)
+    report_labels(checkpoint)
+    require_versions()
+    return checkpoint, bound
 
 
 def fill_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -133,20 +144,17 @@ def dequantized_model(
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
-    checkpoint = Checkpoint.open(path)
-    found = None if adapter is None else AdapterShelf.of(path).find(adapter)
-    read = None if found is None else read_bound_adapter(found, checkpoint, force=force)
-    report_labels(checkpoint)
-    require_versions()
+    checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, torch.float32)
     _fill(model, checkpoint, _place_dense)
     _read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
-    if found is not None and read is not None and not merged:
-        attach_adapter(model, found, read, trainable=False)
-    elif found is not None and read is not None:
-        _check_pairs(model, found, read)
+    if bound is not None and not merged:
+        attach_adapter(model, *bound, trainable=False)
+    elif bound is not None:
+        folder, read = bound
+        _check_pairs(model, folder, read)
         with torch.no_grad():
             for module, pair in read.pairs.items():
                 weight = _own_weight(model, module)
@@ -176,7 +184,7 @@ class _PackedTensors:
 
     checkpoint: Checkpoint
     module: str
-    linear: nn.Linear
+    linear: nn.Linear | nn.Embedding
     tensors: dict[str, torch.Tensor]
 
     def layer(self) -> QuantizedLayer:
@@ -184,9 +192,11 @@ class _PackedTensors:
         return self.checkpoint.unpack(self.module, self.tensors)
 
 
-def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
-    """Return the packed linear of a module; words in the kernels' own order are taken as they lie in the file."""
+def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
+    """Return the packed form of a module; words in the kernels' own order are taken as they lie in the file."""
     tensors, spec = packed.tensors, packed.checkpoint.specs[packed.module]
+    if isinstance(packed.linear, nn.Embedding):
+        return pack_embedding(packed.linear, packed.layer(), dtype)
     if packed.checkpoint.grids.layout is not GPTQ_V2:
         return PackedLinear.of_layer(packed.layer(), dtype=dtype)
     expected = torch.arange(packed.linear.in_features, dtype=torch.int32) // spec.columns_per_group(
@@ -204,8 +214,11 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
     return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
 
 
-def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Linear:
-    """Return the dense linear of a module."""
+def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
+    """Return the dense form of a module."""
+    if isinstance(packed.linear, nn.Embedding):
+        packed.linear.weight = nn.Parameter(packed.layer().dequantize(dtype))
+        return packed.linear
     with torch.device("meta"):
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
@@ -227,7 +240,7 @@ def report_slow_layers(model: PreTrainedModel) -> None:
 
 
 def _fill(
-    model: PreTrainedModel, checkpoint: Checkpoint, place: Callable[[_PackedTensors, torch.dtype], nn.Linear]
+    model: PreTrainedModel, checkpoint: Checkpoint, place: Callable[[_PackedTensors, torch.dtype], nn.Module]
 ) -> None:
     """Fill a model without weights, with `place` making the quantized linears."""
     linears = targeted_linears(checkpoint, model)
@@ -240,8 +253,9 @@ def _fill(
         except (ShapeError, NonFiniteError, FormatError) as error:
             text = str(error)
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
-        # Its numbers come with the float part.
-        placed.bias = linear.bias
+        if isinstance(linear, nn.Linear):
+            # Its numbers come with the float part.
+            placed.bias = linear.bias
         for name in (module, *(copy for copy, first in copies.items() if first == module)):
             model.set_submodule(name, placed)
     for name in placed_names:
@@ -361,7 +375,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, adapter: Adapter, *, tr
     from cloq_export.engines.packed_lora import PackedLoraLinear
 
     _check_pairs(model, folder, adapter)
-    # Not the file's own config: its rules may be patterns that take PEFT for ever, or mean other modules than it has.
+    # Not the file's own config: its rules may be patterns that PEFT never finishes matching, or name other modules.
     exact = adapter_config(adapter.pairs, str(adapter.config.get("base_model_name_or_path") or ""))
     del exact["peft_type"]
     dropout = adapter.config.get("lora_dropout")

@@ -15,7 +15,6 @@ from cloq_export.engines.transformers.served import (
     TransformersModel,
     adapter_folder,
     batches_of,
-    device_of,
     over_one_base,
     padded_rows,
     rows_by_adapter,
@@ -23,6 +22,7 @@ from cloq_export.engines.transformers.served import (
     tokens_per_batch,
 )
 from cloq_export.errors import ShapeError
+from cloq_export.models.devices import device_of
 
 
 class ReferenceModel(TransformersModel):
@@ -47,15 +47,15 @@ class ReferenceModel(TransformersModel):
         """
         model = self.model(adapter)
         rows = max(1, min(rows, tokens_per_batch(model) // len(token_ids)))
-        found = []
+        logprobs = []
         for start in range(0, len(modules), rows):
             chosen = list(modules[start : start + rows])
             try:
-                found += _logprobs_without(model, token_ids, chosen)
+                logprobs += _logprobs_without(model, token_ids, chosen)
             except _RowsMixedError:
                 # Some models lay all tokens of a batch end to end; then one module at a time is left out.
-                found += [values for module in chosen for values in _logprobs_without(model, token_ids, [module])]
-        return torch.stack(found)
+                logprobs += [values for module in chosen for values in _logprobs_without(model, token_ids, [module])]
+        return torch.stack(logprobs)
 
     def token_gaps(
         self,
@@ -149,18 +149,18 @@ class ReferenceModel(TransformersModel):
         model.requires_grad_(False)
         # Backward keeps the logits and their softmax.
         count = max(1, tokens_per_batch(model) // 4 // len(token_ids[0]))
-        found = []
+        gradients = []
         for start in range(0, len(token_ids), count):
             rows = slice(start, start + count)
             chosen, wanted, weighted = token_ids[rows], tokens[rows], [weight[rows] for weight in weights]
             try:
-                found.append(_scale_gradients(model, chosen, modules, wanted, weighted))
+                gradients.append(_scale_gradients(model, chosen, modules, wanted, weighted))
             except _RowsMixedError:
                 for row, ids in enumerate(chosen):
                     one = slice(row, row + 1)
                     own = [weight[one] for weight in weighted]
-                    found.append(_scale_gradients(model, [ids], modules, wanted[one], own))
-        return torch.cat(found, dim=1)
+                    gradients.append(_scale_gradients(model, [ids], modules, wanted[one], own))
+        return torch.cat(gradients, dim=1)
 
     @contextlib.contextmanager
     def rounded(self, adapter: str | None, modules: Sequence[str], dtype: torch.dtype) -> Iterator[None]:
@@ -195,7 +195,8 @@ class ReferenceModel(TransformersModel):
         base = _base_layer(self.model(adapter), module)
 
         def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            return output * factor if module.bias is None else output * factor - (factor - 1) * module.bias
+            bias = getattr(module, "bias", None)  # embeddings have none
+            return output * factor if bias is None else output * factor - (factor - 1) * bias
 
         handle = base.register_forward_hook(hook)
         try:
@@ -260,7 +261,8 @@ def _scale_gradients(
         def hook(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
             if rows > 1 and (output.ndim < 3 or output.shape[0] != rows):
                 raise _RowsMixedError
-            bare = output if module.bias is None else output - module.bias
+            bias = getattr(module, "bias", None)
+            bare = output if bias is None else output - bias
             return output + (factor - 1).view(-1, *[1] * (output.ndim - 1)) * bare
 
         return hook
@@ -273,16 +275,16 @@ def _scale_gradients(
         with torch.enable_grad():
             logits = model(input_ids=padded, use_cache=False).logits[:, :-1].to(torch.float32)
             logprobs = torch.log_softmax(logits, -1).gather(2, tokens.to(device))  # (sequences, n - 1, c)
-    found = []
+    sums = []
     for weight in weights:
         total = (logprobs * weight.to(device, torch.float32)).sum()
         gradients = torch.autograd.grad(total, factors, retain_graph=True, allow_unused=True)
-        found.append(
+        sums.append(
             torch.stack([factors[0].new_zeros(rows) if g is None else g for g in gradients], dim=1)
             .cpu()
             .to(torch.float64)
         )
-    return torch.stack(found)
+    return torch.stack(sums)
 
 
 class _RowsMixedError(Exception):

@@ -15,6 +15,7 @@ from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
+from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
 # Logits that one forward pass may make: half a gigabyte in float32.
@@ -196,16 +197,16 @@ def sequence_logprobs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[to
         list: one (n - 1,) float32 tensor on the CPU per sequence.
     """
     forget_lengths(model)
-    found: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
+    logprobs: list[torch.Tensor] = [torch.empty(0)] * len(token_ids)
     for together in RotarySwitch.of(model).apart([len(ids) for ids in token_ids]):
         padded = padded_rows([token_ids[row] for row in together], model)
         with torch.no_grad():
             logits = model(input_ids=padded, use_cache=False).logits
         for place, row in enumerate(together):
             length = len(token_ids[row])
-            found[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
+            logprobs[row] = _gathered(logits[place, : length - 1], padded[place, 1:length])
     # One copy for all.
-    return list(torch.cat(found).cpu().split([len(ids) - 1 for ids in token_ids]))
+    return list(torch.cat(logprobs).cpu().split([len(ids) - 1 for ids in token_ids]))
 
 
 def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
@@ -334,8 +335,3 @@ def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         for part, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
     ]
     return torch.cat(pieces)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

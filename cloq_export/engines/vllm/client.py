@@ -10,15 +10,14 @@ from typing import Any
 import httpx2
 import torch
 
-from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.held_adapters import HeldAdapter
-from cloq_export.engines.protocol import TokenDistributions
-from cloq_export.engines.vllm.engine import MOST_PROBABLE, check_requests, most_probable_tokens
+from cloq_export.engines.vllm.engine import check_requests
+from cloq_export.engines.vllm.listed_tokens import ListedTokens, ListsTokens
 from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 
 
-class ServerClient:
+class ServerClient(ListsTokens):
     """A client for a server that `cloq serve` started, which can be used from several threads.
 
     Args:
@@ -37,7 +36,7 @@ class ServerClient:
         self._names = dict.fromkeys(adapters)
         self._http = httpx2.Client(
             base_url=url,
-            # Requests stay on this machine whatever proxy the environment names.
+            # Proxies that the environment names are ignored, so that requests stay on this machine.
             trust_env=False,
             # A connection of its own for each: a server that restarts would leave kept ones half closed.
             limits=httpx2.Limits(max_keepalive_connections=0),
@@ -81,44 +80,15 @@ class ServerClient:
 
         return self._each(score, token_ids, adapters)
 
-    def token_distributions(
-        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
-    ) -> list[TokenDistributions]:
-        """Return the log-probabilities of the most probable tokens in each place, as many as vLLM gives unless told.
-
-        Args:
-            token_ids: as in `prompt_logprobs`.
-            adapters: as in `prompt_logprobs`.
-
-        Raises:
-            UsageError: as `prompt_logprobs`.
-            EngineError: as `prompt_logprobs`.
-        """
-
-        def score(ids: list[int], name: str | None) -> TokenDistributions:
-            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=MOST_PROBABLE)
-            rows = answer["prompt_logprobs"][1:]
-            return most_probable_tokens([[(int(key), each["logprob"]) for key, each in row.items()] for row in rows])
-
-        return self._each(score, token_ids, adapters)
-
-    def alternative_logprobs(
+    def _listed(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
-    ) -> list[Alternatives]:
-        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
-
-        Raises:
-            UsageError: as `prompt_logprobs`.
-            EngineError: the server died or refused.
-        """
-
-        def list_places(ids: list[int], name: str | None) -> Alternatives:
-            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=count + 1)
-            places = [
-                {int(token): float(entry["logprob"]) for token, entry in place.items()}
+    ) -> list[list[ListedTokens]]:
+        def list_places(ids: list[int], name: str | None) -> list[ListedTokens]:
+            answer = self.complete(ids, name, max_tokens=1, prompt_logprobs=count)
+            return [
+                [(int(token), float(entry["logprob"])) for token, entry in place.items()]
                 for place in answer["prompt_logprobs"][1:]
             ]
-            return Alternatives.of_entries(ids, places, count)
 
         return self._each(list_places, token_ids, adapters)
 

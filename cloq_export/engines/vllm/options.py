@@ -100,7 +100,7 @@ def engine_options(
             "enable_lora": True,
             "max_lora_rank": max_lora_rank or adapter_rules.smallest_rank(ranks),
             "max_loras": settings.max_loras or max(1, len(adapters)),
-            # Without this list vLLM adapts the head too, and 0.32 then dies of log-probabilities of a prompt.
+            # Without this list vLLM adapts the head too, and 0.32 then crashes when asked for prompt log-probabilities.
             "lora_target_modules": sorted(targets),
         }
         options["max_cpu_loras"] = max(options["max_loras"], len(adapters))

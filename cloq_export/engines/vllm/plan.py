@@ -130,7 +130,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         options: what is asked.
 
     Raises:
-        UsageError: options that cannot be meant, a port that is taken, or a base that needs its adapter without one.
+        UsageError: options that make no sense, a port that is taken, or a base that needs its adapter without one.
         BindingError: an adapter belongs to another base.
         FormatError: a file is missing or damaged, or an adapter does not fit the base.
         SourceError: the checkpoint has no tokenizer.
@@ -147,7 +147,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     for index, adapter_name in enumerate(adapters):
         check_name(adapter_name, taken=(own, base_name, *list(adapters)[:index]))
     if not adapters:
-        refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with --adapter NAME=FOLDER")
+        refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with `adapters=NAME=FOLDER`")
     default = _choose_default(adapters, options.default)
     facts = engine_facts(options.python)
     kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
@@ -160,7 +160,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         trust_adapters=options.trust_adapters,
     )
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
-    # Adapters that are loaded while it serves find a place beside those of the start.
+    # Leaves room for adapters that are loaded while it serves.
     told["max_cpu_loras"] = max(told["max_loras"], len(adapters), 32)
     told |= {"served_model_name": base_name, "host": options.host, "port": _take_port(options.host, options.port)}
     command = [str(options.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(told)]
@@ -218,7 +218,7 @@ def _choose_default(adapters: Mapping[str, Path], asked: str | None) -> str | No
         return asked
     if len(adapters) > 1:
         raise UsageError(
-            f"there are {len(adapters)} adapters, {names}; say which one plain requests get with --default NAME."
+            f"there are {len(adapters)} adapters, {names}; say which one plain requests get with `default=NAME`."
         )
     return next(iter(adapters), None)
 
@@ -248,7 +248,7 @@ def _take_port(host: str, port: int) -> int:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{host}:{port} cannot be listened at ({reason}); choose another --port, or --port 0 for a free one."
+            f"{host}:{port} cannot be listened at ({reason}); choose another `port`, or `port=0` for a free one."
         ) from error
 
 

@@ -56,7 +56,7 @@ class EngineProcess:
                 start_new_session=True,
             )
         except OSError as error:
-            raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check --python.") from error
+            raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check `python`.") from error
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._stop_at_exit = weakref.finalize(self, _kill_group, self._process)
@@ -102,7 +102,7 @@ class EngineProcess:
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
-    """End a program and whatever it left running in its group."""
+    """End a program and all processes in its group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

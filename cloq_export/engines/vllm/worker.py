@@ -62,7 +62,7 @@ def _compute(engine: Any, lora: Mapping[str, Any], request: Mapping[str, Any]) -
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=1 if scoring else request["max_new_tokens"],
-        # How many tokens are listed in each place beside the one that comes.
+        # How many tokens are listed in each place besides the one that comes.
         prompt_logprobs=request.get("listed", 0) if scoring else None,
         detokenize=False,
     )
@@ -95,7 +95,7 @@ if __name__ == "__main__":
         try:
             _serve(asked, answered)
         except BrokenPipeError:
-            pass  # whoever asked has gone
+            pass  # the process that asked has ended
         except BaseException:
             import traceback
 

@@ -1,4 +1,4 @@
-"""Is an adapter really applied, in every module? Asked of an engine on any base, without a float model beside it."""
+"""Is an adapter really applied, in every module? Asked of an engine on any base, without a float model."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ OPENERS: dict[str, Opener] = {"hf": _open_hf, "vllm": _open_vllm}
 
 
 def verify_applied(base: str, options: VerifyOptions, *, console: Console | None = None) -> AppliedReport:
-    """Ask an engine whether adapters are applied on a base of whatever tool, in every module.
+    """Ask an engine whether adapters are applied on a base of any tool, in every module.
 
     Args:
         base: folder of a float model or of a quantized checkpoint, or the hub id of a float model.
@@ -138,7 +138,7 @@ def verify_applied(base: str, options: VerifyOptions, *, console: Console | None
         AppliedReport: `passed` is the answer.
 
     Raises:
-        UsageError: options that cannot be meant.
+        UsageError: options that make no sense.
         GateMissedError: the text is shorter than one window.
         CloqError: the base or an adapter cannot be read, or the engine does not start.
     """
@@ -231,20 +231,18 @@ class _Questions:
     def _compare(self, name: str) -> None:
         windows, names = self.texts.windows, [name] * len(self.texts.windows)
         expected = measure_logprobs(self.reference, windows, names)
-        found = compare_logprobs(measure_logprobs(self.served, windows, names), expected)
-        self.numerics.append(NumericsRow("served", "reference", name, found))
+        differences = compare_logprobs(measure_logprobs(self.served, windows, names), expected)
+        self.numerics.append(NumericsRow("served", "reference", name, differences))
         if self.options.dtype != "float32":
-            reason = (
-                f"in {self.options.dtype} single log-probabilities say little: {found.mean} is their mean difference"
-            )
-            self.checks.append(Check("logprob_difference_max", name, None, found.max, None, reason))
+            dtype, mean = self.options.dtype, differences.mean
+            reason = f"in {dtype} single log-probabilities say little: {mean} is their mean difference"
+            self.checks.append(Check("logprob_difference_max", name, None, differences.max, None, reason))
             return
         limit = self._limit()
-        passed = found.max is not None and found.max <= limit
-        reason = (
-            f"{found.max} is the largest difference from the reference on {found.tokens} tokens, {limit} is allowed"
-        )
-        self.checks.append(Check("logprob_difference_max", name, passed, found.max, limit, reason))
+        passed = differences.max is not None and differences.max <= limit
+        on = f"on {differences.tokens} tokens"
+        reason = f"{differences.max} is the largest difference from the reference {on}, {limit} is allowed"
+        self.checks.append(Check("logprob_difference_max", name, passed, differences.max, limit, reason))
 
     def _limit(self) -> float:
         checkpoint = self.base.checkpoint
@@ -255,15 +253,17 @@ class _Questions:
         self.progress.session.say(f"leave out each of {len(pairs)} modules of {name} in turn")
         left = leave_out(self.reference, self.texts.probes, name, list(pairs))
         zero = liveness.zero_products(pairs)
-        found = liveness.served_presence(self.served, self.texts.probes, name, left.probed, left.without, zero=zero)
-        share = liveness.live_share(found)
+        presences = liveness.served_presence(self.served, self.texts.probes, name, left.probed, left.without, zero=zero)
+        share = liveness.live_share(presences)
         tokens = sum(len(ids) - 1 for ids in self.texts.probes)
-        self.rows.append(AdapterLiveness(name, len(self.texts.probes), tokens, share, tuple(found)))
+        self.rows.append(AdapterLiveness(name, len(self.texts.probes), tokens, share, tuple(presences)))
         dead = [
-            f"{each.module} is {each.verdict}" for each in found if each.verdict not in (liveness.LIVE, liveness.ZERO)
+            f"{each.module} is {each.verdict}"
+            for each in presences
+            if each.verdict not in (liveness.LIVE, liveness.ZERO)
         ]
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
-        reason = ", ".join(dead[:3]) + more if dead else f"all {len(found)} modules are shown to be live"
+        reason = ", ".join(dead[:3]) + more if dead else f"all {len(presences)} modules are shown to be live"
         if share is None:
             reason = "the products of all its modules are zero, so there is nothing of it to see"
         self.checks.append(Check("live_modules", name, share == 1.0, share, 1.0, reason))

@@ -186,5 +186,5 @@ def _refuse_other_model(loaded: LoadedModel, plan: Plan) -> None:
         if mine is not None and theirs is not None and mine != theirs:
             raise UsageError(
                 f"{loaded.source.name} has {field} {theirs} and {folder} has {mine}, so the one was not "
-                "made from the other; give the float model of this export with --reference."
+                "made from the other; give the float model of this export with `reference`."
             )

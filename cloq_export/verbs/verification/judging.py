@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cloq_export.artifact.adapters import AdapterShelf, carried_note
+from cloq_export.artifact.adapters import AdapterShelf, carried_note, forced_note, is_bound
 from cloq_export.artifact.certificate import verify_certificate, verify_run
 from cloq_export.artifact.needed_adapter import WHY
 from cloq_export.artifact.run_directory import RunDirectory
@@ -77,23 +77,18 @@ def conditions(plan: Plan, known: FloatSide, text: CalibrationText) -> Condition
     )
 
 
-def served_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
+def describe_adapters(plan: Plan) -> tuple[ServedAdapter, ...]:
     """Return which adapters are served, and whether each was made for these codes."""
-    fingerprint = plan.checkpoint.fingerprint
     return tuple(
-        ServedAdapter(name, str(plan.folders[name]), len(read.pairs), read.base_fingerprint == fingerprint)
+        ServedAdapter(name, str(plan.folders[name]), len(read.pairs), is_bound(read.base_fingerprint, plan.checkpoint))
         for name, read in plan.adapters.items()
     )
 
 
 def notes_of(plan: Plan, findings: tuple[Finding, ...]) -> list[str]:
-    """Return what a reader of the report must know beside its figures."""
-    fingerprint = plan.checkpoint.fingerprint
-    notes = [
-        f"the adapter {name} is bound to {read.base_fingerprint or 'no base'}; it was taken by force"
-        for name, read in plan.adapters.items()
-        if read.base_fingerprint != fingerprint
-    ]
+    """Return what a reader of the report must know besides its figures."""
+    forced = (forced_note(name, read.base_fingerprint, plan.checkpoint) for name, read in plan.adapters.items())
+    notes = [note for note in forced if note is not None]
     shelf = AdapterShelf.of(plan.export)
     notes += shelf.notes if not plan.options.adapters else ()
     outside = {name: folder for name, folder in plan.folders.items() if folder not in shelf.folders.values()}
@@ -176,10 +171,10 @@ def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> l
     if not set(binding_limits(plan.limits, largest)) - set(blind):
         reasons.append("every limit is dropped, or so wide that nothing can miss it")
     if plan.adapters and not report.conditions.prompts:
-        reasons.append("no prompt was continued (--prompts 0), so nothing that the adapters write was looked at")
+        reasons.append("no prompt was continued (`prompts=0`), so nothing that the adapters write was looked at")
     elif plan.adapters and report.conditions.new_tokens < _FEWEST_STEPS:
         reasons.append(
-            f"texts of {report.conditions.new_tokens} token (--new-tokens) come from the prompt alone, so no step with "
+            f"texts of {report.conditions.new_tokens} token (`new_tokens`) come from the prompt alone, so no step with "
             f"the cache was looked at; let {_FEWEST_STEPS} or more be written"
         )
     if not report.conditions.windows:
@@ -189,21 +184,23 @@ def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> l
 
 def _smallest_losses(plan: Plan, report: ParityReport) -> dict[str, SmallestLoss]:
     """Return gate -> the smallest loss of accuracy, or rise of perplexity, that it could have seen here."""
-    found: dict[str, SmallestLoss] = {}
+    losses: dict[str, SmallestLoss] = {}
     for name, (_, questions) in plan.tasks.items():
         count, key, limits = len(questions.items), gate_key(name), plan.limits
         p_value = _p_value_limit(plan, name)
-        found[f"{key}_p_value"] = SmallestLoss(smallest_drop(questions.deciding, p_value), p_value, 1 - POWER)
+        losses[f"{key}_p_value"] = SmallestLoss(smallest_drop(questions.deciding, p_value), p_value, 1 - POWER)
         if (limit := limits.get(f"{key}_drop_upper")) is not None:
-            found[f"{key}_drop_upper"] = SmallestLoss(limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN)
+            losses[f"{key}_drop_upper"] = SmallestLoss(
+                limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN
+            )
         if (limit := limits.get(f"{key}_accuracy_drop_upper")) is not None:
-            found[f"{key}_accuracy_drop_upper"] = SmallestLoss(limit, None, UNSEEN)
+            losses[f"{key}_accuracy_drop_upper"] = SmallestLoss(limit, None, UNSEEN)
     ratios = [row.ratio for row in report.quality.perplexity if row.model == "served" and row.ratio is not None]
     rises = [ratio.ratio_smallest_rise for ratio in ratios if ratio.ratio_smallest_rise is not None]
     if rises and len(rises) == len(ratios):
         rise = SmallestLoss(max(rises), (1 - LEVEL) / 2, RATIO_UNSEEN)
-        found |= {"perplexity_ratio_upper": rise, "perplexity_over_recorded": rise}
-    return found
+        losses |= {"perplexity_ratio_upper": rise, "perplexity_over_recorded": rise}
+    return losses
 
 
 def _p_value_limit(plan: Plan, task: str) -> float:

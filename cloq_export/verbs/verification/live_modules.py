@@ -31,15 +31,15 @@ def find_presences(
         served: the engine.
         progress: of the call.
     """
-    found: dict[str, list[Presence]] = {}
+    presences: dict[str, list[Presence]] = {}
     for adapter, left in side.left_out.items():
-        found[adapter] = []
+        presences[adapter] = []
         with progress.attempt(f"liveness, {adapter}"):
             zero = liveness.zero_products(plan.adapters[adapter].pairs)
-            found[adapter] = liveness.served_presence(
+            presences[adapter] = liveness.served_presence(
                 served, known.texts.probes, adapter, left.probed, left.without, zero=zero
             )
-    return found
+    return presences
 
 
 def settle_presences(
@@ -89,11 +89,11 @@ def _probe_enlarged(
             base = str(plan.adapters[name].config.get("base_model_name_or_path") or "")
             write_adapter(folders[name], pairs, base_model=base, base_fingerprint=plan.checkpoint.fingerprint)
         reference = reference_model(known.base, folders, device=plan.options.device)
-        found = {}
+        presences = {}
         with progress.phase("start"), serve(plan, folders) as served, progress.phase("liveness"):
             for name in folders:
                 left = leave_out(reference, probes, name, list(gains[name]))
-                found[name] = liveness.served_presence(
+                presences[name] = liveness.served_presence(
                     served, probes, name, left.probed, left.without, gains=gains[name]
                 )
-        return found
+        return presences

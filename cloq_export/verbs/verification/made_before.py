@@ -115,9 +115,9 @@ class MadeBefore:
         records = {}
         for name, adapter in adapters.items():
             source = str(folders[name])
-            found = _attempt(unread, f"adapter {name}", functools.partial(adapter_record, adapter.extra, source))
-            if found is not None:
-                records[name] = found
+            record = _attempt(unread, f"adapter {name}", functools.partial(adapter_record, adapter.extra, source))
+            if record is not None:
+                records[name] = record
         expected = bool(unread) or _promises_record(export)
         return cls(
             checkpoint, folders, adapters, base, records, tuple(unread), expected, of_run, serves_all, own is not None
@@ -134,7 +134,7 @@ class MadeBefore:
         return [*self.adapters] if self.adapters else [None]
 
     def limits(self, options: VerifyOptions, defaults: Mapping[str, float]) -> dict[str, float]:
-        """Return the limits that hold by default beside those of the figures.
+        """Return the limits that hold by default in addition to those of the figures.
 
         Args:
             options: of the call.
@@ -183,13 +183,13 @@ class MadeBefore:
         if now != (quality.text, quality.window, quality.windows, quality.bos):
             return []
         same = text_sha256 in (None, quality.text_sha256)
-        found = []
+        ratios = []
         for adapter in self._subjects:
             record = self.records.get(adapter) if adapter is not None else None
             name = CODES_ALONE if adapter is None else record.name if record and record.training is None else None
             if name is not None and name in quality.ratio:
-                found.append(RecordedRatio(adapter, quality.ratio[name] if same else None))
-        return found
+                ratios.append(RecordedRatio(adapter, quality.ratio[name] if same else None))
+        return ratios
 
     def recorded_answers(self, task: Task, questions: Questions) -> dict[str | None, dict[int, bool]]:
         """Return what is served -> number of a question -> whether it was answered right when the run recorded it.
@@ -199,12 +199,12 @@ class MadeBefore:
             questions: that are put now.
 
         Returns:
-            dict: without what nobody asked, and without what was asked too few of these questions to show a loss.
+            dict: without tasks that were never asked, or of which too few questions were asked to show a loss.
         """
         record = self.base.tasks.get(task.name) if self.base is not None else None
         if record is None or (record.shots, record.version) != (questions.shots, task.version):
             return {}
-        found = {}
+        answers = {}
         for adapter in self._subjects:
             made = self.records.get(adapter) if adapter is not None else None
             if adapter is not None and made is None:
@@ -213,8 +213,8 @@ class MadeBefore:
             keys = [key[: record.DIGITS] for key in questions.keys]
             common = {number: then[key] for number, key in enumerate(keys) if key in then}
             if len(common) >= _FEWEST_RECORDED:
-                found[adapter] = common
-        return found
+                answers[adapter] = common
+        return answers
 
     def findings(self, digests: Mapping[str, str] | None) -> list[Finding]:
         """Return what comes of comparing codes and adapters with their records.
@@ -279,7 +279,10 @@ class MadeBefore:
         if other:
             # It was asked for; what differs is judged by its tensors and its tokenizer.
             return [Finding("reference", NOT_PROVEN, reason)]
-        return [Finding("reference", CONTRADICTED, f"{reason}; give that one, or --other-reference"), *findings]
+        return [
+            Finding("reference", CONTRADICTED, f"{reason}; give that one, or take this one with `other_reference`"),
+            *findings,
+        ]
 
     def _findings_of_names(self) -> list[Finding]:
         """Return which adapters are gone, stand under another name, or would be read otherwise by others."""

@@ -22,7 +22,7 @@ def read_fitting_adapter(folder: Path, export: OnnxExport, *, force: bool) -> Ad
     Args:
         folder: an ONNX adapter or a PEFT one.
         export: the graph that it is to be served on.
-        force: take it whatever it is bound to.
+        force: take it even if it is bound to another base.
 
     Raises:
         BindingError: it is bound to another base, or to none, or the graph has no inputs for it.
@@ -38,7 +38,7 @@ def write_stand_in(
 ) -> tuple[Path, dict[str, Path]]:
     """Write an ordinary quantized checkpoint with the integers of a graph and the float part of a model.
 
-    Nothing of the graph but its integers goes in, so that whatever else is wrong with it shows.
+    Only the integers of the graph go in, so that anything else that is wrong with it shows.
 
     Args:
         place: an existing folder to write into.

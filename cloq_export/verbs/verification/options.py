@@ -32,7 +32,7 @@ class VerifyOptions:
     )
     tasks: tuple[str, ...] = option(
         ("ppl",),
-        "What is measured beside the numbers; tasks as in `cloq eval`.",
+        "What is measured besides the numbers; tasks as in `cloq eval`.",
         separator=",",
         metavar="ppl,TASK[=FILE],...",
     )
@@ -82,11 +82,11 @@ class VerifyOptions:
 
     @property
     def measures_packed(self) -> bool:
-        """Return whether our own runtime is measured beside the one that serves: not if it is the same."""
+        """Return whether our own runtime is measured in addition to the one that serves: not if it is the same."""
         return self.runtime not in ("hf", "onnx") or self.dtype != "float32"
 
     def check(self) -> None:
-        """Refuse values that cannot be meant.
+        """Refuse values that make no sense.
 
         Raises:
             UsageError: names the first of them.

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
 from cloq_export.artifact.artifact import Artifact
 from cloq_export.artifact.checkpoint import Checkpoint
@@ -18,7 +16,7 @@ from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import INT8
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.peft import Adapter
-from cloq_export.kernels.gpu import cuda
+from cloq_export.models.devices import chosen_device
 from cloq_export.parity.gate import (
     SIGNIFICANCE,
     default_limits,
@@ -73,10 +71,7 @@ class Plan:
         chosen = {} if options.gate is None else read_gate_file(options.gate)
         options.check()
         asked = _asked_tasks(options)
-        if torch.device(options.device).type == "cuda" and not cuda().count():
-            raise UsageError(
-                f"--device {options.device} was asked for, but torch sees no CUDA device; use --device cpu."
-            )
+        chosen_device(options.device)  # before any work, so that a device that is not there is refused at once
         artifact = Artifact.open(export)
         if artifact.kind == "merged export":
             raise UsageError(
@@ -129,7 +124,7 @@ class Plan:
         """Return what is scored on text: every adapter, and the base without one, which engines compute otherwise.
 
         Codes that need their adapter are not scored alone: their log-probabilities are noise, in which the rounding of
-        any engine shows enlarged, and nobody is served them.
+        any engine shows enlarged, and they are never served.
         """
         return [*self.adapters] if self.checkpoint.needs_adapter else [*self.adapters, None]
 
@@ -171,8 +166,8 @@ def _read_onnx(
 ) -> tuple[Checkpoint | OnnxExport, dict[str, Path], dict[str, Adapter]]:
     if options.runtime != "onnx" or options.dtype != "float32":
         raise UsageError(
-            f"{artifact.path} is an ONNX export, whose graph computes in float32; verify it with --runtime onnx and "
-            "without --dtype."
+            f"{artifact.path} is an ONNX export, whose graph computes in float32; verify it with `runtime=onnx` and "
+            "without `dtype`."
         )
     require_packages()
     from cloq_export.formats.onnx.reading import OnnxExport
@@ -207,11 +202,11 @@ def adapter_folders(shelf: AdapterShelf, asked: Sequence[str]) -> dict[str, Path
             name = Path(text).name
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"--adapter {text}: {name[:80]!r} cannot be the name of an adapter; letters, digits, '.', '_' and '-' "
-                "are allowed, a letter or digit first. Give one with --adapter NAME=FOLDER."
+                f"`adapters={text}`: {name[:80]!r} cannot be the name of an adapter; letters, digits, '.', '_' and "
+                "'-' are allowed, a letter or digit first. Give one with `adapters=NAME=FOLDER`."
             )
         if name in folders:
-            raise UsageError(f"two adapters have the name {name!r}; give one another with --adapter NAME=FOLDER.")
+            raise UsageError(f"two adapters have the name {name!r}; give one another with `adapters=NAME=FOLDER`.")
         folders[name] = shelf.find(place)
     return folders
 

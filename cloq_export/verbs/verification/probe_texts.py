@@ -37,7 +37,7 @@ _PROMPT_STEP = 7
 _SMALL_BATCH = 3
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
-# Tokens on which the base is scored without its adapters beside the longest text, in whole windows.
+# Tokens on which the base is scored without its adapters, in whole windows, besides the longest text.
 _BASE_TOKENS = 512
 
 
@@ -187,7 +187,7 @@ def _longest_length(plan: Plan, model: Any, tokens: int) -> int:
     if options.longest is not None:
         if options.longest > served:
             raise UsageError(
-                f"--longest is {options.longest}; the model is served with up to {context or 'any number of'} "
+                f"`longest` is {options.longest}; the model is served with up to {context or 'any number of'} "
                 f"tokens and the text has {tokens}: choose {served} or less, or a longer text."
             )
         return options.longest

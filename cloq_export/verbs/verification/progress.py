@@ -39,7 +39,7 @@ class Progress:
         """Note what could not be measured, and go on: its figures stay missing, and the gates on them miss."""
         try:
             yield
-        except Exception as error:  # an engine raises whatever it runs into; what it did not answer is missing
+        except Exception as error:  # an engine may raise anything; what it did not answer is missing
             reason = " ".join(str(error).split()) or type(error).__name__
             self.missing.append(Missing(what, reason))
             self.session.say(f"{what} could not be measured: {reason}")

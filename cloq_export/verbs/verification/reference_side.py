@@ -1,4 +1,4 @@
-"""The reference, Q and B A apart in float32, and our packed runtime beside it."""
+"""The reference, Q and B A apart in float32, and our packed runtime next to it."""
 
 from __future__ import annotations
 
@@ -130,16 +130,16 @@ def divergence_rows(
     name, model = measured
     places: dict[str, list[PlaceDivergences]] = {"float": [], "reference": []}
     for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
-        found = model.token_distributions([ids], [adapter])[0]
-        places["float"].append(divergences(of_float, found))
-        places["reference"].append(divergences(whole_distribution(reference, ids, adapter), found))
+        distributions = model.token_distributions([ids], [adapter])[0]
+        places["float"].append(divergences(of_float, distributions))
+        places["reference"].append(divergences(whole_distribution(reference, ids, adapter), distributions))
     return [DivergenceRow(name, against, adapter, summarize_divergences(each)) for against, each in places.items()]
 
 
 def perplexity_rows(
     plan: Plan, known: FloatSide, model: str, adapter: str | None, logprobs: Logprobs
 ) -> list[PerplexityRow]:
-    """Return the perplexity of a model beside the float model's, none where it was not asked for."""
+    """Return the perplexity of a model next to the float model's, none where it was not asked for."""
     if PERPLEXITY not in plan.options.tasks:
         return []
     against = None if model == "float" else known.logprobs

@@ -1,4 +1,4 @@
-"""The engine that serves: its scores and texts beside the reference's, alone and in mixed batches."""
+"""The engine that serves: its scores and texts compared with the reference's, alone and in mixed batches."""
 
 from __future__ import annotations
 
@@ -130,18 +130,18 @@ class ServedSide:
     def _scale_windows(self) -> dict[str | None, list[int]]:
         """Return what is served -> numbers of the windows on which scales are measured with it."""
         names = self.plan.scored
-        found: dict[str | None, list[int]] = {name: [] for name in names}
+        numbers: dict[str | None, list[int]] = {name: [] for name in names}
         for number, subject in self._shared_windows()[1]:
             adapter = names[subject]
             # In float32 what was scored is enough; of the base alone those are the first windows.
             scored = self.texts.windows_of(adapter) if self.plan.options.dtype == "float32" else self.texts.windows
             number = number if adapter in self.plan.subjects else number // len(names)
             if number < len(scored):
-                found[adapter].append(number)
-        return found
+                numbers[adapter].append(number)
+        return numbers
 
     def _served_windows(self, adapter: str | None, numbers: Sequence[int]) -> list[ServedWindow]:
-        """Return windows as they were served, beside what the reference says of the same tokens."""
+        """Return windows as they were served, with what the reference says of the same tokens."""
         rows = [self.texts.windows[number][: self._scale_length] for number in numbers]
         if self.plan.options.dtype == "float32":
             served, expected = self.logprobs[adapter], self.side.logprobs[adapter]
@@ -227,7 +227,7 @@ class ServedSide:
 
     @contextlib.contextmanager
     def _judging(self, kind: str, adapter: str | None) -> Iterator[Judge]:
-        """Note a row of texts whatever becomes of it: one that is missing makes its figures missing."""
+        """Note a row of texts even if judging it fails: a missing row makes its figures missing."""
         rows = []
 
         def judge(asked: AskedTexts, texts: Sequence[Sequence[int]]) -> None:

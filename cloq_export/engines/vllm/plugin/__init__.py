@@ -13,7 +13,8 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 - a check of every adapter that is loaded onto a base of ours (`guard`), and its modules under the names of the files
   (`adapter_names`);
 - an answer to which weights of its adapters it holds (`held_adapters`);
-- keys of known prompts that tell the loads of one name apart (`prefix_cache`).
+- keys of known prompts that tell the loads of one name apart (`prefix_cache`);
+- adapters over a model whose head has codes (`quantized_head`).
 
 vLLM is imported by the functions, not by the modules `adapters` and this one, so that they can be read without it.
 """
@@ -83,6 +84,7 @@ def register() -> None:
         prefix_cache,
         punica,
         quantization,
+        quantized_head,
     )
 
     quantization.register()
@@ -95,3 +97,4 @@ def register() -> None:
     guard.register()
     held_adapters.register()
     prefix_cache.register()
+    quantized_head.register()

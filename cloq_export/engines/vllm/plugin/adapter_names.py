@@ -1,6 +1,6 @@
 """Modules of an adapter under the names that vLLM knows, and none of them dropped without a word.
 
-Adapters call modules as transformers has them in memory; vLLM goes by the names in the files of the base. Where the two
+Adapters call modules as transformers has them in memory; vLLM uses the names in the files of the base. Where the two
 differ, as they do for the experts of Mixtral, vLLM takes such pairs for those of a module that it does not have, and
 serves the adapter without them.
 """

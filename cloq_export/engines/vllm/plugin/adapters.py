@@ -113,7 +113,7 @@ def check_adapter(
         folder: the adapter folder.
         max_rank: the largest rank that the engine takes; None takes any that vLLM can be told to take.
         target_modules: last parts of the module names that the engine adapts; None means any.
-        force: take it whatever base it is bound to.
+        force: take it even if it is bound to another base.
         trust_unbound: take it if it is bound to none.
 
     Returns:

@@ -36,7 +36,7 @@ def register() -> None:
             try:
                 self.cloq_export_grids = grids_of_files(Checkpoint.open(model_name))
             except CloqError:
-                return  # not a checkpoint of integer codes: vLLM's own code says what it thinks of it
+                return  # not a checkpoint of integer codes: vLLM's own code reports the error
 
     def apply_mapper(self: Any, hf_to_vllm_mapper: Any) -> None:
         stock_map(self, hf_to_vllm_mapper)

@@ -26,14 +26,15 @@ def register() -> None:
     """Let the CPU compute the compressed-tensors grids that vLLM has no kernel for there."""
     if not current_platform.is_cpu():
         return
-    # vLLM's 4-bit kernel dies of an illegal instruction unless Linux was asked for the use of AMX, which torch does
-    # when it first needs it, and with float activations that may be never.
+    # vLLM's 4-bit kernel crashes with an illegal instruction unless AMX was requested from Linux, which torch does
+    # only when it first needs AMX; with float activations that may be never.
     torch.cpu._init_amx()
     possible = _POSSIBLE_KERNELS.setdefault(PlatformEnum.CPU, [])
     # By name, because a module that is imported twice makes two classes.
     if any(kernel.__name__ == CloqCpuKernel.__name__ for kernel in possible):
         return
-    # Ahead of vLLM's own, which takes 4-bit codes with float32 activations and then fails; ours refuses what it can do.
+    # Before vLLM's own kernel, which accepts 4-bit codes with float32 activations and then fails; ours declines the
+    # grids that vLLM's kernel computes.
     place = possible.index(CPUWNA16LinearKernel) if CPUWNA16LinearKernel in possible else len(possible)
     possible.insert(place, CloqCpuKernel)
     stock = CompressedTensorsWNA16.create_weights

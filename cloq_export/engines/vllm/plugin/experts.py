@@ -35,7 +35,7 @@ from cloq_export.kernels import cpu
 from cloq_export.types import QuantSpec
 
 logger = init_logger("vllm.plugins.cloq_export")
-# vLLM's backend for classes of transformers reads files of both kinds, whatever it says.
+# vLLM's backend for classes of transformers reads files of both kinds, although it says otherwise.
 _OTHER_NAMES = (("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3"))
 _HELD = ("qweight", "scales", "qzeros")
 
@@ -204,6 +204,6 @@ class CloqExpertsMethod(FusedMoEMethodBase):
         index = None if self.punica_wrapper is None else self.punica_wrapper.adapter_of_tokens
         if self.lora is None or index is None:
             return None
-        if len(index) < tokens:  # rows that fill a batch up belong to nobody
+        if len(index) < tokens:  # rows that only fill up a batch have no adapter
             index = torch.nn.functional.pad(index, (0, tokens - len(index)), value=-1)
         return MixtureLora(*self.lora, index[:tokens])

@@ -155,6 +155,6 @@ class FusedLora:
         if index is None:
             return cpu_linear.linear(x, self.native, bias)
         tokens = x.numel() // x.shape[-1]
-        if len(index) < tokens:  # rows that fill a batch up belong to nobody
+        if len(index) < tokens:  # rows that only fill up a batch have no adapter
             index = torch.nn.functional.pad(index, (0, tokens - len(index)), value=-1)
         return cpu_linear.lora_linear(x, self.native, bias, self.adapters, index[:tokens].view(x.shape[:-1]))

@@ -51,7 +51,7 @@ def _end_with_starter() -> None:
         return
 
     def wait() -> None:
-        os.read(int(lifeline), 1)  # nothing is ever written: this returns when the other end is closed
+        os.read(int(lifeline), 1)  # nothing is ever written to it: `read` returns when the other end is closed
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -147,7 +147,7 @@ def _guard_server() -> None:
             )
             try:
                 await self.engine_client.add_lora(loaded)
-            except Exception as error:  # whatever the engine says is the answer; the weights before stay
+            except Exception as error:  # the engine's error is the answer; the earlier weights stay
                 return create_error_response(
                     message=str(error),
                     err_type="InternalServerError",
@@ -172,7 +172,7 @@ def _guard_server() -> None:
         models = await stock_models(self)
         if policy.needs_adapter:
             models.data = [card for card in models.data if card.id != policy.base_name]
-        # Clients without a choice of their own take the first; the quantized base is no model to choose.
+        # Clients that choose no model take the first of the list, which must not be the bare quantized base.
         models.data.sort(key=lambda card: (card.id != policy.name, card.id == policy.base_name))
         return models
 

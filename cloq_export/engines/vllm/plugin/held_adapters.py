@@ -74,7 +74,7 @@ def _add_route() -> None:
 
     async def held_lora_adapters(raw_request: Request) -> JSONResponse:
         handler = models(raw_request)
-        # All workers read the whole adapter, whatever part of it each computes.
+        # All workers read the whole adapter, although each computes only a part of it.
         held = (await handler.engine_client.collective_rpc(METHOD))[0]
         names = {name: held.get(str(each.lora_int_id)) for name, each in handler.lora_requests.items()}
         return JSONResponse({"adapters": names})

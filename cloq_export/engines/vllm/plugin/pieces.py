@@ -17,6 +17,7 @@ PIECES: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.lora_weights:PackedLoRALayerWeights.pack_moe": ("loras", "module_name", "is_non_gated_moe"),
     "vllm.lora.model_manager:LoRAModelManager": (),
     "vllm.lora.model_manager:from_layer": ("layer", "max_loras", "lora_config"),
+    "vllm.lora.model_manager:from_layer_logits_processor": ("layer", "lm_head", "max_loras", "lora_config"),
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_logits": (),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("lora_request",),
     "vllm.model_executor.layers.fused_moe:MoERunner": (),

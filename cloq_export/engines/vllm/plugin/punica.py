@@ -210,7 +210,7 @@ def add_lora_logits(
         kwargs: as vLLM passes them.
 
     Raises:
-        RuntimeError: nobody said whose rows these are, and an adapter does adapt the head.
+        RuntimeError: the adapter of these rows is not known, and one of the adapters changes the head.
     """
     logits, inputs = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
     count = inputs.shape[0]

@@ -53,7 +53,7 @@ def reads(config: Mapping[str, Any]) -> bool:
     try:
         parse_quantization_config(config)
     except CloqError:
-        return False  # not ours to explain: vLLM's own config says what it thinks of it
+        return False  # vLLM's own config reports the error
     return True
 
 

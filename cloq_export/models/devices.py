@@ -1,0 +1,31 @@
+"""Which device computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cloq_export.errors import UsageError
+from cloq_export.kernels.gpu import cuda
+
+
+def chosen_device(asked: str) -> torch.device:
+    """Return the device that an option `device` asks for.
+
+    Args:
+        asked: "cpu", "cuda", "cuda:N", or "auto", which takes CUDA where there is one.
+
+    Raises:
+        UsageError: CUDA is asked for and there is none.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if cuda().count() else "cpu")
+    device = torch.device(asked)
+    if device.type == "cuda" and not cuda().count():
+        raise UsageError(f"`device={asked}` was asked for, but torch sees no CUDA device; use `device=cpu`.")
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
