@@ -76,7 +76,7 @@ class Curve(transformers.TrainerCallback):
             for row in state.log_history
             if "reward" in row
         ]
-        if rows:
+        if rows and "reward" in (logs or {}):
             write_json(self.path, {"seed": args.seed, "steps": rows}, sort_keys=False)
             print(json.dumps(rows[-1]), flush=True)
 
