@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,9 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
             "path."
         )
     return folder
+
+
+def report_labels(checkpoint: Checkpoint) -> None:
+    """Warn where the content of a checkpoint counted and not its label."""
+    for note in checkpoint.notes:
+        warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)

@@ -293,3 +293,21 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, torch.Tensor] | N
     if held is None and part not in owner._non_persistent_buffers_set:
         held = owner._buffers.get(part)
     return None if held is None else (owner, held)
+
+
+def read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Give a model the generation_config.json of its checkpoint, if there is one.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    from transformers import GenerationConfig
+
+    if (checkpoint.folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **NO_CODE)
+        except (OSError, ValueError, TypeError) as error:
+            raise FormatError(
+                f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "
+                "fetch the file again, or delete it."
+            ) from None

@@ -55,6 +55,7 @@ class PackedLinear(nn.Linear):
     packed_zeros: torch.Tensor
     packed_scales: torch.Tensor
     native: cpu_weight.CpuWeight | None
+    deterministic = False
 
     def __init__(
         self,
@@ -113,7 +114,9 @@ class PackedLinear(nn.Linear):
         if any(self._padding):
             codes = codes[: self.out_features, : self.in_features]
             zeros, scales = (part[: self.out_features, : self.groups] for part in (zeros, scales))
-        native = cpu_weight.pack_weight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), self.bits)
+        native = cpu_weight.pack_weight(
+            *(codes.contiguous(), scales.contiguous(), zeros.contiguous(), self.bits), deterministic=self.deterministic
+        )
         self._register(native.words, native.zeros, native.scales, native)
 
     def _register(
@@ -124,6 +127,12 @@ class PackedLinear(nn.Linear):
         self.register_buffer("packed_zeros", zeros, persistent=False)
         self.register_buffer("packed_scales", scales, persistent=False)
         self.native = native
+
+    def make_deterministic(self) -> None:
+        """Give a token the same bits whatever else is in its batch, where the native library computes."""
+        self.deterministic = True
+        if self.native is not None:
+            self.native = dataclasses.replace(self.native, deterministic=True)
 
     def in_gptq_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return qweight, qzeros and scales, converted if they are held in the native library's layout."""
@@ -188,7 +197,7 @@ class PackedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             # The buffers by name: a traced program must find them in the module.
             layer = [self.packed_codes, self.packed_scales, self.packed_zeros]
-            sizes = [self.bits, self.out_features, self.in_features]
+            sizes = [self.bits, self.out_features, self.in_features, int(self.deterministic)]
             y = cpu_linear.cpu_linear_op(x, layer, sizes, self.bias, [], False)
         else:
             y = cpu_linear.linear(x, self.native, self.bias)

@@ -46,6 +46,7 @@ LOWEST_OF_EXTRAS = {
     },
     "qlora": {"bitsandbytes": "0.46.1"},
     "ray": {"ray": "2.40"},
+    "rl": {"datasets": "4.7", "trl": "1.16"},
 }
 
 # A package from a version on -> what it needs of another without declaring it, so that pip puts them together.

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cloq_export.artifact.checkpoint import Checkpoint
-from cloq_export.engines.transformers.loading import fill_packed, report_labels, report_slow_layers
+from cloq_export.artifact.checkpoint import Checkpoint, report_labels
+from cloq_export.engines.transformers.loading import fill_packed, report_slow_layers
 from cloq_export.errors import UnsupportedModelError, UsageError
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.models.experts import split_experts

@@ -12,12 +12,14 @@ import concurrent.futures
 import dataclasses
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from cloq_export.artifact.run_lock import RunLock
 from cloq_export.engines.vllm.client import ServerClient
-from cloq_export.errors import EngineError, UsageError
+from cloq_export.errors import EngineError, RunDirectoryError, UsageError
 
 Result = TypeVar("Result")
 # Seconds between two looks at a server that is gone.
@@ -53,7 +55,8 @@ class AdapterRollouts:
 
     Length, temperature, top-p and top-k are those of the trainer's own arguments. Log-probabilities are the server's,
     of the distribution before temperature. A server that is gone is waited for, the adapter is loaded into it again,
-    and the rollouts are asked once more; the folder of the last adapter that was served stays.
+    and the rollouts are asked once more; the folder of the last adapter that was served stays. What a training that was
+    killed left at the server, from the same folder, makes room.
 
     Args:
         server: a client of `cloq serve`, or of `vllm serve` with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.
@@ -62,7 +65,7 @@ class AdapterRollouts:
         canary: asked after each sync; what it raises ends the training.
 
     Raises:
-        UsageError: the server already serves an adapter under the name of a step.
+        UsageError: another trainer serves an adapter under the name of a step, or writes into the folder.
         EngineError: the server refuses an adapter, or does not come back.
     """
 
@@ -75,6 +78,8 @@ class AdapterRollouts:
     ) -> None:
         self.server, self.folder = server, Path(folder)
         self.options, self.canary = options or RolloutOptions(), canary
+        self._lock = RunLock(self.folder)
+        weakref.finalize(self, self._lock.give_back)
         self._step: int | None = None
         self._asked = 0
 
@@ -123,21 +128,67 @@ class AdapterRollouts:
         """Write the adapter, load it, look at it, and let go of the one before."""
         name, before = self._name(step), self._step
         if trainer.accelerator.is_main_process:
-            if name in self._patiently(self.server.models, loads=False):
-                raise UsageError(
-                    f"the server already serves {name}, perhaps for another trainer; unload it, or choose another "
-                    "`name`."
-                )
+            self._take_folder()
+            self._make_room(name)
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(self.folder / name)
-            self._patiently(lambda: self.server.load_adapter(name, self.folder / name), loads=False)
+            self._load(name)
         trainer.accelerator.wait_for_everyone()
         self._step = step
         if self.canary is not None:
             self.canary.check(step, name)
         if before is not None and trainer.accelerator.is_main_process:
             # All of its requests are done: a rollout ends with its last one.
-            self.server.unload_adapter(self._name(before))
+            self._patiently(lambda: self._let_go(self._name(before)), loads=False)
             shutil.rmtree(self.folder / self._name(before), ignore_errors=True)
+
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.take()
+        except RunDirectoryError:
+            raise UsageError(
+                f"another trainer writes its adapters into {self.folder}; give each a folder and a `name` of its own."
+            ) from None
+
+    def _make_room(self, name: str) -> None:
+        """Take away what an earlier process of this training has left at the server under this name.
+
+        Raises:
+            UsageError: it is another trainer's.
+        """
+        found = self._patiently(self.server.places, loads=False).get(name)
+        if found is None:
+            return
+        if found != str(self.folder.resolve() / name):
+            raise UsageError(
+                f"the server already serves {name}, perhaps for another trainer; unload it, or choose another `name`."
+            )
+        self.server.unload_adapter(name)
+
+    def _load(self, name: str) -> None:
+        """Load an adapter; where the server has no room for two, the one before gives up its place.
+
+        Raises:
+            EngineError: the server refuses it; the message names the folder of the last adapter that was served.
+        """
+        try:
+            self._patiently(lambda: self.server.load_adapter(name, self.folder / name), loads=False)
+        except EngineError as error:
+            last = self.served_as
+            if last is None:
+                raise EngineError(f"{name} was not loaded: {error}") from None
+            self._let_go(last)
+            try:
+                self.server.load_adapter(name, self.folder / name)
+            except EngineError:
+                raise EngineError(
+                    f"{name} was not loaded: {str(error).rstrip('.')}; the last adapter that was served is in "
+                    f"{self.folder / last}."
+                ) from None
+
+    def _let_go(self, name: str) -> None:
+        if name in self.server.models():  # a server that was started again has forgotten it
+            self.server.unload_adapter(name)
 
     def _patiently(self, ask: Callable[[], Result], *, loads: bool = True) -> Result:
         """Ask a server; if it is gone meanwhile, wait for it, load the adapter into it again, and ask once more."""

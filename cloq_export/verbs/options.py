@@ -165,6 +165,9 @@ class ServeOptions:
     )
     force: bool = option(False, "Serve adapters that are bound to another base.")
     trust_adapters: bool = option(False, "Serve adapters that do not say which base they belong to.")
+    deterministic: bool = option(
+        False, "Packed layers and their adapters give a token the same bits in every batch, on a CPU."
+    )
     timeout: float = option(1800, "Seconds to wait for the start.", least=1)
     verbose: bool = option(False, "Show vLLM's lines from the start; unless given, once it answers.")
     engine_options: tuple[str, ...] = ()

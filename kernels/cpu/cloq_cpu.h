@@ -13,7 +13,7 @@
 #endif
 
 // Changed with every change of this interface, and compared by library.py: an old build beside new Python is refused.
-#define CLOQ_ABI_VERSION 4
+#define CLOQ_ABI_VERSION 5
 
 CLOQ_EXPORT int cloq_abi_version(void);
 
@@ -95,10 +95,18 @@ CLOQ_EXPORT void cloq_dequantize(const struct cloq_weight* weight, int64_t first
 
 // x: (tokens, in_features), y: (tokens, out_features), both of `dtype`. bias: (out_features) float32, or null.
 // lora: or null. int8_activations: 0 computes with x as it is, 1 rounds every token of x to 8 bits first.
+// deterministic: 1 gives a token the same bits whatever the others are, and how many; 0 takes the fastest way for so many.
 // Returns 1, having done nothing, if an index names no adapter.
 CLOQ_EXPORT int cloq_linear(const struct cloq_weight* weight, const void* x, int64_t tokens, int dtype, const float* bias,
-                            const struct cloq_lora* lora, int int8_activations, void* y, int threads);
+                            const struct cloq_lora* lora, int int8_activations, int deterministic, void* y,
+                            int threads);
 
 // x_grad = grad * Q. grad: (tokens, out_features), x_grad: (tokens, in_features), both of `dtype`.
 CLOQ_EXPORT void cloq_linear_input_grad(const struct cloq_weight* weight, const void* grad, int64_t tokens, int dtype,
                                         void* x_grad, int threads);
+
+// y = x W^T (+ bias) with float W, every output in one order of addition whatever the number of tokens.
+// weight: (out_features, in_features) of any cloq_dtype; x: (tokens, in_features); bias: (out_features), or null;
+// y: (tokens, out_features).
+CLOQ_EXPORT void cloq_dense_linear(const void* weight, int weight_dtype, int64_t out_features, int64_t in_features,
+                                   const float* x, int64_t tokens, const float* bias, float* y, int threads);

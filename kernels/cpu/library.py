@@ -15,7 +15,7 @@ from typing import Any
 # Another build, for the sanitizers.
 LIBRARY_VARIABLE = "CLOQ_EXPORT_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent / "libcloq_cpu.so")
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISA_VARIABLE = "CLOQ_EXPORT_CPU_ISA"
 ISAS = ("scalar", "avx2", "avx512", "amx", "neon")
 
@@ -70,7 +70,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cloq_pack_weight": (None, [_WEIGHT, _POINTER, _POINTER, _INT]),
     "cloq_unpack_weight": (None, [_WEIGHT, _POINTER, _INT]),
     "cloq_dequantize": (None, [_WEIGHT, _SIZE, _SIZE, _INT, _POINTER, _INT]),
-    "cloq_linear": (_INT, [_WEIGHT, _POINTER, _SIZE, _INT, _POINTER, _LORA, _INT, _POINTER, _INT]),
+    "cloq_linear": (_INT, [_WEIGHT, _POINTER, _SIZE, _INT, _POINTER, _LORA, _INT, _INT, _POINTER, _INT]),
+    "cloq_dense_linear": (None, [_POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT]),
     "cloq_linear_input_grad": (None, [_WEIGHT, _POINTER, _SIZE, _INT, _POINTER, _INT]),
 }
 

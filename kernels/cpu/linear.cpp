@@ -62,7 +62,7 @@ struct Linear {
     const float* bias;
     const cloq_lora* lora;
     const int32_t* index;  // of this pass
-    bool int8;
+    bool int8, deterministic;
     Mode mode;
 
     // One token wide or more; chunks of tokens are padded to one of the kernels' widths.
@@ -339,15 +339,14 @@ void finish(const Linear& work, int64_t block, int64_t blocks, int64_t first, in
 
 void multiply_blocks(void* context, int64_t task) {
     const Linear& work = *static_cast<Linear*>(context);
-    const int64_t last = smaller(work.layer.blocks(), (task + 1) * work.blocks_per_task);
-    for (int64_t block = task * work.blocks_per_task; block < last; ++block) {
-        for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
-            alignas(64) float sums[kMaxTokens * kLanes];
-            work.kernel(work.layer, block, work.activations + chunk * work.chunk_bytes(),
-                        work.sums + chunk * work.layer.groups * work.width, sums);
-            const int64_t count = smaller(work.width, work.tokens - chunk * work.width);
-            finish(work, block, 1, chunk * work.width, count, sums, kLanes);
-        }
+    const int64_t block = task * work.blocks_per_task;
+    const int64_t blocks = smaller(work.blocks_per_task, work.layer.blocks() - block);
+    for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+        alignas(64) float sums[kMaxTokens * kBlockPitch];
+        work.kernel(work.layer, block, blocks, work.activations + chunk * work.chunk_bytes(),
+                    work.sums + chunk * work.layer.groups * work.width, sums);
+        const int64_t count = smaller(work.width, work.tokens - chunk * work.width);
+        finish(work, block, blocks, chunk * work.width, count, sums, kBlockPitch);
     }
 }
 
@@ -407,8 +406,8 @@ void multiply_panels(void* context, int64_t task) {
 }
 
 // The widest kernel, or for few tokens the narrowest that holds them; many tokens are spread evenly over chunks.
-void choose_width(Linear& work, const BlockKernel* table) {
-    const int* widths = work.kernels->widths;
+void choose_width(Linear& work, const BlockKernels& table) {
+    const int* widths = table.widths;
     int widest = 0;
     while (widths[widest + 1] != 0) ++widest;
     const int64_t chunks = ceil_div(work.tokens, widths[widest]);
@@ -417,16 +416,16 @@ void choose_width(Linear& work, const BlockKernel* table) {
     while (widths[pick] < wanted) ++pick;
     work.width = widths[pick];
     work.chunks = ceil_div(work.tokens, work.width);
-    work.kernel = table[pick];
+    work.kernel = table.kernels[pick];
 }
 
+// Tiles and panels add up in orders of their own.
 Mode choose_mode(const Linear& work) {
     const LinearKernels& kernels = *work.kernels;
-    if (kernels.tiles != nullptr && work.tokens >= kernels.tiles_from && (work.int8 || work.dtype == CLOQ_BFLOAT16)) {
-        return kTiles;
-    }
-    if (work.int8 && kernels.int8 != nullptr) return kInt8;
-    if (work.tokens >= kernels.panels_from) return kPanels;
+    const bool rounds = work.int8 || work.dtype == CLOQ_BFLOAT16;
+    if (!work.deterministic && kernels.tiles != nullptr && work.tokens >= kernels.tiles_from && rounds) return kTiles;
+    if (work.int8 && kernels.int8.exist()) return kInt8;
+    if (!work.deterministic && work.tokens >= kernels.panels_from) return kPanels;
     return work.tokens == 1 && kernels.by_table != nullptr && !work.int8 ? kTables : kFloat32;
 }
 
@@ -454,7 +453,9 @@ void run_pass(Linear& work, int threads) {
             work.width = kernels.panel_width;
             work.chunks = ceil_div(work.tokens, work.width);
         } else {
-            choose_width(work, work.mode == kInt8 ? kernels.int8 : kernels.float32);
+            choose_width(work, work.mode == kInt8      ? kernels.int8
+                               : work.deterministic ? kernels.one_order
+                                                    : kernels.float32);
         }
         activation_bytes = work.chunks * work.chunk_bytes();
         sum_count = work.mode == kPanels ? 0 : work.chunks * layer.groups * work.width;
@@ -506,7 +507,9 @@ void run_pass(Linear& work, int threads) {
         parallel_for(ceil_div(blocks, work.blocks_per_task), threads,
                      work.mode == kTiles ? multiply_tiles : multiply_panels, &work);
     } else {
-        work.blocks_per_task = blocks >= 8 * threads ? 2 : 1;
+        // As many as go together in a kernel, but enough tasks for cores of uneven speed.
+        const int64_t share = blocks / (8 * (threads > 0 ? threads : 1));
+        work.blocks_per_task = share < 1 ? 1 : smaller(kMostBlocks, share);
         parallel_for(ceil_div(blocks, work.blocks_per_task), threads, multiply_blocks, &work);
     }
 }
@@ -712,7 +715,7 @@ void cloq_dequantize(const cloq_weight* weight, int64_t first_row, int64_t rows,
 }
 
 int cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int dtype, const float* bias,
-                const cloq_lora* lora, int int8_activations, void* y, int threads) {
+                const cloq_lora* lora, int int8_activations, int deterministic, void* y, int threads) {
     if (lora != nullptr && lora->index != nullptr) {
         for (int64_t token = 0; token < tokens; ++token) {
             if (lora->index[token] >= lora->adapters) return 1;
@@ -727,6 +730,7 @@ int cloq_linear(const cloq_weight* weight, const void* x, int64_t tokens, int dt
     work.bias = bias;
     work.lora = lora;
     work.int8 = int8_activations != 0;
+    work.deterministic = deterministic != 0;
     for (int64_t first = 0; first < tokens; first += cloq::kPassRows) {
         work.tokens = cloq::smaller(cloq::kPassRows, tokens - first);
         work.x = static_cast<const char*>(x) + first * weight->in_features * work.element;

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 struct cloq_lora;
 
 namespace cloq {
@@ -38,12 +40,35 @@ struct Layer {
     const uint8_t* block_zeros(int64_t block) const { return zeros + block * groups * kLanes; }
 };
 
-// One block of output channels for `width` tokens (a width that the table lists).
+// Blocks of output channels, kMostBlocks at most, for `width` tokens (a width that the table lists).
 //
 // x: input channels in their order, padded as the layer's, `width` tokens side by side: float (channels, width), or
 // four int8 (channels / 4, width) in the order of the words' bytes.
-// sums: (groups, width), what x adds up to in each group. y: (width, 16), overwritten.
-using BlockKernel = void (*)(const Layer& layer, int64_t block, const void* x, const float* sums, float* y);
+// sums: (groups, width), what x adds up to in each group. y: (width, kBlockPitch), its first blocks * 16 overwritten.
+using BlockKernel = void (*)(const Layer& layer, int64_t block, int64_t blocks, const void* x, const float* sums, float* y);
+constexpr int kMostBlocks = 4;
+constexpr int kBlockPitch = kMostBlocks * kLanes;
+
+struct BlockKernels {
+    const int* widths;  // rising, ends with 0
+    const BlockKernel* kernels;  // index of `widths` -> the kernel of that many tokens
+
+    bool exist() const { return kernels != nullptr; }
+};
+
+template <class... Blocks>
+struct KernelTable {
+    static constexpr int kWidths[] = {Blocks::kWidth..., 0};
+    static constexpr BlockKernel kKernels[] = {Blocks::run...};
+    static constexpr BlockKernels kernels = {kWidths, kKernels};
+};
+
+// Calls each(count, first) for `blocks` in groups of `most`, then half as many, and so on: count() is a constant.
+template <int most, class Each>
+inline void in_groups(int64_t blocks, Each each, int64_t first = 0) {
+    for (; first + most <= blocks; first += most) each(std::integral_constant<int, most>(), first);
+    if constexpr (most > 1) in_groups<most / 2>(blocks, each, first);
+}
 
 // Many rows by a panel of blocks that is decoded once for all of them. The rows, the panel and the sums of a call stay
 // in the second-level cache: that is what the sizes below are about.
@@ -102,10 +127,10 @@ constexpr int kGradBlocks = 16;  // of a panel in float32; twice as many in bflo
 constexpr int kGradPanel = kGradUnits * kUnit * kGradBlocks * kLanes;
 
 struct LinearKernels {
-    // Index of `widths` -> the kernel of that many tokens; null where the instruction set has none for these bits.
-    const int* widths;  // rising, ends with 0
-    const BlockKernel* float32;
-    const BlockKernel* int8;
+    BlockKernels float32;  // the fastest of each width
+    // A token's bits depend neither on the width nor on `by_table`.
+    BlockKernels one_order;
+    BlockKernels int8;  // sums are whole numbers, so that any order is one; empty where there are none for these bits
     // One token and 2 bits: two neighbouring codes of a byte look up what both channels add. `tables` makes the sixteen
     // tables (of sixteen) of a unit's 32 activations; the kernel takes them as x. Null elsewhere.
     void (*tables)(const float* x, float* to);

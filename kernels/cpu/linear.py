@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from cloq_export.kernels.cpu.lora import CpuLora
-from cloq_export.kernels.cpu.weight import DTYPES, LANES, CpuWeight, require_library
+from cloq_export.kernels.cpu.weight import DTYPES, LANES, CpuWeight, require_library, weight_of
 
 Precision = Literal["exact", "int8"]
 
@@ -136,6 +136,7 @@ def _compute(
         None if bias is None else bias.data_ptr(),
         None if lora is None else lora.structure(index),
         int8_activations,
+        weight.deterministic,
         y.data_ptr(),
         torch.get_num_threads(),
     )
@@ -166,7 +167,7 @@ def cpu_linear_op(
     Args:
         x: as there.
         layer: words, scales and zeros of a `CpuWeight`.
-        sizes: its bits, outputs and inputs.
+        sizes: its other operands.
         bias: as there.
         adapters: a, b, scaling, ranks and ends of a `CpuLora`, and the index if there is one; empty without adapters.
         int8_activations: the precision is "int8".
@@ -175,14 +176,7 @@ def cpu_linear_op(
         torch.Tensor: (..., out), the dtype of x.
     """
     lora, index = _adapters(adapters)
-    return _compute(x, _weight(layer, sizes), bias, lora, index, int8_activations)
-
-
-def _weight(layer: Sequence[torch.Tensor], sizes: Sequence[int]) -> CpuWeight:
-    """Return a layer from the operands of an operator."""
-    words, scales, zeros = layer
-    bits, out_features, in_features = sizes
-    return CpuWeight(words, scales, zeros, bits, out_features, in_features)
+    return _compute(x, weight_of(layer, sizes), bias, lora, index, int8_activations)
 
 
 def _adapters(adapters: Sequence[torch.Tensor]) -> tuple[CpuLora | None, torch.Tensor | None]:
@@ -215,9 +209,9 @@ def cpu_linear_input_grad_op(
     grad: torch.Tensor, layer: list[torch.Tensor], sizes: list[int], adapters: list[torch.Tensor]
 ) -> torch.Tensor:
     """Compute `grad Q`, and the adapters' share of it in float32; operands as those of `cpu_linear_op`."""
-    weight = _weight(layer, sizes)
+    weight = weight_of(layer, sizes)
     lora, index = _adapters(adapters)
-    _, out_features, in_features = sizes
+    out_features, in_features = sizes[1:3]
     if grad.dtype not in DTYPES or grad.device.type != "cpu" or grad.shape[-1:] != (out_features,):
         raise ValueError(
             f"the gradient is {tuple(grad.shape)} {grad.dtype} on {grad.device}; this layer takes "

@@ -17,11 +17,16 @@ namespace {
 // 8-bit activations: four codes of a word meet four activations in one instruction, in whole numbers.
 template <int bits, int width>
 struct Int8Block {
-    static constexpr int kChains = width == 1 ? 4 : width == 2 ? 2 : 1;
+    static constexpr int kWidth = width, kChains = width == 1 ? 4 : width == 2 ? 2 : 1;
     static constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);
 
-    static void run(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {
-        const int* x = static_cast<const int*>(activations);
+    static void run(const cloq::Layer& layer, int64_t block, int64_t blocks, const void* x, const float* sums, float* y) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            run_one(layer, block + b, static_cast<const int*>(x), sums, y + b * cloq::kLanes);
+        }
+    }
+
+    static void run_one(const cloq::Layer& layer, int64_t block, const int* x, const float* sums, float* y) {
         const uint32_t* words = layer.block_words(block);
         const uint16_t* scales = layer.block_scales(block);
         const uint8_t* zeros = layer.block_zeros(block);
@@ -62,12 +67,12 @@ struct Int8Block {
                 total[m] = _mm512_fmadd_ps(scale.v, centred, total[m]);
             }
         }
-        for (int m = 0; m < width; ++m) _mm512_storeu_ps(y + m * cloq::kLanes, total[m]);
+        for (int m = 0; m < width; ++m) _mm512_storeu_ps(y + m * cloq::kBlockPitch, total[m]);
     }
 };
 
-// One token and 2 bits: a permutation reads four bits, which are two codes, so a table of what two channels add for
-// each of their sixteen pairs of codes halves the work. Table order is that of the codes: words, bytes, slots.
+// 2 bits: a permutation reads four bits, which are two codes, so a table of what two channels add for each of their
+// sixteen pairs of codes halves the work. Table order is that of the codes: words, bytes, slots.
 void pair_tables(const float* x, float* to) {
     const __m512 first = _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1);
     const __m512 second = _mm512_setr_ps(-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1);
@@ -82,36 +87,56 @@ void pair_tables(const float* x, float* to) {
     }
 }
 
-void multiply_by_table(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {
-    const float* tables = static_cast<const float*>(activations);
+// One token. Its sums are those of Float32Block with as many chains and with pairs.
+constexpr int kTableChains = 2;
+
+template <int blocks>
+void multiply_by_table_of(const cloq::Layer& layer, int64_t block, const float* tables, const float* sums, float* y) {
     const uint32_t* words = layer.block_words(block);
-    const uint16_t* scales = layer.block_scales(block);
-    const uint8_t* zeros = layer.block_zeros(block);
-    const int64_t units = layer.units_per_group();
-    __m512 total = _mm512_setzero_ps();
+    const int64_t units = layer.units_per_group(), block_words = layer.units() * 2 * cloq::kLanes;
+    __m512 total[blocks];
+    for (int b = 0; b < blocks; ++b) total[b] = _mm512_setzero_ps();
     for (int64_t group = 0; group < layer.groups; ++group) {
-        __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 sum[kTableChains][blocks];
+        for (int b = 0; b < blocks; ++b) sum[0][b] = sum[1][b] = _mm512_setzero_ps();
         for (int64_t unit = 0; unit < units; ++unit) {
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                const __m512i codes = _mm512_loadu_si512(words + v * cloq::kLanes);
+                __m512i codes[blocks];
+                for (int b = 0; b < blocks; ++b) {
+                    codes[b] = _mm512_loadu_si512(words + b * block_words + v * cloq::kLanes);
+                }
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; ++i) {
                     const __m512 table = _mm512_loadu_ps(tables + (v * 8 + i) * 16);
-                    const __m512i pair = _mm512_srli_epi32(codes, 4 * i);
-                    sum[i % 4] = _mm512_add_ps(sum[i % 4], _mm512_permutexvar_ps(pair, table));
+#pragma GCC unroll 2
+                    for (int b = 0; b < blocks; ++b) {
+                        const __m512i pair = _mm512_srli_epi32(codes[b], 4 * i);
+                        __m512& to = sum[i % kTableChains][b];
+                        to = _mm512_add_ps(to, _mm512_permutexvar_ps(pair, table));
+                    }
                 }
             }
             words += 2 * cloq::kLanes;
             tables += 256;
         }
-        const Vector scale = Vector::half(scales + group * cloq::kLanes);
-        const Vector zero = Vector::bytes(zeros + group * cloq::kLanes) - Vector::all(cloq::middle(2));
-        __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-        all = _mm512_fnmadd_ps(zero.v, _mm512_set1_ps(sums[group]), all);
-        total = _mm512_fmadd_ps(scale.v, all, total);
+        for (int b = 0; b < blocks; ++b) {
+            const Vector scale = Vector::half(layer.block_scales(block + b) + group * cloq::kLanes);
+            const Vector zero = Vector::bytes(layer.block_zeros(block + b) + group * cloq::kLanes) -
+                                Vector::all(cloq::middle(2));
+            const __m512 all =
+                _mm512_fnmadd_ps(zero.v, _mm512_set1_ps(sums[group]), _mm512_add_ps(sum[0][b], sum[1][b]));
+            total[b] = _mm512_fmadd_ps(scale.v, all, total[b]);
+        }
     }
-    _mm512_storeu_ps(y, total);
+    for (int b = 0; b < blocks; ++b) _mm512_storeu_ps(y + b * cloq::kLanes, total[b]);
+}
+
+void multiply_by_table(const cloq::Layer& layer, int64_t block, int64_t blocks, const void* x, const float* sums,
+                       float* y) {
+    cloq::in_groups<2>(blocks, [&](auto count, int64_t first) {
+        multiply_by_table_of<count()>(layer, block + first, static_cast<const float*>(x), sums, y + first * cloq::kLanes);
+    });
 }
 
 inline __mmask16 mask_of(int64_t count) {
@@ -203,8 +228,9 @@ void dots(const void* a, int dtype, int64_t rows, int64_t length, const float* x
 
 template <int width>
 void add_low_rank_of(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, float* y, int64_t y_pitch) {
-    // One token alone needs several sums side by side to hide the latency of the multiply-add.
-    constexpr int kChains = width == 1 ? 4 : 1;
+    // One token alone needs several sums side by side to hide the latency of the multiply-add, and then so do all: the
+    // order of addition is the same for every width.
+    constexpr int kChains = 4;
     __m512 sum[kChains][width];
     for (int i = 0; i < width; ++i) {
         for (int chain = 0; chain < kChains; ++chain) sum[chain][i] = _mm512_setzero_ps();
@@ -226,15 +252,9 @@ void add_low_rank_of(const void* b, int dtype, int64_t rank, const float* z, int
 void add_low_rank(const void* b, int dtype, int64_t rank, const float* z, int64_t pitch, int64_t count, float* y,
                   int64_t y_pitch) {
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8) add_low_rank_of<8>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
     for (; i + 4 <= count; i += 4) add_low_rank_of<4>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
     for (; i < count; ++i) add_low_rank_of<1>(b, dtype, rank, z + i, pitch, y + i * y_pitch, y_pitch);
 }
-
-template <int bits, int... widths>
-struct Int8Table {
-    static constexpr cloq::BlockKernel kernels[] = {Int8Block<bits, widths>::run...};
-};
 
 }  // namespace
 
@@ -242,11 +262,17 @@ namespace cloq {
 
 template <int bits>
 static const LinearKernels* table() {
-    using Floats = Float32Table<bits, 1, 2, 4, 8, 12>;
-    using Int8s = Int8Table<bits, 1, 2, 4, 8, 12>;
-    static constexpr LinearKernels kernels = {Floats::kWidths,
-                                              Floats::kernels,
-                                              Int8s::kernels,
+    using Fastest = KernelTable<Float32Block<bits, 4, 1>, Float32Block<bits, 2, 2>, Float32Block<bits, 2, 4>,
+                                Float32Block<bits, 1, 8>, Float32Block<bits, 1, 12>>;
+    // In the order of the tables' sums where there are tables.
+    constexpr bool kPairs = bits == 2;
+    using OneOrder = KernelTable<Float32Block<bits, 2, 1, 2, kPairs>, Float32Block<bits, 2, 2, 1, kPairs>,
+                                 Float32Block<bits, 2, 4, 1, kPairs>, Float32Block<bits, 2, 8, 1, kPairs>>;
+    using Int8 = KernelTable<Int8Block<bits, 1>, Int8Block<bits, 2>, Int8Block<bits, 4>, Int8Block<bits, 8>,
+                             Int8Block<bits, 12>>;
+    static constexpr LinearKernels kernels = {Fastest::kernels,
+                                              OneOrder::kernels,
+                                              Int8::kernels,
                                               bits == 2 ? pair_tables : nullptr,
                                               bits == 2 ? multiply_by_table : nullptr,
                                               decode_unit<bits>,

@@ -10,40 +10,56 @@
 
 namespace {
 
-template <int bits, int width>
+// An output is `chains` sums side by side, which hide the latency of the multiply-add, and so are `together` blocks. Two
+// kernels with as many chains give a token the same bits. `pairs` adds up two channels first, as tables of pairs do.
+template <int bits, int chains, int width, int together = 1, bool pairs = false>
 struct Float32Block {
-    // One token alone needs several sums side by side to hide the latency of the multiply-add.
-    static constexpr int kChains = width == 1 ? Vector::kSums : width == 2 ? (Vector::kSums + 1) / 2 : 1;
+    static constexpr int kWidth = width;
     static constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);
 
-    static void run(const cloq::Layer& layer, int64_t block, const void* activations, const float* sums, float* y) {
-        const float* x = static_cast<const float*>(activations);
+    static void run(const cloq::Layer& layer, int64_t block, int64_t blocks, const void* x, const float* sums, float* y) {
+        cloq::in_groups<together>(blocks, [&](auto count, int64_t first) {
+            run_together<count()>(layer, block + first, static_cast<const float*>(x), sums, y + first * cloq::kLanes);
+        });
+    }
+
+    template <int blocks>
+    static void run_together(const cloq::Layer& layer, int64_t block, const float* x, const float* sums, float* y) {
+        constexpr int kSums = blocks * width;
         const uint32_t* words = layer.block_words(block);
-        const uint16_t* scales = layer.block_scales(block);
-        const uint8_t* zeros = layer.block_zeros(block);
-        const int64_t units = layer.units_per_group();
+        const int64_t units = layer.units_per_group(), block_words = layer.units() * bits * cloq::kLanes;
         const Codes<bits> codes;
-        Vector total[width];
-        for (int m = 0; m < width; ++m) total[m] = Vector::zero();
+        Vector total[kSums];
+        for (int i = 0; i < kSums; ++i) total[i] = Vector::zero();
         for (int64_t group = 0; group < layer.groups; ++group) {
-            Vector sum[width * kChains];
-            for (int i = 0; i < width * kChains; ++i) sum[i] = Vector::zero();
+            Vector sum[kSums * chains];
+            for (int i = 0; i < kSums * chains; ++i) sum[i] = Vector::zero();
             for (int64_t unit = 0; unit < units; ++unit) {
-                typename Codes<bits>::Words unpacked[kWords];
-                codes.load(words, unpacked);
+                typename Codes<bits>::Words unpacked[blocks][kWords];
+                for (int b = 0; b < blocks; ++b) codes.load(words + b * block_words, unpacked[b]);
 #pragma GCC unroll 8
                 for (int v = 0; v < kWords; ++v) {
 #pragma GCC unroll 4
                     for (int byte = 0; byte < 4; ++byte) {
 #pragma GCC unroll 4
-                        for (int slot = 0; slot < kSlots; ++slot) {
+                        for (int slot = 0; slot < kSlots; slot += pairs ? 2 : 1) {
                             const int pair = (v * 2 + byte % 2) * kSlots + slot;
-                            const Vector weight = codes.centred(unpacked[v], byte, slot);
                             const float* here = x + (2 * pair + byte / 2) * width;
-                            const int chain = kChains == 1 ? 0 : pair % kChains;
+                            const int chain = (pairs ? pair / 2 : pair) % chains;
+#pragma GCC unroll 2
+                            for (int b = 0; b < blocks; ++b) {
+                                const Vector weight = codes.centred(unpacked[b][v], byte, slot);
 #pragma GCC unroll 12
-                            for (int m = 0; m < width; ++m) {
-                                sum[chain * width + m] = multiply_add(weight, Vector::all(here[m]), sum[chain * width + m]);
+                                for (int m = 0; m < width; ++m) {
+                                    Vector& to = sum[chain * kSums + b * width + m];
+                                    if constexpr (pairs) {
+                                        const Vector next = codes.centred(unpacked[b][v], byte, slot + 1);
+                                        const Vector second = next * Vector::all(here[2 * width + m]);
+                                        to = to + multiply_add(weight, Vector::all(here[m]), second);
+                                    } else {
+                                        to = multiply_add(weight, Vector::all(here[m]), to);
+                                    }
+                                }
                             }
                         }
                     }
@@ -51,16 +67,22 @@ struct Float32Block {
                 words += bits * cloq::kLanes;
                 x += cloq::kUnit * width;
             }
-            const Vector scale = Vector::half(scales + group * cloq::kLanes);
-            const Vector zero = Vector::bytes(zeros + group * cloq::kLanes) - Vector::all(cloq::middle(bits));
-            for (int m = 0; m < width; ++m) {
-                Vector all = sum[m];
-                for (int chain = 1; chain < kChains; ++chain) all = all + sum[chain * width + m];
-                all = multiply_subtract(zero, Vector::all(sums[group * width + m]), all);
-                total[m] = multiply_add(scale, all, total[m]);
+            for (int b = 0; b < blocks; ++b) {
+                const Vector scale = Vector::half(layer.block_scales(block + b) + group * cloq::kLanes);
+                const Vector zero = Vector::bytes(layer.block_zeros(block + b) + group * cloq::kLanes) -
+                                    Vector::all(cloq::middle(bits));
+                for (int m = 0; m < width; ++m) {
+                    const int i = b * width + m;
+                    Vector all = sum[i];
+                    for (int chain = 1; chain < chains; ++chain) all = all + sum[chain * kSums + i];
+                    all = multiply_subtract(zero, Vector::all(sums[group * width + m]), all);
+                    total[i] = multiply_add(scale, all, total[i]);
+                }
             }
         }
-        for (int m = 0; m < width; ++m) total[m].store(y + m * cloq::kLanes);
+        for (int b = 0; b < blocks; ++b) {
+            for (int m = 0; m < width; ++m) total[b * width + m].store(y + m * cloq::kBlockPitch + b * cloq::kLanes);
+        }
     }
 };
 
@@ -176,11 +198,5 @@ void multiply_grad_panels(const cloq::GradWork& work) {
         }
     }
 }
-
-template <int bits, int... widths>
-struct Float32Table {
-    static constexpr int kWidths[sizeof...(widths) + 1] = {widths..., 0};
-    static constexpr cloq::BlockKernel kernels[] = {Float32Block<bits, widths>::run...};
-};
 
 }  // namespace

@@ -9,10 +9,13 @@ namespace {
 
 template <int bits>
 const cloq::LinearKernels* float32_table() {
-    using Floats = Float32Table<bits, 1, 2, 4>;
-    static constexpr cloq::LinearKernels kernels = {Floats::kWidths,
-                                                    Floats::kernels,
-                                                    nullptr,
+    constexpr int kSums = Vector::kSums, kHalf = (kSums + 1) / 2;
+    using Wide = Float32Block<bits, 1, 4>;
+    using Fastest = cloq::KernelTable<Float32Block<bits, kSums, 1>, Float32Block<bits, kHalf, 2>, Wide>;
+    using OneOrder = cloq::KernelTable<Float32Block<bits, 1, 1, kHalf>, Float32Block<bits, 1, 2, kHalf>, Wide>;
+    static constexpr cloq::LinearKernels kernels = {Fastest::kernels,
+                                                    OneOrder::kernels,
+                                                    {},
                                                     nullptr,
                                                     nullptr,
                                                     decode_unit<bits>,

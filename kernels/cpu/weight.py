@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class CpuWeight:
         bits: width of a code.
         out_features: output channels; the last block is padded to sixteen.
         in_features: input channels; each group is padded to a multiple of 32.
+        deterministic: a token gets the same bits whatever the others of its batch are, and however many.
 
     Raises:
         ValueError: the tensors do not belong together.
@@ -40,13 +42,14 @@ class CpuWeight:
     bits: int
     out_features: int
     in_features: int
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.words, self.scales, self.zeros, self.bits, self.out_features, self.in_features)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the tensors only: the structure below points into the memory of this one."""
-        return CpuWeight, (self.words, self.scales, self.zeros, self.bits, self.out_features, self.in_features)
+        return weight_of, self.operands()
 
     @property
     def groups(self) -> int:
@@ -58,8 +61,9 @@ class CpuWeight:
         return library.WeightStructure(None, None, None, self.out_features, self.in_features, self.groups, self.bits)
 
     def operands(self) -> tuple[list[torch.Tensor], list[int]]:
-        """Return the layer as operators of torch take it: its tensors, and bits, outputs and inputs."""
-        return [self.words, self.scales, self.zeros], [self.bits, self.out_features, self.in_features]
+        """Return the layer as operators of torch take it: its tensors; bits, outputs, inputs and `deterministic`."""
+        sizes = [self.bits, self.out_features, self.in_features, int(self.deterministic)]
+        return [self.words, self.scales, self.zeros], sizes
 
     def structure(self) -> library.WeightStructure:
         """Return the layer as the library takes it, while this object lives."""
@@ -69,7 +73,16 @@ class CpuWeight:
         return kept
 
 
-def pack_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> CpuWeight:
+def weight_of(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> CpuWeight:
+    """Return a layer from what `CpuWeight.operands` gives."""
+    words, scales, zeros = tensors
+    bits, out_features, in_features, deterministic = sizes
+    return CpuWeight(words, scales, zeros, bits, out_features, in_features, bool(deterministic))
+
+
+def pack_weight(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, *, deterministic: bool = False
+) -> CpuWeight:
     """Bring the canonical form of a layer into the kernels' layout.
 
     Args:
@@ -77,6 +90,7 @@ def pack_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, 
         scales: (out, groups) float16.
         zeros: (out, groups) uint8, each below `2**bits`.
         bits: 2, 3, 4 or 8.
+        deterministic: as in `CpuWeight`.
 
     Returns:
         CpuWeight: the layer, in new memory.
@@ -117,6 +131,7 @@ def pack_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, 
         bits,
         out_features,
         in_features,
+        deterministic,
     )
     codes = codes.contiguous()
     native.cloq_pack_weight(weight.structure(), codes.data_ptr(), weight.words.data_ptr(), torch.get_num_threads())

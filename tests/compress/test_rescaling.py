@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -88,34 +89,55 @@ def log_probabilities(model: Any) -> torch.Tensor:
         return torch.log_softmax(model(input_ids=ids).logits.float(), dim=-1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeFor, silent: Console
+) -> Callable[[int], tuple[Recipe, Path]]:
+    """Return a function from bits to the run, made once, of a model whose weights are as they should be."""
+
+    @functools.cache
+    def run(bits: int) -> tuple[Recipe, Path]:
+        recipe, out = recipe_for(bits=bits, group_size=16, samples=2), tmp_path_factory.mktemp("undisturbed") / "run"
+        make_run(recipe, out, console=silent)
+        return recipe, out
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("change", "first"),
+    ("change", "first", "bits"),
     [
-        (times({VALUE: -14, OUT: 14}), "v_proj"),
-        (times({VALUE: 20, OUT: -20}), "v_proj"),
-        (times({UP: -17, DOWN: 17}), "up_proj"),
-        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj"),
-        (one_head, "v_proj"),
+        (times({VALUE: -14, OUT: 14}), "v_proj", 2),
+        (times({VALUE: 20, OUT: -20}), "v_proj", 3),
+        (times({UP: -17, DOWN: 17}), "up_proj", 2),
+        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 2),
+        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 4),
+        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 8),
+        (one_head, "v_proj", 2),
+        (one_head, "v_proj", 3),
     ],
-    ids=["v tiny", "v huge", "up tiny", "both", "one head"],
+    ids=["v tiny-2", "v huge-3", "up tiny-2", "both-2", "both-4", "both-8", "one head-2", "one head-3"],
 )
 def test_a_factor_between_neighbours_changes_no_code(
-    change: Any, first: str, bits: int, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
+    change: Any,
+    first: str,
+    bits: int,
+    changed: Any,
+    undisturbed: Callable[[int], tuple[Recipe, Path]],
+    tmp_path: Path,
+    silent: Console,
 ) -> None:
-    options = {"bits": bits, "group_size": 16, "samples": 2}
-    plain = recipe_for(**options)
-    make_run(plain, tmp_path / "plain", console=silent)
+    plain, before = undisturbed(bits)
     recipe = plain.changed({"model": changed("llama", change)})
     summary = make_run(recipe, tmp_path / "run", console=silent)
-    expected, found = codes_of(tmp_path / "plain"), codes_of(tmp_path / "run")
+    expected, found = codes_of(before), codes_of(tmp_path / "run")
     assert expected.keys() == found.keys()
     for name, codes in expected.items():
         assert torch.equal(found[name], codes), name
     (note,) = (note for note in summary.notes if f"cannot hold {first} of 2 layers" in note)
     assert "powers of two" in note
     assert "model.layers.0." in note
-    served = (log_probabilities(cloq_export.load(tmp_path / name, adapter="cloq")) for name in ("plain", "run"))
+    served = (log_probabilities(cloq_export.load(path, adapter="cloq")) for path in (before, tmp_path / "run"))
     torch.testing.assert_close(*served, rtol=0, atol=1e-4)
 
 

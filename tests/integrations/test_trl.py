@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cloq_export.engines.vllm.client import ServerClient
 from cloq_export.errors import EngineError, GateMissedError, UsageError
 from cloq_export.integrations import trl
 from cloq_export.integrations.trl import AdapterRollouts, RolloutOptions
@@ -34,6 +39,9 @@ class Server:
     def models(self) -> list[str]:
         return ["base", *self.loaded]
 
+    def places(self) -> dict[str, str]:
+        return {"base": "", **{name: str(folder.resolve()) for name, folder in self.loaded.items()}}
+
     def load_adapter(self, name: str, folder: Path) -> None:
         if self.gone:
             raise EngineError("the server did not answer")
@@ -56,7 +64,7 @@ class Server:
 
 class Model:
     def save_pretrained(self, folder: Path) -> None:
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "adapter").write_text("")
 
 
@@ -82,7 +90,7 @@ def trainer(step: int = 0, top_k: int = 0) -> Any:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl, "_PAUSE", 0.0)
+    monkeypatch.setattr(trl, "_PAUSE", 0.02)
 
 
 def test_each_step_has_a_name_of_its_own_and_the_one_before_goes(tmp_path: Path) -> None:
@@ -100,7 +108,7 @@ def test_each_step_has_a_name_of_its_own_and_the_one_before_goes(tmp_path: Path)
     rollouts([[{"role": "user", "content": "dddd"}]], trainer(3, top_k=5))
     assert server.log == ["load policy-0", "load policy-3", "unload policy-0"]
     assert rollouts.served_as == "policy-3"
-    assert [path.name for path in tmp_path.iterdir()] == ["policy-3"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["policy-3"]
     assert [adapter for adapter, _ in server.asked] == ["policy-0"] * 3 + ["policy-3"]
     wanted = {"max_tokens": 7, "temperature": 0.9, "top_p": 0.8, "logprobs": 0, "return_token_ids": True}
     assert server.asked[3][1] == {**wanted, "top_k": 5, "seed": 3}
@@ -147,8 +155,144 @@ def test_a_server_that_stays_away_and_one_that_refuses(tmp_path: Path) -> None:
 
 def test_two_trainers_need_two_names(tmp_path: Path) -> None:
     server = Server()
-    AdapterRollouts(server, tmp_path / "one")(["a"], trainer(0))  # type: ignore[arg-type]
+    first = AdapterRollouts(server, tmp_path / "one")  # type: ignore[arg-type]
+    first(["a"], trainer(0))
     with pytest.raises(UsageError, match=r"already serves policy-0, perhaps for another trainer; .* another `name`"):
         AdapterRollouts(server, tmp_path / "two")(["a"], trainer(0))  # type: ignore[arg-type]
     AdapterRollouts(server, tmp_path / "two", RolloutOptions("other"))(["a"], trainer(0))  # type: ignore[arg-type]
     assert set(server.loaded) == {"policy-0", "other-0"}
+    with pytest.raises(UsageError, match=r"another trainer writes its adapters into .*one; give each a folder and a"):
+        AdapterRollouts(server, tmp_path / "one", RolloutOptions("third"))(["a"], trainer(0))  # type: ignore[arg-type]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as vLLM does; `server.refusal` is why it loads no adapter, `server.room` how many it has room for."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        cards = [{"id": "base", "root": "/base"}]
+        cards += [{"id": name, "root": place} for name, place in self.server.loaded.items()]
+        self._answer(200, {"data": cards})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        loaded = self.server.loaded
+        if self.path == "/v1/load_lora_adapter":
+            refusal = self.server.refusal or ("no free slot" if len(loaded) >= self.server.room else None)
+            if refusal:
+                self._answer(400, {"error": {"message": refusal}})
+                return
+            loaded[asked["lora_name"]] = asked["lora_path"]
+            self._answer(200, {})
+        elif self.path == "/v1/unload_lora_adapter":
+            del loaded[asked["lora_name"]]
+            self._answer(200, {})
+        elif asked["model"] not in loaded:
+            self._answer(404, {"error": {"message": f"there is no {asked['model']}"}})
+        else:
+            choice = {"token_ids": [4, 2], "logprobs": {"token_logprobs": [-1.0, -0.5]}}
+            self._answer(200, {"choices": [choice]})
+
+    def _answer(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Running:
+    """A server of this machine that can be ended and started again, and then has forgotten everything."""
+
+    def __init__(self) -> None:
+        self.port, self.http = 0, None
+        self.start()
+
+    def start(self) -> None:
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.http.server_address[1]
+        self.http.loaded, self.http.refusal, self.http.room = {}, None, 9
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def end(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    server = Running()
+    yield server
+    server.end()
+
+
+def rollouts_at(server: Running, folder: Path, **options: Any) -> AdapterRollouts:
+    return AdapterRollouts(
+        ServerClient(f"http://127.0.0.1:{server.port}", "base", []), folder, RolloutOptions(**options)
+    )
+
+
+def test_a_server_that_ends_and_is_started_again(running: Running, tmp_path: Path) -> None:
+    rollouts = rollouts_at(running, tmp_path)
+    assert rollouts(["a"], trainer(0))["completion_ids"] == [[4, 2]]
+    running.end()
+    threading.Timer(0.3, running.start).start()
+    assert rollouts(["a"], trainer(1))["logprobs"] == [[-1.0, -0.5]]
+    assert list(running.http.loaded) == ["policy-1"]
+    running.end()
+    threading.Timer(0.3, running.start).start()
+    rollouts(["a"], trainer(1))
+    assert running.http.loaded == {"policy-1": str(tmp_path / "policy-1")}
+
+
+def test_a_server_that_is_gone_for_good_leaves_the_last_adapter(running: Running, tmp_path: Path) -> None:
+    rollouts = rollouts_at(running, tmp_path, patience=0.05)
+    rollouts(["a"], trainer(0))
+    running.end()
+    with pytest.raises(
+        EngineError, match=r"did not come back within 0\.05 seconds .*; the last adapter is in .*policy-0"
+    ):
+        rollouts(["a"], trainer(1))
+    assert (tmp_path / "policy-0" / "adapter").is_file()
+    running.start()
+
+
+def test_a_full_table_of_adapters(running: Running, tmp_path: Path) -> None:
+    running.http.room = 1
+    rollouts = rollouts_at(running, tmp_path)
+    rollouts(["a"], trainer(0))
+    rollouts(["a"], trainer(1))
+    assert list(running.http.loaded) == ["policy-1"]
+    running.http.loaded["other"] = "/other"  # and now ours has no place even alone
+    running.http.room = 0
+    with pytest.raises(EngineError, match=r"policy-2 was not loaded: .*no free slot; the last adapter .*policy-1\."):
+        rollouts(["a"], trainer(2))
+    assert (tmp_path / "policy-1" / "adapter").is_file()
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "the adapter belongs to another base: it was made for 1a2b, and this is 3c4d",
+        "the adapter has weights for lm_head, which are not served",
+    ],
+)
+def test_an_adapter_that_the_server_does_not_take(running: Running, tmp_path: Path, refusal: str) -> None:
+    running.http.refusal = refusal
+    with pytest.raises(EngineError, match=rf"policy-0 was not loaded: the server refused \(400\): {refusal}"):
+        rollouts_at(running, tmp_path)(["a"], trainer(0))
+    assert not running.http.loaded
+    assert (tmp_path / "policy-0" / "adapter").is_file()
+
+
+def test_what_a_killed_training_left_at_the_server_makes_room(running: Running, tmp_path: Path) -> None:
+    running.http.loaded["policy-4"] = str(tmp_path / "policy-4")
+    rollouts_at(running, tmp_path)(["a"], trainer(4))
+    assert running.http.loaded == {"policy-4": str(tmp_path / "policy-4")}
+    running.http.loaded["policy-4"] = "/elsewhere/policy-4"
+    with pytest.raises(UsageError, match="already serves policy-4, perhaps for another trainer"):
+        rollouts_at(running, tmp_path / "own")(["a"], trainer(4))

@@ -181,8 +181,10 @@ def test_a_canary_sees_each_sync_of_a_trainer(server: ServerClient, export: Any,
 
 
 def test_grpo_learns_on_what_is_served(server: ServerClient, export: Any, tmp_path: pathlib.Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is no dependency of the tests; install trl==1.16.0")
-    datasets = pytest.importorskip("datasets")
+    # Here, so that without the extra `rl` this test alone fails.
+    import datasets
+    import trl
+
     cloq_export.register()
     base = transformers.AutoModelForCausalLM.from_pretrained(export.folder)
     model = peft.PeftModel.from_pretrained(base, export.adapters["one"], is_trainable=True)

@@ -15,12 +15,19 @@ import torch
 from torch import nn
 
 from cloq_export.artifact.adapters import AdapterShelf, read_bound_adapter
-from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.checkpoint import Checkpoint, report_labels
 from cloq_export.artifact.checkpoint_writer import copies_of_codes
-from cloq_export.artifact.empty_model import empty_model, float_places, holder_of, targeted_linears
+from cloq_export.artifact.empty_model import (
+    empty_model,
+    float_places,
+    holder_of,
+    read_generation_config,
+    targeted_linears,
+)
 from cloq_export.engines.packed_embedding import pack_embedding
 from cloq_export.engines.packed_linear import PackedLinear
-from cloq_export.errors import FormatError, NonFiniteError, ShapeError
+from cloq_export.engines.transformers.deterministic import make_deterministic
+from cloq_export.errors import FormatError, NonFiniteError, ShapeError, UsageError
 from cloq_export.files.versions import require_versions
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter
@@ -28,7 +35,7 @@ from cloq_export.formats.peft.config import adapter_config
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.models.first_forward import require_forward
-from cloq_export.models.library_calls import NO_CODE, quiet_transformers
+from cloq_export.models.library_calls import quiet_transformers
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.types import QuantizedLayer
 
@@ -44,6 +51,7 @@ def load(
     dtype: torch.dtype | None = None,
     trainable: bool = False,
     force: bool = False,
+    deterministic: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint as a transformers model whose linears hold the packed codes and compute from them.
 
@@ -60,19 +68,24 @@ def load(
             and scales stay as they are.
         trainable: let gradients reach the adapter; otherwise all parameters are frozen.
         force: attach the adapter even if it is bound to another base.
+        deterministic: give a token the same bits whatever else its batch holds; docs/rl.md says how far.
 
     Returns:
         PreTrainedModel: in evaluation mode.
 
     Raises:
+        UsageError: `deterministic` of a model that is trained, on another device, or without the native library.
+        UnsupportedModelError: `deterministic` of a model that has other parts than linears, norms and attention.
         FormatError: a file is missing or damaged, or does not fit the model or the adapter.
         BindingError: the adapter is bound to another base, or to none.
         RunDirectoryError: the run has no adapter of that name.
     """
+    if deterministic and (trainable or torch.device(device).type != "cpu"):
+        raise UsageError("deterministic=True is for models that only serve, on the CPU; leave it out here.")
     checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, dtype)
     fill_packed(model, checkpoint)
-    _read_generation_config(checkpoint, model)
+    read_generation_config(checkpoint, model)
     if bound is not None:
         attach_adapter(model, *bound, trainable=trainable)
     model.requires_grad_(False)
@@ -80,6 +93,8 @@ def load(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
     model = model.to(torch.device(device)).eval()
+    if deterministic:
+        make_deterministic(model)
     report_slow_layers(model)
     return model
 
@@ -147,7 +162,7 @@ def dequantized_model(
     checkpoint, bound = _opened(path, adapter, force=force)
     model = empty_model(checkpoint, torch.float32)
     _fill(model, checkpoint, _place_dense)
-    _read_generation_config(checkpoint, model)
+    read_generation_config(checkpoint, model)
     require_forward(model.eval(), str(checkpoint.folder))
     del model.config.quantization_config
     if bound is not None and not merged:
@@ -223,12 +238,6 @@ def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
         dense = nn.Linear(packed.linear.in_features, packed.linear.out_features, bias=False)
     dense.weight = nn.Parameter(packed.layer().dequantize(dtype))
     return dense
-
-
-def report_labels(checkpoint: Checkpoint) -> None:
-    """Warn where the content of a checkpoint counted and not its label."""
-    for note in checkpoint.notes:
-        warnings.warn(f"{checkpoint.folder}: {note}", stacklevel=3)
 
 
 def report_slow_layers(model: PreTrainedModel) -> None:
@@ -311,19 +320,6 @@ def _refuse_gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             f"{checkpoint.folder} lacks the tensor {missing[0]}{more}, which {type(model).__name__} needs; fetch or "
             "write the checkpoint again."
         )
-
-
-def _read_generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    from transformers import GenerationConfig
-
-    if (checkpoint.folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **NO_CODE)
-        except (OSError, ValueError, TypeError) as error:
-            raise FormatError(
-                f"{checkpoint.folder / 'generation_config.json'} is damaged ({' '.join(str(error).split())[:200]}); "
-                "fetch the file again, or delete it."
-            ) from None
 
 
 def _check_pairs(model: PreTrainedModel, folder: Path, adapter: Adapter) -> None:

@@ -57,6 +57,10 @@ class ServerClient(ListsTokens):
         """Return the names that requests can ask for, the default first."""
         return [card["id"] for card in self._get("/v1/models")["data"]]
 
+    def places(self) -> dict[str, str]:
+        """Return name -> folder of the model and of its adapters, as the server has it; "" where it does not say."""
+        return {card["id"]: str(card.get("root") or "") for card in self._get("/v1/models")["data"]}
+
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
         """Return the log-probability of every token given those before it, each sequence in a request of its own.
 

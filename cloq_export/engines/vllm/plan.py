@@ -18,6 +18,7 @@ from cloq_export.artifact.needed_adapter import refuse_alone
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings, engine_options
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, ServingPolicy, check_name, derived_name
+from cloq_export.engines.vllm.plugin.deterministic import DETERMINISTIC_VARIABLE
 from cloq_export.engines.vllm.process import engine_environment
 from cloq_export.errors import UsageError
 from cloq_export.files.tensor_writer import header_bytes
@@ -102,6 +103,7 @@ class ServerOptions:
         threads: threads on the CPU; None leaves it to vLLM.
         force: take adapters of another base.
         trust_adapters: take adapters that are bound to no base.
+        deterministic: packed layers and their adapters give a token the same bits in every batch, on the CPU.
         engine_options: more options of vLLM's server, as typed.
     """
 
@@ -118,6 +120,7 @@ class ServerOptions:
     threads: int | None = None
     force: bool = False
     trust_adapters: bool = False
+    deterministic: bool = False
     engine_options: tuple[str, ...] = ()
 
 
@@ -150,6 +153,8 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with `adapters=NAME=FOLDER`")
     default = _choose_default(adapters, options.default)
     facts = engine_facts(options.python)
+    if options.deterministic and facts.cuda:
+        raise UsageError("--deterministic is for engines on a CPU, and this one has CUDA; leave it out.")
     kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
     settings = EngineSettings(
         dtype=options.dtype or ("float16" if facts.cuda else "float32"),
@@ -181,6 +186,9 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
             needs_adapter=checkpoint.needs_adapter,
         ).to_text(),
     }
+    if options.deterministic:
+        # Keys and values are then read in one piece, whoever else is in the batch.
+        environment |= {DETERMINISTIC_VARIABLE: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
     return ServerPlan(
         command=(*command, *options.engine_options),
         environment=environment,

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from cloq_export import kernels
+from cloq_export.engines.vllm.plugin.deterministic import is_deterministic
 from cloq_export.engines.vllm.plugin.parts import WORD_BITS, Fused
 from cloq_export.errors import FormatError
 from cloq_export.kernels import cpu
@@ -55,14 +56,16 @@ class NativeComputation(Computation):
 
     def prepare(self, layer: Any, fused: Fused) -> None:
         """Bring codes, scales and zeros into the library's layout."""
-        self.weight = cpu_weight.pack_weight(fused.codes, fused.scales, fused.zeros, fused.bits)
+        self.weight = cpu_weight.pack_weight(
+            *(fused.codes, fused.scales, fused.zeros, fused.bits), deterministic=is_deterministic()
+        )
         _keep(layer, qweight=self.weight.words, scales=self.weight.scales, qzeros=self.weight.zeros)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x Q^T + bias`, with float32 sums."""
         if not torch.compiler.is_compiling():
             return cpu_linear.linear(x, self.weight, bias)
-        sizes = [self.weight.bits, self.weight.out_features, self.weight.in_features]
+        sizes = self.weight.operands()[1]
         return cpu_linear.cpu_linear_op(x, [layer.qweight, layer.scales, layer.qzeros], sizes, bias, [], False)
 
 

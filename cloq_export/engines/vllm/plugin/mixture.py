@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from cloq_export import kernels
+from cloq_export.engines.vllm.plugin.deterministic import is_deterministic
 from cloq_export.engines.vllm.plugin.parts import WORD_BITS, Fused
 from cloq_export.kernels.bitpack import pack_columns, pack_rows
 from cloq_export.kernels.cpu import linear as cpu_linear
@@ -48,7 +49,8 @@ class StackedWeight:
     def experts(self) -> list[cpu_weight.CpuWeight]:
         """Return the layers of the experts as the native library takes them, views of the stacked tensors."""
         size = (self.bits, self.out_features, self.in_features)
-        return [cpu_weight.CpuWeight(*of_expert, *size) for of_expert in zip(*self.tensors, strict=True)]
+        same = is_deterministic()
+        return [cpu_weight.CpuWeight(*of_expert, *size, same) for of_expert in zip(*self.tensors, strict=True)]
 
     def linear(
         self, expert: int, x: torch.Tensor, lora: StackedLora | None = None, index: torch.Tensor | None = None
