@@ -198,7 +198,7 @@ EVALUATION = [
             )
         ),
     ),
-    Fault("no prompts", "judged", "--prompts 0", lambda scene: {"prompts": 0}),
+    Fault("no prompts", "judged", "`prompts=0`", lambda scene: {"prompts": 0}),
     Fault("a text shorter than a window", "judged", "nothing was judged", _short_text),
     Fault("a longest text beyond the model", "judged", str(CONTEXT), lambda scene: {"longest": 10 * CONTEXT}),
     Fault("texts of one token", "judged", "new_tokens", lambda scene: {"new_tokens": 1}),
