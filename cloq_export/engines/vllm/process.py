@@ -94,7 +94,11 @@ class EngineProcess:
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            self.wait(seconds)
+            try:
+                self.wait(seconds)
+            except BaseException:  # a second Ctrl-C: no more patience
+                self._stop_at_exit()
+                raise
         self._stop_at_exit()
         self._reader.join(timeout=5)
         if self._process.stdout is not None and not self._reader.is_alive():
