@@ -1,4 +1,4 @@
-"""What a server's default adapter is held against before the port opens, with servers that are wrong in one way each."""
+"""What a server's default adapter is held against before the port opens, with servers wrong in one way each."""
 
 from __future__ import annotations
 

@@ -290,9 +290,9 @@ def test_what_is_refused_while_it_serves(
         ("third", torn, "does not exist"),
         ("third", tmp_path / "none", "is no adapter folder"),
         ("third", pathlib.Path(__file__).parent, "lies in no folder that adapters may be loaded from"),
-        ("third", f"{tmp_path}/{'../' * len(tmp_path.parts)}etc", "/etc lies in no folder"),
+        ("third", f"{tmp_path}/{'../' * len(tmp_path.parts)}etc", "lies in no folder that adapters may be loaded from"),
         ("third", link, "lies in no folder that adapters may be loaded from"),
-        ("third", leaky, "adapter_model.safetensors lies in no folder"),
+        ("third", leaky, "lies in no folder that adapters may be loaded from .* --adapter-root FOLDER"),
     ):
         with pytest.raises(EngineError, match=f"400.*{reason}"):
             server._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})

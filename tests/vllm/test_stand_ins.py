@@ -79,6 +79,26 @@ def test_a_server_that_dies_at_its_start_shows_its_last_lines(plan: ServerPlan) 
         VllmServer(program(plan, "print('no such device'); raise SystemExit(3)"), timeout=120)
 
 
+TRACEBACK = """
+import sys
+print("(EngineCore pid=7) Traceback (most recent call last):")
+print("(EngineCore pid=7) ERROR cloq_export.errors.EngineError: vLLM 0.32.9 has no vllm.x, which the plugin builds on.")
+print("\\n".join(f"line {number} of what came of it" for number in range(100)))
+print("RuntimeError: Engine core initialization failed.")
+sys.exit(1)
+"""
+
+
+def test_what_the_plugin_refuses_is_one_line(plan: ServerPlan, export: Any, tmp_path: pathlib.Path) -> None:
+    """Whatever process of vLLM it was said in, and however much came after."""
+    said = r"\(exit code 1\): vLLM 0\.32\.9 has no vllm\.x, which the plugin builds on\.$"
+    with pytest.raises(EngineError, match=rf"^the vLLM server did not start {said}"):
+        VllmServer(program(plan, TRACEBACK), timeout=120)
+    python = stand_in(tmp_path / "python", TRACEBACK)
+    with pytest.raises(EngineError, match=rf"^the vLLM engine did not start {said}"):
+        VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=python, timeout=120))
+
+
 HEALTHY = """
 import http.server, os, socket, sys, time
 door = socket.socket(fileno=int(os.environ["CLOQ_EXPORT_VLLM_DOOR"])).makefile("rw")

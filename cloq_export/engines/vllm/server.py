@@ -139,8 +139,7 @@ class VllmServer(ServerClient):
         """
         if self._process.exit_code is not None:
             raise EngineError(
-                f"the vLLM server did not start (exit code {self._process.exit_code}); its last lines:\n"
-                f"{self._process.last_lines()}"
+                f"the vLLM server did not start (exit code {self._process.exit_code}){self._process.told()}"
             )
         if time.monotonic() > end:
             raise EngineError(

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import os
 
-from cloq_export.errors import EngineError
-
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Versions of vLLM whose sources the plugin was written against; any other is left untouched."""
 
@@ -68,14 +66,9 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.engines.vllm.plugin.pieces import missing_piece
+    from cloq_export.engines.vllm.plugin.pieces import PIECES, require_pieces
 
-    missing = missing_piece()
-    if missing is not None:
-        raise EngineError(
-            f"vLLM {version} has no {missing}, which the plugin of cloq-export builds on; install the published "
-            f"version {' or '.join(SUPPORTED_VERSIONS)}, or update cloq-export."
-        )
+    require_pieces(PIECES)
     from cloq_export.engines.vllm.plugin import (
         adapter_names,
         compressed_experts,

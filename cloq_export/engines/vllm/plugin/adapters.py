@@ -85,10 +85,10 @@ def allowed_place(folder: Path, roots: Iterable[str | Path]) -> Path:
         raise UsageError(f"{folder} cannot be followed ({getattr(error, 'strerror', None) or error}).") from None
     outside = [path for path in (place, *files) if not lies_within(path)]
     if outside:
-        allowed = ", ".join(map(str, homes)) or "no folder"
+        allowed = ", ".join(map(str, homes)) or "none"
         raise UsageError(
-            f"{outside[0]} lies in no folder that adapters may be loaded from while the server runs; allowed: "
-            f"{allowed}. Start the server with --adapter-root FOLDER."
+            f"{outside[0]} lies in no folder that adapters may be loaded from while the server runs (allowed: "
+            f"{allowed}); start the server with --adapter-root FOLDER."
         )
     return place
 

@@ -28,6 +28,7 @@ from cloq_export.engines.vllm.plugin.adapters import (
     check_name,
 )
 from cloq_export.engines.vllm.plugin.held_adapters import note_loaded
+from cloq_export.engines.vllm.plugin.pieces import SERVER_PIECES, require_pieces
 from cloq_export.engines.vllm.plugin.prefix_cache import files_signature
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.files.safe_json import read_json
@@ -105,6 +106,7 @@ def _guard_workers() -> None:
 
 def _guard_server() -> None:
     """Check adapters that are loaded while the server runs, and let plain requests meet the default adapter."""
+    require_pieces(SERVER_PIECES)
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -140,6 +142,7 @@ def _guard_server() -> None:
             try:
                 place = await asyncio.to_thread(allowed_place, expand_user(request.lora_path), policy.adapter_roots)
             except CloqError as error:
+                logger.warning("%s", error)  # vLLM leaves paths out of what it answers
                 return refuse(error)
             # What was checked is what is read: a link may be turned meanwhile.
             request = request.model_copy(update={"lora_path": str(place)})

@@ -21,16 +21,12 @@ def register() -> None:
 
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         model = vllm_config.model_config
-        self.alone_refused_by_cloq_export = None
-        if needs_adapter(model.hf_config):
-            self.alone_refused_by_cloq_export = (
-                f"{model.served_model_name or model.model} needs its adapter: {WHY}. Ask for an adapter by its name."
+        self.alone_refused_by_cloq_export = refusal_alone(model)
+        if self.alone_refused_by_cloq_export is not None and vllm_config.lora_config is None:
+            raise EngineError(
+                f"{model.model} needs its adapter: {WHY}; start with --enable-lora and --lora-modules NAME=FOLDER, or "
+                "with cloq serve."
             )
-            if vllm_config.lora_config is None:
-                raise EngineError(
-                    f"{model.model} needs its adapter: {WHY}; start with --enable-lora and --lora-modules NAME=FOLDER, "
-                    "or with cloq serve."
-                )
         stock_init(self, vllm_config, *args, **kwargs)
 
     def check(self: Any, lora_request: Any) -> None:
@@ -40,6 +36,13 @@ def register() -> None:
 
     check.of_cloq_export = True  # type: ignore[attr-defined]
     InputProcessor.__init__, InputProcessor._validate_lora = init, check
+
+
+def refusal_alone(model: Any) -> str | None:
+    """Return what requests without an adapter are told, from vLLM's `ModelConfig`; None if the base answers them."""
+    if not needs_adapter(model.hf_config):
+        return None
+    return f"{model.served_model_name or model.model} needs its adapter: {WHY}. Ask for an adapter by its name."
 
 
 def needs_adapter(hf_config: Any) -> bool:
