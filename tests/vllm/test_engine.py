@@ -263,9 +263,7 @@ def test_a_base_that_needs_its_adapter_is_not_asked_alone(
     scores = model.prompt_logprobs([SEQUENCES[0]], ["one"])[0]
     assert float((scores - export.logprobs(SEQUENCES[0], "one")).abs().max()) < allowed(export, "float32")
     for ask in (model.prompt_logprobs, lambda ids, names: model.generate(ids, names, 1)):
-        with pytest.raises(
-            EngineError, match=r"refused: .*needy needs its adapter: its codes .* Ask for an adapter"
-        ):
+        with pytest.raises(EngineError, match=r"refused: .*needy needs its adapter: its codes .* Ask for an adapter"):
             ask([SEQUENCES[0]], [None])
     assert model.is_running
 

@@ -53,6 +53,14 @@ def test_a_base_that_needs_its_adapter_is_never_asked_alone(claims: Any) -> None
     )
 
 
+def test_an_adapter_of_which_a_part_would_be_left_out_is_refused(claims: Any) -> None:
+    assert claims["lost"][:3] == [None] * 3
+    for message, module in zip(
+        claims["lost"][3:], ("model.layers.0.self_attn.q_proj", "vision.layers.0.q_proj"), strict=True
+    ):
+        assert message.startswith(f"mine adapts {module}, which this engine would serve without the adapter; start it")
+
+
 def test_experts_that_are_not_computed_are_refused_by_name(claims: Any) -> None:
     refusals = claims["experts"]
     assert refusals.pop("as they should be") is None

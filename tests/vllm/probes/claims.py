@@ -11,7 +11,7 @@ from vllm.platforms import PlatformEnum
 from vllm.v1.engine.input_processor import InputProcessor
 
 from cloq_export.engines.vllm import plugin as vllm_plugin
-from cloq_export.engines.vllm.plugin import expert_lora, experts, needed_adapter
+from cloq_export.engines.vllm.plugin import adapter_names, expert_lora, experts, needed_adapter
 from cloq_export.errors import CloqError
 from cloq_export.types import QuantSpec
 
@@ -145,6 +145,28 @@ here = experts.current_platform
 experts.current_platform = types.SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
 result["experts"]["gpu"] = ask()
 experts.current_platform = here
+
+# Adapters of which a part would be left out; the second engine is one as 0.33 has it, which knows text models' names.
+engine = types.SimpleNamespace(
+    modules={"language_model.model.layers.0.self_attn.qkv_proj": None},
+    packed_modules={"qkv": ["language_model.model.layers.0.self_attn.q_proj"]},
+)
+newer = types.SimpleNamespace(
+    **vars(engine), _get_text_lora_names=lambda module: [module.removeprefix("language_model.")]
+)
+text_names = types.SimpleNamespace(loras={"model.layers.0.self_attn.q_proj": None})
+own_names = types.SimpleNamespace(loras={"language_model.model.layers.0.self_attn.q_proj": None})
+strangers = types.SimpleNamespace(loras={"vision.layers.0.q_proj": None, **own_names.loras})
+result["lost"] = [
+    refused(lambda adapter=adapter, of=of: adapter_names.refuse_lost("mine", adapter, of))
+    for adapter, of in (
+        (own_names, engine),
+        (own_names, newer),
+        (text_names, newer),
+        (text_names, engine),
+        (strangers, newer),
+    )
+]
 
 vllm_plugin._registered = False
 vllm_plugin.register()
