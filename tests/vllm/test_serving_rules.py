@@ -268,6 +268,23 @@ def test_half_quantized_experts_are_not_served(mixture: Callable[..., Any]) -> N
 
 
 @pytest.mark.usefixtures("on")
+def test_an_adapter_of_float_experts_is_not_served_on_a_cpu(
+    mixture: Callable[..., Any], write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path, on: Any
+) -> None:
+    experts = {name: layer for name, layer in mixture("qwen3-moe").layers.items() if ".experts." in name}
+    left_float = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
+    export = mixture("qwen3-moe", overrides=left_float)
+    assert not any(".experts." in name for name in export.layers)
+    folder = write_pairs(tmp_path / "experts", experts, export.fingerprint, seed=1)
+    named = {"adapters": (f"experts={folder}",), "default": "experts"}
+    said = refuse(export.folder, **named)
+    assert "adapts model.layers.1.mlp.experts.0.down_proj, but the experts of" in said
+    assert "are not quantized, and on a CPU vLLM serves no adapters of such experts" in said
+    on(EngineFacts("0.32.0", cuda=True))  # where vLLM itself does
+    plan_serving(export.folder, ServeOptions(port=0, kv_cache_gib=1, **named))
+
+
+@pytest.mark.usefixtures("on")
 def test_what_a_default_is_proven_by(export: Any, write_export: Any, tmp_path: pathlib.Path) -> None:
     ids = [[3, 4, 5, 6], [7, 8]]
     probe = ProbeRecord.of(torch.float32, ids, [torch.arange(len(each) - 1.0) for each in ids])

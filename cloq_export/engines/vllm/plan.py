@@ -200,6 +200,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         max_loras=options.max_loras or max(1, min(len(adapters), 8)),
         force=options.force,
         trust_adapters=options.trust_adapters,
+        cuda=facts.cuda,
     )
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
     # Leaves room for adapters that are loaded while it serves.

@@ -216,6 +216,25 @@ def refuse_half_quantized(checkpoint: Checkpoint) -> None:
                 )
 
 
+def refuse_float_experts(checkpoint: Checkpoint, folder: Path, modules: Iterable[str]) -> None:
+    """Refuse an adapter of experts that are not quantized, which vLLM adapts on GPUs only.
+
+    Args:
+        checkpoint: the base.
+        folder: of the adapter, for the message.
+        modules: that it adapts.
+
+    Raises:
+        FormatError: it adapts such experts.
+    """
+    for module in modules:
+        if _EXPERT.search(module) and module not in checkpoint.specs:
+            raise FormatError(
+                f"{folder} adapts {module}, but the experts of {checkpoint.folder} are not quantized, and on a CPU vLLM "
+                "serves no adapters of such experts; quantize them, or leave them out of the adapter."
+            )
+
+
 def _linear_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer of a base, quantized or not, or None if there is no such layer."""
     if module in checkpoint.specs:
