@@ -19,7 +19,7 @@ from cloq_export.engines.vllm.closed_server import ClosedServer
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
 from cloq_export.engines.vllm.server import VllmServer, Watch
-from cloq_export.errors import EngineError, UsageError
+from cloq_export.errors import EngineError, SourceError, UsageError
 from cloq_export.files.spelled_paths import expand_user
 from cloq_export.formats.peft.codec import read_adapter, read_bound_fingerprint
 from cloq_export.models.tokenizer_files import read_tokenizer
@@ -156,7 +156,7 @@ def default_answer(export: Path, plan: ServerPlan, notes: list[str]) -> DefaultA
     """
     checkpoint = Checkpoint.open(export)
     name = plan.default
-    folders = {} if name is None else {name: expand_user(plan.adapters[name])}
+    folders = {} if name is None else {name: plan.adapters[name]}
     adapters = {each: read_adapter(folder) for each, folder in folders.items()}
     made = MadeBefore.read(export, checkpoint, folders, adapters, run=None, serves_all=False)
     notes += [f"{finding.what}: {finding.reason}" for finding in made.unread]
@@ -165,7 +165,10 @@ def default_answer(export: Path, plan: ServerPlan, notes: list[str]) -> DefaultA
     if record is not None and record.base_fingerprint != checkpoint.noted_fingerprint:
         recorded = None  # forced onto another base, where it says something else
     if recorded is None:
-        probes = TokenizerRecord.of(read_tokenizer(checkpoint.folder)).probes()
+        try:
+            probes = TokenizerRecord.of(read_tokenizer(checkpoint.folder)).probes()
+        except SourceError as error:
+            raise SourceError(f"{error} To serve without a proof of the default adapter, use `skip_proof`.") from None
     else:
         probes = [list(ids) for ids in recorded.token_ids]
     # One place is left for the answer that vLLM makes of each.
@@ -208,7 +211,5 @@ def unbound_notes(export: Path, plan: ServerPlan) -> list[str]:
     """Return what is to be said of adapters that name no base and are served because they are trusted."""
     base = Artifact.open(export).checkpoint
     return [
-        unbound_note(name, base)
-        for name, folder in plan.adapters.items()
-        if read_bound_fingerprint(expand_user(folder)) is None
+        unbound_note(name, base) for name, folder in plan.adapters.items() if read_bound_fingerprint(folder) is None
     ]

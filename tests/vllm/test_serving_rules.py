@@ -64,7 +64,9 @@ def test_a_missing_tokenizer_is_told_before_an_engine_starts(write_export: Any) 
         path.unlink()
     with pytest.raises(SourceError, match=r"holds no tokenizer\.json and no other vocabulary"):
         plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1))
-    plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1, engine_options=("--skip-tokenizer-init",)))
+    skipping = ServeOptions(default="two", port=0, kv_cache_gib=1, engine_options=("--skip-tokenizer-init",))
+    with pytest.raises(SourceError, match=r"holds no tokenizer\.json .* To serve without a proof .* use `skip_proof`"):
+        default_answer(folder, plan_serving(folder, skipping), [])
 
 
 @pytest.mark.usefixtures("on")
@@ -144,13 +146,24 @@ def test_what_is_refused(export: Any, write_export: Callable[..., Any], tmp_path
     assert "the name 'tiny' is given twice" in refuse(folder, adapters=(f"tiny={good}",), default="one")
     assert "the name 'tiny-base' is given twice" in refuse(folder, adapters=(f"tiny-base={good}",), default="one")
     assert "is bound to the base" in refuse(folder, adapters=(f"three={other}",), default="one")
-    assert "is no adapter folder" in refuse(folder, adapters=(f"three={tmp_path}",), default="one")
+    for nothing in (tmp_path, tmp_path / "none"):
+        assert "is no adapter folder" in refuse(folder, adapters=(f"three={nothing}",), default="one")
     assert "vLLM takes 1, 8, 16" in refuse(folder, default="one", max_lora_rank=9)
     assert "has rank 4 at" in refuse(folder, default="one", max_lora_rank=1)
     assert "--port is set by cloq serve itself" in refuse(folder, default="one", engine_options=("--port=1",))
     assert "--served-model-name is set by" in refuse(folder, default="one", engine_options=("--served_model_name", "x"))
     assert "the model name 'a/b' has a slash" in refuse(folder, default="one", name="a/b")
     assert "the dtype is 'int8'" in refuse(folder, default="one", dtype="int8")
+
+
+@pytest.mark.usefixtures("on")
+def test_a_folder_below_the_home_folder(export: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(export.folder))
+    plan = plan_serving(
+        export.folder, ServeOptions(adapters=("mine=~/adapters/one",), default="mine", port=0, kv_cache_gib=1)
+    )
+    assert plan.adapters["mine"] == export.adapters["one"]
+    assert json.dumps({"name": "mine", "path": str(export.adapters["one"])}) in plan.command
 
 
 @pytest.mark.usefixtures("on")

@@ -176,6 +176,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         MissingPackageError: the environment lacks vLLM or this package.
     """
     _check_typed(options.engine_options)
+    adapters = {key: expand_user(folder) for key, folder in adapters.items()}
     checkpoint = Checkpoint.open(export)
     typed = [option.replace("_", "-") for option in options.engine_options]
     if not any(option.startswith(("--tokenizer", "--skip-tokenizer-init")) for option in typed):
@@ -190,7 +191,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     default = _choose_default(adapters, options.default)
     certificates = Certificates.of(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
     access = Access(read_api_key(options.api_key_file), None if certificates is None else certificates.certfile)
-    roots = _resolved_roots([*adapters.values(), *options.adapter_roots])
+    roots = [*(str(folder.resolve()) for folder in adapters.values()), *_resolved_roots(options.adapter_roots)]
     facts = engine_facts(options.python)
     kv_cache_gib = choose_kv_cache_gib(checkpoint) if options.kv_cache_gib is None else options.kv_cache_gib
     settings = EngineSettings(
@@ -212,7 +213,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         # The default adapter gets the model's own name in the server itself (plugin/guard.py).
         command += [
             "--lora-modules",
-            *(json.dumps({"name": key, "path": str(Path(folder).resolve())}) for key, folder in adapters.items()),
+            *(json.dumps({"name": key, "path": str(folder.resolve())}) for key, folder in adapters.items()),
         ]
     environment = engine_environment(kv_cache_gib, threads=options.threads) | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -236,7 +237,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         name=own,
         base_name=base_name,
         default=default,
-        adapters={key: Path(folder) for key, folder in adapters.items()},
+        adapters=adapters,
         options=told,
         needs_adapter=checkpoint.needs_adapter,
         access=access,

@@ -230,8 +230,8 @@ def refuse_float_experts(checkpoint: Checkpoint, folder: Path, modules: Iterable
     for module in modules:
         if _EXPERT.search(module) and module not in checkpoint.specs:
             raise FormatError(
-                f"{folder} adapts {module}, but the experts of {checkpoint.folder} are not quantized, and on a CPU vLLM "
-                "serves no adapters of such experts; quantize them, or leave them out of the adapter."
+                f"{folder} adapts {module}, but the experts of {checkpoint.folder} are not quantized, and on a CPU "
+                "vLLM serves no adapters of such experts; quantize them, or leave them out of the adapter."
             )
 
 
