@@ -65,6 +65,8 @@ class Serving:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
         if plan.needs_adapter:
             notes = [*notes, f"the base needs its adapter, so {plan.base_name} is not served"]
+        if plan.lets_strangers_in:
+            notes.append(f"whoever reaches {plan.host}:{plan.port} may ask this server: `api_key_file` sets a key")
         names = (plan.url, plan.name, plan.default, plan.base_name, plan.served_names)
         return cls(*names, dict(plan.options), curl_line(plan), proof, notes)
 

@@ -20,7 +20,7 @@ from cloq_export.engines.vllm.plugin.adapters import ServingPolicy, allowed_plac
 from cloq_export.engines.vllm.plugin.api_key import is_open
 from cloq_export.errors import UsageError
 from cloq_export.verbs.options import ServeOptions
-from cloq_export.verbs.serve import plan_serving
+from cloq_export.verbs.serve import Serving, plan_serving
 
 FILES = pathlib.Path(__file__).parents[1] / "fixtures" / "certificates"
 CERTIFICATE, KEY = FILES / "server.pem", FILES / "server.key"
@@ -163,3 +163,23 @@ def test_beginnings_of_options_that_are_set_here(export: Any) -> None:
         with pytest.raises(UsageError, match=message):
             plan_of(export, engine_options=(flag, "x"))
     plan_of(export, engine_options=("--max-num-seqs", "4", "--config-format", "hf"))
+
+
+def test_strangers_are_told_of(export: Any, tmp_path: pathlib.Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret")
+    files = {"ssl_certfile": CERTIFICATE, "ssl_keyfile": KEY}
+    for options, open_to_all in (
+        ({}, False),
+        ({"host": "localhost"}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", **files}, True),
+        ({"host": "0.0.0.0", "api_key_file": key}, False),
+        ({"host": "0.0.0.0", "ssl_ca_certs": CERTIFICATE, **files}, False),
+    ):
+        plan = plan_of(export, **options)
+        assert plan.lets_strangers_in == open_to_all, options
+        said = any(
+            "may ask this server: `api_key_file` sets a key" in note for note in Serving.of(plan, None, []).notes
+        )
+        assert said == open_to_all

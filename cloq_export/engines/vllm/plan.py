@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
 import shlex
@@ -97,6 +98,16 @@ class ServerPlan:
     def reachable_host(self) -> str:
         """Return where this machine reaches the server."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def lets_strangers_in(self) -> bool:
+        """Return whether other machines may reach the server and it asks nobody for a key or a certificate."""
+        try:
+            local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            local = False  # a name of this machine
+        asks = self.access.api_key is not None or (self.certificates is not None and self.certificates.ca_certs)
+        return not local and not asks
 
     @property
     def url(self) -> str:
