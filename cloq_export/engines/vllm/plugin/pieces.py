@@ -27,8 +27,10 @@ _PUNICA = "vllm.lora.punica_wrapper.punica_cpu"
 _SEQUENCES = ("output_tensor", "b_seq_start_loc", "seq_len_tensor", "lora_indices_tensor", "batches", "token_nums")
 
 PIECES: Pieces = {
+    "vllm.config.lora:LoRAConfig": (),
     "vllm.exceptions:VLLMValidationError": (),
     f"{_LAYERS}:ColumnParallelLinearWithLoRA": (),
+    f"{_LAYERS}:LogitsProcessorWithLoRA": (),
     f"{_LAYERS}:MergedColumnParallelLinearVariableSliceWithLoRA": (),
     f"{_LAYERS}:MergedColumnParallelLinearWithLoRA": (),
     f"{_LAYERS}:MergedQKVParallelLinearWithLoRA": (),
