@@ -12,7 +12,7 @@ from cloq_export.errors import SingularStatsError
 _GROWTH = 10.0
 _ATTEMPTS = 6
 _POWER_ITERATIONS = 8
-_SUBSPACE, _SUBSPACE_ITERATIONS = 6, 8
+SUBSPACE, SUBSPACE_ITERATIONS = 6, 8
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -64,8 +64,8 @@ def spectral_norm(matrix: torch.Tensor) -> float:
         float: never above the largest singular value, and where the next ones are close to it a few percent below.
     """
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(matrix.shape[1], min(_SUBSPACE, *matrix.shape), generator=generator).to(matrix.device)
-    for _ in range(_SUBSPACE_ITERATIONS):
+    vectors = torch.randn(matrix.shape[1], min(SUBSPACE, *matrix.shape), generator=generator).to(matrix.device)
+    for _ in range(SUBSPACE_ITERATIONS):
         vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
     return float(torch.linalg.matrix_norm(matrix @ vectors, ord=2))
 

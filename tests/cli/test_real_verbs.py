@@ -156,9 +156,16 @@ def test_a_plan_says_what_a_run_would_take(options: Words, model: str, tmp_path:
     for stage in printed["device"]["stages"]:
         assert stage["bytes"] == sum(stage["parts"].values()) > 0
     assert (printed["device"]["device"], printed["device"]["free"]) == ("cpu", None)
+    times = {time["card"]: time for time in printed["device"]["times"]}
+    assert list(times) == ["H100", "H200", "A100", "RTX 4090"]
+    for time in times.values():
+        assert time["seconds"] == pytest.approx(sum(time["stages"].values()))
+        assert 0 < time["share"] <= 1
+    assert times["H200"]["seconds"] <= times["H100"]["seconds"]
     with pretended_gpus(total=80 << 20):
         shown = cloq("run", model, "--plan", "--device", "cuda", *options)
     assert "4 windows in a forward pass fit" in shown.out
+    assert "most is taken by" in " ".join(shown.out.split())
     with pretended_gpus(total=1 << 18):
         shown = cloq("run", model, "--plan", "--device", "cuda", *options)
     assert "not even one window in a forward pass fits" in shown.out.replace("\n", " ")
