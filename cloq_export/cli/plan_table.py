@@ -26,6 +26,11 @@ def render_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     print_line(console, _verdict(device))
     console.print(_times(device["times"]))
+    most: dict[str, list[str]] = {}
+    for card in device["times"]:
+        most.setdefault(card["dominating"], []).append(f"{card['card']} ({card['share']:.0%})")
+    for kernel, cards in most.items():
+        print_line(console, f"most is taken by {kernel} on {', '.join(cards)}")
 
 
 def _times(times: Sequence[Mapping[str, Any]]) -> Table:
@@ -35,8 +40,7 @@ def _times(times: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(card["card"], justify="right")
     for stage in times[0]["stages"]:
         table.add_row(stage, *(f"{card['stages'][stage]:.1f}" for card in times))
-    table.add_row("together", *(f"{card['seconds']:.1f}" for card in times), end_section=True)
-    table.add_row("most is taken by", *(f"{card['dominating']} ({card['share']:.0%})" for card in times))
+    table.add_row("together", *(f"{card['seconds']:.1f}" for card in times))
     return table
 
 
