@@ -52,8 +52,8 @@ def solve_bytes(group: InputGroup, recipe: Recipe) -> int:
     n, outs = group.in_features, group.outs
     every, widest = sum(outs), max(outs)
     moved, several = recipe.error_aware > 0.0, len(outs) > 1
-    # Damped H, its factor, that in float32; then weights and targets.
-    entry = (2 * _DOUBLE + _SINGLE) * n * n + _SINGLE * n * every * (1 + moved)
+    # Damped H and its factor; then weights and targets.
+    entry = 2 * _DOUBLE * n * n + _SINGLE * n * every * (1 + moved)
     stacked = _SINGLE * n * every * (several + (recipe.method == "magr"))
     grids = 2 * _SINGLE * n * every
     if recipe.method == "rtn":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
@@ -34,9 +33,9 @@ class DampedGram:
     damping: float
     increases: int
 
-    @functools.cached_property
+    @property
     def lower_float32(self) -> torch.Tensor:
-        """Return L in float32, for everything that only has to be as good as the weights."""
+        """Return L in float32, for everything that only has to be as good as the weights; it is made for each call."""
         return self.lower.to(torch.float32)
 
     def weighted(self, error: torch.Tensor) -> torch.Tensor:
@@ -47,10 +46,10 @@ class DampedGram:
         """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""
         generator = torch.Generator().manual_seed(0)
         largest = torch.randn(self.gram.shape[0], 1, generator=generator).to(self.gram.device)
-        smallest, gram = largest, self.gram.to(torch.float32)
+        smallest, gram, lower = largest, self.gram.to(torch.float32), self.lower_float32
         for _ in range(_POWER_ITERATIONS):
             largest = gram @ (largest / largest.norm())
-            smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower_float32)
+            smallest = torch.cholesky_solve(smallest / smallest.norm(), lower)
         return float(largest.norm()) * float(smallest.norm())
 
 
