@@ -100,8 +100,8 @@ def reduce_magnitude(
 
     Accelerated proximal gradient (FISTA with restart on a rising step) with H divided by its largest eigenvalue,
     step 1. It stops when `||V_k+1 - V_k||_F <= tolerance * ||W||_F`, or after `max_iterations`. A GPU takes its steps
-    with operands rounded to TF32, which is seven times as fast, then goes on in float32 from where they ended: the
-    last step, by which convergence is judged, is always an exact one.
+    with operands rounded to TF32, which is seven times as fast. Where they have ended, a step in float32 is the check;
+    if that still moves, it goes on in float32.
 
     Args:
         weight: W, (out, in) float32.
@@ -142,13 +142,17 @@ class _Descent:
     tolerance: float
 
     def reduce(self, weight: torch.Tensor, most: int) -> MagrResult:
-        """Return some rows after at most so many steps, and on a GPU one more."""
+        """Return some rows after at most so many steps, and on a GPU one more, which checks where they ended."""
         if weight.device.type == "cpu":
             return self._descend(weight, weight, most, "highest")
         rounded = self._descend(weight, weight, most, "high")
+        if not rounded.converged:
+            return rounded
         exact = self._descend(weight, rounded.weight, max(1, most - rounded.iterations), "highest")
-        converged = rounded.converged and exact.converged
-        return MagrResult(exact.weight, rounded.iterations + exact.iterations, converged)
+        steps = rounded.iterations + exact.iterations
+        if exact.converged and exact.iterations == 1:
+            return MagrResult(rounded.weight, steps, True)
+        return MagrResult(exact.weight, steps, exact.converged)
 
     def _descend(self, weight: torch.Tensor, start: torch.Tensor, most: int, precision: Precision) -> MagrResult:
         current = lookahead = start
