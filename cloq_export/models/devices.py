@@ -28,8 +28,8 @@ def chosen_device(asked: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= cuda().count():
         raise UsageError(
-            f"`device={asked}` was asked for, but torch sees {cuda().count()} CUDA devices, from cuda:0 on; name one of "
-            "these, or use `device=auto`."
+            f"`device={asked}` was asked for, but torch sees {cuda().count()} CUDA devices, from cuda:0 on; name one "
+            "of these, or use `device=auto`."
         )
     return device
 
