@@ -65,10 +65,11 @@ ALLOWED = {
         types:QuantizedLayer.__post_init__
         types:QuantizedLayer.to
     """,
-    "once for each step of MagR, whose end they decide": """
+    "once for each step of MagR or of a truncated SVD, whose end they decide": """
+        adapt.cloq:_iterate
         quantize.magr:_clip_level
         quantize.magr:_largest_eigenvalue
-        quantize.magr:_reduce_rows
+        quantize.magr:_Descent._descend
     """,
     "once for each batch of a mixture's tokens, which are dealt out to its experts": """
         models.experts:SplitExperts._forward_sorted

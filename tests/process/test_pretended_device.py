@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._device
 from pretended_device import PretendedGpus, pretended_gpus
 from torch import nn
 
@@ -48,6 +49,14 @@ def test_tensors_lie_where_they_are_made_and_moved(gpus: PretendedGpus) -> None:
     layer.weight.data = torch.zeros(2, 4)
     assert layer.weight.device == torch.device("cpu")
     assert cuda().count() == torch.cuda.device_count() == 2
+
+
+def test_makers_inside_a_device_context_are_found_now_and_afterwards() -> None:
+    torch.utils._device._device_constructors.cache_clear()
+    with pretended_gpus(), torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
 
 
 def test_devices_do_not_mix(gpus: PretendedGpus) -> None:
