@@ -3,8 +3,10 @@
     python benchmarks/gpu_all.py --json benchmarks/results/gpu.json
 
 The parts run one after the other, each in a process of its own with a share of the time; a part that fails or runs out
-of its share is recorded as such, the next one runs all the same, and the exit code is 1 at the end. Without a GPU
-nothing is measured and the exit code is 1; `--smoke` runs the parts at toy sizes on the CPU.
+of its share is recorded as such, the next one runs all the same, and the exit code is 1 at the end. Each writes its
+rows as it has them, so one that is cut off counts as far as it came. Before the first one stands, within seconds, what
+is wrong with the machine, and parts that cannot run there are left out for it. Without a GPU nothing is measured and
+the exit code is 1; `--smoke` runs the parts at toy sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,14 @@ from environment import describe_hardware
 from gpu_clock import describe_device, device_of
 
 from cloq_export.files.atomic import write_json
+from cloq_export.kernels.dispatch import describe_gpu, has_triton
+from cloq_export.kernels.gpu import cuda, first_line
 
+# What the largest part holds at most: the default preset of a 7B, see docs/gpu.md.
+_MEMORY = 32 << 30
+# What another program holds of a card that is said to be free.
+_OCCUPIED = 2 << 30
+_DISK = 4 << 30
 HERE = Path(__file__).resolve().parent
 _SHOWN_CHARACTERS = 4000
 
@@ -48,6 +59,60 @@ def parts(smoke: bool) -> dict[str, tuple[list[str], float]]:
         "initialisation 1b": ([*init, "--shapes", "1b", "--seconds", "20"], 70.0),
         "initialisation 7b": ([*init, "--shapes", "7b", "--seconds", "40"], 130.0),
     }
+
+
+def missing_packages(parts: Sequence[str] = ("pytest", "transformers", "peft")) -> list[str]:
+    """Return the packages that the parts need and this environment lacks."""
+    return [name for name in parts if importlib.util.find_spec(name) is None]
+
+
+def launches() -> str:
+    """Return why a first kernel does not compute what torch does, in one line; nothing if it does."""
+    from cloq_export import kernels
+    from cloq_export.kernels.reference import linear as reference
+
+    qweight = torch.arange(256, dtype=torch.int32).view(4, 64)
+    qzeros = torch.arange(8, dtype=torch.int32).view(2, 4)
+    scales = torch.full((2, 64), 0.5, dtype=torch.float16)
+    x = torch.linspace(-1, 1, 64).view(1, 64)
+    try:
+        found = kernels.packed_linear(x.cuda(), qweight.cuda(), qzeros.cuda(), scales.cuda(), 2).cpu()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"a first kernel does not run: {first_line(error)}"
+    wanted = x @ reference.dequantize(qweight, qzeros, scales, 2).t()
+    return "" if torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) else "a first kernel computes wrong numbers"
+
+
+def machine_faults(device: torch.device) -> dict[str, str]:
+    """Return what is wrong with a machine -> the parts that cannot run for it, all, or none where it is only to know.
+
+    Args:
+        device: the GPU.
+    """
+    found: dict[str, str] = {}
+    if cuda().capability(device) < (8, 0) or not has_triton():
+        found[describe_gpu()] = "kernels"
+    elif shutil.which(os.environ.get("CC", "")) is None and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        found["no C compiler is on the PATH, which Triton builds its launchers with; install gcc, or set CC"] = "all"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        found[f"{sysconfig.get_path('include')}/Python.h is missing; install the headers of this Python"] = "all"
+    elif wrong := launches():
+        found[wrong] = "all"
+    free, total = cuda().free_bytes(device), cuda().total_bytes(device)
+    if total - free > _OCCUPIED:
+        found[f"{(total - free) / 1e9:.0f} GB of the GPU are taken by another program; times will be wrong"] = ""
+    if free < _MEMORY:
+        found[f"{free / 1e9:.0f} GB of the GPU are free; the 7B takes up to {_MEMORY / 1e9:.0f}"] = "initialisation 7b"
+    if missing := missing_packages():
+        wanted = {"pytest": "tests", "peft": "training", "transformers": "initialisation"}
+        found.update({f"{name} is not installed": wanted[name] for name in missing})
+    if not (HERE.parent / "tests").is_dir():
+        found["there is no folder tests/ beside benchmarks/"] = "tests"
+    if shutil.disk_usage(tempfile.gettempdir()).free < _DISK:
+        found[f"{tempfile.gettempdir()} has less than {_DISK / 1e9:.0f} GB left; name another folder in TMPDIR"] = (
+            "initialisation"
+        )
+    return found
 
 
 def run_part(arguments: list[str], seconds: float, result: Path) -> dict[str, Any]:
@@ -93,19 +158,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args()
-    if not options.smoke and not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU; nothing was measured. --smoke shows that the benchmarks work.")
+    if not options.smoke and not cuda().count():
+        raise SystemExit(
+            f"torch sees no GPU ({cuda().why_none()}); nothing was measured. --smoke shows that the benchmarks work."
+        )
     device = device_of("cpu" if options.smoke else "auto")
+    faults = {} if options.smoke else machine_faults(device)
+    for fault, part in faults.items():
+        print(f"!! {fault}{f': {part} cannot run' if part else ''}", flush=True)
     report: dict[str, Any] = {
         "device": describe_device(device),
         "host": describe_hardware(),
         "bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None,
+        "faults": faults,
         "parts": {},
     }
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (arguments, seconds)) in enumerate(parts(options.smoke).items()):
             print(f"== {name}", flush=True)
-            report["parts"][name] = run_part(arguments, seconds, Path(folder) / f"{number}.json")
+            why = next((fault for fault, part in faults.items() if part == "all" or (part and part in name)), None)
+            if why is None:
+                report["parts"][name] = run_part(arguments, seconds, Path(folder) / f"{number}.json")
+            else:
+                report["parts"][name] = {"ended": f"not run: {why}", "seconds": 0.0}
             # Written after every part: what was measured is not lost with the machine.
             write_json(options.json, report, sort_keys=False)
     if not options.smoke:

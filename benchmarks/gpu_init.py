@@ -250,6 +250,12 @@ def main() -> None:
             except (CloqError, torch.OutOfMemoryError) as error:
                 row = {"shape": name, "preset": preset, "failed": f"{type(error).__name__}: {error}"}
             rows.append(row)
+            if options.json:
+                write_json(
+                    options.json,
+                    {"device": describe_device(device), "ceilings": ceilings, "rows": rows},
+                    sort_keys=False,
+                )
             release(device)
             if "failed" in row:
                 print(f"{name} {preset}: {row['failed']}", flush=True)
@@ -261,9 +267,6 @@ def main() -> None:
                 f"{' (projected)' if row['projected'] else ''}{memory}, {row['over_floor']:.1f}x the floor",
                 flush=True,
             )
-    if options.json:
-        result = {"device": describe_device(device), "ceilings": ceilings, "rows": rows}
-        write_json(options.json, result, sort_keys=False)
     if any("failed" in row for row in rows):
         raise SystemExit(1)
 

@@ -213,6 +213,7 @@ def main() -> None:
         kernels.packed_lora_linear_op.register_kernel("cpu", operators.packed_lora_linear_on_gpu)
     ceilings = measure_ceilings(device)
     rows: list[Row] = []
+    result = {"device": describe_device(device), "ceilings": ceilings, "group": options.group, "rows": rows}
     print(f"{describe_device(device)['name']}: copy {ceilings['copy_bytes'] / 1e9:.0f} GB/s")
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
     with torch.no_grad():
@@ -220,21 +221,21 @@ def main() -> None:
             for bits in (int(bits) for bits in options.bits.split(",")):
                 for measured in (linear_rows, dequantize_rows):
                     for row in measured(shape, bits, options, device):  # type: ignore[arg-type]
-                        _report(row, ceilings, rows)
+                        _report(row, result, options.json)
                     release(device)
         for row in solve_rows(shapes[0], options, device):  # type: ignore[arg-type]
-            _report(row, ceilings, rows)
-    if options.json:
-        result = {"device": describe_device(device), "ceilings": ceilings, "group": options.group, "rows": rows}
-        write_json(options.json, result, sort_keys=False)
+            _report(row, result, options.json)
 
 
-def _report(row: Row, ceilings: dict[str, float], rows: list[Row]) -> None:
-    row["share"] = row["bytes"] / row["seconds"] / ceilings["copy_bytes"]
+def _report(row: Row, result: dict[str, Any], path: Path | None) -> None:
+    """Print a row, and write it at once: what was measured is not lost where time runs out."""
+    row["share"] = row["bytes"] / row["seconds"] / result["ceilings"]["copy_bytes"]
     extra = "".join(f"  {name} {row[name]:.2f}" for name in ("speedup", "over_plain") if name in row)
     figures = f"{row['seconds'] * 1e6:>10.1f} us  share {row['share']:.2f}  error {row['error']:.1e}"
     print(f"{row['kernel']:<48} {figures}{extra}", flush=True)
-    rows.append(row)
+    result["rows"].append(row)
+    if path:
+        write_json(path, result, sort_keys=False)
 
 
 if __name__ == "__main__":

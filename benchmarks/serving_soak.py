@@ -290,7 +290,8 @@ def main() -> None:
         held = [first_name, *list(copies)[: max(0, arguments.held - 1)]]
         spare = {name: folder for name, folder in copies.items() if name not in held}
         options = [f"--adapter={name}={copies[name]}" for name in held[1:]]
-        options += ["--default", first_name, "--max-loras", str(arguments.max_loras), "--kv-cache-gib", "1"]
+        options += ["--adapter-root", place, "--default", first_name, "--kv-cache-gib", "1"]
+        options += ["--max-loras", str(arguments.max_loras)]
         options += ["--python", str(arguments.python)] if arguments.python else []
         with serving(arguments.export, *options) as (process, served):
             client = ServerClient(served["url"], served["base_name"], held, clients=plan.at_once)

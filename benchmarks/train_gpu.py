@@ -134,18 +134,23 @@ def main() -> None:
     device = device_of(options.device)
     rows: list[dict[str, Any]] = []
     for kind in ("float", "packed", "nf4"):
-        if kind == "nf4" and (importlib.util.find_spec("bitsandbytes") is None or device.type != "cuda"):
-            rows.append({"base": kind, "not_measured": "bitsandbytes is not installed, or there is no GPU"})
-            print(f"{kind}: {rows[-1]['not_measured']}")
-            continue
-        rows.append(measure(options.shape, kind, options, device))
-        row = rows[-1]
-        row["over_float"] = row["seconds"] / rows[0]["seconds"]
-        peak = "" if row["peak_device_bytes"] is None else f", {row['peak_device_bytes'] / 1e9:.2f} GB"
-        print(f"{kind}: {row['seconds'] * 1e3:.1f} ms a step, {row['over_float']:.2f}x float{peak}", flush=True)
-    if options.json:
-        result = {"device": describe_device(device), "rows": rows}
-        write_json(options.json, result, sort_keys=False)
+        row = _row(kind, options, device, rows)
+        rows.append(row)
+        print(f"{kind}: {row.get('not_measured') or _line(row)}", flush=True)
+        if options.json:
+            write_json(options.json, {"device": describe_device(device), "rows": rows}, sort_keys=False)
+
+
+def _row(kind: str, options: argparse.Namespace, device: torch.device, before: list[dict[str, Any]]) -> dict[str, Any]:
+    if kind == "nf4" and (importlib.util.find_spec("bitsandbytes") is None or device.type != "cuda"):
+        return {"base": kind, "not_measured": "bitsandbytes is not installed, or there is no GPU"}
+    row = measure(options.shape, kind, options, device)
+    return {**row, "over_float": row["seconds"] / (before[0] if before else row)["seconds"]}
+
+
+def _line(row: dict[str, Any]) -> str:
+    peak = "" if row["peak_device_bytes"] is None else f", {row['peak_device_bytes'] / 1e9:.2f} GB"
+    return f"{row['seconds'] * 1e3:.1f} ms a step, {row['over_float']:.2f}x float{peak}"
 
 
 if __name__ == "__main__":

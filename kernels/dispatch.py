@@ -89,7 +89,7 @@ def triton_takes_layer(bits: int, in_features: int, groups: int, *tensors: torch
 def describe_gpu() -> str:
     """Return one line: whether the GPU's kernels are used, or why not; `kernels.cpu.describe` says it of the CPU."""
     if not cuda().count():
-        return "GPU kernels: none, because torch sees no GPU."
+        return f"GPU kernels: none, because torch sees no GPU ({cuda().why_none()})."
     device = cuda().current_device()
     name = cuda().name(device)
     if not has_triton():

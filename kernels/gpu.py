@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import torch
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of torch says; advice for programmers follows it."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 class Cuda:
@@ -13,6 +19,19 @@ class Cuda:
     def count(self) -> int:
         """Return how many there are."""
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    def why_none(self) -> str:
+        """Return why torch sees no GPU, for people."""
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                torch.cuda.init()
+            except (RuntimeError, AssertionError) as error:
+                # Such as a driver that is missing, or older than what this torch is built for.
+                return first_line(error)
+        return "the driver shows none, or CUDA_VISIBLE_DEVICES hides them"
 
     def current_device(self) -> torch.device:
         """Return the one that `cuda` without a number means."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
 from cloq_export.errors import ShapeError
 from cloq_export.kernels.dispatch import triton_takes
+from cloq_export.kernels.products import float32_products
 from cloq_export.types import LayerStats
 
 Weighting = Literal["none", "inverse_norm"]
@@ -105,13 +104,13 @@ class GramAccumulator:
                 # torch itself rounds operands only on CPUs with AMX, and not those of small products.
                 tokens = plain.to(torch.bfloat16).to(torch.float32)
             if not fused:
-                with _products(rounded=rounded):
+                with float32_products("medium" if rounded else "highest"):
                     self._add_gram(tokens, _ROUNDED_PANELS if rounded else _PANELS)
             if self._drift is not None and float_inputs is not None:
                 away = self._rows(float_inputs) - plain
                 if self._weighted(weights):
                     away.mul_(root)
-                with _products(rounded=True):
+                with float32_products("medium"):
                     self._drift.addmm_(tokens.T, away)
 
     def stats(self) -> LayerStats:
@@ -187,14 +186,3 @@ class GramAccumulator:
 def _survives_rounding(tensor: torch.Tensor, device: torch.device) -> bool:
     """Return whether the fast matrix product rounds nothing: bfloat16 on CPUs, TF32 (which holds float16) on GPUs."""
     return tensor.dtype == torch.bfloat16 or (tensor.dtype == torch.float16 and device.type == "cuda")
-
-
-@contextlib.contextmanager
-def _products(*, rounded: bool) -> Iterator[None]:
-    """Multiply float32 matrices exactly, or with operands rounded where that is fast; process-wide for a while."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if rounded else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

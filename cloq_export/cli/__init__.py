@@ -55,6 +55,9 @@ _OF_THE_SYSTEM = {
     errno.EPERM: "check the permissions, or name another folder",
 }
 
+# How torch begins to tell of a GPU that is lost, hangs or was reset; what is said there has no class without torch.
+_OF_A_GPU = ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error")
+
 
 class _EndedFromOutsideError(Exception):
     """Carries a signal or a closed pipe, its cause, past click, which would handle both differently."""
@@ -148,15 +151,25 @@ def _run(arguments: list[str]) -> int:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         write_line(f"error: {place}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}.", sys.stderr)
         return CloqError.exit_code
+    except RuntimeError as error:
+        if not str(error).startswith(_OF_A_GPU):
+            raise
+        first = str(error).partition("\n")[0].rstrip(".")
+        rest = f"{_what_remains(arguments)}; look at the GPU with nvidia-smi first"
+        write_line(f"error: the GPU gave up ({first}): {rest}.", sys.stderr)
+        return CloqError.exit_code
     except click.ClickException as error:
         error.show(file=sys.stderr)
         return error.exit_code
     return outcome if isinstance(outcome, int) else 0
 
 
-def _tell_interrupt(arguments: list[str], interrupt: BaseException | None) -> int:
+def _what_remains(arguments: list[str]) -> str:
     verb = next((argument for argument in arguments if argument in VERBS), "")
     keeps = verb in _RESUMABLE or (verb == "eval" and any(argument.startswith("--out") for argument in arguments))
-    rest = "the same command continues where it stopped" if keeps else "nothing was written"
-    write_line(f"interrupted: {rest}.", sys.stderr)
+    return "the same command continues where it stopped" if keeps else "nothing was written"
+
+
+def _tell_interrupt(arguments: list[str], interrupt: BaseException | None) -> int:
+    write_line(f"interrupted: {_what_remains(arguments)}.", sys.stderr)
     return _TERMINATED if isinstance(interrupt, Termination) else _INTERRUPTED

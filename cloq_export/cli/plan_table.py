@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,23 @@ def render_plan(plan: Mapping[str, Any], console: Console) -> None:
         table.add_row(stage["stage"], format_bytes(stage["bytes"]), parts)
     console.print(table)
     print_line(console, _verdict(device))
+    console.print(_times(device["times"]))
+    most: dict[str, list[str]] = {}
+    for card in device["times"]:
+        most.setdefault(card["dominating"], []).append(f"{card['card']} ({card['share']:.0%})")
+    for kernel, cards in most.items():
+        print_line(console, f"most is taken by {kernel} on {', '.join(cards)}")
+
+
+def _times(times: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the least seconds of each stage on known cards."""
+    table = Table("least seconds of the walk", title_justify="left")
+    for card in times:
+        table.add_column(card["card"], justify="right")
+    for stage in times[0]["stages"]:
+        table.add_row(stage, *(f"{card['stages'][stage]:.1f}" for card in times))
+    table.add_row("together", *(f"{card['seconds']:.1f}" for card in times))
+    return table
 
 
 def _verdict(device: Mapping[str, Any]) -> str:

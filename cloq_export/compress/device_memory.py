@@ -9,160 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from cloq_export.adapt.cloq import EXACT_SIDE, OVERSAMPLING
-from cloq_export.models.block_arguments import BlockArguments
-from cloq_export.models.blocks import find_linears
-from cloq_export.models.lending import STORAGE_SHARE, model_bytes
-from cloq_export.process.storage_counter import StorageCounter
+from cloq_export.compress.block_shape import BlockShape, InputGroup
+from cloq_export.models.lending import STORAGE_SHARE
 from cloq_export.quantize.optq import BLOCK_COLUMNS
 from cloq_export.recipe import Recipe
 
 _HALF, _SINGLE, _DOUBLE = 2, 4, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class InputGroup:
-    """The layers of a block that read one input.
-
-    Args:
-        in_features: width of the input.
-        outs: number of outputs of each layer.
-        rank: of the adapter of each, the largest.
-        held: bytes that a forward pass of one window holds where it reaches the group, the input included.
-    """
-
-    in_features: int
-    outs: tuple[int, ...]
-    rank: int
-    held: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockShape:
-    """All that the memory of one block's work follows from.
-
-    Args:
-        groups: in order of execution.
-        weights: bytes of the block's tensors.
-        linears: bytes of its linear weights.
-        hidden: bytes of the hidden states of one window.
-        activations: bytes that a forward pass of one window takes at most, besides the hidden states.
-        traced: False if the forward pass was only estimated.
-    """
-
-    groups: tuple[InputGroup, ...]
-    weights: int
-    linears: int
-    hidden: int
-    activations: int
-    traced: bool = True
-
-    @classmethod
-    def of(cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]) -> BlockShape:
-        """Return the shape of a block; `trace` and `estimate` say how, the second where the first cannot.
-
-        Args:
-            block: a decoder block.
-            call: what it is given besides the hidden states, for one window.
-            states: hidden states of one window, (1, seqlen, hidden).
-            ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
-        """
-        try:
-            return cls.trace(block, call, states, ranks)
-        except (RuntimeError, NotImplementedError):
-            return cls.estimate(block, states, ranks)
-
-    @classmethod
-    def estimate(cls, block: nn.Module, states: torch.Tensor, ranks: Mapping[str, int]) -> BlockShape:
-        """Return the shape of a block whose forward pass depends on numbers, as that of experts does.
-
-        Layers of one module and one width are taken to read one input; at it a forward pass holds the residual, its
-        normed form and the input of the widest layer that every token goes through.
-        """
-        linears = find_linears(block, "")
-        together: dict[tuple[str, int], list[str]] = {}
-        for name in ranks:
-            together.setdefault((name.rpartition(".")[0], linears[name].in_features), []).append(name)
-        hidden = states.numel() * states.element_size()
-        width = hidden // states.shape[-1]
-        groups = tuple(
-            InputGroup(
-                inputs,
-                tuple(linears[name].out_features for name in names),
-                max(ranks[name] for name in names),
-                # Experts see a share of the tokens: about as many as stand in the hidden states, all together.
-                2 * hidden + min(width * inputs, hidden),
-            )
-            for (_, inputs), names in together.items()
-        )
-        widest = max(sum(group.outs) + group.in_features for group in groups)
-        of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, model_bytes(block), of_linears, hidden, 2 * hidden + width * widest, traced=False)
-
-    @classmethod
-    def trace(
-        cls, block: nn.Module, call: BlockArguments, states: torch.Tensor, ranks: Mapping[str, int]
-    ) -> BlockShape:
-        """Return the shape of a block, by running it on tensors that hold nothing.
-
-        Args:
-            block: a decoder block.
-            call: what it is given besides the hidden states, for one window.
-            states: hidden states of one window, (1, seqlen, hidden).
-            ranks: layer inside the block -> rank of its adapter, of the layers that are quantized.
-        """
-        empty = {
-            name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*block.named_parameters(), *block.named_buffers())
-        }
-        counter = StorageCounter()
-        reached: list[_Reached] = []
-        linears = find_linears(block, "")
-
-        def reach(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                if not reached or reached[-1].inputs() is not args[0]:
-                    reached.append(_Reached([], counter.in_use, weakref.ref(args[0])))
-                reached[-1].names.append(name)
-
-            return hook
-
-        handles = [linear.register_forward_pre_hook(reach(name)) for name, linear in linears.items()]
-        given, states = call.map(lambda tensor: tensor.to("meta")), states.to("meta")
-        try:
-            with torch.no_grad(), counter:
-                given.invoke(lambda *args, **kwargs: torch.func.functional_call(block, empty, args, kwargs), states)
-        finally:
-            for handle in handles:
-                handle.remove()
-        groups = tuple(
-            InputGroup(
-                linears[each.names[0]].in_features,
-                tuple(linears[name].out_features for name in each.names if name in ranks),
-                max(ranks[name] for name in each.names if name in ranks),
-                each.held,
-            )
-            for each in reached
-            if any(name in ranks for name in each.names)
-        )
-        of_linears = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears.values())
-        return cls(groups, model_bytes(block), of_linears, states.numel() * states.element_size(), counter.peak)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reached:
-    """The layers that were reached with one input, which is not held: that would be counted."""
-
-    names: list[str]
-    held: int
-    inputs: weakref.ref[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +52,15 @@ def solve_bytes(group: InputGroup, recipe: Recipe) -> int:
     n, outs = group.in_features, group.outs
     every, widest = sum(outs), max(outs)
     moved, several = recipe.error_aware > 0.0, len(outs) > 1
-    # Damped H, its factor, that in float32; then weights and targets.
-    entry = (2 * _DOUBLE + _SINGLE) * n * n + _SINGLE * n * every * (1 + moved)
+    # Damped H and its factor; then weights and targets.
+    entry = 2 * _DOUBLE * n * n + _SINGLE * n * every * (1 + moved)
     stacked = _SINGLE * n * every * (several + (recipe.method == "magr"))
     grids = 2 * _SINGLE * n * every
     if recipe.method == "rtn":
         columns = 2 * _SINGLE * n * every + n * every
     else:
         block = _SINGLE * min(n, BLOCK_COLUMNS) * every
-        columns = max(3 * _DOUBLE * n * n, _SINGLE * n * n + (4 * _SINGLE + 1) * n * every + block)
+        columns = max(2 * _DOUBLE * n * n, _SINGLE * n * n + (4 * _SINGLE + 1) * n * every + block)
     codes = entry + stacked + grids + columns
     # Codes of all layers, Q of this one and of the one before, what the ones before serve.
     pairs = entry + n * every + _SINGLE * n * (widest * (1 + several) + every - widest)
@@ -245,13 +101,13 @@ def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free:
     sums = [_SINGLE * group.in_features**2 for group in shape.groups]
     forward = {"activations": batch * (shape.activations + (0 if inside else shape.hidden))}
     largest: list[StageMemory] = []
-    for group, gram in zip(shape.groups, sums, strict=True):
+    for number, (group, gram) in enumerate(zip(shape.groups, sums, strict=True)):
         if paired:
             # All batches wait where the group's input is, with what a forward pass holds there.
             waiting = {"batches that wait": streams * (group.held + (0 if inside else shape.hidden))}
             tokens = {"H and D": gram * (2 + (recipe.float_share < 1.0))}
         else:
-            waiting, tokens = {}, {"H of all inputs": sum(sums) + gram}
+            waiting, tokens = {}, {"H of inputs not yet solved": sum(sums[number:])}
         largest.append(StageMemory("solve", {**held, **waiting, **tokens, "solve": solve_bytes(group, recipe)}))
     # A batch that ends still holds what it held at the last group.
     waited = max((group.held for group in shape.groups), default=0) * (streams - batch) if paired else sum(sums)

@@ -207,10 +207,8 @@ class BlockWalk:
         finally:
             for handle in handles:
                 handle.remove()
-        requests = (
-            self._request(block, group, _stats_of(group[0], accumulator))
-            for group, accumulator in zip(block.groups, accumulators, strict=True)
-        )
+        # Sums are given up as they are taken: those of a wide input are much of what a solve finds on the device.
+        requests = (self._request(block, group, _stats_of(group[0], accumulators.pop(0))) for group in block.groups)
         for _ in self._solve(requests, self._workers):
             pass
         return [after]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from cloq_export.types import LoraPair
+
 # One module's A (rank, in), B (out, rank), and the scaling of its product.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -38,6 +40,11 @@ class HeldAdapter:
             dtype: name of a torch dtype.
         """
         return cls(dtype, {name: factors_digest(*each, getattr(torch, dtype)) for name, each in factors.items()})
+
+    @classmethod
+    def of_pairs(cls, pairs: Mapping[str, LoraPair], dtype: str) -> HeldAdapter:
+        """Return what an engine of this dtype must hold of an adapter that was read from files."""
+        return cls.of({module: (pair.lora_A, pair.lora_B, pair.scaling) for module, pair in pairs.items()}, dtype)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> HeldAdapter:

@@ -27,8 +27,8 @@ class TokenDistributions:
     token_ids: torch.Tensor | None = None
 
 
-class ServedModel(Protocol):
-    """A model with its adapters as a runtime serves it; requests are token ids, so no tokenizer comes between."""
+class ScoresPrompts(Protocol):
+    """A model with its adapters that says how probable tokens are; requests are token ids."""
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
         """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence, all requests in one batch.
@@ -40,6 +40,10 @@ class ServedModel(Protocol):
         Returns:
             list: one (n - 1,) float32 tensor on the CPU per sequence.
         """
+
+
+class ServedModel(ScoresPrompts, Protocol):
+    """A model with its adapters as a runtime serves it; requests are token ids, so no tokenizer comes between."""
 
     def token_distributions(
         self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]

@@ -22,7 +22,15 @@ def chosen_device(asked: str) -> torch.device:
         return torch.device("cuda" if cuda().count() else "cpu")
     device = torch.device(asked)
     if device.type == "cuda" and not cuda().count():
-        raise UsageError(f"`device={asked}` was asked for, but torch sees no CUDA device; use `device=cpu`.")
+        raise UsageError(
+            f"`device={asked}` was asked for, but torch sees no CUDA device: {cuda().why_none()}; use `device=cpu`, or "
+            "install a driver and a torch that fit each other."
+        )
+    if device.type == "cuda" and (device.index or 0) >= cuda().count():
+        raise UsageError(
+            f"`device={asked}` was asked for, but torch sees {cuda().count()} CUDA devices, from cuda:0 on; name one "
+            "of these, or use `device=auto`."
+        )
     return device
 
 

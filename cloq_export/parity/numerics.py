@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.protocol import ScoresPrompts, ServedModel
 from cloq_export.errors import ShapeError
 from cloq_export.parity.divergence import mean_probability_factor
 from cloq_export.parity.generation import AskedTexts
@@ -21,7 +21,7 @@ _BINS_PER_DECADE = 2
 
 
 def measure_logprobs(
-    model: ServedModel, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
+    model: ScoresPrompts, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]
 ) -> list[torch.Tensor]:
     """Ask a runtime for log-probabilities, and check that it gave as many as there are.
 

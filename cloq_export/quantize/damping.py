@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
@@ -12,7 +11,7 @@ from cloq_export.errors import SingularStatsError
 _GROWTH = 10.0
 _ATTEMPTS = 6
 _POWER_ITERATIONS = 8
-_SUBSPACE, _SUBSPACE_ITERATIONS = 6, 8
+SUBSPACE, SUBSPACE_ITERATIONS = 6, 8
 _LARGEST_CONDITION = 1e12
 # Damping from which on the condition number is at most in / _SAFE_FRACTION.
 _SAFE_FRACTION = 1e-6
@@ -34,9 +33,9 @@ class DampedGram:
     damping: float
     increases: int
 
-    @functools.cached_property
+    @property
     def lower_float32(self) -> torch.Tensor:
-        """Return L in float32, for everything that only has to be as good as the weights."""
+        """Return L in float32, for everything that only has to be as good as the weights; it is made for each call."""
         return self.lower.to(torch.float32)
 
     def weighted(self, error: torch.Tensor) -> torch.Tensor:
@@ -47,10 +46,10 @@ class DampedGram:
         """Return the 2-norm condition number of the damped H, estimated by power and inverse power iteration."""
         generator = torch.Generator().manual_seed(0)
         largest = torch.randn(self.gram.shape[0], 1, generator=generator).to(self.gram.device)
-        smallest, gram = largest, self.gram.to(torch.float32)
+        smallest, gram, lower = largest, self.gram.to(torch.float32), self.lower_float32
         for _ in range(_POWER_ITERATIONS):
             largest = gram @ (largest / largest.norm())
-            smallest = torch.cholesky_solve(smallest / smallest.norm(), self.lower_float32)
+            smallest = torch.cholesky_solve(smallest / smallest.norm(), lower)
         return float(largest.norm()) * float(smallest.norm())
 
 
@@ -64,8 +63,8 @@ def spectral_norm(matrix: torch.Tensor) -> float:
         float: never above the largest singular value, and where the next ones are close to it a few percent below.
     """
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(matrix.shape[1], min(_SUBSPACE, *matrix.shape), generator=generator).to(matrix.device)
-    for _ in range(_SUBSPACE_ITERATIONS):
+    vectors = torch.randn(matrix.shape[1], min(SUBSPACE, *matrix.shape), generator=generator).to(matrix.device)
+    for _ in range(SUBSPACE_ITERATIONS):
         vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
     return float(torch.linalg.matrix_norm(matrix @ vectors, ord=2))
 

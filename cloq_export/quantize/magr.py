@@ -7,10 +7,13 @@ import dataclasses
 import torch
 
 from cloq_export.kernels.dispatch import triton_takes_groups
+from cloq_export.kernels.products import Precision, float32_products
 
 # Newton settles in about five steps; only a wide group whose magnitudes crowd around the level takes a dozen or more.
 _PROJECTION_STEPS = 64
 _POWER_ITERATIONS = 300
+# Proximal gradient steps, at most.
+MOST_STEPS = 150
 # Rows are independent given H. A chunk of them with all its temporaries stays in the cache through all iterations.
 _CHUNK_ELEMENTS = 1 << 17
 
@@ -90,13 +93,15 @@ def reduce_magnitude(
     gram: torch.Tensor,
     span: int,
     alpha: float,
-    max_iterations: int = 150,
+    max_iterations: int = MOST_STEPS,
     tolerance: float = 3e-4,
 ) -> MagrResult:
     """Minimise `1/2 ||(V - W) H^(1/2)||_F^2 + alpha * sum_groups ||v||_inf` from V = W (MagR eq. 3 and section 3).
 
     Accelerated proximal gradient (FISTA with restart on a rising step) with H divided by its largest eigenvalue,
-    step 1. It stops when `||V_k+1 - V_k||_F <= tolerance * ||W||_F`, or after `max_iterations`.
+    step 1. It stops when `||V_k+1 - V_k||_F <= tolerance * ||W||_F`, or after `max_iterations`. A GPU takes its steps
+    with operands rounded to TF32, which is seven times as fast. Where they have ended, a step in float32 is the check;
+    if that still moves, it goes on in float32.
 
     Args:
         weight: W, (out, in) float32.
@@ -111,7 +116,8 @@ def reduce_magnitude(
     """
     metric = (gram / _largest_eigenvalue(gram)).to(torch.float32)
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-    parts = [_reduce_rows(part, metric, span, alpha, max_iterations, tolerance) for part in weight.split(rows)]
+    descent = _Descent(metric, span, alpha, tolerance)
+    parts = [descent.reduce(part, max_iterations) for part in weight.split(rows)]
     return MagrResult(
         torch.cat([part.weight for part in parts]),
         max(part.iterations for part in parts),
@@ -119,26 +125,53 @@ def reduce_magnitude(
     )
 
 
-def _reduce_rows(
-    weight: torch.Tensor, metric: torch.Tensor, span: int, alpha: float, max_iterations: int, tolerance: float
-) -> MagrResult:
-    current = weight
-    lookahead = current
-    momentum = 1.0
-    limit = tolerance * float(weight.norm())
-    level = weight.new_zeros(weight.numel() // span, 1)
-    for iteration in range(1, max_iterations + 1):
-        stepped = torch.addmm(lookahead, weight - lookahead, metric).view(-1, span)
-        updated = _shrink_from(stepped, alpha, level).view_as(weight)
-        change = updated - current
-        # Read together: a GPU's host waits once.
-        moved, uphill = torch.stack([change.norm(), ((lookahead - updated) * change).sum()]).tolist()
-        if moved <= limit:
-            return MagrResult(updated, iteration, True)
-        # Restart the momentum where it points uphill (O'Donoghue and Candes, gradient scheme).
-        if uphill > 0:
-            momentum = 1.0
-        next_momentum = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
-        lookahead = updated + ((momentum - 1.0) / next_momentum) * change
-        current, momentum = updated, next_momentum
-    return MagrResult(current, max_iterations, False)
+@dataclasses.dataclass(frozen=True)
+class _Descent:
+    """FISTA on some rows of a weight.
+
+    Args:
+        metric: H over its largest eigenvalue, (in, in) float32.
+        span: columns per group.
+        alpha: weight of the penalty.
+        tolerance: relative change under which it has converged.
+    """
+
+    metric: torch.Tensor
+    span: int
+    alpha: float
+    tolerance: float
+
+    def reduce(self, weight: torch.Tensor, most: int) -> MagrResult:
+        """Return some rows after at most so many steps, and on a GPU one more, which checks where they ended."""
+        if weight.device.type == "cpu":
+            return self._descend(weight, weight, most, "highest")
+        rounded = self._descend(weight, weight, most, "high")
+        if not rounded.converged:
+            return rounded
+        exact = self._descend(weight, rounded.weight, max(1, most - rounded.iterations), "highest")
+        steps = rounded.iterations + exact.iterations
+        if exact.converged and exact.iterations == 1:
+            return MagrResult(rounded.weight, steps, True)
+        return MagrResult(exact.weight, steps, exact.converged)
+
+    def _descend(self, weight: torch.Tensor, start: torch.Tensor, most: int, precision: Precision) -> MagrResult:
+        current = lookahead = start
+        momentum = 1.0
+        limit = self.tolerance * float(weight.norm())
+        level = weight.new_zeros(weight.numel() // self.span, 1)
+        for iteration in range(1, most + 1):
+            with float32_products(precision):
+                stepped = torch.addmm(lookahead, weight - lookahead, self.metric).view(-1, self.span)
+            updated = _shrink_from(stepped, self.alpha, level).view_as(weight)
+            change = updated - current
+            # Read together: a GPU's host waits once.
+            moved, uphill = torch.stack([change.norm(), ((lookahead - updated) * change).sum()]).tolist()
+            if moved <= limit:
+                return MagrResult(updated, iteration, True)
+            # Restart the momentum where it points uphill (O'Donoghue and Candes, gradient scheme).
+            if uphill > 0:
+                momentum = 1.0
+            next_momentum = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
+            lookahead = updated + ((momentum - 1.0) / next_momentum) * change
+            current, momentum = updated, next_momentum
+        return MagrResult(current, most, False)

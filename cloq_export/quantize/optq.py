@@ -17,7 +17,7 @@ def tile_columns(out_features: int) -> int:
     return min(32, max(4, TILE_ELEMENTS // max(1, out_features)))
 
 
-def feedback_factor(gram: torch.Tensor) -> torch.Tensor:
+def feedback_factor(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
     """Return the unit upper triangular M with `H = M diag(d) M^T`: column k mends `sum_(j<k) e_j M_jk` of the others.
 
     OPTQ (algorithm 1) walks along the Cholesky factor of H^-1. The same codes follow from H itself, because
@@ -27,12 +27,16 @@ def feedback_factor(gram: torch.Tensor) -> torch.Tensor:
 
     Args:
         gram: H, (in, in) float64, positive definite.
+        order: the order in which its rows and columns are taken, (in,) int64; None takes them as they are.
 
     Returns:
         M, (in, in) float64.
     """
-    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    return upper / upper.diagonal()
+    backwards = torch.arange(gram.shape[0], device=gram.device) if order is None else order
+    backwards = backwards.flip(0)
+    # Two matrices of this size at a time and no third: they are most of what a solve holds.
+    lower = torch.linalg.cholesky(gram[backwards.unsqueeze(1), backwards])
+    return lower.div_(lower.diagonal().clone()).flip(0, 1)
 
 
 def processing_order(gram: torch.Tensor) -> torch.Tensor:
@@ -64,7 +68,7 @@ def optq_codes(
     """
     in_features = weight.shape[1]
     order = processing_order(gram)
-    moves = feedback_factor(gram[order][:, order]).to(torch.float32)
+    moves = feedback_factor(gram, order).to(torch.float32)
     # Transposed, one visited column is one contiguous row. Shifted by zero * scale, the grid starts at 0.
     column_scales = scales.t()[order].contiguous()
     original = torch.addcmul(weight.t()[order], zeros.t()[order], column_scales)

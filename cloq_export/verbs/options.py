@@ -168,6 +168,27 @@ class ServeOptions:
     deterministic: bool = option(
         False, "Packed layers and their adapters give a token the same bits in every batch, on a CPU."
     )
+    adapter_roots: tuple[str, ...] = option(
+        (),
+        "Folder from which adapters may be loaded while it serves, with all that lies in it; can be repeated. Without "
+        "it only the adapters of the start can be loaded anew.",
+        flag="--adapter-root",
+        metavar="FOLDER",
+    )
+    api_key_file: Path | None = option(  # noqa: RUF009 (it returns a field)
+        None, "File with the key that requests must carry; unless given, VLLM_API_KEY of the environment."
+    )
+    ssl_certfile: Path | None = option(  # noqa: RUF009 (it returns a field)
+        None, "Certificate of the server in PEM form, for https."
+    )
+    ssl_keyfile: Path | None = option(None, "Key of that certificate, not encrypted.")  # noqa: RUF009 (as above)
+    ssl_ca_certs: Path | None = option(  # noqa: RUF009 (it returns a field)
+        None, "Certificates of which one must have signed that of each client; unless given, clients need none."
+    )
+    shutdown_timeout: int = option(
+        30, "Seconds in which requests under way may end after SIGTERM or Ctrl-C; 0 ends them at once.", least=0
+    )
+    skip_proof: bool = option(False, "Open the port without proving the default adapter first.")
     timeout: float = option(1800, "Seconds to wait for the start.", least=1)
     verbose: bool = option(False, "Show vLLM's lines from the start; unless given, once it answers.")
     engine_options: tuple[str, ...] = ()

@@ -13,16 +13,22 @@ from rich.console import Console
 
 from cloq_export.artifact.adapters import AdapterShelf, carried_note, unbound_note
 from cloq_export.artifact.artifact import Artifact
-from cloq_export.artifact.checkpoint import checkpoint_folder
+from cloq_export.artifact.checkpoint import Checkpoint, checkpoint_folder
+from cloq_export.artifact.probe_record import TokenizerRecord
+from cloq_export.engines.vllm.closed_server import ClosedServer
 from cloq_export.engines.vllm.plan import ServerOptions, ServerPlan, curl_line, plan_server
 from cloq_export.engines.vllm.plugin.adapters import check_name
-from cloq_export.engines.vllm.server import VllmServer
-from cloq_export.errors import EngineError, UsageError
+from cloq_export.engines.vllm.server import VllmServer, Watch
+from cloq_export.errors import EngineError, SourceError, UsageError
 from cloq_export.files.spelled_paths import expand_user
-from cloq_export.formats.peft.codec import read_bound_fingerprint
+from cloq_export.formats.peft.codec import read_adapter, read_bound_fingerprint
+from cloq_export.models.tokenizer_files import read_tokenizer
+from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
+from cloq_export.parity.start_proof import DefaultAnswer, StartProof, prove_default
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
 from cloq_export.verbs.options import ServeOptions
+from cloq_export.verbs.verification.made_before import MadeBefore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Serving:
         models: every name that is answered to.
         options: what vLLM was started with.
         curl: a line to try it.
+        proof: what was found of the default before the port opened; None if it was not looked for.
         notes: what may surprise.
     """
 
@@ -47,17 +54,21 @@ class Serving:
     models: Sequence[str]
     options: Mapping[str, Any]
     curl: str
+    proof: StartProof | None
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, plan: ServerPlan, models: Sequence[str], notes: Sequence[str]) -> Serving:
+    def of(cls, plan: ServerPlan, proof: StartProof | None, notes: Sequence[str]) -> Serving:
         """Return what a plan has become; `notes` are those on its adapters."""
+        notes = [*notes, "the default was not proven" if proof is None else proof.sentence()]
         if plan.default is None:
             notes = [*notes, f"there is no adapter, so {plan.name} is the quantized base itself"]
         if plan.needs_adapter:
             notes = [*notes, f"the base needs its adapter, so {plan.base_name} is not served"]
-        options = dict(plan.options)
-        return cls(plan.url, plan.name, plan.default, plan.base_name, models, options, curl_line(plan), notes)
+        if plan.lets_strangers_in:
+            notes.append(f"whoever reaches {plan.host}:{plan.port} may ask this server: `api_key_file` sets a key")
+        names = (plan.url, plan.name, plan.default, plan.base_name, plan.served_names)
+        return cls(*names, dict(plan.options), curl_line(plan), proof, notes)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `cloq serve --json` prints."""
@@ -82,20 +93,28 @@ def serve(
     Raises:
         UsageError: options that make no sense, or a port that is taken.
         BindingError: an adapter belongs to another base.
+        GateMissedError: the server does not compute with its default adapter as its files say.
         EngineError: the server did not start, or ended by itself; its last lines are in the message.
         CloqError: anything else that a user can mend.
     """
     console = console or Console(stderr=True)
     plan = plan_serving(export, options)
     notes = [*adapter_notes(export, options), *unbound_notes(export, plan)]
+    default = None if options.skip_proof else default_answer(export, plan, notes)
+    proofs: list[StartProof] = []
+
+    def prove(closed: ClosedServer) -> None:
+        if default is not None:
+            proofs.append(prove_default(closed, default))
+
     with contextlib.suppress(KeyboardInterrupt), interrupted_by_termination():
         errors = sys.stderr  # a bar stands in for it while it is shown
         what = f"starting vLLM with {plan.name} at {plan.url}; loading takes a while"
         with show_waiting(what, console) as waiting:
-            early = errors if options.verbose else None
-            server = VllmServer(plan, timeout=options.timeout, echo=errors, early_echo=early, waiting=waiting)
+            watch = Watch(echo=errors, early_echo=errors if options.verbose else None, waiting=waiting)
+            server = VllmServer(plan, timeout=options.timeout, watch=watch, prove=prove)
         with server:
-            announce(Serving.of(plan, server.models(), notes))
+            announce(Serving.of(plan, proofs[0] if proofs else None, notes))
             code = server.wait()
             raise EngineError(
                 f"the vLLM server ended by itself (exit code {code}); its last lines:\n{server.last_lines()}"
@@ -125,6 +144,54 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     return plan_server(export, adapters, ServerOptions(**asked | {"default": default}))
 
 
+def default_answer(export: Path, plan: ServerPlan, notes: list[str]) -> DefaultAnswer:
+    """Return what plain requests are to be answered with, as the files say.
+
+    Args:
+        export: as in `serve`.
+        plan: of the server.
+        notes: gets what is to be said of a record that cannot be read.
+
+    Raises:
+        UsageError: texts of the served length have nothing to predict.
+        CloqError: a file is damaged.
+    """
+    checkpoint = Checkpoint.open(export)
+    name = plan.default
+    folders = {} if name is None else {name: plan.adapters[name]}
+    adapters = {each: read_adapter(folder) for each, folder in folders.items()}
+    made = MadeBefore.read(export, checkpoint, folders, adapters, run=None, serves_all=False)
+    notes += [f"{finding.what}: {finding.reason}" for finding in made.unread]
+    recorded = made.probe(name)
+    record = None if name is None else made.records.get(name)
+    if record is not None and record.base_fingerprint != checkpoint.noted_fingerprint:
+        recorded = None  # forced onto another base, where it says something else
+    if recorded is None:
+        try:
+            probes = TokenizerRecord.of(read_tokenizer(checkpoint.folder)).probes()
+        except SourceError as error:
+            raise SourceError(f"{error} To serve without a proof of the default adapter, use `skip_proof`.") from None
+    else:
+        probes = [list(ids) for ids in recorded.token_ids]
+    # One place is left for the answer that vLLM makes of each.
+    probes = [ids[: plan.options["max_model_len"] - 1] for ids in probes]
+    if min(map(len, probes), default=0) < 2:
+        raise UsageError("a proof needs texts of two tokens and an answer; serve with a larger `max_model_len`.")
+    if recorded is not None:
+        logprobs = tuple(kept[: len(ids) - 1] for kept, ids in zip(recorded.logprobs, probes, strict=True))
+        recorded = dataclasses.replace(recorded, token_ids=tuple(map(tuple, probes)), logprobs=logprobs)
+    exact = plan.options["dtype"] == "float32" and (recorded is None or recorded.precision == "float32")
+    bits = min(spec.bits for spec in checkpoint.specs.values())
+    return DefaultAnswer(
+        adapter=name,
+        pairs={} if name is None else adapters[name].pairs,
+        token_ids=probes,
+        recorded=recorded,
+        limit=float32_limit(bits) if exact else HALF_PROBE_LIMIT,
+        base_answers=not plan.needs_adapter,
+    )
+
+
 def served_adapters(export: Path) -> dict[str, Path]:
     """Return name -> folder of the adapters that an export or a run holds, by name.
 
@@ -146,7 +213,5 @@ def unbound_notes(export: Path, plan: ServerPlan) -> list[str]:
     """Return what is to be said of adapters that name no base and are served because they are trusted."""
     base = Artifact.open(export).checkpoint
     return [
-        unbound_note(name, base)
-        for name, folder in plan.adapters.items()
-        if read_bound_fingerprint(expand_user(folder)) is None
+        unbound_note(name, base) for name, folder in plan.adapters.items() if read_bound_fingerprint(folder) is None
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pretended_device import pretended_gpus
 
 from cloq_export.adapt import cloq
 from cloq_export.adapt.cloq import TruncatedSvd, split_factors, truncated_svd
@@ -64,7 +65,7 @@ def test_a_rank_beyond_that_of_the_matrix_gives_orthonormal_sides_all_the_same(p
 def test_iterations_that_do_not_settle_give_way_to_the_full_one(monkeypatch) -> None:
     matrix = draw(90, 80, 0.01)
     monkeypatch.setattr(cloq, "EXACT_SIDE", 1)
-    monkeypatch.setattr(cloq, "_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(cloq, "MOST_ITERATIONS", 1)
     found = truncated_svd(matrix, 8)
     assert found.method == "full"
     assert found.residual == 0.0
@@ -90,3 +91,28 @@ def test_every_split_has_the_same_product() -> None:
     assert torch.equal(split_factors(svd, "transposed")[0], svd.left)
     left, right = split_factors(svd, "balanced")
     torch.testing.assert_close(left.norm(dim=0), right.norm(dim=0))
+
+
+@pytest.mark.parametrize("decay", [1.0, 12.0])
+def test_a_gpu_that_iterates_in_float32_ends_in_float64(decay, monkeypatch) -> None:
+    matrix = draw(90, 70, decay)
+    dtypes, qr = [], torch.linalg.qr
+
+    def watched(given: torch.Tensor):
+        dtypes.append(given.dtype)
+        return qr(given)
+
+    monkeypatch.setattr(cloq, "_RESIDUAL_TOLERANCE", 1e-5)
+    monkeypatch.setattr(torch.linalg, "qr", watched)
+    with pretended_gpus():
+        monkeypatch.setattr(cloq, "EXACT_SIDE", 0)
+        found = truncated_svd(matrix.to("cuda"), 6)
+        values, left = found.values.cpu(), found.left.cpu()
+    assert found.method == "subspace"
+    assert found.residual <= 1e-5
+    # The start and the last step, of two factorisations, are exact ones.
+    wide, narrow = dtypes.count(torch.float64), dtypes.count(torch.float32)
+    assert wide <= 5
+    assert narrow >= 2
+    np.testing.assert_allclose(values.numpy(), np.linalg.svd(matrix.numpy(), compute_uv=False)[:6], rtol=1e-8)
+    torch.testing.assert_close(left.t() @ left, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)

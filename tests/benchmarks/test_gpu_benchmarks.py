@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pretended_device import pretended_gpus
 
+from cloq_export import kernels
 from cloq_export.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,5 +50,75 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_all.py"), "--json", str(tmp_path / "gpu.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "torch sees no GPU; nothing was measured" in done.stderr
+    assert re.search(r"torch sees no GPU \(.+\); nothing was measured", done.stderr)
     assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.fixture
+def gpu_all(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_all")
+
+
+def test_what_is_wrong_with_a_machine_is_said_and_what_it_cannot_run_is_left_out(
+    gpu_all: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran = []
+
+    def run_part(arguments: list[str], seconds: float, result: Path) -> dict[str, Any]:
+        ran.append(arguments)
+        return {"ended": "exit code 0"}
+
+    monkeypatch.setattr(gpu_all, "run_part", run_part)
+    monkeypatch.setattr(gpu_all, "missing_packages", lambda: ["peft"])
+    monkeypatch.setattr(gpu_all, "sanitizer", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--json", str(tmp_path / "gpu.json")])
+    with pretended_gpus(total=16 << 30, capability=(7, 5)), pytest.raises(SystemExit, match="failed: kernels"):
+        gpu_all.main()
+    said = capsys.readouterr().out
+    for fault in ("compute capability 7.5 is below 8.0", "17 GB of the GPU are free", "peft is not installed"):
+        assert fault in said.partition("==")[0]
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    left_out = {name for name, part in report["parts"].items() if part["ended"].startswith("not run: ")}
+    assert left_out == {"kernels", "training", "initialisation 7b"}
+    assert len(ran) == len(report["parts"]) - 3
+
+
+def test_a_first_kernel_is_tried_and_its_fault_is_one_line(gpu_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpus():
+        assert gpu_all.launches() == ""
+
+        def failing(*_: Any) -> None:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+
+        monkeypatch.setattr(kernels, "packed_linear", failing)
+        assert gpu_all.launches() == (
+            "a first kernel does not run: CUDA error: no kernel image is available for execution on the device"
+        )
+        monkeypatch.setattr(kernels, "packed_linear", lambda x, *_: torch.zeros(1, 64, device=x.device))
+        assert gpu_all.launches() == "a first kernel computes wrong numbers"
+
+
+def test_a_machine_without_a_compiler_measures_nothing(gpu_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_all, "has_triton", lambda: True)
+    monkeypatch.setattr(gpu_all.shutil, "which", lambda name: None)
+    with pretended_gpus(capability=(9, 0)) as gpus:
+        held = torch.empty(3 << 30, dtype=torch.uint8, device="meta")
+        gpus.in_use[0] += held.numel()
+        faults = gpu_all.machine_faults(torch.device("cuda", 0))
+    assert [part for fault, part in faults.items() if "no C compiler is on the PATH" in fault] == ["all"]
+    assert [part for fault, part in faults.items() if "taken by another program" in fault] == [""]
+
+
+def test_a_part_that_is_cut_off_counts_as_far_as_it_came(gpu_all: Any, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[2]).write_text('{\"rows\": [1]}')\n"
+        "print('one row', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    found = gpu_all.run_part([str(script)], 2.0, tmp_path / "rows.json")
+    assert found["ended"] == "stopped after 2 s"
+    assert found["result"] == {"rows": [1]}
+    assert "one row" in found["output"]

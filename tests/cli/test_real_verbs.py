@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from pretended_device import pretended_gpus
 
 from cloq_export.artifact.run_directory import RunDirectory
@@ -156,9 +157,16 @@ def test_a_plan_says_what_a_run_would_take(options: Words, model: str, tmp_path:
     for stage in printed["device"]["stages"]:
         assert stage["bytes"] == sum(stage["parts"].values()) > 0
     assert (printed["device"]["device"], printed["device"]["free"]) == ("cpu", None)
+    times = {time["card"]: time for time in printed["device"]["times"]}
+    assert list(times) == ["H100", "H200", "A100", "RTX 4090"]
+    for time in times.values():
+        assert time["seconds"] == pytest.approx(sum(time["stages"].values()))
+        assert 0 < time["share"] <= 1
+    assert times["H200"]["seconds"] <= times["H100"]["seconds"]
     with pretended_gpus(total=80 << 20):
         shown = cloq("run", model, "--plan", "--device", "cuda", *options)
     assert "4 windows in a forward pass fit" in shown.out
+    assert "most is taken by" in " ".join(shown.out.split())
     with pretended_gpus(total=1 << 18):
         shown = cloq("run", model, "--plan", "--device", "cuda", *options)
     assert "not even one window in a forward pass fits" in shown.out.replace("\n", " ")
@@ -176,3 +184,55 @@ def test_word_problems_as_a_file(capsys, tmp_path):
     assert "end it with .jsonl" in capsys.readouterr().err
     assert main([*options, "--most-steps", "9"]) == 2
     assert "most_steps of word problems is 9; allowed is 1 to 4" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_lost_is_one_line_and_the_run_goes_on_elsewhere(
+    options: Words, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "run", RunDirectory.write_layer
+    written: list[str] = []
+
+    def losing(self: RunDirectory, name: str, *layer: Any) -> None:
+        if len(written) == 5:
+            raise torch.AcceleratorError(
+                "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."
+            )
+        write(self, name, *layer)
+        written.append(name)
+
+    monkeypatch.setattr(RunDirectory, "write_layer", losing)
+    with pretended_gpus():
+        printed = cloq("run", model, "--out", out, *options)
+    assert printed.code == 1
+    assert printed.err.splitlines()[-1] == (
+        "error: the GPU gave up (CUDA error: unspecified launch failure): the same command continues where it stopped; "
+        "look at the GPU with nvidia-smi first."
+    )
+    assert "Traceback" not in printed.err
+    monkeypatch.setattr(RunDirectory, "write_layer", write)
+    # It has left the bus, so the same command goes on with the processor.
+    content = cloq("run", model, "--out", out, "--json", *options).content
+    assert any("continued a run that had 5 of 14 layers" in note for note in content["notes"])
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are(options: Words, model: str, tmp_path: Path) -> None:
+    asked = ("run", model, "--out", tmp_path / "run", *options, "--device")
+    with pretended_gpus(0):
+        printed = cloq(*asked, "cuda")
+    assert printed.code == 2
+    assert "torch sees no CUDA device: none are pretended; use --device cpu" in printed.err
+    with pretended_gpus(2):
+        printed = cloq(*asked, "cuda:2")
+    assert printed.code == 2
+    assert "--device cuda:2 was asked for, but torch sees 2 CUDA devices, from cuda:0 on" in printed.err
+
+
+def test_other_runtime_errors_keep_their_traceback(
+    options: Words, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(RunDirectory, "write_layer", failing)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cloq("run", model, "--out", tmp_path / "run", *options)

@@ -16,7 +16,8 @@ from rich.console import Console
 from cloq_export.adapt import cloq
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress import device_memory
-from cloq_export.compress.device_memory import InputGroup, solve_bytes, walk_stages
+from cloq_export.compress.block_shape import InputGroup
+from cloq_export.compress.device_memory import solve_bytes, walk_stages
 from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.plan import ModulePlan, make_plan

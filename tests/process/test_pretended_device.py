@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._device
 from pretended_device import PretendedGpus, pretended_gpus
 from torch import nn
+from transformers.initialization import meta_device_safe_creation_ops
 
 import cloq_export
 from cloq_export.kernels.gpu import cuda
@@ -48,6 +50,27 @@ def test_tensors_lie_where_they_are_made_and_moved(gpus: PretendedGpus) -> None:
     layer.weight.data = torch.zeros(2, 4)
     assert layer.weight.device == torch.device("cpu")
     assert cuda().count() == torch.cuda.device_count() == 2
+
+
+def test_makers_inside_a_device_context_are_found_now_and_afterwards() -> None:
+    torch.utils._device._device_constructors.cache_clear()
+    with pretended_gpus(), torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+
+
+def test_makers_follow_whatever_torch_listed_before() -> None:
+    listing = torch.utils._device._device_constructors
+    listing.cache_clear()
+    # On its first call torch keeps the list for good, here with transformers' function in the place of its own.
+    with meta_device_safe_creation_ops():
+        listing()
+    try:
+        with pretended_gpus():
+            assert torch.linspace(0, 1, 3, device="cuda").device.type == "cuda"
+    finally:
+        listing.cache_clear()
 
 
 def test_devices_do_not_mix(gpus: PretendedGpus) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_device import pretended_gpus
 from scipy.optimize import brentq, minimize
 
 from cloq_export.quantize.magr import reduce_magnitude, shrink_infinity_norm
@@ -172,3 +173,34 @@ def test_running_out_of_steps_is_said(correlated_gram) -> None:
     settled = reduce_magnitude(weight, gram, 8, 1e-2, max_iterations=20000)
     assert settled.converged
     assert 3 < settled.iterations < 20000
+
+
+def test_rounded_steps_of_a_gpu_end_where_exact_ones_do(correlated_gram, monkeypatch) -> None:
+    """A GPU that rounds operands to TF32, ten bits, is pretended; float32 has the last word."""
+    gram = correlated_gram(96, seed=5)
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(5)) * 0.2
+    here = reduce_magnitude(weight, gram, 16, 1e-2, max_iterations=2000)
+    product, asked = torch.addmm, []
+
+    def rounding(addend: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        asked.append(torch.get_float32_matmul_precision())
+        if asked[-1] == "high":
+            left, right = (((m.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for m in (left, right))
+        return product(addend, left, right)
+
+    monkeypatch.setattr(torch, "addmm", rounding)
+    with pretended_gpus():
+        there = reduce_magnitude(weight.to("cuda"), gram.to("cuda"), 16, 1e-2, max_iterations=2000)
+        found = there.weight.cpu()
+    exact = asked.count("highest")
+    assert asked == ["high"] * (len(asked) - exact) + ["highest"] * exact
+    assert 1 <= exact <= 3 < len(asked) == there.iterations
+    assert here.converged
+    assert there.converged
+    metric = normalised(gram)
+    ours, theirs, start = (
+        objective(values.double().numpy(), weight.double().numpy(), metric, 1e-2, 16).sum()
+        for values in (found, here.weight, weight)
+    )
+    # Both stop at one tolerance; between them lies little of what was gained.
+    assert abs(ours - theirs) < 0.02 * (start - theirs)

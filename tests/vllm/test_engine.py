@@ -228,6 +228,11 @@ def relabelled(export: Any, folder: pathlib.Path, **changes: Any) -> pathlib.Pat
     return folder
 
 
+def binding_of(folder: pathlib.Path) -> dict[str, Any]:
+    binding: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]["cloq"]
+    return binding
+
+
 def test_a_label_of_act_order_counts_for_nothing(
     export: Any, load_engine: Callable[..., VllmModel], tmp_path: pathlib.Path
 ) -> None:
@@ -247,6 +252,20 @@ def test_an_order_of_groups_is_refused_by_name(export: Any, engine_python: str, 
     write_safetensors(file, tensors, {"format": "pt"})
     with pytest.raises(EngineError, match=rf"(?s)did not start .*{name}: g_idx is not sequential \(an act-order"):
         VllmModel(folder, {}, EngineSettings(), dataclasses.replace(SMALL, python=engine_python))
+
+
+def test_a_base_that_needs_its_adapter_is_not_asked_alone(
+    export: Any, load_engine: Callable[..., VllmModel], tmp_path: pathlib.Path
+) -> None:
+    """Without `cloq serve`: the plugin alone stands in front of it."""
+    folder = relabelled(export, tmp_path / "needy", cloq={**binding_of(export.folder), "needs_adapter": True})
+    model = load_engine(folder, export.adapters)
+    scores = model.prompt_logprobs([SEQUENCES[0]], ["one"])[0]
+    assert float((scores - export.logprobs(SEQUENCES[0], "one")).abs().max()) < allowed(export, "float32")
+    for ask in (model.prompt_logprobs, lambda ids, names: model.generate(ids, names, 1)):
+        with pytest.raises(EngineError, match=r"refused: .*needy needs its adapter: its codes .* Ask for an adapter"):
+            ask([SEQUENCES[0]], [None])
+    assert model.is_running
 
 
 def test_bad_requests_leave_the_engine_running(export: Any, load_engine: Callable[..., VllmModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,43 @@ def test_registering_twice_changes_nothing(claims: Any) -> None:
     assert (claims["methods"], claims["kernels"]) == (1, 1)
 
 
-def test_an_unsupported_version_is_left_alone(probe: Callable[..., Any]) -> None:
-    assert probe("unsupported_version.py", "0.99.0") == {"methods": 0, "warnings": 1}
+def test_a_base_that_needs_its_adapter_is_never_asked_alone(claims: Any) -> None:
+    assert claims["needs adapter"] == [True, True, False, False, False]
+    assert claims["alone"].startswith("tiny needs its adapter: its codes were made for what its adapter leaves of the")
+    assert "Ask for an adapter by its name." in claims["alone"]
+    assert claims["with an adapter"] is None
+    assert claims["no adapters at all"].startswith("/exports/tiny needs its adapter: its codes were made")
+    assert (
+        "start with --enable-lora and --lora-modules NAME=FOLDER, or with cloq serve." in claims["no adapters at all"]
+    )
+
+
+def test_an_adapter_of_which_a_part_would_be_left_out_is_refused(claims: Any) -> None:
+    assert claims["lost"][:3] == [None] * 3
+    for message, module in zip(
+        claims["lost"][3:], ("model.layers.0.self_attn.q_proj", "vision.layers.0.q_proj"), strict=True
+    ):
+        assert message.startswith(f"mine adapts {module}, which this engine would serve without the adapter; start it")
+
+
+def test_experts_that_are_not_computed_are_refused_by_name(claims: Any) -> None:
+    refusals = claims["experts"]
+    assert refusals.pop("as they should be") is None
+    expected = {
+        "gpu": r"does not serve quantized experts on .*, only on the CPU; serve a merged export",
+        "activation": "with the activation swiglustep; it knows silu",
+        "clamped": "whose activation is clamped",
+        "biases": "with biases",
+        "uneven": "whose 192 inner features cannot be cut evenly into 5 ranks",
+        "data parallel": "where ranks hold other tokens; start without data, context or sequence parallelism",
+        "copied": "that vLLM copies or adds to; start without --enable-eplb",
+        "half": r"experts\.1\.up_proj is not quantized; quantize all of them or none",
+        "adapted float experts": "mlp.experts is adapted, but its experts are not quantized, and on a CPU",
+    }
+    assert set(refusals) == set(expected)
+    for name, message in expected.items():
+        assert re.search(message, refusals[name]), (name, refusals[name])
+        assert "\n" not in refusals[name]
 
 
 def test_low_rank_products_skip_rows_without_an_adapter(probe: Callable[..., Any]) -> None:

@@ -1,29 +1,22 @@
-"""`cloq serve` for real: names, default, guarded adapters, several clients, and how it ends."""
+"""A server of `cloq serve` for real: names, default, guarded adapters, several clients."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import importlib
-import json
-import os
 import pathlib
-import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from cloq_serve import await_silence, served
 
 import cloq_export
 from cloq_export.engines.transformers.served import packed_model
@@ -39,62 +32,14 @@ GENERATOR = torch.Generator().manual_seed(3)
 SEQUENCES = [torch.randint(3, 96, (length,), generator=GENERATOR).tolist() for length in (12, 5, 9, 2, 17, 30, 7)]
 
 
-@contextlib.contextmanager
-def _cloq_serve(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cloq_export", "serve", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # A program that a shell started in the background ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _await_silence(port: int) -> None:
-    for _ in range(150):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"something still listens at {port}")
-
-
 Running = tuple["subprocess.Popen[str]", ServerClient]
 
 
-@contextlib.contextmanager
-def _served(
-    folder: pathlib.Path, adapters: Mapping[str, pathlib.Path], engine_python: str
-) -> Iterator[tuple[subprocess.Popen[str], ServerClient, dict[str, Any]]]:
-    """Serve an export that takes two adapters in one batch; yield the process, a client, and what was announced."""
-    with _cloq_serve(
-        *(str(folder), "--default", "one", "--name", "tiny", "--port", "0", "--python", engine_python),
-        *("--threads", "1", "--kv-cache-gib", "1", "--max-loras", "2", "--dtype", "float32", "--json"),
-    ) as process:
-        assert process.stdout is not None
-        text = ""
-        while not text.endswith("\n}\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr and process.stderr.read()
-            text += line
-        served = json.loads(text)
-        # What the server writes from now on has to go somewhere.
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
-        yield process, ServerClient(served["url"], served["base_name"], adapters), served
-
-
 @pytest.fixture(scope="module")
-def running(export: Any, engine_python: str) -> Iterator[Running]:
+def running(export: Any, engine_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Return a server of `cloq serve` that takes two adapters in one batch, and a client for it."""
-    with _served(export.folder, export.adapters, engine_python) as (process, client, _):
+    root = tmp_path_factory.getbasetemp()
+    with served(export.folder, export.adapters, engine_python, "--adapter-root", str(root)) as (process, client, _):
         yield process, client
 
 
@@ -115,27 +60,6 @@ def test_the_default_adapter_answers_to_the_models_own_name(server: ServerClient
         )
         assert answer["model"] == "tiny"
         assert answer["choices"][0]["token_ids"] == greedy["one"]
-
-
-def test_a_base_that_needs_its_adapter_answers_nothing_alone(
-    export: Any, engine_python: str, tmp_path: pathlib.Path
-) -> None:
-    folder = tmp_path / "tiny"
-    shutil.copytree(export.folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["cloq"]["needs_adapter"] = True
-    (folder / "config.json").write_text(json.dumps(config))
-    adapters = {name: folder / "adapters" / name for name in export.adapters}
-    with _served(folder, adapters, engine_python) as (_, client, served):
-        assert client.models() == served["models"] == ["tiny", "one", "two"]
-        assert "the base needs its adapter, so tiny-base is not served" in served["notes"]
-        prompt = {"prompt": SEQUENCES[0], "max_tokens": 4, "temperature": 0, "return_token_ids": True}
-        for model in ({"model": "tiny"}, {}):
-            answer = client._post("/v1/completions", {**model, **prompt})
-            assert answer["choices"][0]["token_ids"] == client.generate([SEQUENCES[0]], ["one"], 4)[0]
-        refused = r"400.*tiny-base needs its adapter: its codes.*Ask for tiny\."
-        with pytest.raises(EngineError, match=refused):
-            client._post("/v1/completions", {"model": "tiny-base", **prompt})
 
 
 def test_clients_at_once_get_what_the_reference_gives(server: ServerClient, export: Any) -> None:
@@ -243,9 +167,8 @@ def test_adapters_come_and_go_while_it_serves(
         folder = write_pairs(tmp_path / f"adapter{seed}", export.layers, export.fingerprint, seed=seed)
         server.load_adapter("third", folder)
         scores = server.prompt_logprobs([ids, ids, ids], ["third", None, "two"])
-        for name, served in zip((folder, None, "two"), scores, strict=True):
-            reference = export.logprobs(ids, name)
-            assert float((served - reference).abs().max()) < 1e-4
+        for name, found in zip((folder, None, "two"), scores, strict=True):
+            assert float((found - export.logprobs(ids, name)).abs().max()) < 1e-4
         server.unload_adapter("third")
     assert server.models() == ["tiny", "one", "two", "tiny-base"]
 
@@ -262,6 +185,11 @@ def test_what_is_refused_while_it_serves(
     large = write_pairs(tmp_path / "large", export.layers, export.fingerprint, seed=1, rank=16)
     torn = write_pairs(tmp_path / "torn", export.layers, export.fingerprint, seed=1)
     (torn / "adapter_model.safetensors").unlink()
+    link, leaky = tmp_path / "link", tmp_path / "leaky"
+    link.symlink_to(pathlib.Path(__file__).parent)
+    shutil.copytree(good, leaky)
+    (leaky / "adapter_model.safetensors").unlink()
+    (leaky / "adapter_model.safetensors").symlink_to("/etc/adapter_model.safetensors")
     before = server.generate([SEQUENCES[0]], ["two"], 4)
     for name, folder, reason in (
         ("a/b", good, "has a slash"),
@@ -271,9 +199,13 @@ def test_what_is_refused_while_it_serves(
         ("third", large, "the server takes up to 8"),
         ("third", torn, "does not exist"),
         ("third", tmp_path / "none", "is no adapter folder"),
+        ("third", pathlib.Path(__file__).parent, "lies in no folder that adapters may be loaded from"),
+        ("third", f"{tmp_path}/{'../' * len(tmp_path.parts)}etc", "lies in no folder that adapters may be loaded from"),
+        ("third", link, "lies in no folder that adapters may be loaded from"),
+        ("third", leaky, "lies in no folder that adapters may be loaded from .* --adapter-root FOLDER"),
     ):
         with pytest.raises(EngineError, match=f"400.*{reason}"):
-            server.load_adapter(name, folder)
+            server._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
     for name in ("tiny", "one"):
         with pytest.raises(
             EngineError, match=f"{name} is what plain requests are answered with and cannot be unloaded"
@@ -376,45 +308,4 @@ def test_ctrl_c_stops_it_cleanly(running: Running) -> None:
     process, client = running
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
-    _await_silence(int(client.url.rpartition(":")[2]))
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_the_command_prints_how_to_ask_and_stops(export: Any, engine_python: str, sent: signal.Signals) -> None:
-    with _cloq_serve(
-        *(str(export.folder), "--default", "two", "--name", "tiny", "--port", "0", "--python", engine_python),
-        *("--threads", "1", "--kv-cache-gib", "1", "--", "--max-num-seqs", "4"),
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        lines = []
-        while not lines or not lines[-1].startswith("curl"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            lines.append(line)
-        text = "".join(lines)
-        assert "tiny  (the default: adapter two)" in text
-        assert "tiny-base  (the quantized base without an adapter)" in text
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", text)[1])  # type: ignore[index]
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://127.0.0.1:{port}/v1/models", timeout=30) as answer:
-            assert json.load(answer)["data"][0]["id"] == "tiny"
-        process.send_signal(sent)
-        # What the engine writes after that has to go somewhere.
-        _, errors = process.communicate(timeout=120)
-        if sent != signal.SIGKILL:
-            assert process.returncode == 0, errors
-            assert errors.rstrip().endswith("stopped")
-    # Killed, it cannot stop the server, which then ends by itself.
-    _await_silence(port)
-
-
-def test_the_command_shows_the_last_lines_of_an_engine_that_dies(export: Any, engine_python: str) -> None:
-    with _cloq_serve(
-        *(str(export.folder), "--default", "one", "--port", "0", "--python", engine_python, "--kv-cache-gib", "1"),
-        *("--", "--no-such-option"),
-    ) as process:
-        _, errors = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert "unrecognized arguments: --no-such-option" in errors
-    assert errors.rstrip().endswith("error: the vLLM server did not start (exit code 2); its last lines stand above.")
+    await_silence(int(client.url.rpartition(":")[2]))

@@ -11,20 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cloq_export.artifact.checkpoint import Checkpoint
+from cloq_export.artifact.probe_record import ProbeRecord
 from cloq_export.cli import main
 from cloq_export.engines.vllm import plan as vllm_plan
 from cloq_export.engines.vllm.facts import EngineFacts, engine_facts
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, check_name, derived_name, smallest_rank
-from cloq_export.engines.vllm.plugin.pieces import missing_piece
 from cloq_export.errors import BindingError, EngineError, FormatError, MissingPackageError, SourceError, UsageError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.types import LoraPair, QuantSpec
 from cloq_export.verbs.options import ServeOptions
-from cloq_export.verbs.serve import plan_serving, served_adapters, unbound_notes
+from cloq_export.verbs.recording import note_adapter
+from cloq_export.verbs.serve import default_answer, plan_serving, served_adapters, unbound_notes
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def test_a_missing_tokenizer_is_told_before_an_engine_starts(write_export: Any) 
         path.unlink()
     with pytest.raises(SourceError, match=r"holds no tokenizer\.json and no other vocabulary"):
         plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1))
-    plan_serving(folder, ServeOptions(default="two", port=0, kv_cache_gib=1, engine_options=("--skip-tokenizer-init",)))
+    skipping = ServeOptions(default="two", port=0, kv_cache_gib=1, engine_options=("--skip-tokenizer-init",))
+    with pytest.raises(SourceError, match=r"holds no tokenizer\.json .* To serve without a proof .* use `skip_proof`"):
+        default_answer(folder, plan_serving(folder, skipping), [])
 
 
 @pytest.mark.usefixtures("on")
@@ -142,13 +146,24 @@ def test_what_is_refused(export: Any, write_export: Callable[..., Any], tmp_path
     assert "the name 'tiny' is given twice" in refuse(folder, adapters=(f"tiny={good}",), default="one")
     assert "the name 'tiny-base' is given twice" in refuse(folder, adapters=(f"tiny-base={good}",), default="one")
     assert "is bound to the base" in refuse(folder, adapters=(f"three={other}",), default="one")
-    assert "is no adapter folder" in refuse(folder, adapters=(f"three={tmp_path}",), default="one")
+    for nothing in (tmp_path, tmp_path / "none"):
+        assert "is no adapter folder" in refuse(folder, adapters=(f"three={nothing}",), default="one")
     assert "vLLM takes 1, 8, 16" in refuse(folder, default="one", max_lora_rank=9)
     assert "has rank 4 at" in refuse(folder, default="one", max_lora_rank=1)
     assert "--port is set by cloq serve itself" in refuse(folder, default="one", engine_options=("--port=1",))
     assert "--served-model-name is set by" in refuse(folder, default="one", engine_options=("--served_model_name", "x"))
     assert "the model name 'a/b' has a slash" in refuse(folder, default="one", name="a/b")
     assert "the dtype is 'int8'" in refuse(folder, default="one", dtype="int8")
+
+
+@pytest.mark.usefixtures("on")
+def test_a_folder_below_the_home_folder(export: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(export.folder))
+    plan = plan_serving(
+        export.folder, ServeOptions(adapters=("mine=~/adapters/one",), default="mine", port=0, kv_cache_gib=1)
+    )
+    assert plan.adapters["mine"] == export.adapters["one"]
+    assert json.dumps({"name": "mine", "path": str(export.adapters["one"])}) in plan.command
 
 
 @pytest.mark.usefixtures("on")
@@ -265,10 +280,63 @@ def test_half_quantized_experts_are_not_served(mixture: Callable[..., Any]) -> N
     assert "model.layers.1.mlp.experts.3.up_proj is not quantized; quantize all of them or none" in said
 
 
-def test_a_vllm_that_lacks_a_piece_is_told_which() -> None:
-    assert missing_piece({"json:JSONDecoder.decode": ("s",), "json:dumps": ()}) is None
-    assert (
-        missing_piece({"json:JSONDecoder.decode": ("s", "shape")}) == "json.JSONDecoder.decode with the parameter shape"
-    )
-    assert missing_piece({"json:JSONDecoder.learn": ()}) == "json.JSONDecoder.learn"
-    assert missing_piece({"json.of_another_version:loads": ()}) == "json.of_another_version.loads"
+@pytest.mark.usefixtures("on")
+def test_an_adapter_of_float_experts_is_not_served_on_a_cpu(
+    mixture: Callable[..., Any], write_pairs: Callable[..., pathlib.Path], tmp_path: pathlib.Path, on: Any
+) -> None:
+    experts = {name: layer for name, layer in mixture("qwen3-moe").layers.items() if ".experts." in name}
+    left_float = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
+    export = mixture("qwen3-moe", overrides=left_float)
+    assert not any(".experts." in name for name in export.layers)
+    folder = write_pairs(tmp_path / "experts", experts, export.fingerprint, seed=1)
+    named = {"adapters": (f"experts={folder}",), "default": "experts"}
+    said = refuse(export.folder, **named)
+    assert "adapts model.layers.1.mlp.experts.0.down_proj, but the experts of" in said
+    assert "are not quantized, and on a CPU vLLM serves no adapters of such experts" in said
+    on(EngineFacts("0.32.0", cuda=True))  # where vLLM itself does
+    plan_serving(export.folder, ServeOptions(port=0, kv_cache_gib=1, **named))
+
+
+@pytest.mark.usefixtures("on")
+def test_what_a_default_is_proven_by(export: Any, write_export: Any, tmp_path: pathlib.Path) -> None:
+    ids = [[3, 4, 5, 6], [7, 8]]
+    probe = ProbeRecord.of(torch.float32, ids, [torch.arange(len(each) - 1.0) for each in ids])
+    pairs = read_adapter(export.adapters["one"]).pairs
+
+    def answer(fingerprint: str, notes: list[str], **options: Any) -> Any:
+        noted = note_adapter("made", pairs, base_fingerprint=fingerprint, probe=probe)
+        write_adapter(tmp_path / "made", pairs, base_model="random", base_fingerprint=fingerprint, extra=noted)
+        asked = ServeOptions(adapters=(f"made={tmp_path / 'made'}",), default="made", port=0, kv_cache_gib=1, **options)
+        return default_answer(export.folder, plan_serving(export.folder, asked), notes)
+
+    notes: list[str] = []
+    found = answer(export.fingerprint, notes)
+    assert (found.adapter, found.recorded, found.limit, found.base_answers, notes) == ("made", probe, 1e-2, True, [])
+    assert found.token_ids == ids
+    assert set(found.pairs) == set(pairs)
+    assert answer(export.fingerprint, notes, dtype="bfloat16").limit == 0.1
+    # Cut to what the server takes, with a place for the answer.
+    short = answer(export.fingerprint, notes, max_model_len=3)
+    assert short.token_ids == [[3, 4], [7, 8]]
+    assert short.recorded.logprobs == ((0.0,), (0.0,))
+    with pytest.raises(UsageError, match="a proof needs texts of two tokens and an answer; serve with a larger `max_"):
+        answer(export.fingerprint, notes, max_model_len=2)
+    # Forced onto another base: what was recorded of it there says nothing here, and the package's own texts are taken.
+    forced = answer("sha256:0", notes, force=True)
+    assert forced.recorded is None
+    assert len(forced.token_ids) == 4
+    side = tmp_path / "made" / "cloq_adapter.json"
+    answer(export.fingerprint, notes)
+    side.write_text(side.read_text().replace('"name": "made"', '"name": "edited"'))
+    asked = ServeOptions(adapters=(f"made={tmp_path / 'made'}",), default="made", port=0, kv_cache_gib=1)
+    assert default_answer(export.folder, plan_serving(export.folder, asked), notes).recorded is None
+    assert len(notes) == 1
+    assert "the record of provenance was edited after it was written" in notes[0]
+
+
+@pytest.mark.usefixtures("on")
+def test_a_base_alone_is_proven_too(write_export: Callable[..., Any]) -> None:
+    made = write_export(QuantSpec(bits=3, group_size=32))
+    shutil.rmtree(made.folder / "adapters")
+    found = default_answer(made.folder, plan_serving(made.folder, ServeOptions(port=0, kv_cache_gib=1)), [])
+    assert (found.adapter, dict(found.pairs), found.recorded, found.limit) == (None, {}, None, 1e-3)

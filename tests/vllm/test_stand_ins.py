@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from cloq_export.engines.vllm import plan as vllm_plan
 from cloq_export.engines.vllm.client import ServerClient
+from cloq_export.engines.vllm.closed_server import ClosedServer
 from cloq_export.engines.vllm.engine import EngineStart, VllmModel
 from cloq_export.engines.vllm.facts import EngineFacts
 from cloq_export.engines.vllm.options import EngineSettings
 from cloq_export.engines.vllm.plan import ServerPlan
 from cloq_export.engines.vllm.server import VllmServer
-from cloq_export.errors import EngineError
+from cloq_export.errors import EngineError, GateMissedError, UsageError
 from cloq_export.verbs.options import ServeOptions
 from cloq_export.verbs.serve import plan_serving, serve
 
@@ -77,8 +79,36 @@ def test_a_server_that_dies_at_its_start_shows_its_last_lines(plan: ServerPlan) 
         VllmServer(program(plan, "print('no such device'); raise SystemExit(3)"), timeout=120)
 
 
+TRACEBACK = """
+import sys
+print("(EngineCore pid=7) Traceback (most recent call last):")
+print("(EngineCore pid=7) ERROR cloq_export.errors.EngineError: vLLM 0.32.9 has no vllm.x, which the plugin builds on.")
+print("\\n".join(f"line {number} of what came of it" for number in range(100)))
+print("RuntimeError: Engine core initialization failed.")
+sys.exit(1)
+"""
+
+
+def test_what_the_plugin_refuses_is_one_line(plan: ServerPlan, export: Any, tmp_path: pathlib.Path) -> None:
+    """Whatever process of vLLM it was said in, and however much came after."""
+    said = r"\(exit code 1\): vLLM 0\.32\.9 has no vllm\.x, which the plugin builds on\.$"
+    with pytest.raises(EngineError, match=rf"^the vLLM server did not start {said}"):
+        VllmServer(program(plan, TRACEBACK), timeout=120)
+    python = stand_in(tmp_path / "python", TRACEBACK)
+    with pytest.raises(EngineError, match=rf"^the vLLM engine did not start {said}"):
+        VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=python, timeout=120))
+
+
 HEALTHY = """
-import http.server, sys, time
+import http.server, os, socket, sys, time
+door = socket.socket(fileno=int(os.environ["CLOQ_EXPORT_VLLM_DOOR"])).makefile("rw")
+door.write('{"result": "loaded"}\\n')
+door.flush()
+while True:
+    if '"open"' in door.readline():
+        break
+    door.write('{"result": [[-1.0]]}\\n')
+    door.flush()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -93,9 +123,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def stop():
     if sys.argv[2:]:
         print("the device is lost", flush=True)
-        import os
         os._exit(9)
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+door.write('{"result": []}\\n')
+door.close()
+server.serve_forever()
 """
 
 
@@ -122,7 +154,35 @@ def test_a_server_that_ends_while_it_serves_is_told_of(
     with pytest.raises(
         EngineError, match=r"ended by itself \(exit code 9\); its last lines:\nthe device is lost|did not"
     ):
-        serve(export.folder, ServeOptions(), announce=lambda served: None)
+        serve(
+            export.folder,
+            ServeOptions(skip_proof=True),
+            announce=lambda served: ServerClient(served.url, served.base_name, []).models(),
+        )
+
+
+def test_what_is_not_proven_ends_the_server_before_its_port_opens(plan: ServerPlan) -> None:
+    def prove(closed: ClosedServer) -> None:
+        assert closed.prompt_logprobs([[1, 2]], ["one"])[0].tolist() == [-1.0]
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", plan.port)) != 0
+        with pytest.raises(UsageError, match="there is no adapter 'three'; there are one, two"):
+            closed.held_adapter("three")
+        raise GateMissedError("it computes something else")
+
+    before = set(psutil.Process().children())
+    with pytest.raises(GateMissedError, match="it computes something else"):
+        VllmServer(healthy(plan), timeout=120, prove=prove)
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_server_that_dies_while_it_is_proven_shows_its_last_lines(plan: ServerPlan) -> None:
+    answers = """door.write('{"result": [[-1.0]]}\\n')"""
+    code = HEALTHY.replace(answers, "print('no memory', flush=True); os._exit(4)")
+    assert code != HEALTHY
+    dying = dataclasses.replace(plan, command=(sys.executable, "-c", code, str(plan.port)))
+    with pytest.raises(EngineError, match=r"did not start \(exit code 4\); its last lines:\nno memory"):
+        VllmServer(dying, timeout=120, prove=lambda closed: closed.prompt_logprobs([[1, 2]], ["one"]))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import httpx2
 import torch
 
 from cloq_export.engines.held_adapters import HeldAdapter
+from cloq_export.engines.vllm.access import Access
 from cloq_export.engines.vllm.engine import check_requests
 from cloq_export.engines.vllm.listed_tokens import ListedTokens, ListsTokens
 from cloq_export.errors import EngineError, UsageError
@@ -24,18 +25,29 @@ class ServerClient(ListsTokens):
         url: its address without a path.
         base_name: the name of the base without an adapter.
         adapters: names of the adapters that it serves.
+        access: what it asks of its clients; None is nothing.
         timeout: seconds after which an answer is given up.
         clients: requests that are under way at a time.
     """
 
     def __init__(
-        self, url: str, base_name: str, adapters: Iterable[str], *, timeout: float = 900, clients: int = 8
+        self,
+        url: str,
+        base_name: str,
+        adapters: Iterable[str],
+        *,
+        access: Access | None = None,
+        timeout: float = 900,
+        clients: int = 8,
     ) -> None:
+        access = access or Access()
         self.url, self.base_name = url, base_name
         self.timeout, self._clients = timeout, clients
         self._names = dict.fromkeys(adapters)
         self._http = httpx2.Client(
             base_url=url,
+            headers=access.headers(),
+            verify=access.trust(),
             # Proxies that the environment names are ignored, so that requests stay on this machine.
             trust_env=False,
             # A connection of its own for each: a server that restarts would leave kept ones half closed.

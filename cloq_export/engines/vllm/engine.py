@@ -234,10 +234,7 @@ class VllmModel(ListsTokens):
                 reason = f"gave no {what} within {self.timeout:g} seconds and was stopped"
             else:
                 reason = f"ended without an {what}" if what == "answer" else "did not start"
-            raise EngineError(
-                f"the vLLM engine {reason} (exit code {self._process.exit_code}); its last lines:\n"
-                f"{self._process.last_lines()}"
-            )
+            raise EngineError(f"the vLLM engine {reason} (exit code {self._process.exit_code}){self._process.told()}")
         answer = json.loads(line)
         if "error" in answer:
             raise EngineError(

@@ -30,6 +30,7 @@ class EngineSettings:
         max_loras: adapters in one batch; None takes all that are served.
         force: take adapters of another base.
         trust_adapters: take adapters that are bound to no base.
+        cuda: the engine computes on an NVIDIA GPU, or does not; None where that is not known before it starts.
         more: further keyword arguments of vLLM's `LLM`, which win over those that are chosen here.
     """
 
@@ -39,6 +40,7 @@ class EngineSettings:
     max_loras: int | None = None
     force: bool = False
     trust_adapters: bool = False
+    cuda: bool | None = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -93,6 +95,8 @@ def engine_options(
             force=settings.force,
             trust_unbound=settings.trust_adapters,
         )
+        if settings.cuda is False:
+            adapter_rules.refuse_float_experts(checkpoint, folder, adapter.pairs)
         ranks += [pair.rank for pair in adapter.pairs.values()]
         targets |= {adapter_rules.target_name(module) for module in adapter.pairs}
     if adapters or max_lora_rank is not None or settings.max_loras is not None:

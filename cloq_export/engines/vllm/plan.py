@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,14 @@ import psutil
 
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.needed_adapter import refuse_alone
+from cloq_export.engines.vllm.access import API_KEY_VARIABLE, Access, Certificates, read_api_key
 from cloq_export.engines.vllm.facts import engine_facts
 from cloq_export.engines.vllm.options import EngineSettings, engine_options
 from cloq_export.engines.vllm.plugin.adapters import POLICY_VARIABLE, ServingPolicy, check_name, derived_name
 from cloq_export.engines.vllm.plugin.deterministic import DETERMINISTIC_VARIABLE
 from cloq_export.engines.vllm.process import engine_environment
 from cloq_export.errors import UsageError
+from cloq_export.files.spelled_paths import expand_user
 from cloq_export.files.tensor_writer import header_bytes
 from cloq_export.models.tokenizer_files import require_tokenizer
 
@@ -38,7 +42,14 @@ _RESERVED = {
     "--no-enable-lora": "--adapter",
     "--dtype": "--dtype",
     "--max-model-len": "--max-model-len",
+    "--ssl-certfile": "--ssl-certfile",
+    "--ssl-keyfile": "--ssl-keyfile",
+    "--ssl-ca-certs": "--ssl-ca-certs",
+    "--ssl-cert-reqs": "--ssl-ca-certs",
+    "--shutdown-timeout": "--shutdown-timeout",
+    "--uds": "--host and --port",
 }
+_TRUST, _KEY = "--trust-remote-code", "--api-key"
 _GIB = 1 << 30
 _LARGEST_KV_GIB = 32
 
@@ -65,6 +76,9 @@ class ServerPlan:
         adapters: name -> folder.
         options: what vLLM was told, for people to read.
         needs_adapter: the base says nothing without its adapter: requests for `base_name` are refused.
+        access: what it asks of its clients.
+        certificates: that it encrypts with; None is plain HTTP.
+        shutdown_timeout: seconds in which requests under way may end when it is stopped.
     """
 
     command: tuple[str, ...]
@@ -77,12 +91,36 @@ class ServerPlan:
     adapters: Mapping[str, Path]
     options: Mapping[str, Any]
     needs_adapter: bool = False
+    access: Access = dataclasses.field(default_factory=Access)
+    certificates: Certificates | None = None
+    shutdown_timeout: int = 0
+
+    @property
+    def reachable_host(self) -> str:
+        """Return where this machine reaches the server."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def lets_strangers_in(self) -> bool:
+        """Return whether other machines may reach the server and it asks nobody for a key or a certificate."""
+        try:
+            local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            local = False  # a name of this machine
+        asks = self.access.api_key is not None or (self.certificates is not None and self.certificates.ca_certs)
+        return not local and not asks
 
     @property
     def url(self) -> str:
         """Return the address without a path."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}"
+        host = f"[{self.reachable_host}]" if ":" in self.reachable_host else self.reachable_host
+        return f"http{'s' if self.certificates else ''}://{host}:{self.port}"
+
+    @property
+    def served_names(self) -> list[str]:
+        """Return every name that is answered to, the default first and the base last."""
+        others = [name for name in (*self.adapters, self.base_name) if name != self.name]
+        return [self.name, *(name for name in others if not (self.needs_adapter and name == self.base_name))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +142,12 @@ class ServerOptions:
         force: take adapters of another base.
         trust_adapters: take adapters that are bound to no base.
         deterministic: packed layers and their adapters give a token the same bits in every batch, on the CPU.
+        adapter_roots: folders from which adapters may be loaded while it serves, beside those of the start.
+        api_key_file: holds the key that requests must carry; None takes that of the environment, if there is one.
+        ssl_certfile: certificate of the server, PEM; None is plain HTTP.
+        ssl_keyfile: its key.
+        ssl_ca_certs: certificates of which one must have signed that of each client.
+        shutdown_timeout: seconds in which requests under way may end when it is stopped.
         engine_options: more options of vLLM's server, as typed.
     """
 
@@ -121,6 +165,12 @@ class ServerOptions:
     force: bool = False
     trust_adapters: bool = False
     deterministic: bool = False
+    adapter_roots: tuple[str | os.PathLike[str], ...] = ()
+    api_key_file: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_ca_certs: Path | None = None
+    shutdown_timeout: int = 0
     engine_options: tuple[str, ...] = ()
 
 
@@ -140,6 +190,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         MissingPackageError: the environment lacks vLLM or this package.
     """
     _check_typed(options.engine_options)
+    adapters = {key: expand_user(folder) for key, folder in adapters.items()}
     checkpoint = Checkpoint.open(export)
     typed = [option.replace("_", "-") for option in options.engine_options]
     if not any(option.startswith(("--tokenizer", "--skip-tokenizer-init")) for option in typed):
@@ -152,6 +203,9 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     if not adapters:
         refuse_alone(checkpoint, "serve the run or an export that holds it, or name it with `adapters=NAME=FOLDER`")
     default = _choose_default(adapters, options.default)
+    certificates = Certificates.of(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
+    access = Access(read_api_key(options.api_key_file), None if certificates is None else certificates.certfile)
+    roots = [*(str(folder.resolve()) for folder in adapters.values()), *_resolved_roots(options.adapter_roots)]
     facts = engine_facts(options.python)
     if options.deterministic and facts.cuda:
         raise UsageError("--deterministic is for engines on a CPU, and this one has CUDA; leave it out.")
@@ -163,17 +217,19 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         max_loras=options.max_loras or max(1, min(len(adapters), 8)),
         force=options.force,
         trust_adapters=options.trust_adapters,
+        cuda=facts.cuda,
     )
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
     # Leaves room for adapters that are loaded while it serves.
     told["max_cpu_loras"] = max(told["max_loras"], len(adapters), 32)
     told |= {"served_model_name": base_name, "host": options.host, "port": _take_port(options.host, options.port)}
+    told |= {"shutdown_timeout": options.shutdown_timeout, **(certificates.options() if certificates else {})}
     command = [str(options.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(told)]
     if adapters:
         # The default adapter gets the model's own name in the server itself (plugin/guard.py).
         command += [
             "--lora-modules",
-            *(json.dumps({"name": key, "path": str(Path(folder).resolve())}) for key, folder in adapters.items()),
+            *(json.dumps({"name": key, "path": str(folder.resolve())}) for key, folder in adapters.items()),
         ]
     environment = engine_environment(kv_cache_gib, threads=options.threads) | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -184,11 +240,14 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
             force=options.force,
             trust_adapters=options.trust_adapters,
             needs_adapter=checkpoint.needs_adapter,
+            adapter_roots=roots,
         ).to_text(),
     }
     if options.deterministic:
         # Keys and values are then read in one piece, whoever else is in the batch.
         environment |= {DETERMINISTIC_VARIABLE: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+    if access.api_key is not None:
+        environment[API_KEY_VARIABLE] = access.api_key
     return ServerPlan(
         command=(*command, *options.engine_options),
         environment=environment,
@@ -197,9 +256,12 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         name=own,
         base_name=base_name,
         default=default,
-        adapters={key: Path(folder) for key, folder in adapters.items()},
+        adapters=adapters,
         options=told,
         needs_adapter=checkpoint.needs_adapter,
+        access=access,
+        certificates=certificates,
+        shutdown_timeout=options.shutdown_timeout,
     )
 
 
@@ -211,11 +273,34 @@ def _check_typed(options: Sequence[str]) -> None:
     """
     for option in options:
         flag = option.partition("=")[0].replace("_", "-")
-        if flag in _RESERVED:
-            raise UsageError(f"{flag} is set by cloq serve itself; use {_RESERVED[flag]} before the --.")
+        if not flag.startswith("--"):
+            continue
         # Its parser takes the beginning of an option for the whole.
-        if flag.startswith("--trust"):
+        meant = next((known for known in (*_RESERVED, _TRUST, _KEY) if known.startswith(flag)), None)
+        if meant in _RESERVED:
+            raise UsageError(f"{flag} is set by cloq serve itself; use {_RESERVED[meant]} before the --.")
+        if meant == _TRUST:
             raise UsageError(f"{flag} runs Python code that comes with a model, which cloq never does; leave it out.")
+        if meant == _KEY:
+            raise UsageError(
+                f"{flag} would show the key to everybody who lists processes; use --api-key-file before the --, or set "
+                f"{API_KEY_VARIABLE}."
+            )
+        if flag == "--config":
+            raise UsageError("--config names a file of options, which are not checked there; give them after the --.")
+
+
+def _resolved_roots(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the folders that adapters may be loaded from, as they really lie.
+
+    Raises:
+        UsageError: one of them is no folder.
+    """
+    roots = [expand_user(folder).resolve() for folder in folders]
+    for root in roots:
+        if not root.is_dir():
+            raise UsageError(f"{root} is no folder, so no adapter can be loaded from there; check --adapter-root.")
+    return list(map(str, roots))
 
 
 def _choose_default(adapters: Mapping[str, Path], asked: str | None) -> str | None:
@@ -265,4 +350,9 @@ def curl_line(plan: ServerPlan) -> str:
     body = json.dumps({"model": plan.name, "prompt": "Hello", "max_tokens": 16})
     quoted = body.replace("'", "'\\''")
 
-    return f"curl {plan.url}/v1/completions -H 'Content-Type: application/json' -d '{quoted}'"
+    more = "" if plan.access.api_key is None else f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"'
+    if plan.certificates is not None:
+        more += f" --cacert {shlex.quote(str(plan.certificates.certfile))}"
+        if plan.certificates.ca_certs is not None:
+            more += " --cert CERTIFICATE --key KEY"
+    return f"curl {plan.url}/v1/completions -H 'Content-Type: application/json'{more} -d '{quoted}'"

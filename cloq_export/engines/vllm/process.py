@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -15,6 +16,8 @@ from typing import IO
 from cloq_export.errors import EngineError
 
 _TAIL_LINES = 40
+# The last line of a traceback whose error is one of this package: in the log of any process of vLLM.
+_REFUSAL = re.compile(r"\bcloq_export\.errors\.\w+: (.+)")
 # Keeps the working folder out of the modules that an interpreter finds: a folder there may have a library's name.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
@@ -41,6 +44,7 @@ class EngineProcess:
         echo: IO[str] | None = None,
     ) -> None:
         self.echo = echo
+        self._refusal: str | None = None
         self._lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         try:
             self._process = subprocess.Popen(
@@ -65,6 +69,9 @@ class EngineProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.append(line.rstrip("\n"))
+            refused = _REFUSAL.search(line)
+            if refused and self._refusal is None:
+                self._refusal = refused[1].strip()
             if self.echo is not None:
                 with contextlib.suppress(OSError, ValueError):
                     self.echo.write(line)
@@ -82,6 +89,11 @@ class EngineProcess:
         kept = [line for line in self._lines if line.strip()][-count:]
         return "\n".join(kept) or "(it wrote nothing)"
 
+    def told(self) -> str:
+        """Return why the program ended, to be put behind a message: what this package refused, or its last lines."""
+        lines = self.last_lines()
+        return f"; its last lines:\n{lines}" if self._refusal is None else f": {self._refusal}"
+
     def wait(self, seconds: float | None = None) -> int | None:
         """Wait for the end of the program, and return how it ended, or None after so many seconds."""
         try:
@@ -94,7 +106,11 @@ class EngineProcess:
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            self.wait(seconds)
+            try:
+                self.wait(seconds)
+            except BaseException:  # a second Ctrl-C: no more patience
+                self._stop_at_exit()
+                raise
         self._stop_at_exit()
         self._reader.join(timeout=5)
         if self._process.stdout is not None and not self._reader.is_alive():

@@ -276,9 +276,7 @@ class _Questions:
             self.checks.append(Check("weights", name, None, None, None, reason))
             return
         pairs = self.base.adapters[name].pairs
-        mine = HeldAdapter.of(
-            {module: (pair.lora_A, pair.lora_B, pair.scaling) for module, pair in pairs.items()}, held.dtype
-        )
+        mine = HeldAdapter.of_pairs(pairs, held.dtype)
         wrong = mine.differing(held)
         share = 1 - len(wrong) / len(mine.modules)
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -288,7 +286,9 @@ class _Questions:
         self.checks.append(Check("weights", name, not wrong, share, 1.0, reason))
 
     def _mix(self) -> None:
-        self.isolation = measure_isolation(self.served, self.texts.isolated, [None, *self.base.folders])
+        checkpoint = self.base.checkpoint
+        alone = [] if checkpoint is not None and checkpoint.needs_adapter else [None]
+        self.isolation = measure_isolation(self.served, self.texts.isolated, [*alone, *self.base.folders])
         value, half = self.isolation.max, self.options.dtype != "float32"
         passed = None if half else value is not None and value <= MIXED_LIMIT
         reason = f"{value} is the largest difference between a mixed batch and single requests"

@@ -12,6 +12,9 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
   log-probabilities with adapters (`punica`);
 - a check of every adapter that is loaded onto a base of ours (`guard`), and its modules under the names of the files
   (`adapter_names`);
+- a refusal of requests without an adapter to a base that needs one (`needed_adapter`);
+- in a server of `cloq serve`, an API key before every path (`api_key`), and answers to the program that started it
+  before its port opens (`before_opening`);
 - an answer to which weights of its adapters it holds (`held_adapters`);
 - keys of known prompts that tell the loads of one name apart (`prefix_cache`);
 - adapters over a model whose head has codes (`quantized_head`).
@@ -22,8 +25,6 @@ vLLM is imported by the functions, not by the modules `adapters` and this one, s
 from __future__ import annotations
 
 import os
-
-from cloq_export.errors import EngineError
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Versions of vLLM whose sources the plugin was written against; any other is left untouched."""
@@ -65,14 +66,9 @@ def register() -> None:
                 version,
             )
         return
-    from cloq_export.engines.vllm.plugin.pieces import missing_piece
+    from cloq_export.engines.vllm.plugin.pieces import PIECES, require_pieces
 
-    missing = missing_piece()
-    if missing is not None:
-        raise EngineError(
-            f"vLLM {version} has no {missing}, which the plugin of cloq-export builds on; install the published "
-            f"version {' or '.join(SUPPORTED_VERSIONS)}, or update cloq-export."
-        )
+    require_pieces(PIECES)
     from cloq_export.engines.vllm.plugin import (
         adapter_names,
         compressed_experts,
@@ -81,6 +77,7 @@ def register() -> None:
         fused_lora,
         guard,
         held_adapters,
+        needed_adapter,
         prefix_cache,
         punica,
         quantization,
@@ -95,6 +92,7 @@ def register() -> None:
     expert_lora.register()
     adapter_names.register()
     guard.register()
+    needed_adapter.register()
     held_adapters.register()
     prefix_cache.register()
     quantized_head.register()

@@ -70,6 +70,9 @@ def refuse_lost(folder: str, loaded: Any, manager: Any) -> None:
         FormatError: it adapts a module that vLLM has no place for.
     """
     known = set(manager.modules) | {part for parts in manager.packed_modules.values() for part in parts}
+    # From 0.33 on vLLM also knows the modules of a wrapper's language model by the names in the text model alone.
+    if hasattr(manager, "_get_text_lora_names"):
+        known |= {name for module in known for name in manager._get_text_lora_names(module)}
     lost = sorted(set(loaded.loras) - known)
     if lost:
         raise FormatError(

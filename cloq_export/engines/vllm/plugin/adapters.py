@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cloq_export.artifact.adapters import read_bound_adapter
@@ -23,6 +23,9 @@ POLICY_VARIABLE = "CLOQ_EXPORT_VLLM_POLICY"
 LIFELINE_VARIABLE = "CLOQ_EXPORT_VLLM_LIFELINE"
 """Environment variable that names the pipe whose other end closes when the program that started a server is gone."""
 
+DOOR_VARIABLE = "CLOQ_EXPORT_VLLM_DOOR"
+"""Environment variable that names the socket over which a server answers its starter before it opens its port."""
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+\-]{0,127}")
 
@@ -38,6 +41,7 @@ class ServingPolicy:
         force: load adapters that are bound to another base.
         trust_adapters: load adapters that are bound to none.
         needs_adapter: the base says nothing without its adapter, so nothing is answered by it alone.
+        adapter_roots: folders that adapters may be loaded from while it serves, resolved.
     """
 
     name: str
@@ -46,6 +50,7 @@ class ServingPolicy:
     force: bool = False
     trust_adapters: bool = False
     needs_adapter: bool = False
+    adapter_roots: Sequence[str] = ()
 
     def to_text(self) -> str:
         """Return the text for `POLICY_VARIABLE`."""
@@ -56,6 +61,36 @@ class ServingPolicy:
         """Return the policy of this process, or None if `cloq serve` did not start it."""
         text = os.environ.get(POLICY_VARIABLE)
         return None if not text else cls(**json.loads(text))
+
+
+def allowed_place(folder: Path, roots: Iterable[str | Path]) -> Path:
+    """Return where an adapter folder really lies, after checking that it and its files lie in an allowed folder.
+
+    Args:
+        folder: as a request spells it; links and `..` are followed.
+        roots: the allowed folders.
+
+    Raises:
+        UsageError: the folder, or a file that a link in it leads to, lies elsewhere.
+    """
+    homes = [Path(root).resolve() for root in roots]
+
+    def lies_within(path: Path) -> bool:
+        return any(path.is_relative_to(home) for home in homes)
+
+    try:
+        place = folder.resolve()
+        files = [path.resolve() for path in place.iterdir()] if lies_within(place) and place.is_dir() else []
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        raise UsageError(f"{folder} cannot be followed ({getattr(error, 'strerror', None) or error}).") from None
+    outside = [path for path in (place, *files) if not lies_within(path)]
+    if outside:
+        allowed = ", ".join(map(str, homes)) or "none"
+        raise UsageError(
+            f"{outside[0]} lies in no folder that adapters may be loaded from while the server runs (allowed: "
+            f"{allowed}); start the server with --adapter-root FOLDER."
+        )
+    return place
 
 
 def derived_name(folder: Path) -> str:
@@ -179,6 +214,25 @@ def refuse_half_quantized(checkpoint: Checkpoint) -> None:
                     f"vLLM computes the experts of {name[: match.start()]} as one layer, but {module} is not "
                     "quantized; quantize all of them or none, with an override in the recipe."
                 )
+
+
+def refuse_float_experts(checkpoint: Checkpoint, folder: Path, modules: Iterable[str]) -> None:
+    """Refuse an adapter of experts that are not quantized, which vLLM adapts on GPUs only.
+
+    Args:
+        checkpoint: the base.
+        folder: of the adapter, for the message.
+        modules: that it adapts.
+
+    Raises:
+        FormatError: it adapts such experts.
+    """
+    for module in modules:
+        if _EXPERT.search(module) and module not in checkpoint.specs:
+            raise FormatError(
+                f"{folder} adapts {module}, but the experts of {checkpoint.folder} are not quantized, and on a CPU "
+                "vLLM serves no adapters of such experts; quantize them, or leave them out of the adapter."
+            )
 
 
 def _linear_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:

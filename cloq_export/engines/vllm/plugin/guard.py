@@ -18,14 +18,17 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from cloq_export.artifact.adapters import refuse_other_base, unbound_note
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.needed_adapter import WHY
+from cloq_export.engines.vllm.plugin import api_key
 from cloq_export.engines.vllm.plugin.adapter_names import as_in_files, refuse_lost
 from cloq_export.engines.vllm.plugin.adapters import (
     LIFELINE_VARIABLE,
     ServingPolicy,
+    allowed_place,
     check_adapter,
     check_name,
 )
 from cloq_export.engines.vllm.plugin.held_adapters import note_loaded
+from cloq_export.engines.vllm.plugin.pieces import SERVER_PIECES, require_pieces
 from cloq_export.engines.vllm.plugin.prefix_cache import files_signature
 from cloq_export.errors import CloqError, UsageError
 from cloq_export.files.safe_json import read_json
@@ -41,6 +44,7 @@ def register() -> None:
     # The processes of the engine answer no requests, and importing the HTTP server takes a while.
     if ServingPolicy.from_environment() is not None and multiprocessing.parent_process() is None:
         _guard_server()
+        api_key.register()
         _end_with_starter()
 
 
@@ -102,11 +106,14 @@ def _guard_workers() -> None:
 
 def _guard_server() -> None:
     """Check adapters that are loaded while the server runs, and let plain requests meet the default adapter."""
+    require_pieces(SERVER_PIECES)
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
+
+    from cloq_export.engines.vllm.plugin.before_opening import answer_starter
 
     policy = ServingPolicy.from_environment()
     assert policy is not None
@@ -131,6 +138,14 @@ def _guard_server() -> None:
         return None
 
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        if self.opened_by_cloq_export:
+            try:
+                place = await asyncio.to_thread(allowed_place, expand_user(request.lora_path), policy.adapter_roots)
+            except CloqError as error:
+                logger.warning("%s", error)  # vLLM leaves paths out of what it answers
+                return refuse(error)
+            # What was checked is what is read: a link may be turned meanwhile.
+            request = request.model_copy(update={"lora_path": str(place)})
         if not request.load_inplace or request.lora_name not in self.lora_requests:
             return await stock_load(self, request.model_copy(update={"load_inplace": False}), base_model_name)
         # vLLM would give the new weights the number of the old ones, to which requests under way hold, and read the
@@ -162,11 +177,17 @@ def _guard_server() -> None:
         return await stock_check_unload(self, request)
 
     async def load_static(self: Any) -> None:
+        self.opened_by_cloq_export = False
+        if self.lora_resolvers:
+            logger.warning("Adapters are loaded by request alone; LoRA resolvers are not asked under cloq serve.")
+            self.lora_resolvers = []
         await stock_static(self)
         if policy.default is not None:
             # The same number, so that vLLM holds and counts the adapter once under both of its names.
             default = self.lora_requests[policy.default]
             self.lora_requests[policy.name] = LoRARequest(policy.name, default.lora_int_id, default.lora_path)
+        await answer_starter(self)
+        self.opened_by_cloq_export = True
 
     async def show_models(self: Any) -> Any:
         models = await stock_models(self)

@@ -14,6 +14,7 @@ import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
 from cloq_export.engines.held_adapters import factors_digest
+from cloq_export.engines.vllm.plugin.pieces import SERVER_PIECES, require_pieces
 
 ROUTE = "/v1/held_lora_adapters"
 """Where a server answers; `client.ServerClient.held_adapter` asks there."""
@@ -63,6 +64,7 @@ def _held_by(worker: Any) -> dict[str, Any]:
 
 
 def _add_route() -> None:
+    require_pieces(SERVER_PIECES)
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from vllm.entrypoints.openai.models.api_router import models
