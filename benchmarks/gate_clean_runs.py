@@ -64,6 +64,8 @@ def measure(subject: Subject, place: Path, layout: str, bits: int, **options: An
         "missed": missed_gates(report),
         "seconds": seconds,
         "metrics": metrics,
+        # The smallest error of each module's scale that would have missed the limit.
+        "scales_found": {} if report.scales is None else dict(report.scales.found),
     }
 
 
@@ -98,7 +100,9 @@ def main() -> None:
                 rows.append(measure(subject, place, layout, bits, **more))
                 row = rows[-1]
                 verdict = "passed" if row["passed"] else f"MISSED {row['missed']}"
-                print(f"{runtime} {dtype} {layout} INT{bits} {row['seconds']:.0f} s {verdict}", flush=True)
+                found = sorted(row["scales_found"].values())
+                finds = f", finds {found[0]:.2%} to {found[-1]:.2%} of a scale" if found else ""
+                print(f"{runtime} {dtype} {layout} INT{bits} {row['seconds']:.0f} s {verdict}{finds}", flush=True)
                 write_json(arguments.json, {"rows": rows, "hardware": hardware, "versions": environment()})
     print(f"{sum(row['passed'] for row in rows)} of {len(rows)} clean exports pass")
     if not all(row["passed"] for row in rows):

@@ -174,10 +174,13 @@ NO_RECORD = {"inside": "holds no record", "outside": "carries no record"}
 
 
 def inside(name: str, plant: InFolder, says: str) -> Fault:
+    """Return the fault of an adapter in an export, which gets a fresh certificate."""
     return Fault(name, "provenance", says, lambda scene: plant(scene, scene.one), certified=True)
 
 
-def _outside(name: str, plant: InFolder, says: str, served_as: str = "mine") -> Fault:
+def outside(name: str, plant: InFolder, says: str, served_as: str = "mine") -> Fault:
+    """Return the fault of an adapter that lies outside the export and is served under a name."""
+
     def planted(scene: Scene) -> Mapping[str, Any]:
         folder = Path(shutil.copytree(scene.subject.run / "adapters" / "one", scene.place / "mine"))
         plant(scene, folder)
@@ -213,13 +216,13 @@ def _no_side(scene: Scene, folder: Path) -> None:
 
 _RATHER_INSIDE = ("modules are excluded", "another name in the record", "noise of a hundredth", "gate and up exchanged")
 OUTSIDE = [
-    *(_outside(name, plant, says) for name, (plant, says) in ADAPTER_FAULTS.items() if name not in _RATHER_INSIDE),
-    _outside("no record", no_record, NO_RECORD["outside"]),
-    _outside("the side file of another adapter", side_of_two, "adapter mine"),
-    _outside("a NaN", _nan, "adapter_model.safetensors"),
-    _outside("weights that are gone", _no_weights, "adapter_model.safetensors"),
-    _outside("no side file", _no_side, "carries no record"),
-    _outside("the other trained adapter's name", lambda scene, folder: None, "two", served_as="two"),
+    *(outside(name, plant, says) for name, (plant, says) in ADAPTER_FAULTS.items() if name not in _RATHER_INSIDE),
+    outside("no record", no_record, NO_RECORD["outside"]),
+    outside("the side file of another adapter", side_of_two, "adapter mine"),
+    outside("a NaN", _nan, "adapter_model.safetensors"),
+    outside("weights that are gone", _no_weights, "adapter_model.safetensors"),
+    outside("no side file", _no_side, "carries no record"),
+    outside("the other trained adapter's name", lambda scene, folder: None, "two", served_as="two"),
     Fault("three names in a ring", "provenance", "", _served(("cloq", "one"), ("one", "two"), ("two", "cloq"))),
     Fault("the run's own adapter under a trained one's name", "provenance", "", _served(("two", "cloq"))),
     Fault("an adapter of another base", "provenance", "base", _of_other_base),

@@ -78,6 +78,12 @@ def _context_lost(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]
     return texts
 
 
+def _padding_read(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]:
+    """Shorter prompts of a batch are filled up on their left, and what fills them is read."""
+    width = max(map(len, ids), default=0)
+    return inner.generate([[0] * (width - len(prompt)) + list(prompt) for prompt in ids], names, new)
+
+
 def _only_first_prompt(inner: Any, ids: Any, names: Any, new: int) -> list[list[int]]:
     return [list(inner.generate(ids[:1], names[:1], new)[0])] * len(ids)
 
@@ -105,6 +111,13 @@ def _questions(scene: Scene, rows: Sequence[int], **more: Any) -> Mapping[str, A
     return {"tasks": (f"piqa={path}",), **more}
 
 
+def _same_choices(scene: Scene) -> Mapping[str, Any]:
+    path = scene.place / "piqa.jsonl"
+    made = [{"goal": f"w{n} w{n + 1}", "sol1": "w3 w4", "sol2": "w3 w4", "label": n % 2} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return {"tasks": (f"piqa={path}",)}
+
+
 def _short_text(scene: Scene) -> Mapping[str, Any]:
     path = Path(scene.place / "short.txt")
     path.write_text("w1 w2 w3 w4", encoding="utf-8")
@@ -117,6 +130,7 @@ TEXTS = [
     Fault("the adapter in the first token alone", GAP, serve=writing(_adapter_in_prefill_alone)),
     Fault("steps see eight tokens", GAP, serve=writing(_window_in_steps)),
     Fault("steps do not see the last token", GAP, serve=writing(_context_lost)),
+    Fault("padding of shorter prompts is read", GAP, serve=writing(_padding_read)),
     Fault("all texts are the first prompt's", GAP, serve=writing(_only_first_prompt)),
     Fault(
         "a begin token before prompts",
@@ -184,9 +198,11 @@ EVALUATION = [
             )
         ),
     ),
-    Fault("no prompts", "judged", "--prompts 0", lambda scene: {"prompts": 0}),
+    Fault("no prompts", "judged", "`prompts=0`", lambda scene: {"prompts": 0}),
     Fault("a text shorter than a window", "judged", "nothing was judged", _short_text),
     Fault("a longest text beyond the model", "judged", str(CONTEXT), lambda scene: {"longest": 10 * CONTEXT}),
+    Fault("texts of one token", "judged", "new_tokens", lambda scene: {"new_tokens": 1}),
+    Fault("choices that are all the same", "piqa_p_value", "0 questions", _same_choices),
     Fault("few questions", "piqa_p_value", "piqa", lambda scene: _questions(scene, range(5))),
     Fault(
         "fewer questions than asked for",

@@ -3,6 +3,8 @@
     python benchmarks/planted_faults.py --json faults.json
     python benchmarks/planted_faults.py --groups engine --only scale
 
+Rows are written one by one. Faults that the JSON file holds as named are not planted again; the others are.
+
 Four groups: bytes behind the certificate, what lies before it, adapters outside the export, engines and evaluation.
 Most of these faults are others than `tests/` plants. A fault is named rightly if the gate that is meant misses, with
 the reason that is meant, or if the call ends with an error that says it.
@@ -16,11 +18,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import planted_adapters
+import planted_beside
 import planted_bytes
 import planted_engines
 import planted_made
@@ -30,6 +33,7 @@ from planted_scene import Fault, Scene, certify_again
 
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
+from cloq_export.files.safe_json import read_json
 from cloq_export.files.versions import environment
 from cloq_export.parity.report import missed_gates
 from cloq_export.verbs.verification import engines
@@ -37,8 +41,8 @@ from cloq_export.verbs.verify import verify
 
 GROUPS: dict[str, Sequence[Fault]] = {
     "bytes": planted_bytes.FAULTS,
-    "before": planted_made.BEFORE,
-    "outside": planted_adapters.OUTSIDE,
+    "before": [*planted_made.BEFORE, *planted_beside.BEFORE],
+    "outside": [*planted_adapters.OUTSIDE, *planted_beside.OUTSIDE],
     "engine": planted_engines.FAULTS,
 }
 _SHARE = 0.95
@@ -81,26 +85,24 @@ def _faulty(fault: Fault, scene: Scene, healthy: Any) -> Any:
     return opener
 
 
-def try_group(name: str, only: str, subject: Subject, other: Subject, place: Path) -> list[dict[str, Any]]:
-    """Return a row for each fault of a group."""
+def try_group(
+    name: str, faults: Iterable[Fault], subject: Subject, other: Subject, place: Path
+) -> Iterator[dict[str, Any]]:
+    """Give a row for each of these faults of a group."""
     healthy = subject.export(place / "healthy")
-    rows = []
-    for number, fault in enumerate(GROUPS[name]):
-        if not any(part in fault.name for part in only.split(",")):
-            continue
+    for number, fault in enumerate(faults):
         own = place / str(number)
         own.mkdir()
         export = Path(shutil.copytree(healthy, own / "export"))
         (own / "beside").mkdir()
         row = {"group": name, **try_fault(fault, Scene(subject, other, export, own / "beside"))}
-        rows.append(row)
+        yield row
         if not row["named"]:
             print(
                 f"NOT NAMED {name}: {fault.name} ({fault.gate}, {fault.says!r}): {row['missed']} {row['said'][:600]}",
                 flush=True,
             )
         shutil.rmtree(own)
-    return rows
 
 
 def main() -> None:
@@ -113,7 +115,9 @@ def main() -> None:
     hardware = describe_hardware()
     print(hardware_line(hardware))
     start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    held = read_json(arguments.json)["rows"] if arguments.json and arguments.json.exists() else []
+    rows: list[dict[str, Any]] = [row for row in held if row["named"]]
+    done = {(row["group"], row["fault"]) for row in rows}
     with tempfile.TemporaryDirectory(prefix="cloq-faults-") as name:
         places = [Path(name) / str(seed) for seed in (0, 1)]
         for place in places:
@@ -125,15 +129,21 @@ def main() -> None:
         for group in arguments.groups.split(","):
             place = Path(name) / group
             place.mkdir()
-            rows += try_group(group, arguments.only, subject, other, place)
+            asked = [
+                fault
+                for fault in GROUPS[group]
+                if any(part in fault.name for part in arguments.only.split(",")) and (group, fault.name) not in done
+            ]
+            for row in try_group(group, asked, subject, other, place):
+                rows.append(row)
+                if arguments.json:
+                    write_json(arguments.json, {"rows": rows, "hardware": hardware, "versions": environment()})
     short = []
     for group in arguments.groups.split(","):
         own = [row["named"] for row in rows if row["group"] == group]
         print(f"{group}: {sum(own)} of {len(own)} faults are named")
         short += [group] if sum(own) < _SHARE * len(own) else []
     print(f"{sum(row['named'] for row in rows)} of {len(rows)} in {time.perf_counter() - start:.0f} s")
-    if arguments.json:
-        write_json(arguments.json, {"rows": rows, "hardware": hardware, "versions": environment()})
     if short:
         sys.exit(3)
 

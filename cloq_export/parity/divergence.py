@@ -83,6 +83,16 @@ def count_compared(window: int, vocabulary: int) -> int:
     return max(1, min(-(-_TOKENS // window), _KEPT // (window * vocabulary)))
 
 
+def next_logprobs(distribution: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return log p(x_i | x_1..x_{i-1}), i = 2..n, (n - 1,) float32, of tokens whose whole distributions are known.
+
+    Args:
+        distribution: log-probabilities of the whole vocabulary in each place, (n - 1, vocabulary) float32.
+        token_ids: the n tokens.
+    """
+    return distribution.gather(1, torch.tensor(token_ids[1:]).view(-1, 1))[:, 0]
+
+
 def divergences(expected: torch.Tensor, measured: TokenDistributions) -> PlaceDivergences:
     """Return KL(p || q) in each place of one sequence, or its lower bound; see above.
 

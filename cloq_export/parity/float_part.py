@@ -34,9 +34,15 @@ _NO_FUNCTION = frozenset(
 _NOT_GENERATION = frozenset({"transformers_version", "_from_model_config"})
 # What rounding to a dtype once changes at most: half a unit in the last place, and the smallest numbers absolutely.
 _ONE_ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 0.0)}
-# What of a tokenizer's file makes ids and texts; padding and truncation are set by every call.
+# What of a tokenizer's file makes ids and texts.
 _TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
-_TOKENIZER_SETTINGS = ("model_max_length", "truncation_side", "split_special_tokens", "clean_up_tokenization_spaces")
+_TOKENIZER_SETTINGS = (
+    "model_max_length",
+    "truncation_side",
+    "padding_side",
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+)
 _SHOWN = 3
 
 

@@ -62,6 +62,11 @@ class Questions:
     keys: tuple[str, ...] = ()
     hashes: tuple[frozenset[str], ...] = ()
 
+    @property
+    def deciding(self) -> int:
+        """Return how many of them can be answered in two ways: not those whose choices are all the same."""
+        return sum(each.choices is None or len(set(each.choices.pairs)) > 1 for each in self.items)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):

@@ -146,7 +146,11 @@ def read_dynamic(
 
 
 def refuse_left_out(config: Mapping[str, Any], modules: Sequence[str], source: str) -> None:
-    """Refuse a module that has codes although the config says that it was not quantized."""
+    """Refuse a module that has codes although the config says that it was not quantized, or a head the other way."""
+    if config.get("lm_head") is True and modules and not any(map(is_head, modules)):
+        raise FormatError(
+            f"{source}: lm_head is true, and the files hold no codes of a head; config and weights disagree."
+        )
     for key, quantized in (("modules_to_not_convert", False), ("modules_in_block_to_quantize", True)):
         named = _flat(config.get(key), f"{source}: {key}")
         for module in modules if named else ():

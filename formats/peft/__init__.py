@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's layout, bound to their quantized base; see SPEC.md."""
 
-from cloq_export.formats.peft.codec import WEIGHTS_NAME, Adapter, is_adapter, read_adapter, write_adapter
+from cloq_export.formats.peft.codec import WEIGHTS_NAME, Adapter, is_adapter, read_adapter, tensor_name, write_adapter
 from cloq_export.formats.peft.pairs import (
     VLLM_MAX_LORA_RANKS,
     UniformPairs,
@@ -22,6 +22,7 @@ __all__ = [
     "padded",
     "product_difference",
     "read_adapter",
+    "tensor_name",
     "uniform",
     "write_adapter",
 ]

@@ -78,14 +78,24 @@ def write_adapter(
         raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose `rank=1` or more.")
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
-        tensors[f"{_KEY_PREFIX}{module}.lora_A.weight"] = pair.lora_A
-        tensors[f"{_KEY_PREFIX}{module}.lora_B.weight"] = pair.lora_B
+        tensors[tensor_name(module, "A")] = pair.lora_A
+        tensors[tensor_name(module, "B")] = pair.lora_B
     metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
     with write_folder(folder, owned=_holds_only_an_adapter) as filling:
         # The order of the patterns matters (the first match wins), so the keys are not sorted.
         write_json(filling / CONFIG_NAME, adapter_config(pairs, base_model), sort_keys=False)
         write_binding(filling, base_model=base_model, base_fingerprint=base_fingerprint, extra=extra)
         write_safetensors(filling / WEIGHTS_NAME, tensors, metadata)
+
+
+def tensor_name(module: str, side: str) -> str:
+    """Return the name under which PEFT saves and looks for one matrix of a pair.
+
+    Args:
+        module: full name of the module.
+        side: "A" or "B".
+    """
+    return f"{_KEY_PREFIX}{module}.lora_{side}.weight"
 
 
 def write_binding(

@@ -257,7 +257,23 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
         writing(only_mixed(lambda engine, ids, names, new: engine.generate(ids, names, new)[1:])),
         "mixed_decode_gap_max",
     ),
+    "batches of two are off": (
+        scoring(
+            lambda engine, ids, names: [
+                values - 0.05 if len(ids) == 2 else values for values in engine.prompt_logprobs(ids, names)
+            ]
+        ),
+        "logprob_difference_max",
+    ),
     # decode steps
+    "what fills up shorter prompts of a batch is read": (
+        writing(
+            lambda engine, ids, names, new: engine.generate(
+                [[0] * (max(map(len, ids)) - len(each)) + list(each) for each in ids], names, new
+            )
+        ),
+        "decode_gap_max",
+    ),
     "decode steps write the next token of the list": (
         each_text(lambda text: [*text[:1], *((token + 1) % 64 for token in text[1:])]),
         "decode_gap_max",

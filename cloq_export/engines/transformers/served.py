@@ -120,13 +120,14 @@ class TransformersModel:
         results: list[list[int]] = [[] for _ in token_ids]
         for adapter, rows in rows_by_adapter(token_ids, adapters, shortest=1):
             model = self.model(adapter)
-            # The longest stands last: rows are sorted.
-            size = prompts_per_batch(model, len(token_ids[rows[-1]]) + max_new_tokens)
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                continued = continue_greedily(model, [token_ids[row] for row in batch], max_new_tokens, ended=ended)
-                for row, ids in zip(batch, continued, strict=True):
-                    results[row] = ids
+            for piece in _little_padded(rows, token_ids):
+                # The longest stands last: rows are sorted.
+                size = prompts_per_batch(model, len(token_ids[piece[-1]]) + max_new_tokens)
+                for start in range(0, len(piece), size):
+                    batch = piece[start : start + size]
+                    continued = continue_greedily(model, [token_ids[row] for row in batch], max_new_tokens, ended=ended)
+                    for row, ids in zip(batch, continued, strict=True):
+                        results[row] = ids
         return results
 
     def held_adapter(self, name: str) -> HeldAdapter | None:
@@ -300,13 +301,23 @@ def batches_of(rows: Sequence[int], token_ids: Sequence[Sequence[int]], model: n
     limit, switch = tokens_per_batch(model), RotarySwitch.of(model)
     forget_lengths(model)
     for together in switch.apart([len(token_ids[row]) for row in rows]):
-        batch: list[int] = []
-        for row in (rows[place] for place in together):
-            if batch and (len(batch) + 1) * len(token_ids[row]) > limit:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
+        for batch in _little_padded([rows[place] for place in together], token_ids):
+            count = max(1, limit // len(token_ids[batch[-1]]))
+            yield from (batch[start : start + count] for start in range(0, len(batch), count))
+
+
+def _little_padded(rows: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield rows, sorted by length, in pieces of which filling them up at most doubles the tokens."""
+    piece: list[int] = []
+    held = 0
+    for row in rows:
+        length = len(token_ids[row])
+        if (len(piece) + 1) * length > 2 * (held + length):
+            yield piece
+            piece, held = [], 0
+        piece.append(row)
+        held += length
+    yield piece
 
 
 def tokens_per_batch(model: Any) -> int:

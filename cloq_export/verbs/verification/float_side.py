@@ -16,7 +16,9 @@ from cloq_export.errors import UsageError
 from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity.answers import Answers, Respondent
+from cloq_export.parity.divergence import next_logprobs
 from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
+from cloq_export.parity.folder_files import compare_files
 from cloq_export.parity.genai_settings import compare_genai_settings
 from cloq_export.parity.numerics import LogprobDifferences, compare_logprobs, measure_logprobs
 from cloq_export.parity.provenance import Finding
@@ -92,16 +94,20 @@ def measure_float(plan: Plan, text: str, place: Path, progress: Progress) -> Flo
     model = float_model(loaded.model.to(options.device))
     alone: list[str | None] = [None] * len(texts.windows)
     progress.session.say(f"measure the float model on {len(alone)} windows of {options.window} tokens, one twice")
-    logprobs = measure_logprobs(model, texts.windows, alone)
+    distributions = [whole_distribution(model, ids) for ids in texts.compared]
+    logprobs = [next_logprobs(each, ids) for each, ids in zip(distributions, texts.compared, strict=True)]
+    rest = len(logprobs)
+    logprobs += measure_logprobs(model, texts.windows[rest:], alone[rest:]) if alone[rest:] else []
     # One window shows whether it answers twice alike.
-    noise_floor = compare_logprobs(measure_logprobs(model, texts.windows[:1], alone[:1]), logprobs[:1])
+    again = next_logprobs(whole_distribution(model, texts.compared[0]), texts.compared[0])
+    noise_floor = compare_logprobs([again], logprobs[:1])
     answers = ask_tasks(plan, "float", Respondent(model, loaded.tokenizer), progress)
     return FloatSide(
         source=FloatModel(options.reference, loaded.source.fingerprint),
         tokenizer=loaded.tokenizer,
         texts=texts,
         logprobs=logprobs,
-        distributions=[whole_distribution(model, ids) for ids in texts.compared],
+        distributions=distributions,
         noise_floor=noise_floor,
         numerics=_rounded_numerics(plan, loaded, texts, model, logprobs),
         answers=answers,
@@ -165,7 +171,7 @@ def _compare_float_part(plan: Plan, loaded: LoadedModel) -> list[Finding]:
     checkpoint, folder = plan.checkpoint, plan.checkpoint.folder
     findings = [compare_config(checkpoint.config, loaded.model, str(folder / "config.json"))]
     if isinstance(checkpoint, Checkpoint):
-        findings.append(compare_tensors(checkpoint, loaded))
+        findings += [compare_tensors(checkpoint, loaded), compare_files(checkpoint, loaded)]
     else:
         findings.append(compare_genai_settings(folder, loaded))
     return [*findings, *compare_tokenizer(folder, loaded), compare_generation(folder, loaded.model)]

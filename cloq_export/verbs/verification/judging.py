@@ -37,6 +37,9 @@ from cloq_export.verbs.verification.plan import Plan, chance_of, typed_questions
 from cloq_export.verbs.verification.reference_side import ReferenceSide
 from cloq_export.verbs.verification.served_side import ServedSide
 
+# The first token of a text is read off its prompt.
+_FEWEST_STEPS = 2
+
 
 def check_certificate(plan: Plan) -> tuple[CertificateCheck, Mapping[str, str] | None]:
     """Repeat the equality certificate of an export, or compare a run's checkpoint with its layers.
@@ -134,7 +137,7 @@ def judged(plan: Plan, report: ParityReport) -> ParityReport:
     blind = {
         f"{gate_key(name)}_p_value": reason
         for name, (_, questions) in plan.tasks.items()
-        if (reason := blindness(len(questions.items), _p_value_limit(plan, name)))
+        if (reason := blindness(questions.deciding, _p_value_limit(plan, name)))
     }
     reasons = tuple(_not_judged(plan, report, blind))
     metrics = collect_metrics(report) | {JUDGED: float(not reasons)}
@@ -169,6 +172,11 @@ def _not_judged(plan: Plan, report: ParityReport, blind: Mapping[str, str]) -> l
         reasons.append("every limit is dropped, or so wide that nothing can miss it")
     if plan.adapters and not report.conditions.prompts:
         reasons.append("no prompt was continued (`prompts=0`), so nothing that the adapters write was looked at")
+    elif plan.adapters and report.conditions.new_tokens < _FEWEST_STEPS:
+        reasons.append(
+            f"texts of {report.conditions.new_tokens} token (`new_tokens`) come from the prompt alone, so no step with "
+            f"the cache was looked at; let {_FEWEST_STEPS} or more be written"
+        )
     if not report.conditions.windows:
         reasons.append("the text has no window")
     return reasons
@@ -180,7 +188,7 @@ def _smallest_losses(plan: Plan, report: ParityReport) -> dict[str, SmallestLoss
     for name, (_, questions) in plan.tasks.items():
         count, key, limits = len(questions.items), gate_key(name), plan.limits
         p_value = _p_value_limit(plan, name)
-        losses[f"{key}_p_value"] = SmallestLoss(smallest_drop(count, p_value), p_value, 1 - POWER)
+        losses[f"{key}_p_value"] = SmallestLoss(smallest_drop(questions.deciding, p_value), p_value, 1 - POWER)
         if (limit := limits.get(f"{key}_drop_upper")) is not None:
             losses[f"{key}_drop_upper"] = SmallestLoss(
                 limit, false_alarm(count, limit, chance_of(plan.options)), UNSEEN

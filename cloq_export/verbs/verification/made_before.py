@@ -23,9 +23,9 @@ from cloq_export.artifact.provenance import (
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
-from cloq_export.formats.patterns import NamePattern
 from cloq_export.formats.peft import Adapter, read_adapter
 from cloq_export.models.source import LoadedModel
+from cloq_export.parity.adapter_folder import judge_folder
 from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
 from cloq_export.parity.provenance import (
     CONTRADICTED,
@@ -60,6 +60,7 @@ class MadeBefore:
 
     Args:
         checkpoint: the export.
+        folders: name -> its folder.
         adapters: name -> adapter that is served.
         base: what the run recorded; None if nothing is known of it.
         records: name -> record of an adapter; those without one are absent.
@@ -71,6 +72,7 @@ class MadeBefore:
     """
 
     checkpoint: Checkpoint | OnnxExport
+    folders: Mapping[str, Path]
     adapters: Mapping[str, Adapter]
     base: BaseRecord | None
     records: Mapping[str, AdapterRecord]
@@ -117,7 +119,9 @@ class MadeBefore:
             if record is not None:
                 records[name] = record
         expected = bool(unread) or _promises_record(export)
-        return cls(checkpoint, adapters, base, records, tuple(unread), expected, of_run, serves_all, own is not None)
+        return cls(
+            checkpoint, folders, adapters, base, records, tuple(unread), expected, of_run, serves_all, own is not None
+        )
 
     @property
     def is_judged(self) -> bool:
@@ -281,7 +285,7 @@ class MadeBefore:
         ]
 
     def _findings_of_names(self) -> list[Finding]:
-        """Return which adapters are gone, stand under another name, or would be served in part."""
+        """Return which adapters are gone, stand under another name, or would be read otherwise by others."""
         findings = []
         gone = sorted(set(self.base.adapters) - set(self.adapters)) if self.base is not None and self.serves_all else []
         for name in gone:
@@ -291,15 +295,8 @@ class MadeBefore:
             record, what = self.records.get(name), f"adapter {name}"
             if record is not None and self.is_run and self.serves_all and record.name != name:
                 findings.append(Finding(what, CONTRADICTED, f"its folder holds the adapter {record.name}"))
-            try:
-                left_out = _left_out(adapter) if record is not None else []
-            except FormatError as error:
-                findings.append(Finding(what, NOT_PROVEN, str(error)))
-                continue
-            if left_out:
-                more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-                reason = f"adapter_config.json leaves out {left_out[0]}{more}, whose pairs the file holds"
-                findings.append(Finding(what, CONTRADICTED, reason))
+            if record is not None:
+                findings += judge_folder(name, self.folders[name], adapter, self.checkpoint.folder)
         return findings
 
     def _without_record(self, name: str) -> Finding:
@@ -368,18 +365,3 @@ def _declared_error(adapter: Adapter) -> float:
     changed = adapter.extra.get("split") or adapter.extra.get("uniform")
     # No form that an export writes costs more than rounding both factors to bfloat16 does.
     return float(value) if changed and isinstance(value, (int, float)) and 0 <= value <= _LARGEST_DECLARED else 0.0
-
-
-def _left_out(adapter: Adapter) -> list[str]:
-    """Return the modules that PEFT and engines would leave out, going by adapter_config.json alone."""
-    config = adapter.config
-    named = config.get("target_modules")
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return sorted(adapter.pairs)
-    if isinstance(named, str):
-        # PEFT compares the whole name; of "all-linear" it takes every linear layer but the head.
-        pattern = NamePattern(f"(?:{named})$", source="target_modules")
-        return [] if named == "all-linear" else sorted(name for name in adapter.pairs if not pattern.matches(name))
-    if not isinstance(named, list):
-        return []  # the config says nothing, and an engine uses all that the file holds
-    return sorted(module for module in adapter.pairs if not any(f".{module}".endswith(f".{name}") for name in named))

@@ -31,6 +31,10 @@ _LIVENESS_SEQUENCES_HALF = 4
 # Of sequences in mixed batches, which differ also where windows are shorter.
 _ISOLATION_LENGTHS = (64, 48, 57)
 _PROMPT_TOKENS = 32
+# Prompts are cut to several lengths, so that what pads a batch of them shows; a prime step gives every subject several.
+_PROMPT_STEP = 7
+# Up to this size every batch of windows is asked for.
+_SMALL_BATCH = 3
 # The longest text that is served unless a length is typed.
 _LONGEST = 2048
 # Tokens on which the base is scored without its adapters, in whole windows, besides the longest text.
@@ -102,7 +106,10 @@ class ProbeTexts:
             compared=windows_compared(windows, loaded.config.get_text_config().vocab_size),
             # One text from the start, begun once.
             longest=[*begin, *bare[: length - len(begin)].tolist()],
-            prompts=[begin + flat[start : start + width] for start in starts],
+            prompts=[
+                begin + flat[start : start + width - _PROMPT_STEP * number % (1 + width // 3)]
+                for number, start in enumerate(starts)
+            ],
             probes=[window[:probed] for window in windows[:probes]],
             isolated=isolated_texts(windows),
             places=_changing_places(loaded.config),
@@ -115,14 +122,23 @@ class ProbeTexts:
         return self.windows if adapter in self.subjects else self.windows[: -(-_BASE_TOKENS // len(self.windows[0]))]
 
     def scored_windows(
-        self, model: ServedModel, adapter: str | None, longest: torch.Tensor | None
+        self,
+        model: ServedModel,
+        adapter: str | None,
+        longest: torch.Tensor | None,
+        *,
+        known: Sequence[torch.Tensor] = (),
+        growing: bool = False,
     ) -> list[torch.Tensor]:
-        """Score the windows; a first one that the longest text begins with is not computed again.
+        """Score the windows but for what is known; a first one that the longest text begins with is known by that.
 
         Args:
             model: that is asked.
             adapter: with which, None is the base.
             longest: what it said of the longest text, (n - 1,); None if it gave no answer.
+            known: what is known of the first windows, as it is returned.
+            growing: ask for one, two and three windows at once and then for all others, since an engine may take
+                another path for each size; otherwise for all at once.
 
         Returns:
             list: one (window - 1,) float32 tensor per window.
@@ -131,11 +147,15 @@ class ProbeTexts:
             ShapeError: as `measure_logprobs`.
         """
         windows = self.windows_of(adapter)
-        first = windows[0]
-        if longest is None or list(self.longest[: len(first)]) != list(first):
-            return measure_logprobs(model, windows, [adapter] * len(windows))
-        rest = windows[1:]
-        return [longest[: len(first) - 1], *(measure_logprobs(model, rest, [adapter] * len(rest)) if rest else [])]
+        first, logprobs = windows[0], list(known)
+        if not logprobs and longest is not None and list(self.longest[: len(first)]) == list(first):
+            logprobs.append(longest[: len(first) - 1])
+        # What is known by the longest text was asked for alone.
+        size = 1 + len(logprobs) if growing else _SMALL_BATCH + 1
+        while rest := windows[len(logprobs) :][: size if size <= _SMALL_BATCH else None]:
+            logprobs += measure_logprobs(model, rest, [adapter] * len(rest))
+            size += 1
+        return logprobs
 
     def prompts_of(self, number: int) -> Sequence[Sequence[int]]:
         """Return the prompts of the subject of this number: they are dealt out in turn, and to each at least one."""

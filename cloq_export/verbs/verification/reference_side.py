@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cloq_export.engines.protocol import ServedModel
+from cloq_export.engines.protocol import ServedModel, TokenDistributions
 from cloq_export.engines.transformers.reference import ReferenceModel, reference_model
 from cloq_export.engines.transformers.served import packed_model
 from cloq_export.parity import liveness
 from cloq_export.parity.answers import Respondent
-from cloq_export.parity.divergence import PlaceDivergences, divergences, summarize_divergences
+from cloq_export.parity.divergence import PlaceDivergences, divergences, next_logprobs, summarize_divergences
 from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
 from cloq_export.parity.quality import PerplexityRow, perplexity_row
 from cloq_export.parity.report import DivergenceRow, NumericsRow
@@ -71,14 +71,17 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
     reference = reference_model(known.base, known.folders, device=options.device, force=options.force)
     progress.session.say(f"measure the reference with {', '.join(plan.adapters) or 'no adapter'}")
     logprobs, longest = {}, {}
+    divergence: list[DivergenceRow] = []
     for adapter in plan.scored:
         longest[adapter] = measure_logprobs(reference, [texts.longest], [adapter])
-        logprobs[adapter] = texts.scored_windows(reference, adapter, longest[adapter][0])
+        compared: Logprobs = ()
+        if adapter in plan.subjects:
+            row, compared = _float_divergence(known, reference, adapter)
+            divergence.append(row)
+        logprobs[adapter] = texts.scored_windows(reference, adapter, longest[adapter][0], known=compared)
     expected, answers, numerics, perplexity = {}, {}, [], []
-    divergence: list[DivergenceRow] = []
     for number, adapter in enumerate(plan.subjects):
         numerics.append(NumericsRow("reference", "float", adapter, compare_logprobs(logprobs[adapter], known.logprobs)))
-        divergence += divergence_rows(known, None, ("reference", reference), adapter)
         perplexity += perplexity_rows(plan, known, "reference", adapter, logprobs[adapter])
         prompts = texts.prompts_of(number)
         expected[adapter] = reference.generate(prompts, [adapter] * len(prompts), options.new_tokens)
@@ -100,28 +103,37 @@ def leave_out(
     return LeftOut(probed, liveness.left_out(reference, probes, adapter, modules))
 
 
+def _float_divergence(
+    known: FloatSide, reference: ReferenceModel, adapter: str | None
+) -> tuple[DivergenceRow, list[torch.Tensor]]:
+    """Return the distance of the reference's distributions from the float model's, and its scores on those windows."""
+    places, scores = [], []
+    # Window by window: distributions of a whole text would not fit into memory.
+    for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
+        distribution = whole_distribution(reference, ids, adapter)
+        places.append(divergences(of_float, TokenDistributions(distribution)))
+        scores.append(next_logprobs(distribution, ids))
+    return DivergenceRow("reference", "float", adapter, summarize_divergences(places)), scores
+
+
 def divergence_rows(
-    known: FloatSide, reference: ReferenceModel | None, measured: tuple[str, ServedModel], adapter: str | None
+    known: FloatSide, reference: ReferenceModel, measured: tuple[str, ServedModel], adapter: str | None
 ) -> list[DivergenceRow]:
     """Return the distance of a model's distributions from the float model's, and from the reference's.
 
     Args:
         known: of the float model.
-        reference: the reference; None compares with the float model alone.
+        reference: the reference.
         measured: what the model is called, and the model.
         adapter: with which adapter.
     """
     name, model = measured
     places: dict[str, list[PlaceDivergences]] = {"float": [], "reference": []}
-    # Window by window: distributions of a whole text would not fit into memory.
     for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
         distributions = model.token_distributions([ids], [adapter])[0]
         places["float"].append(divergences(of_float, distributions))
-        if reference is not None:
-            places["reference"].append(divergences(whole_distribution(reference, ids, adapter), distributions))
-    return [
-        DivergenceRow(name, against, adapter, summarize_divergences(each)) for against, each in places.items() if each
-    ]
+        places["reference"].append(divergences(whole_distribution(reference, ids, adapter), distributions))
+    return [DivergenceRow(name, against, adapter, summarize_divergences(each)) for against, each in places.items()]
 
 
 def perplexity_rows(

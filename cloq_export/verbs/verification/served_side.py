@@ -170,7 +170,7 @@ class ServedSide:
             [longest] = measure_logprobs(served, [self.texts.longest], [adapter])
             self._note("served at length", adapter, [longest], self.side.longest[adapter])
         with self.progress.attempt(f"served logits, {adapter or 'base'}"):
-            logprobs = self.texts.scored_windows(served, adapter, longest)
+            logprobs = self.texts.scored_windows(served, adapter, longest, growing=True)
             self._note("served", adapter, logprobs, self.side.logprobs[adapter])
             if adapter in self.plan.subjects:
                 self.perplexity += perplexity_rows(self.plan, self.known, "served", adapter, logprobs)
