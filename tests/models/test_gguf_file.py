@@ -211,7 +211,7 @@ def test_a_way_to_cut_text_is_known_said_or_refused(write: Callable[..., str]) -
 
 def test_named_chat_templates_are_said(write: Callable[..., str]) -> None:
     (note,) = open_model(write(tokenizer__chat_template__tool_use="x")).notes
-    assert note.endswith("beside the default one are not read: tokenizer.chat_template.tool_use")
+    assert note.endswith("besides the default one are not read: tokenizer.chat_template.tool_use")
 
 
 # Rope scaling: two heads of 16 dimensions, so that several wavelengths lie between the limits of a rule.

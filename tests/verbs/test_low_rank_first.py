@@ -135,7 +135,7 @@ def test_it_is_never_served_alone(
     monkeypatch.setattr(vllm_plan, "engine_facts", lambda python: EngineFacts("0.32.0", cuda=False))
     plan = plan_serving(exported, ServeOptions(port=0, kv_cache_gib=1))
     assert json.loads(plan.environment[POLICY_VARIABLE])["needs_adapter"] is True
-    assert f"the base needs its adapter, so {plan.base_name} is not served" in Serving.of(plan, [], []).notes
+    assert f"the base needs its adapter, so {plan.base_name} is not served" in Serving.of(plan, None, []).notes
     shutil.copytree(exported, tmp_path / "export")
     shutil.rmtree(tmp_path / "export" / "adapters")
     message = refusal(lambda: plan_serving(tmp_path / "export", ServeOptions(port=0, kv_cache_gib=1)))
