@@ -15,6 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tiers import slow_but
 
 from cloq_export.artifact.certificate import read_certificate, write_certificate
 from cloq_export.artifact.pair_record import PairRecord, pair_digest
@@ -138,7 +139,9 @@ def test_a_clean_export_is_proven_with_its_run_beside_it(
     assert "adapter two beside the run" in (tmp_path / "parity" / "parity.html").read_text()
 
 
-@pytest.mark.parametrize("form", ["balanced", "padded", "compressed_tensors", "converted", "one"])
+@pytest.mark.parametrize(
+    "form", slow_but(["balanced", "padded", "compressed_tensors", "converted", "one"], "balanced", "converted")
+)
 def test_other_forms_of_the_same_product_are_proven(
     form: str, run: Path, exported: Path, options: VerifyOptions, silent: Console, tmp_path: Path
 ) -> None:
@@ -331,7 +334,15 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", BEFORE_CERTIFICATION)
+@pytest.mark.parametrize(
+    "fault",
+    slow_but(
+        BEFORE_CERTIFICATION,
+        *("folders of two adapters exchanged", "the initial adapter for the trained one", "alpha doubled"),
+        *("rounded to bfloat16", "A and B exchanged", "the record edited", "target modules left out by a pattern"),
+        *("an adapter deleted", "the record deleted"),
+    ),
+)
 def test_a_fault_before_certification_is_named(fault: str, copy: Path, options: VerifyOptions, silent: Console) -> None:
     plant, named = BEFORE_CERTIFICATION[fault]
     plant(copy)
@@ -424,7 +435,14 @@ FLOAT_PART: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FLOAT_PART)
+@pytest.mark.parametrize(
+    "fault",
+    slow_but(
+        FLOAT_PART,
+        *("a norm scaled by 1.01", "a head of another revision", "base of the rotary positions", "the context length"),
+        *("two words of the vocabulary exchanged", "a tied head over two matrices", "a chat template"),
+    ),
+)
 def test_what_is_not_quantized_must_equal_the_float_model(
     fault: str, copy: Path, options: VerifyOptions, silent: Console
 ) -> None:
