@@ -144,6 +144,28 @@ class IgnoresModule(PassingRuntime):
         layer.lora_B["default"].weight.data.zero_()
 
 
+def test_without_memory_for_distributions_they_are_computed_again_and_say_the_same(
+    exported: Path, options: VerifyOptions, silent: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str | None] = []
+    whole = reference_side.whole_distribution
+
+    def counted(model: Any, ids: Any, adapter: str | None) -> torch.Tensor:
+        computed.append(adapter)
+        return whole(model, ids, adapter)
+
+    monkeypatch.setattr(reference_side, "whole_distribution", counted)
+    one = dataclasses.replace(options, adapters=("cloq",))
+    kept = verify(exported, one, console=silent)
+    assert computed == ["cloq"] * options.windows
+    # Room for some of the windows alone.
+    room = 2 * reference_side._SHARE_KEPT * 4 * (options.window - 1) * 96
+    monkeypatch.setattr(reference_side, "free_bytes", lambda: room)
+    again = verify(exported, one, console=silent)
+    assert options.windows * 2 < len(computed) < options.windows * 3
+    assert again.divergence == kept.divergence
+
+
 def test_a_silently_ignored_module_misses_the_gate(
     exported: Path, options: VerifyOptions, serve: Any, silent: Console
 ) -> None:

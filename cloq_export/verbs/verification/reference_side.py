@@ -17,11 +17,15 @@ from cloq_export.parity.numerics import compare_logprobs, measure_logprobs
 from cloq_export.parity.quality import PerplexityRow, perplexity_row
 from cloq_export.parity.report import DivergenceRow, NumericsRow
 from cloq_export.parity.tasks import PERPLEXITY
+from cloq_export.process.host_memory import free_bytes
 from cloq_export.verbs.verification.float_side import Answered, FloatSide, ask_tasks, whole_distribution
 from cloq_export.verbs.verification.plan import Plan
 from cloq_export.verbs.verification.progress import Progress
 
 Logprobs = Sequence[torch.Tensor]
+# An eighth of the memory that is free may hold the reference's distributions with one adapter, until an engine gives
+# its own.
+_SHARE_KEPT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class ReferenceSide:
         left_out: with each module left out, where modules are shown to be live one by one.
         numerics: how it differs from the float model.
         divergence: of its distributions from the float model's.
+        distributions: of the windows on which they are compared, where memory has room for them.
         perplexity: of it.
     """
 
@@ -56,6 +61,7 @@ class ReferenceSide:
     left_out: Mapping[str, LeftOut]
     numerics: tuple[NumericsRow, ...]
     divergence: tuple[DivergenceRow, ...]
+    distributions: Mapping[str | None, Sequence[torch.Tensor]]
     perplexity: tuple[PerplexityRow, ...]
 
 
@@ -70,14 +76,15 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
     options, texts = plan.options, known.texts
     reference = reference_model(known.base, known.folders, device=options.device, force=options.force)
     progress.session.say(f"measure the reference with {', '.join(plan.adapters) or 'no adapter'}")
-    logprobs, longest = {}, {}
+    logprobs, longest, distributions = {}, {}, {}
     divergence: list[DivergenceRow] = []
     for adapter in plan.scored:
         longest[adapter] = measure_logprobs(reference, [texts.longest], [adapter])
         compared: Logprobs = ()
         if adapter in plan.subjects:
-            row, compared = _float_divergence(known, reference, adapter)
+            row, compared, kept = _float_divergence(known, reference, adapter)
             divergence.append(row)
+            distributions[adapter] = kept
         logprobs[adapter] = texts.scored_windows(reference, adapter, longest[adapter][0], known=compared)
     expected, answers, numerics, perplexity = {}, {}, [], []
     for number, adapter in enumerate(plan.subjects):
@@ -91,7 +98,7 @@ def measure_reference(plan: Plan, known: FloatSide, progress: Progress) -> Refer
         progress.session.say(f"leave out each of {len(read.pairs)} modules of {name} in turn")
         with progress.phase("liveness"):
             left[name] = leave_out(reference, texts.probes, name, list(read.pairs))
-    rows = tuple(numerics), tuple(divergence), tuple(perplexity)
+    rows = tuple(numerics), tuple(divergence), distributions, tuple(perplexity)
     return ReferenceSide(reference, logprobs, longest, expected, answers, left, *rows)
 
 
@@ -105,34 +112,40 @@ def leave_out(
 
 def _float_divergence(
     known: FloatSide, reference: ReferenceModel, adapter: str | None
-) -> tuple[DivergenceRow, list[torch.Tensor]]:
-    """Return the distance of the reference's distributions from the float model's, and its scores on those windows."""
-    places, scores = [], []
-    # Window by window: distributions of a whole text would not fit into memory.
+) -> tuple[DivergenceRow, list[torch.Tensor], list[torch.Tensor]]:
+    """Return how far the reference's distributions are from the float model's, its scores there, and what is kept."""
+    places, scores, kept = [], [], []
+    room = free_bytes() // _SHARE_KEPT
+    # Window by window: distributions of a whole text may not fit into memory.
     for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
         distribution = whole_distribution(reference, ids, adapter)
         places.append(divergences(of_float, TokenDistributions(distribution)))
         scores.append(next_logprobs(distribution, ids))
-    return DivergenceRow("reference", "float", adapter, summarize_divergences(places)), scores
+        room -= distribution.nbytes
+        if room >= 0:
+            kept.append(distribution)
+    return DivergenceRow("reference", "float", adapter, summarize_divergences(places)), scores, kept
 
 
 def divergence_rows(
-    known: FloatSide, reference: ReferenceModel, measured: tuple[str, ServedModel], adapter: str | None
+    known: FloatSide, side: ReferenceSide, measured: tuple[str, ServedModel], adapter: str | None
 ) -> list[DivergenceRow]:
     """Return the distance of a model's distributions from the float model's, and from the reference's.
 
     Args:
         known: of the float model.
-        reference: the reference.
+        side: of the reference.
         measured: what the model is called, and the model.
         adapter: with which adapter.
     """
     name, model = measured
     places: dict[str, list[PlaceDivergences]] = {"float": [], "reference": []}
-    for ids, of_float in zip(known.texts.compared, known.distributions, strict=True):
+    kept = side.distributions[adapter]
+    for number, (ids, of_float) in enumerate(zip(known.texts.compared, known.distributions, strict=True)):
         distributions = model.token_distributions([ids], [adapter])[0]
+        expected = kept[number] if number < len(kept) else whole_distribution(side.model, ids, adapter)
         places["float"].append(divergences(of_float, distributions))
-        places["reference"].append(divergences(whole_distribution(reference, ids, adapter), distributions))
+        places["reference"].append(divergences(expected, distributions))
     return [DivergenceRow(name, against, adapter, summarize_divergences(each)) for against, each in places.items()]
 
 
@@ -162,6 +175,6 @@ def measure_packed(
                 logprobs = measure_logprobs(model, known.texts.windows, [adapter] * len(known.texts.windows))
                 differences = compare_logprobs(logprobs, side.logprobs[adapter])
                 numerics.append(NumericsRow("packed", "reference", adapter, differences))
-                divergence += divergence_rows(known, side.model, ("packed", model), adapter)
+                divergence += divergence_rows(known, side, ("packed", model), adapter)
                 perplexity += perplexity_rows(plan, known, "packed", adapter, logprobs)
     return numerics, divergence, perplexity

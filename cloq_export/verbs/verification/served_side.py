@@ -177,7 +177,7 @@ class ServedSide:
             self.logprobs[adapter] = logprobs
         if adapter in self.plan.subjects:
             with self.progress.attempt(f"served distributions, {adapter or 'base'}"):
-                self.divergence += divergence_rows(self.known, self.side.model, ("served", served), adapter)
+                self.divergence += divergence_rows(self.known, self.side, ("served", served), adapter)
 
     def _note(
         self, measured: str, adapter: str | None, logprobs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
