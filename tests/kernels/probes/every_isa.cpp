@@ -120,7 +120,7 @@ void try_dequantize(const Problem& problem, int dtype) {
     }
 }
 
-void try_linear(const Problem& problem, int dtype, int64_t tokens, bool adapted) {
+void try_linear(const Problem& problem, int dtype, int64_t tokens, bool adapted, int deterministic) {
     const int64_t in = problem.in, out = problem.out, rank = 5, adapters = 2;
     const Numbers x(tokens * in, dtype, 1.0f), a(adapters * rank * in, dtype, 0.1f);
     const Numbers b(adapters * problem.blocks * rank * 16, dtype, 0.1f);
@@ -130,8 +130,21 @@ void try_linear(const Problem& problem, int dtype, int64_t tokens, bool adapted)
     for (int32_t& one : index) one = below(3) - 1;
     const cloq_lora lora = {a.bytes.data(), b.bytes.data(), scaling.data(), ranks.data(), ends.data(),
                             index.data(),   adapters,       1,              rank,         dtype};
-    std::vector<uint8_t> y(tokens * out * (dtype == CLOQ_FLOAT32 ? 4 : 2), 0xff);
-    cloq_linear(&problem.weight, x.bytes.data(), tokens, dtype, bias.data(), adapted ? &lora : nullptr, 0, y.data(), 2);
+    const int64_t width = dtype == CLOQ_FLOAT32 ? 4 : 2;
+    std::vector<uint8_t> y(tokens * out * width, 0xff);
+    cloq_linear(&problem.weight, x.bytes.data(), tokens, dtype, bias.data(), adapted ? &lora : nullptr, 0, deterministic,
+                y.data(), 2);
+    if (deterministic) {
+        const int64_t last = tokens - 1;
+        cloq_lora its = lora;
+        its.index += last;
+        std::vector<uint8_t> alone(out * width, 0xff);
+        cloq_linear(&problem.weight, x.bytes.data() + last * in * width, 1, dtype, bias.data(), adapted ? &its : nullptr, 0,
+                    1, alone.data(), 1);
+        if (memcmp(alone.data(), y.data() + last * out * width, alone.size()) != 0 && ++faults <= 20) {
+            printf("%s: a token alone has other bits than among %d, %d bits\n", cloq_isa(), int(tokens), problem.bits);
+        }
+    }
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t row = 0; row < out; ++row) {
             double sum = bias[row], size = fabs(bias[row]);
@@ -187,7 +200,7 @@ int main(int count, char** words) {
         const std::vector<float> x(tokens * inputs, 1.0f);
         std::vector<float> y(tokens * outputs);
         for (int times = atoi(words[4]); times > 0; --times) {
-            cloq_linear(&problem.weight, x.data(), tokens, CLOQ_FLOAT32, nullptr, nullptr, 0, y.data(), 1);
+            cloq_linear(&problem.weight, x.data(), tokens, CLOQ_FLOAT32, nullptr, nullptr, 0, 0, y.data(), 1);
         }
         return 0;
     }
@@ -202,8 +215,10 @@ int main(int count, char** words) {
                 for (int dtype : {CLOQ_FLOAT32, CLOQ_BFLOAT16, CLOQ_FLOAT16}) {
                     try_dequantize(problem, dtype);
                     for (int64_t tokens : {1, 2, 3, 5, 9, 33}) {
-                        try_linear(problem, dtype, tokens, false);
-                        try_linear(problem, dtype, tokens, true);
+                        for (int deterministic : {0, 1}) {
+                            try_linear(problem, dtype, tokens, false, deterministic);
+                            try_linear(problem, dtype, tokens, true, deterministic);
+                        }
                         try_gradient(problem, dtype, tokens);
                     }
                 }
