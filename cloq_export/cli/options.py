@@ -141,21 +141,19 @@ def _field_option(field: dataclasses.Field[Any], text: str | None) -> Callable[[
     else:
         default = None if field.default is dataclasses.MISSING else field.default
         settings |= {"default": default, "show_default": default is not None}
-        settings["type"] = click.Choice(facts["choices"]) if "choices" in facts else _number_type(field)
+        choices = [choice for rule in facts["rules"] for choice in rule.choices]
+        settings["type"] = click.Choice(choices) if choices else _number_type(field)
         if str(field.type).startswith("Path"):
             settings["type"] = PATH
     return click.option(facts.get("flag", _flag_of(field.name)), field.name, **settings)
 
 
 def _number_type(field: dataclasses.Field[Any]) -> click.ParamType | None:
-    """Return the type of a field that is a number, in its limits, and None for any other."""
+    """Return the type of a field that is a number, and None for any other; the verb knows the limits."""
     name = str(field.type).partition(" ")[0]
-    least, most = field.metadata.get("least"), field.metadata.get("most")
     if name == "int":
-        return click.INT if least is most is None else click.IntRange(least, most)
-    if name == "float":
-        return click.FLOAT if least is most is None else click.FloatRange(least, most)
-    return None
+        return click.INT
+    return click.FLOAT if name == "float" else None
 
 
 def _flag_of(name: str) -> str:

@@ -20,26 +20,36 @@ class ValueRule:
     Args:
         holds: tells whether it is.
         wanted: in words, for a message.
+        choices: all values, where they are that few.
     """
 
     holds: Callable[[Any], bool]
     wanted: str
+    choices: tuple[str, ...] = ()
 
 
-def option(default: Any, text: str, *rules: ValueRule) -> Any:
+def option(default: Any, text: str, *rules: ValueRule, **shown: str) -> Any:
     """Return a field of a dataclass of options.
 
     Args:
         default: its value unless another is given.
         text: its meaning, for people.
         rules: what its values must satisfy besides their type; the first broken rule is reported.
+        shown: how a command line has it: "metavar" stands for its value in the help; "flag" is its flag if that is
+            not its name; "separator" stands between the parts of a value that is typed in one word.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "rules": rules})
+    return dataclasses.field(default=default, metadata={"help": text, "rules": rules, **shown})
 
 
 def at_least(least: int) -> ValueRule:
     """Return the rule of a smallest value."""
     return ValueRule(lambda value: bool(value >= least), f"it must be at least {least}")
+
+
+def one_of(choices: Iterable[str]) -> ValueRule:
+    """Return the rule of a value that is one of a few."""
+    known = tuple(choices)
+    return ValueRule(known.__contains__, f"allowed are {joined_names(known)}", choices=known)
 
 
 def between(least: float, most: float) -> ValueRule:
@@ -82,13 +92,20 @@ class Options:
             name: typing.get_args(kind) for name, kind in kinds.items() if typing.get_origin(kind) is typing.Literal
         }
 
-    def faults(self, name: str, value: Any) -> list[str]:
-        """Return what is wrong with one option, as clauses of a sentence."""
+    def faults(self, name: str, value: Any, *, shown: str = "") -> list[str]:
+        """Return what is wrong with one option, as clauses of a sentence.
+
+        Args:
+            name: of the option.
+            value: its value.
+            shown: what a message calls it; the name unless given.
+        """
         wanted = self._type_fault(name, value)
         if not wanted:
             rules: Iterable[ValueRule] = self.fields[name].metadata.get("rules", ())
-            wanted = next((rule.wanted for rule in rules if not rule.holds(value)), "")
-        return [f"{name} is {value!r}; {wanted}"] if wanted else []
+            broken = next((rule for rule in rules if not rule.holds(value)), None)
+            wanted = broken.wanted + near(str(value), broken.choices) if broken else ""
+        return [f"{shown or name} is {value!r}; {wanted}"] if wanted else []
 
     def number_of(self, name: str, value: Any) -> Any:
         """Return a value in the type of its option: whole numbers are numbers."""

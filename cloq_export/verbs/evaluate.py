@@ -23,7 +23,7 @@ from cloq_export.parity.tasks import PERPLEXITY, expand_names
 from cloq_export.recipe import Recipe
 from cloq_export.texts.corpora import evaluation_text
 from cloq_export.verbs.answering import answer_tasks, group_means, read_questions
-from cloq_export.verbs.options import EvaluateOptions
+from cloq_export.verbs.options import EvaluateOptions, refuse_unmeant
 from cloq_export.verbs.recording import record_answers
 from cloq_export.verbs.stored_model import StoredModel, choose_adapter, measure_perplexity, subjects_of
 
@@ -66,6 +66,7 @@ def evaluate(path: Path, options: EvaluateOptions | None = None, *, console: Con
         CloqError: anything a user can mend.
     """
     options = options or EvaluateOptions()
+    refuse_unmeant(options)
     if not options.tasks:
         raise UsageError(f"`tasks` names nothing to measure; name {PERPLEXITY} or a task.")
     own = Artifact.open(path).run

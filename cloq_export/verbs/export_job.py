@@ -19,11 +19,10 @@ from cloq_export.files.spelled_paths import command_line
 from cloq_export.formats.onnx.packages import require_packages
 from cloq_export.formats.targets.preflight import Decision, preflight
 from cloq_export.formats.targets.table import Exported, parse_target
-from cloq_export.recipe import EXPORT_FORMATS
 from cloq_export.verbs.export_adapters import PreparedAdapter, fit_target, prepare_adapters, refuse_strange_modules
 from cloq_export.verbs.export_card import loading_lines
 from cloq_export.verbs.export_writing import ExportJob, write_adapters_alone, write_merged, write_onnx, write_quantized
-from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.options import ExportOptions, refuse_unmeant
 from cloq_export.verbs.recording import export_record
 
 MERGED, PEFT, ONNX, ONNX_ADAPTER = "merged", "peft", "onnx", "onnx-adapter"
@@ -187,15 +186,7 @@ def check_export_options(options: ExportOptions, adapters: Sequence[str]) -> Non
         UsageError: they do, or one has a value that is not allowed.
         MissingPackageError: an ONNX export is asked for, and its packages are not installed.
     """
-    if options.format is not None and options.format not in EXPORT_FORMATS:
-        raise UsageError(f"the format {options.format!r} is unknown; allowed are {', '.join(EXPORT_FORMATS)}.")
-    choices = {field.name: tuple(field.metadata.get("choices", ())) for field in dataclasses.fields(options)}
-    if options.dtype not in choices["dtype"]:
-        raise UsageError(
-            f"a merged export is {' or '.join(choices['dtype'])}, not {options.dtype!r}; choose with `dtype`."
-        )
-    if options.split not in choices["split"]:
-        raise UsageError(f"the split is {' or '.join(choices['split'])}, not {options.split!r}; choose with `split`.")
+    refuse_unmeant(options)
     if options.format == MERGED and len(adapters) > 1:
         raise UsageError(
             f"a merged export holds one adapter, and there are {len(adapters)}: {', '.join(adapters)}; choose one "
@@ -204,10 +195,6 @@ def check_export_options(options: ExportOptions, adapters: Sequence[str]) -> Non
     for name in ("style", "two_bit", "opset"):
         if getattr(options, name) is not None and options.format != ONNX:
             raise UsageError(f"`{name}` is about ONNX graphs; give it with `format=onnx`, or leave it out.")
-    for name in ("style", "two_bit"):
-        value = getattr(options, name)
-        if value is not None and value not in choices[name]:
-            raise UsageError(f"`{name}` is {value!r}; allowed are {' and '.join(choices[name])}.")
     if options.format in (ONNX, ONNX_ADAPTER):
         require_packages()
     if options.format in ADAPTERS_ALONE and not adapters:

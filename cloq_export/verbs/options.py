@@ -6,24 +6,12 @@ Nothing here needs torch, so that `cloq VERB --help` is quick.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
 from cloq_export.errors import UsageError
 from cloq_export.recipe import CHOICES, EXPORT_FORMATS, FIELDS
-
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """Return a field that is an option.
-
-    Args:
-        default: its value unless given; `dataclasses.MISSING` if it must be.
-        text: what it means.
-        more: "choices", "least" and "most" limit the value; "metavar" stands for it in the help; "flag" is its flag
-            if that is not its name; "separator" stands between the parts of a value that is typed in one word.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+from cloq_export.recipe.checks import Options, at_least, between, one_of, option
 
 
 def refuse_unmeant(options: Any) -> None:
@@ -35,16 +23,12 @@ def refuse_unmeant(options: Any) -> None:
     Raises:
         UsageError: names the first of them.
     """
-    for field in dataclasses.fields(options):
-        value, facts = getattr(options, field.name), field.metadata
-        if value is None:
-            continue
-        if "choices" in facts and value not in facts["choices"]:
-            near = difflib.get_close_matches(str(value), facts["choices"], n=1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"`{field.name}` is {value!r}; allowed are {', '.join(facts['choices'])}.{hint}")
-        if "least" in facts and value < facts["least"]:
-            raise UsageError(f"`{field.name}` is {value}; it must be at least {facts['least']}.")
+    known = Options(type(options))
+    for name in known.fields:
+        value = getattr(options, name)
+        faults = known.faults(name, value, shown=f"`{name}`") if value is not None else []
+        if faults:
+            raise UsageError(f"{faults[0]}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +39,14 @@ class ExportOptions:
         None,
         "A layout, merged (plain 16-bit weights), onnx, or adapters alone (peft, onnx-adapter); unless given, the "
         "target's best, or the layout of the source.",
-        choices=EXPORT_FORMATS,
+        one_of(EXPORT_FORMATS),
     )
     target: str | None = option(
         None,
         "Check that this engine can read the export, e.g. vllm==0.33, transformers, gptqmodel, sglang.",
         metavar="ENGINE[==VERSION]",
     )
-    device: str = option("any", "Where the target runs.", choices=("any", "cpu", "cuda"))
+    device: str = option("any", "Where the target runs.", one_of(("any", "cpu", "cuda")))
     adapters: tuple[str, ...] = option(
         (),
         "Adapter to put in; can be repeated. Unless given, all that the source has.",
@@ -72,22 +56,22 @@ class ExportOptions:
     split: str = option(
         "stored",
         "How A and B share their product: as stored, or evenly, for engines that compute in float16.",
-        choices=("stored", "balanced"),
+        one_of(("stored", "balanced")),
     )
-    pad_rank: int | None = option(None, "Pad every pair with zeros to this rank.", least=1)
-    dtype: str = option("bfloat16", "Of a merged export.", choices=("bfloat16", "float16"))
+    pad_rank: int | None = option(None, "Pad every pair with zeros to this rank.", at_least(1))
+    dtype: str = option("bfloat16", "Of a merged export.", one_of(("bfloat16", "float16")))
     style: str | None = option(
         None,
         "Of an ONNX graph: ONNX Runtime's own operator (the default), or DequantizeLinear and MatMul.",
-        choices=("matmulnbits", "qdq"),
+        one_of(("matmulnbits", "qdq")),
     )
     two_bit: str | None = option(
         None,
         "Of 2-bit codes in an ONNX graph: exact in 4-bit containers (the default), or 2-bit with activations rounded "
         "to int8.",
-        choices=("exact", "compact"),
+        one_of(("exact", "compact")),
     )
-    opset: int | None = option(None, "Of an ONNX graph; unless given, the least that fits.", least=1)
+    opset: int | None = option(None, "Of an ONNX graph; unless given, the least that fits.", at_least(1))
     force: bool = option(False, "Take an adapter of another base; the export and its card will say so.")
     out: Path | None = option(  # noqa: RUF009 (it returns a field)
         None, "Folder to write; unless given, it lies in RUN/exports.", metavar="FOLDER"
@@ -99,13 +83,15 @@ class EvaluateOptions:
     """What is measured, and on what."""
 
     text: str = option(FIELDS["eval_text"].default, "wikitext2, gsm8k, embedded, a file or a hub id.")
-    window: int = option(FIELDS["eval_window"].default, "Tokens in a window; each window stands on its own.", least=2)
-    windows: int = option(FIELDS["eval_windows"].default, "How many windows, from the start of the text.", least=1)
+    window: int = option(
+        FIELDS["eval_window"].default, "Tokens in a window; each window stands on its own.", at_least(2)
+    )
+    windows: int = option(FIELDS["eval_windows"].default, "How many windows, from the start of the text.", at_least(1))
     bos: str | None = option(
         None,
         "Begin token before each window: where the tokenizer puts one by itself (auto), never, or always; unless "
         "given, as the run has it, else auto.",
-        choices=CHOICES["bos"],
+        one_of(CHOICES["bos"]),
     )
     reference: str | None = option(
         None, "The float model; unless given, the one that the run was made from.", metavar="MODEL"
@@ -118,7 +104,7 @@ class EvaluateOptions:
         FIELDS["stream"].default,
         "Read the weights of the float model from disk block by block: where it would not fit into free memory, "
         "always, or never.",
-        choices=CHOICES["stream"],
+        one_of(CHOICES["stream"]),
     )
     tasks: tuple[str, ...] = option(
         ("ppl",),
@@ -127,8 +113,8 @@ class EvaluateOptions:
         metavar="ppl,TASK[=FILE],...",
         separator=",",
     )
-    problems: int | None = option(None, "Questions of each task, from its start; unless given, all.", least=1)
-    shots: int = option(0, "Worked examples before each.", least=0)
+    problems: int | None = option(None, "Questions of each task, from its start; unless given, all.", at_least(1))
+    shots: int = option(0, "Worked examples before each.", at_least(0))
     out: Path | None = option(  # noqa: RUF009 (it returns a field)
         None, "For answers, from which an interrupted call goes on, and tasks.json.", metavar="FOLDER"
     )
@@ -149,17 +135,17 @@ class ServeOptions:
     )
     name: str | None = option(None, "The model's own name; unless given, the folder's.")
     host: str = option("127.0.0.1", "Address to listen at.")
-    port: int = option(8000, "Port; 0 takes a free one.", least=0, most=65535)
+    port: int = option(8000, "Port; 0 takes a free one.", between(0, 65535))
     dtype: str | None = option(
         None,
         "Of the activations; unless given, float32 on a CPU and float16 on a GPU.",
-        choices=("float32", "float16", "bfloat16"),
+        one_of(("float32", "float16", "bfloat16")),
     )
-    max_model_len: int | None = option(None, "Longest prompt with its answer, in tokens.", least=1)
+    max_model_len: int | None = option(None, "Longest prompt with its answer, in tokens.", at_least(1))
     max_lora_rank: int | None = option(None, "Rank that adapters may have, also those that are loaded later.")
-    max_loras: int | None = option(None, "Adapters in one batch.", least=1)
-    kv_cache_gib: int | None = option(None, "Memory for keys and values on a CPU.", least=1)
-    threads: int | None = option(None, "Threads on a CPU.", least=1)
+    max_loras: int | None = option(None, "Adapters in one batch.", at_least(1))
+    kv_cache_gib: int | None = option(None, "Memory for keys and values on a CPU.", at_least(1))
+    threads: int | None = option(None, "Threads on a CPU.", at_least(1))
     python: Path | None = option(  # noqa: RUF009 (it returns a field)
         None, "Interpreter of the environment that has vLLM; unless given, this one."
     )
@@ -186,9 +172,9 @@ class ServeOptions:
         None, "Certificates of which one must have signed that of each client; unless given, clients need none."
     )
     shutdown_timeout: int = option(
-        30, "Seconds in which requests under way may end after SIGTERM or Ctrl-C; 0 ends them at once.", least=0
+        30, "Seconds in which requests under way may end after SIGTERM or Ctrl-C; 0 ends them at once.", at_least(0)
     )
     skip_proof: bool = option(False, "Open the port without proving the default adapter first.")
-    timeout: float = option(1800, "Seconds to wait for the start.", least=1)
+    timeout: float = option(1800, "Seconds to wait for the start.", at_least(1))
     verbose: bool = option(False, "Show vLLM's lines from the start; unless given, once it answers.")
     engine_options: tuple[str, ...] = ()

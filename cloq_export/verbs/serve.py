@@ -27,7 +27,7 @@ from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
 from cloq_export.parity.start_proof import DefaultAnswer, StartProof, prove_default
 from cloq_export.process.progress import show_waiting
 from cloq_export.process.termination import interrupted_by_termination
-from cloq_export.verbs.options import ServeOptions
+from cloq_export.verbs.options import ServeOptions, refuse_unmeant
 from cloq_export.verbs.verification.made_before import MadeBefore
 
 
@@ -128,6 +128,7 @@ def plan_serving(export: Path, options: ServeOptions) -> ServerPlan:
     Raises:
         CloqError: as `serve`.
     """
+    refuse_unmeant(options)
     adapters = served_adapters(export)
     default = options.default
     for text in options.adapters:

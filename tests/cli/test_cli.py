@@ -67,7 +67,7 @@ def test_every_verb_has_its_help(capsys):
         (["run", "m", "--out", "x", "--bits", "three"], "'three' is not a valid integer"),
         (["run", "m", "--out", "x", "--method", "gptq"], "'gptq' is not one of"),
         (["eval"], "Missing argument 'PATH'"),
-        (["eval", "x", "--window", "1"], "--window"),
+        (["eval", "x", "--window", "one"], "'one' is not a valid integer"),
         (["export", "x", "--format", "zip"], "'zip' is not one of"),
         (["run", "m", "--out", "x", "--bits", "5"], "error: bits is 5; allowed are 2, 3, 4 and 8."),
         (["run", "m", "--out", "x", "--set", "nope=1"], "error: 'nope' is not an option of a recipe"),

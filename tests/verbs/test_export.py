@@ -252,9 +252,9 @@ def test_an_engine_without_patterns_gets_one_rank(tmp_path: Path, made_run: Any,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "zip"}, "the format 'zip' is unknown; allowed are gptq_v2, gptq, compressed_tensors"),
-        ({"format": "merged", "dtype": "int8"}, "a merged export is bfloat16 or float16, not 'int8'"),
-        ({"split": "odd"}, "the split is stored or balanced, not 'odd'"),
+        ({"format": "zip"}, "`format` is 'zip'; allowed are gptq_v2, gptq, compressed_tensors"),
+        ({"format": "merged", "dtype": "int8"}, "`dtype` is 'int8'; allowed are bfloat16, float16"),
+        ({"split": "odd"}, "`split` is 'odd'; allowed are stored, balanced"),
     ],
 )
 def test_options_that_mean_nothing(made_run: Any, silent: Console, options: dict[str, Any], message: str) -> None:

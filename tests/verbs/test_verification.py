@@ -507,7 +507,7 @@ def test_a_base_without_adapters(tmp_path: Path, exported: Path, options: Verify
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"runtime": "vlm"}, r"`runtime` is 'vlm'; allowed are hf, vllm, vllm-server, onnx. did you mean 'vllm'"),
+        ({"runtime": "vlm"}, r"`runtime` is 'vlm'; allowed are hf, vllm, vllm-server, onnx \(did you mean 'vllm'"),
         ({"tasks": ("gsm8",)}, r"`tasks` is 'gsm8'; allowed are ppl, gsm8k"),
         ({"adapters": ("a/b=cloq",)}, r"'a/b' cannot be the name of an adapter"),
         ({"adapters": ("a=cloq", "a=second")}, r"two adapters have the name 'a'"),

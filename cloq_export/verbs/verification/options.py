@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cloq_export.errors import UsageError
 from cloq_export.recipe import CHOICES, FIELDS
-from cloq_export.verbs.options import option, refuse_unmeant
+from cloq_export.recipe.checks import at_least, one_of, option
+from cloq_export.verbs.options import refuse_unmeant
 
 # Losses of accuracy that can be asked for.
 _LEAST_LOSS, _LARGEST_LOSS = 0.005, 0.5
@@ -23,7 +24,7 @@ class VerifyOptions:
         "whether each adapter is applied, on any base.",
         metavar="MODEL",
     )
-    runtime: str = option("hf", "What serves.", choices=("hf", "vllm", "vllm-server", "onnx"))
+    runtime: str = option("hf", "What serves.", one_of(("hf", "vllm", "vllm-server", "onnx")))
     adapters: tuple[str, ...] = option(
         (),
         "Adapter to serve; can be repeated. Unless given, all that EXPORT has.",
@@ -37,19 +38,19 @@ class VerifyOptions:
         metavar="ppl,TASK[=FILE],...",
     )
     gate: Path | None = option(None, "YAML file of limits.", metavar="FILE")  # noqa: RUF009 (it returns a field)
-    dtype: str = option("float32", "Of the served activations.", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option("float32", "Of the served activations.", one_of(("float32", "bfloat16", "float16")))
     device: str = option("cpu", "Of transformers models.", metavar="cpu|cuda[:N]")
     text: str = option(FIELDS["eval_text"].default, "wikitext2, gsm8k, embedded, a file or a hub id.")
-    window: int = option(512, "Tokens in a window.", least=2)
-    windows: int = option(16, "How many windows.", least=1)
+    window: int = option(512, "Tokens in a window.", at_least(2))
+    windows: int = option(16, "How many windows.", at_least(1))
     bos: str = option(
         FIELDS["bos"].default,
         "Begin token before each window and prompt of the text: as the tokenizer does by itself, never, or always.",
-        choices=CHOICES["bos"],
+        one_of(CHOICES["bos"]),
     )
     gsm8k: str | None = option(None, "The same as --tasks gsm8k=FILE.", metavar="FILE")
     problems: int | None = option(
-        None, "Questions of each task, which must be there; unless given, up to 100.", least=1, metavar="N"
+        None, "Questions of each task, which must be there; unless given, up to 100.", at_least(1), metavar="N"
     )
     detect: float | None = option(
         None,
@@ -57,16 +58,16 @@ class VerifyOptions:
         "there.",
         metavar="SHARE",
     )
-    shots: int = option(0, "Worked examples before each.", least=0)
-    prompts: int = option(32, "Greedy texts to compare.", least=0)
-    new_tokens: int = option(32, "Tokens in each of them.", least=1)
+    shots: int = option(0, "Worked examples before each.", at_least(0))
+    prompts: int = option(32, "Greedy texts to compare.", at_least(0))
+    new_tokens: int = option(32, "Tokens in each of them.", at_least(1))
     longest: int | None = option(
-        None, "Tokens in the longest text; unless given, what is served, up to 2048.", least=2, metavar="N"
+        None, "Tokens in the longest text; unless given, what is served, up to 2048.", at_least(2), metavar="N"
     )
     liveness_tokens: int | None = option(
         None,
         "Tokens on which every module is shown to be live; unless given, 32 in float32, else 64.",
-        least=2,
+        at_least(2),
         metavar="N",
     )
     seed: int = option(0, "Of the random signs that scales of modules are screened with.")
