@@ -156,7 +156,7 @@ def solve_rows(shape: tuple[int, int], options: argparse.Namespace, device: torc
         (f"grid search {out}x{columns}", lambda: grid.fit_grid(weight, spec)[0], 1e-3, 0, weight.numel() * 4),
         (
             f"proximal map {out}x{columns}",
-            lambda: magr._shrink_from(weight.view(-1, options.group), 0.5, levels.clone()),
+            lambda: magr.shrink_infinity_norm(weight.view(-1, options.group), 0.5, levels.clone()),
             1e-4,
             0,
             weight.numel() * 8,

@@ -50,7 +50,7 @@ def _clip_level(magnitude: torch.Tensor, amount: float, start: torch.Tensor) -> 
     return level
 
 
-def shrink_infinity_norm(groups: torch.Tensor, amount: float) -> torch.Tensor:
+def shrink_infinity_norm(groups: torch.Tensor, amount: float, level: torch.Tensor | None = None) -> torch.Tensor:
     """Return the proximal map of `amount * ||v||_inf` on each row, `v - proj_{l1 ball of radius amount}(v)`.
 
     By Moreau's identity this clips `|v|` at the level tau with `sum(max(|v| - tau, 0)) = amount` (MagR section 3).
@@ -58,15 +58,12 @@ def shrink_infinity_norm(groups: torch.Tensor, amount: float) -> torch.Tensor:
     Args:
         groups: (n, span) float.
         amount: radius, >= 0.
+        level: tau, (n, 1): where the search starts, overwritten with where it ends; None starts at 0.
 
     Returns:
         Same shape: `sign(v) * min(|v|, tau)`, all zero where the l1 norm is at most `amount`.
     """
-    return _shrink_from(groups, amount, groups.new_zeros(groups.shape[0], 1))
-
-
-def _shrink_from(groups: torch.Tensor, amount: float, level: torch.Tensor) -> torch.Tensor:
-    """Return `shrink_infinity_norm`; `level`, (n, 1), is where the search starts and is overwritten with its result."""
+    level = groups.new_zeros(groups.shape[0], 1) if level is None else level
     if triton_takes_groups(groups.shape[1], groups, level):
         from cloq_export.kernels.triton.prox import clip_groups
 
@@ -162,7 +159,7 @@ class _Descent:
         for iteration in range(1, most + 1):
             with float32_products(precision):
                 stepped = torch.addmm(lookahead, weight - lookahead, self.metric).view(-1, self.span)
-            updated = _shrink_from(stepped, self.alpha, level).view_as(weight)
+            updated = shrink_infinity_norm(stepped, self.alpha, level).view_as(weight)
             change = updated - current
             # Read together: a GPU's host waits once.
             moved, uphill = torch.stack([change.norm(), ((lookahead - updated) * change).sum()]).tolist()
