@@ -73,6 +73,7 @@ _NAMED = (
     "token_weighting",
     "blocks",
     "format",
+    "measure",
 )
 _METAVARS = {
     "calibration": "TEXT|FILE|HUB_ID",

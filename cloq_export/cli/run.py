@@ -36,6 +36,8 @@ def command(finetune: bool, plan: bool, gate_texts: tuple[str, ...], as_json: bo
         _show_plan({**options, "out": options["out"] or Path()}, as_json=as_json)
         return
     recipe, out = build_recipe(options, finetune=finetune)
+    if gates and not recipe.measure:
+        raise UsageError("--gate judges what is measured; leave --no-measure out, or gate later with `cloq eval`.")
     if recipe.rank == 0 and "adapter_perplexity" in gates:
         raise UsageError(
             "--gate adapter_perplexity needs an adapter, and rank is 0; gate quantized_perplexity instead."

@@ -39,9 +39,6 @@ from cloq_export.texts.windows import draw_windows
 from cloq_export.verbs.answering import Subject, answer_tasks, read_questions
 from cloq_export.verbs.run import run
 
-# The run's own evaluation is not used, so it is kept small and needs no data set.
-OWN_EVALUATION = {"eval_text": "embedded", "eval_windows": 1, "eval_window": 64}
-
 
 def measure_frontier(
     frontier: Frontier,
@@ -120,7 +117,7 @@ class FrontierFolder:
     def _own(self, case: FrontierRow, place: Path) -> dict[str, Any]:
         method = METHODS[case.method]
         options = {**self.frontier.quantize, **method.options, "model": self.frontier.model}
-        options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, **OWN_EVALUATION}
+        options |= {"bits": case.bits, "rank": case.rank, "seed": case.seed, "measure": False}
         in_one_go = not place.exists()
         summary = run(Recipe.from_mapping(options, preset=method.preset), place, console=self.console).to_json()
         adapter = Recipe().adapter_name if case.rank else None

@@ -43,7 +43,8 @@ OVERRIDE_KEYS = ("bits", "group_size", "rank", "skip")
 
 # Fields that do not change the bytes of a run: a run may be resumed with other values of these.
 NOT_IN_THE_BYTES = (
-    *("eval_text", "eval_window", "eval_windows", "max_shard_size", "format", "finetune", "solvers", "stream"),
+    *("eval_text", "eval_window", "eval_windows", "measure", "max_shard_size", "format", "finetune", "solvers"),
+    "stream",
 )
 
 _GROUP_SIZE = ValueRule(
@@ -196,6 +197,9 @@ class Recipe:
         "gptq_v2", "Layout of the checkpoint."
     )
     max_shard_size: str = option("5GB", "Largest weight file of the checkpoint, e.g. 500MB or 5GB.", _SHARD_SIZE)
+    measure: bool = option(
+        True, "Measure the perplexity of the float model and of the result; without it, `cloq eval` does it later."
+    )
     eval_text: str = option(
         "wikitext2", "Text on which perplexity is measured: wikitext2, gsm8k, embedded, a file, a hub id.", _TEXT
     )

@@ -25,7 +25,7 @@ from cloq_export.verbs.held_out import notes_on_evaluation
 from cloq_export.verbs.recording import CODES_ALONE, record_base
 from cloq_export.verbs.run_files import note_source, open_run, write_run_adapter, write_run_checkpoint
 from cloq_export.verbs.run_texts import bind_text, run_texts
-from cloq_export.verbs.stored_model import StoredModel, choose_adapter, measure_perplexity
+from cloq_export.verbs.stored_model import StoredModel, choose_adapter, measure_perplexity, probe_stored
 from cloq_export.verbs.summary import RunSummary, summarize_run
 
 
@@ -37,7 +37,7 @@ def run(
     console: Console | None = None,
     check: Callable[[LoadedModel], None] | None = None,
 ) -> RunSummary:
-    """Go from a model to a measured checkpoint with its adapter, continuing what an earlier call has done.
+    """Go from a model to a checkpoint with its adapter, and measure it, continuing what an earlier call has done.
 
     Args:
         recipe: every option.
@@ -57,14 +57,17 @@ def run(
     check_low_rank_first(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
     session = Session(console or Console(stderr=True))
-    texts = run_texts(recipe, demo=demo)
+    texts = run_texts(recipe, demo=demo, measures=recipe.measure)
     session.notes.extend(texts.notes)
-    assert texts.evaluation is not None  # asked for
-    session.notes.extend(notes_on_evaluation(texts.calibration, texts.evaluation))
-    windows = TextWindows(texts.evaluation, recipe.eval_window, recipe.eval_windows, recipe.bos)
+    windows = None
+    if recipe.measure and texts.evaluation is not None:
+        session.notes.extend(notes_on_evaluation(texts.calibration, texts.evaluation))
+        windows = TextWindows(texts.evaluation, recipe.eval_window, recipe.eval_windows, recipe.bos)
 
     def check_all(loaded: LoadedModel) -> None:
-        check_windows(loaded.model, windows.tokens(loaded.tokenizer), window=windows.window, windows=windows.windows)
+        if windows is not None:
+            ids = windows.tokens(loaded.tokenizer)
+            check_windows(loaded.model, ids, window=windows.window, windows=windows.windows)
         if check is not None:
             check(loaded)
 
@@ -79,15 +82,20 @@ def run(
         stored = StoredModel(out, adapter, device=chosen_device(recipe.device))
         session.notes.extend(stored.notes)
         probes: dict[str, ProbeRecord] = {}
-        perplexity = session.timed("measure", lambda: measure_perplexity(session, stored, windows, model, probes))
-        directory.write_report("evaluation", perplexity.to_json())
+        perplexity = None
+        if windows is not None:
+            measured = (session, stored, windows, model, probes)
+            perplexity = session.timed("measure", lambda: measure_perplexity(*measured))
+            directory.write_report("evaluation", perplexity.to_json())
+        else:
+            session.timed("measure", lambda: probe_stored(session, stored, model.tokenizer, probes))
         record_base(
             session,
             directory,
             model.tokenizer,
             model_name=public_name(recipe.model),
             probes=probes,
-            quality=_quality(recipe, perplexity),
+            quality=None if perplexity is None else _quality(recipe, perplexity),
         )
         directory.set_state("done")
         return summarize_run(session, directory, recipe, perplexity=perplexity)

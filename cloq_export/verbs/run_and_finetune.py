@@ -84,7 +84,7 @@ class FineTunedRun:
         """Return what `cloq run --json` prints: the summary of the run with what followed it."""
         content = self.summary.to_json()
         adapter, report = self.trained.adapter, self.report
-        perplexity = dict(content["perplexity"])
+        perplexity = dict(content["perplexity"] or {})
         for row in report.quality.perplexity:
             if row.model == "served" and row.adapter == adapter:
                 perplexity["finetuned"] = row.to_json()

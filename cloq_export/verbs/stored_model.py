@@ -162,19 +162,38 @@ def measure_perplexity(
         if merged:
             yield "merged", model
             return
-        if stored.adapter is not None:
-            model.disable_adapters()
-        if probes is not None:
-            probes[CODES_ALONE] = probe_model(model, tokenizer)
-        yield "quantized", model
-        if stored.adapter is not None:
-            model.enable_adapters()
+        for name, shown in _as_stored(model, stored.adapter):
             if probes is not None:
-                probes[stored.adapter] = probe_model(model, tokenizer)
-            yield "adapter", model
+                probes[name] = probe_model(shown, tokenizer)
+            yield "quantized" if name == CODES_ALONE else "adapter", shown
 
     begin_tokens = tuple(TextTokens(tokenizer).window_begin(on.bos))
     return measure(models(), on.tokens(tokenizer), on, begin_tokens=begin_tokens, console=session.console)
+
+
+def probe_stored(session: Session, stored: StoredModel, tokenizer: Any, probes: dict[str, ProbeRecord]) -> None:
+    """Note what the model on disk says of the fixed probes, without its adapter and with it.
+
+    Args:
+        session: where progress and notes go.
+        stored: what is asked; its weights are packed codes.
+        tokenizer: of the model.
+        probes: filled, by name of the adapter.
+    """
+    model = stored.packed_model(session)
+    model = model.to(_fitting(session, model, stored.device, "the quantized model"))
+    for name, _ in _as_stored(model, stored.adapter):
+        probes[name] = probe_model(model, tokenizer)
+
+
+def _as_stored(model: Any, adapter: str | None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a packed model with its adapter switched off, then on, by name of the adapter."""
+    if adapter is not None:
+        model.disable_adapters()
+    yield CODES_ALONE, model
+    if adapter is not None:
+        model.enable_adapters()
+        yield adapter, model
 
 
 def _fitting(session: Session, model: nn.Module, device: torch.device, what: str) -> torch.device:

@@ -55,11 +55,6 @@ def recipe_file(recipe_for: Callable[..., Recipe], texts: dict[str, str], tmp_pa
     return write
 
 
-@pytest.fixture(autouse=True)
-def _measured_on_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OWN_EVALUATION", {"eval_text": "embedded", "eval_windows": 1, "eval_window": 16})
-
-
 @pytest.mark.slow
 def test_rows_means_and_files(recipe_file: Any, texts: dict[str, str], silent: Console, tmp_path: Path) -> None:
     frontier, out = Frontier.read(str(recipe_file())), tmp_path / "out"
