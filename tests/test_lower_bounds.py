@@ -125,8 +125,8 @@ def test_the_lowest_versions_work_together(tmp_path: Path):
     pins = [f"{name}=={version}" for name, version in wanted.items() if name != "torch"]
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, *pins], check=True, timeout=900)
-    chosen = ("models/test_source", "verbs/test_run", "verbs/test_finetune", "artifact/test_model_card")
-    files = [str(ROOT / "tests" / f"{name}.py") for name in chosen]
+    chosen = ("models/test_source.py", "verbs/running", "verbs/finetuning", "artifact/test_model_card.py")
+    files = [str(ROOT / "tests" / name) for name in chosen]
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files],
         # In the project's root transformers would take our `kernels` for the library of that name.
