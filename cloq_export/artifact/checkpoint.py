@@ -25,6 +25,7 @@ from cloq_export.files.safe_tensors import MAX_NAME, TensorFile
 from cloq_export.formats.layout import Headers, StoredGrids
 from cloq_export.formats.registry import LAYOUTS, read_quantization_config
 from cloq_export.models.fetched_code import refuse_fetched_code
+from cloq_export.models.rope_statements import refuse_two_ropes
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 # Names of tensors that occur only beside codes, in any layout.
@@ -73,6 +74,7 @@ class Checkpoint:
         folder = checkpoint_folder(path)
         config = read_json(require_inside(folder, folder / CONFIG_NAME))
         refuse_fetched_code(config, str(folder / CONFIG_NAME))
+        refuse_two_ropes(config, str(folder / CONFIG_NAME))
         described = find_quantization(folder, config)
         if described is None:
             _refuse_undescribed(folder)

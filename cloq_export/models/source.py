@@ -35,6 +35,7 @@ from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.library_calls import NO_CODE, first_line, quiet_transformers, told_in_one_line
 from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_untied
 from cloq_export.models.model_class import model_class
+from cloq_export.models.rope_statements import refuse_two_ropes
 from cloq_export.models.stated_quantization import QUANTIZATION_FILES, forget_quantization
 from cloq_export.models.tied_head import correct_config, is_tied
 from cloq_export.models.tokenizer_files import read_tokenizer
@@ -320,6 +321,7 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
     with _damage_of(name):
         config = read_json(config_path)
         refuse_fetched_code(config, str(config_path))
+        refuse_two_ropes(config, str(config_path))
         weights = open_weights(name, folder, config)
     if (folder / "adapter_config.json").is_file():
         raise SourceError(
