@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cloq_export.errors import NonFiniteError
+from cloq_export.models.context import require_known_tokens
 from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
@@ -138,7 +139,7 @@ def _continue_together(
         return _generate(model, prompts, max_new_tokens, ended)
     device = device_of(model)
     ends = end_tokens(model)
-    ids, mask = _filled_up(prompts, device)
+    ids, mask = _filled_up(prompts, model)
     results: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # prompt of each row of the cache
     open_rows = [True] * len(alive)
@@ -174,15 +175,20 @@ def _continue_together(
     return results
 
 
-def _filled_up(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and their mask, (prompts, longest), filled up in front."""
+def _filled_up(prompts: Sequence[Sequence[int]], model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and their mask, (prompts, longest), filled up in front, on a model's device.
+
+    Raises:
+        DataError: a token is outside of the model's vocabulary.
+    """
     longest = max(len(ids) for ids in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    require_known_tokens(model, ids, "the tokens of a prompt")
+    return ids.to(device_of(model)), mask.to(device_of(model))
 
 
 def _refuse_overflow(finite: bool) -> None:
@@ -201,7 +207,7 @@ def _generate(
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0)
     try:
         for rows in _together(model, prompts):
-            ids, mask = _filled_up([prompts[row] for row in rows], model.device)
+            ids, mask = _filled_up([prompts[row] for row in rows], model)
             watch = _Watch(ids.shape[1], ended)
             texts = model.generate(
                 ids,

@@ -22,6 +22,7 @@ from cloq_export.models.block_arguments import (
     returned_beside,
 )
 from cloq_export.models.blocks import BlockList
+from cloq_export.models.context import embeddings_of, require_known_tokens
 from cloq_export.models.devices import device_of
 from cloq_export.models.lending import place_of_states
 from cloq_export.models.precision import forward_precision, resolve_precision
@@ -54,7 +55,8 @@ class BlockStream:
             reproducible.
 
     Raises:
-        CalibrationError: windows are empty or hold ids outside the model's vocabulary.
+        CalibrationError: windows are empty.
+        DataError: they hold ids outside the model's vocabulary.
         UnsupportedModelError: running block by block would not equal the model's own forward pass.
         UsageError: `compute` is a precision that the model's dtype cannot offer.
     """
@@ -81,7 +83,7 @@ class BlockStream:
         self._mover = BlockMover(blocks, self.device)
         self._base = getattr(model, "base_model", model)
         self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)
-        self._check_vocabulary(windows)
+        require_known_tokens(model, windows, "the calibration tokens")
 
         # Sums of outputs that are not checked yet: on a GPU the host would wait for each.
         self._unseen: list[tuple[int, torch.dtype, torch.Tensor]] = []
@@ -246,7 +248,7 @@ class BlockStream:
             return stub
 
         with _replaced_forwards(self.blocks, make_stub):
-            host = device_of(_embeddings(self.model))
+            host = device_of(embeddings_of(self.model))
             with forward_precision(self._precision, host):
                 logits: torch.Tensor = self.model(input_ids=ids.to(host), use_cache=False).logits
                 return logits
@@ -279,14 +281,6 @@ class BlockStream:
             with self._mover.lent(index):
                 yield block
                 self.refuse_overflow()
-
-    def _check_vocabulary(self, windows: torch.Tensor) -> None:
-        rows = getattr(_embeddings(self.model), "num_embeddings", None)
-        if rows is not None and (int(windows.max()) >= rows or int(windows.min()) < 0):
-            raise CalibrationError(
-                f"the calibration tokens reach id {int(windows.max())}, the model's vocabulary has {rows} entries: "
-                "tokenizer and model do not belong together. Use the tokenizer that came with the model."
-            )
 
     def _as_argument(self, tensor: torch.Tensor) -> torch.Tensor:
         # Rotary tables and masks in the dtype of the products, as a bfloat16 model has them: float32 tables would turn
@@ -359,19 +353,13 @@ class BlockStream:
             return stub
 
         with torch.no_grad(), _replaced_forwards(self.blocks, make_stub):
-            self._base(input_ids=ids.to(device_of(_embeddings(self.model))), use_cache=False)
+            self._base(input_ids=ids.to(device_of(embeddings_of(self.model))), use_cache=False)
         if any(call is None for call in calls):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} did not run every block of {self.blocks.name}; name the list of decoder "
                 "blocks with `blocks`, e.g. `blocks=model.layers`."
             )
         return first[0], [call for call in calls if call is not None]
-
-
-def _embeddings(model: nn.Module) -> nn.Module:
-    """Return the token embeddings, or the whole model where it does not say which they are."""
-    find: Any = getattr(model, "get_input_embeddings", None)
-    return model if find is None else find()
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

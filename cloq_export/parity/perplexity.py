@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from cloq_export.errors import CalibrationError, NonFiniteError, UsageError
-from cloq_export.models.context import context_length
+from cloq_export.models.context import context_length, require_known_tokens
 from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import forget_lengths
 from cloq_export.models.stream import BlockStream
@@ -162,9 +162,10 @@ def check_windows(model: nn.Module, token_ids: torch.Tensor, *, window: int, win
 
     Raises:
         CalibrationError: the text is shorter than one window.
+        DataError: a token is outside of the model's vocabulary.
         UsageError: window or windows is too small, or the window is longer than the model's context.
     """
-    _cut_windows(token_ids, window, windows)
+    require_known_tokens(model, _cut_windows(token_ids, window, windows), "the evaluation tokens")
     limit = context_length(model)
     if limit is not None and window > limit:
         raise UsageError(

@@ -14,7 +14,7 @@ from cloq_export.compress.session import Session
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import BindingError, RunDirectoryError, UsageError
 from cloq_export.formats.peft import read_adapter
-from cloq_export.models.context import context_length
+from cloq_export.models.context import context_length, require_known_tokens
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
 from cloq_export.recipe import FineTuneRecipe, Recipe
@@ -81,6 +81,7 @@ def finetune(
             lambda: load(run_path, start.adapter, device=placement.own_device, dtype=placement.dtype, trainable=True),
         )
         check_length(model, recipe)
+        check_tokens(model, data)
         alphas = {name: pair.alpha for name, pair in read_adapter(start.adapter).pairs.items()}
         with keep_last_good(model, work / _CHECKPOINTS, alphas, recipe, start):
             training = run_training(session, model, data, recipe, work / _CHECKPOINTS, placement)
@@ -156,6 +157,17 @@ def check_length(model: nn.Module, recipe: FineTuneRecipe) -> None:
             f"a sequence has {recipe.seqlen} tokens, but this model reads at most {limit}; choose `seqlen={limit}` or "
             "less."
         )
+
+
+def check_tokens(model: nn.Module, data: TrainingData) -> None:
+    """Refuse sequences with tokens that the model has no embedding for.
+
+    Raises:
+        DataError: there is one.
+    """
+    for sequences in (data.learned, data.evaluated):
+        for row in sequences.rows if sequences is not None else ():
+            require_known_tokens(model, row["input_ids"], "the tokens to learn")
 
 
 def _refuse_taken_name(directory: RunDirectory, run_recipe: Recipe, recipe: FineTuneRecipe, work: Path) -> None:

@@ -20,9 +20,9 @@ from cloq_export.recipe import FineTuneRecipe, Recipe
 from cloq_export.texts.corpora import EMBEDDED
 from cloq_export.texts.examples import Example, ExampleSet
 from cloq_export.texts.named_sets import load_examples
-from cloq_export.train.data import read_training_data
+from cloq_export.train.data import TrainingData, read_training_data
 from cloq_export.verbs.export import export
-from cloq_export.verbs.finetune import check_length, finetune
+from cloq_export.verbs.finetune import check_length, check_tokens, finetune
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.run import run
 from cloq_export.verbs.run_texts import embedded_texts, origin_of
@@ -126,13 +126,15 @@ def run_and_finetune(recipe: Recipe, out: Path, *, demo: bool = False, console: 
     tuning = FineTuneRecipe.from_mapping(recipe.finetune)
     _check_options(recipe, tuning)
     console = console or Console(stderr=True)
-    _check_data(recipe, tuning, out, demo)
+    data = _checked_data(recipe, tuning, out, demo)
 
     def check(loaded: LoadedModel) -> None:
         check_length(loaded.model, tuning)
         # The tokenizer of a GGUF file comes with the model; the demo may fall back on a text that it brings itself.
         if loaded.source.kind == "gguf" and not demo:
-            read_training_data(tuning, loaded.tokenizer, bos=recipe.bos)
+            check_tokens(loaded.model, read_training_data(tuning, loaded.tokenizer, bos=recipe.bos))
+        elif data is not None:
+            check_tokens(loaded.model, data)
 
     summary = run(recipe, out, demo=demo, console=console, check=check)
     directory = RunDirectory.open(out)
@@ -171,25 +173,28 @@ def _check_options(recipe: Recipe, tuning: FineTuneRecipe) -> None:
         )
 
 
-def _check_data(recipe: Recipe, tuning: FineTuneRecipe, out: Path, demo: bool) -> None:
+def _checked_data(recipe: Recipe, tuning: FineTuneRecipe, out: Path, demo: bool) -> TrainingData | None:
     """Read the examples and make sequences of them: minutes at most, before hours of quantization.
+
+    Returns:
+        What is learned; None where that is not known yet, or learned already.
 
     Raises:
         DataError: they cannot be read, no sequence comes of them, or the model's chat template refuses one.
         MissingPackageError: they are on the hub, and `datasets` is not installed.
     """
     if RunDirectory.is_run(out) and RunDirectory.open(out).state == "done":
-        return
+        return None
     try:
         examples = load_examples(tuning.data)
     except (DataError, MissingPackageError):
         if demo:
-            return  # it may fall back on Python's own text
+            return None  # it may fall back on Python's own text
         raise
     source = find_source(recipe.model)
     if source.kind == "gguf":
-        return  # its tokenizer comes with reading the model
-    read_training_data(tuning, read_tokenizer(source.folder, name=source.name), examples, bos=recipe.bos)
+        return None  # its tokenizer comes with reading the model
+    return read_training_data(tuning, read_tokenizer(source.folder, name=source.name), examples, bos=recipe.bos)
 
 
 def _texts(directory: RunDirectory, recipe: Recipe, demo: bool) -> tuple[ExampleSet | None, str]:

@@ -12,7 +12,7 @@ from cloq_export.engines import decoding
 from cloq_export.engines.decoding import end_tokens, prompts_per_batch
 from cloq_export.engines.transformers import served
 from cloq_export.engines.transformers.served import TransformersModel, float_model
-from cloq_export.errors import NonFiniteError, UsageError
+from cloq_export.errors import DataError, NonFiniteError, UsageError
 
 FAMILIES = ("llama", "gemma2", "opt", "lfm2", "mamba2")
 
@@ -144,3 +144,14 @@ def test_bad_requests(tiny_model: Callable[..., Any], monkeypatch: pytest.Monkey
         with pytest.raises(NonFiniteError, match="NaN or Inf while it generates"):
             model.generate([[4, 5]], [None], 3)
         broken.weight[0, 0] = kept
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    rows = model.get_input_embeddings().num_embeddings
+    for asked in (
+        lambda: float_model(model).prompt_logprobs([[3, rows]], [None]),
+        lambda: float_model(model).generate([[3], [4, rows]], [None, None], 2),
+    ):
+        with pytest.raises(DataError, match=rf"reach id {rows}, the model's vocabulary has {rows} entries"):
+            asked()

@@ -12,7 +12,7 @@ import transformers
 from pretended_device import pretended_gpus
 from torch import nn
 
-from cloq_export.errors import CalibrationError, NonFiniteError, UnsupportedModelError, UsageError
+from cloq_export.errors import CalibrationError, DataError, NonFiniteError, UnsupportedModelError, UsageError
 from cloq_export.models import lending
 from cloq_export.models.blocks import find_blocks, find_linears
 from cloq_export.models.precision import forward_precision
@@ -236,7 +236,7 @@ def test_an_overflowing_block_is_named(build_model: BuildModel, token_windows: t
 
 
 def test_tokens_of_another_tokenizer_are_refused(build_model: BuildModel) -> None:
-    with pytest.raises(CalibrationError, match="reach id 96, the model's vocabulary has 96 entries"):
+    with pytest.raises(DataError, match="the calibration tokens reach id 96, the model's vocabulary has 96 entries"):
         open_stream(build_model("llama"), torch.full((2, 8), 96))
 
 

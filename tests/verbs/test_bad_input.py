@@ -254,6 +254,31 @@ def test_a_tokenizer_of_another_model(
     assert "tokenizer and model do not belong together" in message
 
 
+def add_token(folder: Path) -> None:
+    """Add a token to a tokenizer and none to the embeddings, as a fine-tune that forgot to resize them leaves it."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": 96, "content": "<new>", "special": True, **flags})
+    path.write_text(json.dumps(content))
+
+
+def test_a_token_without_an_embedding_in_what_is_measured_on_or_learned(
+    tmp_path: Path, refused: Callable[..., str], broken: Callable[..., Path], texts: dict[str, str]
+) -> None:
+    """A run that measures its result last would otherwise fail when the work is done."""
+    model = broken(add_token)
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text(f"<new> {Path(texts['eval_text']).read_text()}")
+    message = refused(model=model, eval_text=str(text), after_progress=True)
+    assert "the evaluation tokens reach id 96, the model's vocabulary has 96 entries" in message
+    rows.write_text('{"prompt": "<new>", "completion": "w1"}\n' * 4)
+    message = refused(
+        *("--set", f"finetune.data={rows}", "--set", "finetune.seqlen=32"), model=model, after_progress=True
+    )
+    assert "the tokens to learn reach id 96, the model's vocabulary has 96 entries" in message
+
+
 def test_a_model_that_overflows(tmp_path: Path, refused: Callable[..., str], broken: Callable[..., Path]) -> None:
     edit = change_tensor("model.layers.1.input_layernorm.weight", lambda tensor: tensor * 1e38)
     # The first block is finished by then, so the run stays and says that it is not done.

@@ -15,6 +15,7 @@ from cloq_export.engines.held_adapters import HeldAdapter, factors_of
 from cloq_export.engines.protocol import TokenDistributions
 from cloq_export.engines.transformers.loading import load
 from cloq_export.errors import UsageError
+from cloq_export.models.context import require_known_tokens
 from cloq_export.models.devices import device_of
 from cloq_export.models.rotary_switch import RotarySwitch, forget_lengths
 
@@ -222,11 +223,16 @@ def whole_vocabulary(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
 
 
 def padded_rows(token_ids: Sequence[Sequence[int]], model: Any) -> torch.Tensor:
-    """Return sequences as one (sequences, longest) tensor on the model's device, filled up by zeros."""
+    """Return sequences as one (sequences, longest) tensor on the model's device, filled up by zeros.
+
+    Raises:
+        DataError: a token is outside of the model's vocabulary.
+    """
     longest = max(len(ids) for ids in token_ids)
     padded = torch.zeros(len(token_ids), longest, dtype=torch.int64)
     for row, ids in enumerate(token_ids):
         padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    require_known_tokens(model, padded, "the tokens of a text")
     return padded.to(device_of(model))
 
 
