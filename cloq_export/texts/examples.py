@@ -26,17 +26,19 @@ _SPEAKERS = {
     "assistant": "assistant",
 }
 # Fields that a chat template would write, or another trainer would obey: a chat without them is another chat.
-_ROW_EXTRAS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "system_prompt", "history")
-_MESSAGE_EXTRAS = (
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "weight",
-    "train",
+_ROW_EXTRAS = (
+    *("tools", "functions", "documents", "chat_template", "chat_template_kwargs", "system", "system_prompt", "history"),
+    *("images", "image", "videos", "video", "audios", "audio"),
 )
+# Fields that stand between a question and its answer; beside a plain text they are notes about it.
+_ASKED_WITH = ("context", "passage", "choices", "options")
+# Of a message, each with the values that ask for nothing.
+_MESSAGE_EXTRAS: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"), ()),
+    **dict.fromkeys(("refusal", "images", "audio", "training_detail", "train_detail"), ()),
+    **dict.fromkeys(("weight", "train", "training", "loss"), (True,)),
+    **dict.fromkeys(("mask", "masked", "prefix"), (False,)),
+}
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "null", [], {})
 # The forms that a row can have, each with all of its fields; where a row without a value is read, the first counts.
 _FORMS = (
@@ -186,14 +188,19 @@ def example_of(row: Mapping[str, Any], where: str) -> AnyExample:
         DataError: it has the fields of no known form or of two, or one of them is no text or empty; or it has one that
             would stand in the prompt and is not read.
     """
-    for extra in _ROW_EXTRAS:
+    form = next(iter(forms_of(row, where)), ())
+    for extra in (*_ROW_EXTRAS, *(_ASKED_WITH if form != ("text",) else ())):
         if row.get(extra) not in _NOTHING:
             remedy = "Make it the first message" if extra.startswith("system") else "Write it into the prompt"
             raise DataError(
                 f"{where} has {extra!r}, which cannot be learned with: it would stand before the answer. {remedy}, "
                 "or take it out."
             )
-    form = next(iter(forms_of(row, where)), ())
+    if form == ("prompt", "completion") and row.get("label") is False:
+        raise DataError(
+            f"{where} has 'label': false, which calls its completion a bad one; every completion is learned here. "
+            "Delete the row."
+        )
     if len(form) == 1 and form[0] in _CHAT_FIELDS:
         return _chat_of(row, form[0], where)
     if form == ("text",):
@@ -304,7 +311,15 @@ def _chat_of(row: Mapping[str, Any], field: str, where: str) -> ChatExample:
 
 
 def _message_of(entry: Any, which: str) -> Message:
-    if isinstance(entry, dict) and "role" not in entry and "from" in entry:
+    twice = [
+        pair for pair in (("role", "from"), ("content", "value")) if isinstance(entry, dict) and {*pair} <= {*entry}
+    ]
+    if twice:
+        raise DataError(
+            f"{which} has {twice[0][0]!r} and {twice[0][1]!r}, two words for one thing; leave 'role' and 'content', or "
+            "'from' and 'value'."
+        )
+    if isinstance(entry, dict) and "from" in entry:
         speaker, content = entry["from"], "value"
         role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
@@ -313,8 +328,8 @@ def _message_of(entry: Any, which: str) -> Message:
         role, content = entry.get("role") if isinstance(entry, dict) else None, "content"
         if role not in ROLES:
             raise DataError(f"{which} has the role {str(role)[:40]!r}; allowed are {', '.join(ROLES)}.")
-    for extra in _MESSAGE_EXTRAS:
-        if entry.get(extra) not in _NOTHING and not (extra in ("weight", "train") and entry[extra] == 1):
+    for extra, idle in _MESSAGE_EXTRAS.items():
+        if entry.get(extra) not in (*_NOTHING, *idle):
             raise DataError(
                 f"{which} has {extra!r}, which cannot be learned with; only its {content!r} is. Write what is to be "
                 "learned there, or take it out."

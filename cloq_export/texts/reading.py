@@ -27,7 +27,16 @@ FILE_SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES, *_PACKED_SUFFIXES, *_TABLE_SUFFI
 ALLOWED = "give plain text (.txt), or JSON lines or a JSON list (.jsonl, .json), in UTF-8"
 
 _MARK = b"\xef\xbb\xbf"
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ\x00": "xz"}
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh91AY&": "bzip2",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+# Files of other kinds that begin with letters.
+_NO_TEXT = {b"PAR1": "Parquet", b"ARROW1\0\0": "Arrow", b"SQLite f": "SQLite", b"%PDF-": "PDF"}
 _LIKE_ROWS = re.compile(rb"\s*(?:\{\s*\"|\[\s*\{\s*\")")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 # What JSON names a half with, and the two halves of a pair.
@@ -254,6 +263,9 @@ def _check_beginning(head: bytes, path: Path) -> None:
     for sign, name in _PACKED.items():
         if head.startswith(sign):
             raise DataError(f"{path} holds {name} data; unpack it first, then {ALLOWED}.")
+    for sign, name in _NO_TEXT.items():
+        if head.startswith(sign):
+            raise DataError(f"{path} holds {name} data; {ALLOWED}. Convert it first.")
     wide = None
     # UTF-16 and UTF-32 without a mark: common characters leave every second byte empty.
     if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")) or re.match(rb"\0\0\0[^\0]|[^\0]\0\0\0", head):

@@ -40,7 +40,7 @@ def test_chats_of_another_form_and_where_they_stand(tmp_path: Path) -> None:
     ]
     expected = ChatExample(tuple(Message(turn["role"], turn["content"]) for turn in CHAT))
     rows = [{"conversations": turns}, {"conversations": CHAT}, {"messages": turns, "tools": [], "id": 3}]
-    rows.append({"messages": [{**turn, "tool_calls": None, "weight": 1, "name": "x"} for turn in CHAT]})
+    rows.append({"messages": [{**turn, "tool_calls": None, "weight": 1, "mask": False, "name": "x"} for turn in CHAT]})
     path = write_rows(tmp_path, *rows)
     found = read_examples(path)
     assert found.examples == (expected,) * 4
@@ -71,6 +71,18 @@ def test_chats_of_another_form_and_where_they_stand(tmp_path: Path) -> None:
         ),
         ({"messages": [CHAT[1], {**CHAT[2], "reasoning_content": "so"}]}, "message 2 has 'reasoning_content'"),
         ({"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}, "message 2 has 'weight'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "loss": False}]}, "message 2 has 'loss'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "mask": True}]}, "message 2 has 'mask'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "refusal": "no"}]}, "message 2 has 'refusal'"),
+        ({"messages": CHAT, "images": ["a.png"]}, "row has 'images', which cannot be learned with"),
+        ({"question": "a", "answer": "b", "context": "c"}, "row has 'context', .* Write it into the prompt"),
+        ({"question": "a", "answer": "b", "choices": ["b", "c"]}, "row has 'choices'"),
+        ({"prompt": "a", "completion": "b", "label": False}, "row has 'label': false, .* Delete the row"),
+        (
+            {"messages": [{**CHAT[1], "from": "gpt"}, CHAT[2]]},
+            "message 1 has 'role' and 'from', two words for one thing",
+        ),
+        ({"messages": [CHAT[1], {**CHAT[2], "value": "5"}]}, "message 2 has 'content' and 'value'"),
         (
             {"conversations": [{"from": "tool", "value": "a"}]},
             "message 1 is from 'tool'; allowed are system, human, user",
@@ -95,6 +107,8 @@ def test_chats_that_are_not_learned_are_refused_by_name(row: dict[str, Any], mes
         ({"text": " a text\n"}, Example(None, " a text\n")),
         ({"prompt": "2+2=", "completion": "4"}, Example("2+2=", "4")),
         ({"question": "2+2?", "answer": "It is 4.\n#### 4"}, Example("Question: 2+2?\nAnswer:", " It is 4.\n#### 4")),
+        ({"text": "a", "context": "a note", "label": False}, Example(None, "a")),
+        ({"prompt": "a", "completion": "b", "label": True, "images": []}, Example("a", "b")),
         ({"messages": CHAT}, ChatExample(tuple(Message(turn["role"], turn["content"]) for turn in CHAT))),
         # As Math10K and Commonsense170K come: a short answer beside the output, and an empty input.
         (
