@@ -18,7 +18,7 @@ import click
 
 from cloq_export import __version__
 from cloq_export.cli.streams import drop_closed_streams, prepared_streams, refused_output, write_line
-from cloq_export.errors import CloqError
+from cloq_export.errors import CloqError, OutputError
 from cloq_export.files.versions import require_versions
 from cloq_export.process.termination import Termination, interrupted_by_termination
 
@@ -139,6 +139,7 @@ def _run(arguments: list[str]) -> int:
         asks_for_help = bool(_ASK_FOR_HELP.intersection(arguments))
         if not asks_for_help:
             require_versions()
+            _require_folder()
         # A call for help writes to standard output only.
         with refused_output() if asks_for_help else contextlib.nullcontext():
             outcome: Any = cli.main(args=arguments, prog_name="cloq", standalone_mode=False)
@@ -162,6 +163,20 @@ def _run(arguments: list[str]) -> int:
         error.show(file=sys.stderr)
         return error.exit_code
     return outcome if isinstance(outcome, int) else 0
+
+
+def _require_folder() -> None:
+    """Refuse to start in a folder that was deleted: libraries below end the process in words of their own.
+
+    Raises:
+        OutputError: it is gone.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise OutputError(
+            "the folder that the command was started in no longer exists; change to one that does, and run it again."
+        ) from None
 
 
 def _what_remains(arguments: list[str]) -> str:

@@ -170,3 +170,19 @@ def test_bars_of_libraries_are_off_where_there_is_no_terminal(monkeypatch: pytes
         assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
         assert os.environ["TQDM_DISABLE"] == "0"  # a user's own word
     assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+def test_a_folder_that_is_gone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    os.rmdir(tmp_path / "gone")
+    assert main(["inspect", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "error: the folder that the command was started in no longer exists; change to one that does, and run it "
+        "again.\n"
+    )
+    assert printed.out == ""
