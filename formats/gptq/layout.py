@@ -60,6 +60,12 @@ def parse_quantization_config(
     auto_round = config.get("quant_method") == AUTO_ROUND
     if not auto_round and config.get("quant_method") != "gptq":
         raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r:.80}; this reader knows 'gptq'.")
+    # GPTQModel writes the same thing under two names.
+    if config.get("method") not in (None, config["quant_method"]):
+        raise FormatError(
+            f"{source}: quant_method is {config['quant_method']!r} but method is {config['method']!r:.80}; one of them "
+            "is wrong: look at the file with `cloq inspect`, and take the wrong one out."
+        )
     for key, harmless in CHANGES.items():
         if config.get(key) not in harmless:
             raise FormatError(

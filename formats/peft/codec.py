@@ -18,7 +18,7 @@ from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.files.tensor_writer import write_safetensors
-from cloq_export.formats.peft.config import RanksAndAlphas, adapter_config, check_config
+from cloq_export.formats.peft.config import RanksAndAlphas, adapter_config, check_config, refuse_unlisted
 from cloq_export.types import LoraPair
 
 CONFIG_NAME = "adapter_config.json"
@@ -33,6 +33,9 @@ _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?
 _FINGERPRINT_KEY = "cloq_base_fingerprint"
 _OUR_FILES = {CONFIG_NAME, WEIGHTS_NAME, BINDING_NAME, "README.md", "cloq_certificate.json"}
 _OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapters.safetensors")
+# Trained tensors that other tools put beside the pairs.
+_BESIDE = ("new_embeddings.safetensors", "new_embeddings.bin", "non_lora_trainables.bin")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_FINGERPRINT = 128
 
 
@@ -136,11 +139,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     config = read_json(require_inside(folder, folder / CONFIG_NAME))
     source = str(folder / CONFIG_NAME)
     check_config(config, source)
+    beside = next((name for name in _BESIDE if (folder / name).exists()), None)
+    if beside is not None:
+        raise FormatError(
+            f"{folder} holds {beside}, trained weights besides its pairs, which are not read; without them the adapter "
+            "would compute something else. Merge it with the tool that wrote it, or train pairs alone."
+        )
     if not (folder / WEIGHTS_NAME).exists():
         _explain_missing_weights(folder)
     tensors, metadata = read_safetensors(require_inside(folder, folder / WEIGHTS_NAME))
     weights = str(folder / WEIGHTS_NAME)
     sides = _sides(tensors, weights)
+    refuse_unlisted(config, sides, source)
     looked_up = RanksAndAlphas(config, source)
     pairs: dict[str, LoraPair] = {}
     for module in sorted(sides):
@@ -188,8 +198,11 @@ def _sides(tensors: Mapping[str, torch.Tensor], weights: str) -> dict[str, dict[
                 f"{weights} holds {key!r:.200}, which is no LoRA matrix of the form {_KEY_PREFIX}<module>.lora_A.weight"
                 f"{_what_a_key_is(key)}; only plain LoRA is read."
             )
-        if not tensor.is_floating_point():
-            raise FormatError(f"{weights}: {key} is {tensor.dtype}; expected a float dtype.")
+        if tensor.dtype not in _DTYPES:
+            raise FormatError(
+                f"{weights}: {key} is {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}. Save the adapter "
+                "again in one of them."
+            )
         names.setdefault(match["adapter"], key)
         if len(names) > 1:
             first, second = list(names.values())[:2]

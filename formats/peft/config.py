@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cloq_export.errors import FormatError
@@ -143,6 +144,72 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
 def _is_number(value: Any) -> bool:
     # Compared first: a whole number beyond every float is none that math takes.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def refuse_unlisted(config: Mapping[str, Any], modules: Iterable[str], source: str) -> None:
+    """Refuse pairs of modules that adapter_config.json leaves out: PEFT passes over them, and other readers do not.
+
+    The rules are PEFT's (`check_target_module_exists`): a text is a regular expression for the whole name, a list holds
+    names or their ends behind a dot, and layers are counted where names are given by their ends.
+
+    Args:
+        config: content of adapter_config.json, checked.
+        modules: full names of the modules that have a pair.
+        source: the file, for messages.
+
+    Raises:
+        FormatError: one is left out, or a pattern is not read.
+    """
+    budget = PatternBudget(source)
+    targets, excluded = (_NameList.of(config.get(option), budget) for option in ("target_modules", "exclude_modules"))
+    layers = config.get("layers_to_transform")
+    numbers = [layers] if isinstance(layers, int) else layers or []
+    for module in modules:
+        option = None
+        if excluded is not None and excluded.holds(module):
+            option = "exclude_modules"
+        elif targets is not None and not targets.holds(module):
+            option = "target_modules"
+        elif numbers and (targets is None or module not in targets.names) and _layer_of(module, config) not in numbers:
+            option = "layers_to_transform"
+        if option is not None:
+            raise FormatError(
+                f"{source}: {option} leaves out {module:.200}, for which the adapter holds a pair: PEFT would pass "
+                f"over it, and other readers would not. Correct {option}, or save the adapter again with PEFT."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _NameList:
+    """Modules as `target_modules` names them: by names and their ends, or by one pattern."""
+
+    names: frozenset[str]
+    pattern: NamePattern | None
+
+    @classmethod
+    def of(cls, value: Any, budget: PatternBudget) -> _NameList | None:
+        if isinstance(value, str) and value and value.lower() != "all-linear":
+            return cls(frozenset(), NamePattern(f"({value})$", source=budget.source, budget=budget))
+        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+            return cls(frozenset(value), None)
+        return None
+
+    def holds(self, module: str) -> bool:
+        if self.pattern is not None:
+            return self.pattern.matches(module)
+        ends = [module, *(module[index + 1 :] for index, sign in enumerate(module) if sign == ".")]
+        return not self.names.isdisjoint(ends)
+
+
+def _layer_of(module: str, config: Mapping[str, Any]) -> int | None:
+    """Return the number of a module's layer: the first behind a name in `layers_pattern`, or behind any inner name."""
+    patterns = config.get("layers_pattern") or []
+    parts = module.split(".")
+    numbered = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
+    if not patterns:
+        return next((int(parts[place]) for place in numbered if place > 1), None)
+    names = [patterns] if isinstance(patterns, str) else patterns
+    return next((int(parts[place]) for name in names for place in numbered if parts[place - 1] == name), None)
 
 
 class RanksAndAlphas:

@@ -133,6 +133,7 @@ def test_codes_that_need_their_adapter_say_so_in_every_layout(layout: str) -> No
             {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "desc_act": None},
             "packing_format is 'auto_round:auto_gptq' but checkpoint_format is 'gptq_v2'",
         ),
+        ({"method": "qqq"}, "quant_method is 'gptq' but method is 'qqq'; one of them is wrong"),
         ({"format": "gptq"}, "checkpoint_format is 'gptq_v2' but format is 'gptq'; one of them is wrong"),
         ({"desc_act": "yes"}, "desc_act is 'yes'; expected true or false"),
         ({"rotation": "hadamard"}, "rotation is 'hadamard', which changes what the layers compute"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft_adapters import FINGERPRINT, golden_pairs
 
 from cloq_export.errors import FormatError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft import read_adapter, write_adapter
+from cloq_export.formats.peft.config import refuse_unlisted
 
 
 def change_config(folder: Path, change: dict) -> None:
@@ -57,7 +61,11 @@ DOWN = "base_model.model.model.layers.0.mlp.down_proj.lora_"
         (lambda t: t.pop(DOWN + "B.weight"), r"lacks lora_B of model\.layers\.0\.mlp\.down_proj"),
         (lambda t: t.update({DOWN + "magnitude_vector": torch.zeros(2)}), "which is no LoRA matrix of the form"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(2)}), "'lm_head.weight', which is no LoRA matrix"),
-        (lambda t: t.update({DOWN + "A.weight": torch.zeros(1, 4).int()}), r"is torch\.int32; expected a float dtype"),
+        (lambda t: t.update({DOWN + "A.weight": torch.zeros(1, 4).int()}), r"is torch\.int32; expected one of torch"),
+        (
+            lambda t: t.update({DOWN + "A.weight": torch.zeros(1, 4).to(torch.float8_e4m3fn)}),
+            r"is torch\.float8_e4m3fn; expected one of torch.float32, .* Save the adapter again in one of them",
+        ),
         (lambda t: t.update({DOWN + "A.weight": torch.zeros(4)}), r"has shape \(4,\), but .* gives rank 1"),
         (lambda t: t.update({DOWN + "B.weight": torch.zeros(8, 2).half()}), "a LoRA pair is A"),
         (lambda t: t.update({DOWN + "B.weight": torch.zeros(8, 1)}), r"A is torch\.float16 and B is torch\.float32"),
@@ -203,3 +211,52 @@ def test_every_option_that_peft_writes_unset_is_read(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**unset, "tomorrow": {}, **kept}))
     assert set(read_adapter(tmp_path / "a").pairs) == set(golden_pairs())
+
+
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "non_lora_trainables.bin"])
+def test_trained_weights_beside_the_pairs_are_named(tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path / "a", golden_pairs(), base_model="m", base_fingerprint=FINGERPRINT)
+    (tmp_path / "a" / name).write_bytes(b"")
+    with pytest.raises(FormatError, match=f"holds {name}, trained weights besides its pairs, which are not read"):
+        read_adapter(tmp_path / "a")
+
+
+MODULES = [
+    f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in ("self_attn.q_proj", "mlp.experts.3.up_proj")
+] + ["lm_head", "model.norm_proj"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": ["lm_head", "self_attn.q_proj"]},
+        {"target_modules": r".*layers\.(0|1)\..*_proj"},
+        {"target_modules": r"layers\.0\..*_proj"},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*experts.*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 11]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 3},
+        {"target_modules": ["q_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_modules_that_the_config_leaves_out_are_those_of_peft(options: dict[str, Any]) -> None:
+    config = LoraConfig(**options)
+    content = {**options, "peft_type": "LORA"}
+    for module in MODULES:
+        if check_target_module_exists(config, module):
+            refuse_unlisted(content, [module], "adapter_config.json")
+            continue
+        with pytest.raises(
+            FormatError, match=rf"adapter_config.json: \w+ leaves out {module}, .* PEFT would pass over"
+        ):
+            refuse_unlisted(content, [module], "adapter_config.json")
+
+
+def test_an_adapter_whose_config_leaves_a_pair_out_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", golden_pairs(), base_model="m", base_fingerprint=FINGERPRINT)
+    change_config(tmp_path / "a", {"exclude_modules": ["down_proj"]})
+    with pytest.raises(FormatError, match=r"exclude_modules leaves out model\.layers\.0\.mlp\.down_proj"):
+        read_adapter(tmp_path / "a")
