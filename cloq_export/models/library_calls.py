@@ -35,7 +35,7 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
 
     Args:
         name: of the model, for messages.
-        what: is read: "model", "tokenizer" or "config".
+        what: is read: "model", "tokenizer", "config" or "generation" (its settings).
         gguf: the model is a GGUF file.
 
     Raises:
@@ -77,6 +77,11 @@ def told_in_one_line(name: str, what: str, *, gguf: bool) -> Iterator[None]:
             raise SourceError(
                 f"transformers can make no model of the config.json of {name} ({reason}). Compare it with the "
                 "original, or update transformers."
+            ) from None
+        if what == "generation":
+            raise SourceError(
+                f"the generation_config.json of {name} cannot be taken ({reason}); programs that serve the model read "
+                "it too. Correct the value in it, or delete the file."
             ) from None
         raise SourceError(
             f"the weights of {name} cannot be read ({reason}); the file is truncated, damaged or of another "

@@ -40,9 +40,17 @@ def refuse_gaps(name: str, model: Any, report: Mapping[str, Any]) -> None:
             "Fetch it again, or, if the model ties them, set tie_word_embeddings to true."
         )
     if missing:
+        # A wrapper of a training (torch.compile, data parallelism) leaves its name in every tensor's.
+        others = sorted(report.get("unexpected_keys") or ())
+        beside = f", and holds {others[0]}, which {kind} has no place for" if others else ""
         raise SourceError(
-            f"{name} lacks {len(missing)} weights of {kind}, {missing[0]} among them; it is "
-            "incomplete or belongs to another architecture than its config.json says. Fetch it again."
+            f"{name} lacks {len(missing)} weights of {kind}, {missing[0]} among them{beside}; it is "
+            "incomplete or belongs to another architecture than its config.json says"
+            + (
+                ", or its tensors carry names of another program: save it again with transformers."
+                if others
+                else ". Fetch it again."
+            )
         )
     mismatched = sorted(str(entry[0]) for entry in report.get("mismatched_keys") or ())
     if mismatched:

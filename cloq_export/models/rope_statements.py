@@ -59,6 +59,6 @@ def _plain(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse(word: str, value: Any, parameters: Mapping[str, Any], source: str) -> None:
     raise FormatError(
-        f"{source} says {word} = {value!s:.120} beside {_PARAMETERS} = {dict(parameters)!s:.160}, and readers differ in "
-        f"which they take. Write all of it into {_PARAMETERS}, and take {word} out."
+        f"{source} says {word} = {value!s:.120} beside {_PARAMETERS} = {dict(parameters)!s:.160}, and readers differ "
+        f"in which they take. Write all of it into {_PARAMETERS}, and take {word} out."
     )

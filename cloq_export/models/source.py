@@ -241,7 +241,9 @@ def load_source(
             with _damage_of(source.name):
                 files = open_weights(source.name, source.folder, read_json(source.folder / "config.json"))
                 if (source.folder / "generation_config.json").is_file():
-                    read_json(source.folder / "generation_config.json")
+                    settings = read_json(source.folder / "generation_config.json")
+                    with told_in_one_line(source.name, "generation", gguf=False):
+                        transformers.GenerationConfig.from_dict(settings)
             with told_in_one_line(source.name, "config", gguf=False):
                 config = transformers.AutoConfig.from_pretrained(source.folder, **NO_CODE)
                 if files.low_precision:

@@ -210,7 +210,13 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{folder} has its weights only in pickled files, which can run code when they are opened; only "
                 "safetensors and GGUF are read. Save the model again with safetensors."
             )
-        raise SourceError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model again.")
+        others = sorted(path.name for path in folder.glob("*.safetensors*"))
+        remedy = (
+            f"; it holds {listed(others)}. If these are the float weights, rename the file or the index to those"
+            if others
+            else ". Fetch the model again"
+        )
+        raise SourceError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}{remedy}.")
     weight_map = read_json(index).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if (

@@ -110,7 +110,7 @@ def test_a_far_larger_model_is_refused_before_it_is_made(write_model: Callable[[
     [
         ({"hidden_act": "sorcery"}, "can make no model of the config.json of "),
         ({"num_hidden_layers": "2"}, "Validation error for field 'num_hidden_layers': "),
-        ({"rope_scaling": {"rope_type": "sorcery"}}, "(KeyError: 'sorcery'). Compare it with the original"),
+        ({"rope_parameters": {"rope_type": "sorcery"}}, "(KeyError: 'sorcery'). Compare it with the original"),
     ],
 )
 def test_a_config_that_describes_no_model(entry: dict[str, Any], told: str, write_model: Callable[[str], Path]) -> None:

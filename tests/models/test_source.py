@@ -157,6 +157,25 @@ def test_a_missing_weight_is_named(folder: Path) -> None:
         open_model(str(folder))
 
 
+def test_tensors_named_by_a_wrapper_of_training_are_named(folder: Path) -> None:
+    """torch.compile and data parallelism put a word of theirs before every name; fetching again does not help."""
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        SourceError, match=r"lacks \d+ weights .*, and holds _orig_mod\..* save it again with transformers"
+    ):
+        open_model(str(folder))
+
+
+def test_generation_settings_that_transformers_refuses_are_named_as_such(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    message = (
+        r"the generation_config.json of .* cannot be taken \(ValueError: .*max_new_tokens.* Correct the value in it"
+    )
+    with pytest.raises(SourceError, match=message):
+        open_model(str(folder))
+
+
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.self_attn.k_proj.weight"] = torch.zeros(3, 5)
@@ -212,6 +231,10 @@ def test_a_missing_path_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
         ({"a.gguf": b"GGUF"}, r"It holds GGUF: name the file, e\.g\. .*a\.gguf"),
         ({"config.json": b"{"}, r"config\.json is not valid JSON"),
         ({"config.json": b"{}"}, r"has no weights: neither model\.safetensors nor"),
+        (
+            {"config.json": b"{}", "model.fp16.safetensors": b"", "consolidated.safetensors": b""},
+            r"no weights: .*; it holds consolidated\.safetensors, model\.fp16\.safetensors\. .* rename the file or the",
+        ),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, "pickled files, which can run code"),
         (
             {"config.json": b"{}", "model.safetensors": b"\x10\0\0\0\0\0\0\0{}"},
