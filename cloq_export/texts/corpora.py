@@ -24,8 +24,8 @@ EMBEDDED = "embedded"
 
 _GSM8K_HUB = ("openai/gsm8k", "main")
 _REMEDY = (
-    "Give a text file or 'embedded' with `calibration`, or put the data set's files in the folder that the environment "
-    "variable CLOQ_DATA names."
+    "Name a text file or 'embedded' instead, or put the data set's files in the folder that the environment variable "
+    "CLOQ_DATA names."
 )
 
 
@@ -244,7 +244,7 @@ def _embedded() -> CalibrationText:
         from pydoc_data.topics import topics
     except ImportError:
         raise CalibrationError(
-            "this Python has no pydoc_data, so there is no embedded text; give a text file with `calibration`."
+            "this Python has no pydoc_data, so there is no embedded text; name a text file instead."
         ) from None
     text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
     return CalibrationText.of(text, "embedded (Python language reference, pydoc_data.topics)")

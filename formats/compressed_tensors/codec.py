@@ -12,11 +12,11 @@ import torch
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.safe_tensors import require_tensor
+from cloq_export.formats.scales import read_scales
 from cloq_export.kernels.bitpack import pack_rows, unpack_rows
 from cloq_export.types import QuantizedLayer, QuantSpec
 
 _WORD_BITS = 32
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SHAPE_DTYPES = (torch.int64, torch.int32)
 
 
@@ -131,7 +131,7 @@ def unpack_layer(
     groups, bits = spec.group_count(in_features), spec.bits
     _check_order(tensors.get("weight_g_idx"), in_features, spec, name)
     _check_words(f"{name}: weight_packed", packed, (packed.shape[1], in_features), bits, padded)
-    scales = _float16_scales(require_tensor(tensors, "weight_scale", source=name, shape=(out_features, groups)), name)
+    scales = read_scales(tensors, "weight_scale", (out_features, groups), name=name)
     if spec.symmetric:
         if "weight_zero_point" in tensors:
             raise FormatError(
@@ -177,23 +177,6 @@ def _check_words(source: str, stored: torch.Tensor, counts: tuple[int, int], bit
     raise FormatError(
         f"{source} has shape {tuple(stored.shape)}; {codes} codes of {bits} bits take {needed} words: {hint}"
     )
-
-
-def _float16_scales(scales: torch.Tensor, name: str) -> torch.Tensor:
-    """Return scales in float16, if that changes none of them."""
-    if scales.dtype not in _SCALE_DTYPES:
-        raise FormatError(f"{name}: weight_scale is {scales.dtype}; expected {_SCALE_DTYPES[0]}.")
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise FormatError(f"{name}: a scale is NaN, Inf, zero or negative; every scale must be a positive number.")
-    half = scales.to(torch.float16)
-    changed = half.to(torch.float32) != scales.to(torch.float32)
-    if bool(changed.any()):
-        raise FormatError(
-            f"{name}: {int(changed.sum())} of {scales.numel()} scales, which are {scales.dtype}, are no float16 "
-            f"numbers (the first is {float(scales[changed][0])!r}); scales are kept in float16 and converted without "
-            "loss or not at all: quantize again with float16 scales."
-        )
-    return half
 
 
 def _pack(codes: torch.Tensor, bits: int, padded: bool) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from cloq_export.errors import FormatError, NonFiniteError, ShapeError
 from cloq_export.files.safe_tensors import require_tensor
+from cloq_export.formats.scales import read_scales
 from cloq_export.kernels.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -102,7 +103,8 @@ def unpack_layer(
     """Unpack one layer, trusting nothing about it.
 
     Args:
-        tensors: qweight, qzeros, scales and g_idx as `pack_layer` makes them.
+        tensors: qweight, qzeros, scales and g_idx as `pack_layer` makes them; scales may be bfloat16 or float32, as
+            other writers have them.
         spec: the grid that the checkpoint's config gives the layer.
         version: 1 stores `zero - 1`, 2 stores `zero`.
         name: the layer, for messages.
@@ -111,7 +113,8 @@ def unpack_layer(
         The layer, on the tensors' device.
 
     Raises:
-        FormatError: a tensor is missing, has another dtype or shape, or holds what the layout does not allow.
+        FormatError: a tensor is missing, has another dtype or shape, or holds what the layout does not allow; or a
+            scale is no float16 number.
     """
     layout = layout_name(version)
     qweight = require_tensor(tensors, "qweight", source=name, dtype=torch.int32, ndim=2)
@@ -129,7 +132,7 @@ def unpack_layer(
     groups = spec.group_count(in_features)
     words = out_features * bits // WORD_BITS
     qzeros = require_tensor(tensors, "qzeros", source=name, dtype=torch.int32, shape=(groups, words))
-    scales = require_tensor(tensors, "scales", source=name, dtype=torch.float16, shape=(groups, out_features))
+    scales = read_scales(tensors, "scales", (groups, out_features), name=name)
     g_idx = require_tensor(tensors, "g_idx", source=name, dtype=torch.int32, shape=(in_features,))
     if not torch.equal(g_idx, group_index(in_features, spec, g_idx.device)):
         raise FormatError(

@@ -212,7 +212,8 @@ def test_symmetric_layer_with_another_zero() -> None:
         (lambda t: t.update(qweight=t["qweight"][:0]), "does not hold whole 3-bit codes"),
         (lambda t: t.update(qweight=t["qweight"].reshape(-1)), "expected 2 dimensions"),
         (lambda t: t.update(qzeros=t["qzeros"][:1]), r"qzeros has shape \(1, 3\); expected \(2, 3\)"),
-        (lambda t: t.update(scales=t["scales"].float()), r"scales is torch\.float32; expected torch\.float16"),
+        (lambda t: t.update(scales=t["scales"].double()), r"scales is torch\.float64; expected torch\.float16"),
+        (lambda t: t.update(scales=t["scales"].float() / 3), "scales, which are torch.float32, are no float16 numbers"),
         (lambda t: t.update(scales=t["scales"].t()), r"scales has shape \(32, 2\); expected \(2, 32\)"),
         (lambda t: t.update(scales=-t["scales"]), "m: a scale is NaN, Inf, zero or negative"),
         (lambda t: t.update(scales=t["scales"] * float("inf")), "m: a scale is NaN, Inf, zero or negative"),
@@ -230,6 +231,16 @@ def test_hostile_tensors(change, message: str) -> None:
     with pytest.raises(FormatError, match=message) as caught:
         unpack_layer(packed, layer.spec, name="m")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scales_of_other_writers_are_converted_without_loss(dtype: torch.dtype) -> None:
+    layer = make_layer(QuantSpec(bits=3, group_size=64), 32, 128)
+    coarse = layer.scales.to(torch.bfloat16)
+    read = unpack_layer(pack_layer(layer) | {"scales": coarse.t().to(dtype)}, layer.spec)
+    assert read.scales.dtype == torch.float16
+    assert torch.equal(read.scales.float(), coarse.float())
+    assert torch.equal(read.codes, layer.codes)
 
 
 def test_wrong_bits_are_noticed() -> None:

@@ -176,9 +176,16 @@ def read_gptq(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: 
         raise ValueError("zeros")
     if not np.array_equal(parts["g_idx"], np.arange(in_features) // span):
         raise ValueError("act-order")
-    if parts["scales"].dtype != np.dtype("<f2") or parts["qweight"].dtype != np.dtype("<i4"):
+    if parts["qweight"].dtype != np.dtype("<i4"):
         raise ValueError("dtype")
-    return codes, parts["scales"].T, zeros, grid
+    return codes, half_scales(parts["scales"]).T, zeros, grid
+
+
+def half_scales(scales: np.ndarray) -> np.ndarray:
+    """Return scales of any float type in float16, which must be the same numbers."""
+    if not np.array_equal(scales.astype("<f2").astype("<f8"), scales.astype("<f8")):
+        raise ValueError("scales lose something")
+    return scales.astype("<f2")
 
 
 def read_packed(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: tuple[int, int, bool]) -> Layer:
@@ -195,12 +202,10 @@ def read_packed(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid
         zeros = np.full((out_features, groups), 2 ** (bits - 1))
     else:
         zeros = cut(parts["weight_zero_point"].T, bits, out_features).T
-    scales = parts["weight_scale"]
-    if not np.array_equal(scales.astype("<f2").astype("<f8"), scales.astype("<f8")):
-        raise ValueError("scales lose something")
+    scales = half_scales(parts["weight_scale"])
     if scales.shape != (out_features, groups) or zeros.shape != scales.shape or in_features % groups:
         raise ValueError("shapes")
-    return codes, scales.astype("<f2"), zeros, grid
+    return codes, scales, zeros, grid
 
 
 Pair = tuple[np.ndarray, np.ndarray, float]
