@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import transformers
 
-from cloq_export.compress.block_shape import BlockShape
+from cloq_export.compress.block_shape import BlockShape, experts_per_token
 from cloq_export.compress.cards import CARDS
-from cloq_export.compress.device_memory import fitting_windows, walk_stages
+from cloq_export.compress.device_memory import Placement
 from cloq_export.compress.device_time import CardTime, run_work
-from cloq_export.compress.planned import experts_per_token
 from cloq_export.compress.strategies import TOKENS_PER_BATCH
 from cloq_export.models.blocks import find_blocks, find_linears
 from cloq_export.models.experts import split_experts
@@ -68,13 +67,15 @@ def shape_of(name: str, recipe: Recipe) -> BlockShape:
 def print_memory(shapes: Mapping[tuple[str, str], tuple[BlockShape, Recipe]], card: float) -> None:
     """Print what each shape takes of a card's memory, gigabytes."""
     free = int(card * 10**9)
-    print(f"| shape | preset | forward and statistics | solve | windows on {card:g} GB |")
-    print("|---|---|---|---|---|")
+    print(f"| shape | preset | forward and statistics | solve | windows on {card:g} GB | batches wait in |")
+    print("|---|---|---|---|---|---|")
     for (name, preset), (shape, recipe) in shapes.items():
-        batch = fitting_windows(shape, recipe, max(1, TOKENS_PER_BATCH // recipe.seqlen), free)
-        sizes = [f"{stage.bytes / 10**9:.1f} GB" for stage in walk_stages(shape, recipe, batch or 1, free)]
+        placement = Placement.of(shape, recipe, max(1, TOKENS_PER_BATCH // recipe.seqlen), free)
+        sizes = [f"{stage.bytes / 10**9:.1f} GB" for stage in placement.stages]
         about = "" if shape.traced else " (estimated)"
-        print(f"| {name}{about} | {preset} | {' | '.join(sizes)} | {batch or 'none fit'} |")
+        waiting = "host" if placement.parks else "device" if recipe.error_aware else "nowhere"
+        windows = placement.windows_per_batch or "none fit"
+        print(f"| {name}{about} | {preset} | {' | '.join(sizes)} | {windows} | {waiting} |")
 
 
 def print_times(shapes: Mapping[tuple[str, str], tuple[BlockShape, Recipe]]) -> None:

@@ -16,6 +16,12 @@ def first_line(error: BaseException) -> str:
 class Cuda:
     """The GPUs of this machine, as torch sees them."""
 
+    def __init__(self) -> None:
+        self._limits: dict[int, int] = {}
+
+    def _index_of(self, device: torch.device) -> int:
+        return self.current_device().index if device.index is None else device.index
+
     def count(self) -> int:
         """Return how many there are."""
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -58,8 +64,24 @@ class Cuda:
         return torch.cuda.mem_get_info(device)[1]
 
     def free_bytes(self, device: torch.device) -> int:
-        """Return what is free of its memory."""
-        return torch.cuda.mem_get_info(device)[0]
+        """Return what is free of its memory, with what torch keeps of it for later tensors, up to the limit."""
+        used, kept = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept - used
+        limit = self._limits.get(self._index_of(device))
+        return free if limit is None else max(0, min(free, limit - used))
+
+    def limit(self, device: torch.device, most: int | None) -> None:
+        """Let torch take so many bytes of its memory at most; None takes the limit away."""
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(1.0 if most is None else min(1.0, most / total), device)
+        if most is None:
+            self._limits.pop(self._index_of(device), None)
+        else:
+            self._limits[self._index_of(device)] = most
+
+    def page_locked(self, size: int) -> torch.Tensor:
+        """Return so many bytes of host memory that a GPU reads and writes by itself."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def synchronize(self, device: torch.device) -> None:
         """Wait until it has done all that it was given."""

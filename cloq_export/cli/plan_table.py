@@ -49,7 +49,8 @@ def _verdict(device: Mapping[str, Any]) -> str:
         return "torch sees no GPU here, or `device` says cpu: the run computes on the processor, in host memory"
     card = f"{device['device']}, {format_bytes(device['free'])} of {format_bytes(device['total'])} free"
     if device["windows_per_batch"]:
-        return f"{card}: {device['windows_per_batch']} windows in a forward pass fit"
+        parked = "; batches that wait for each other lie in host memory" if device["parks"] else ""
+        return f"{card}: {device['windows_per_batch']} windows in a forward pass fit{parked}"
     largest = max(device["stages"], key=lambda stage: stage["bytes"])
     part = max(largest["parts"], key=largest["parts"].get)
     return (

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cloq_export.compress.plan import ModelPlan
 from cloq_export.models.block_arguments import BlockArguments
 from cloq_export.models.blocks import find_linears
+from cloq_export.models.devices import device_of
 from cloq_export.models.experts import Expert
 from cloq_export.models.lending import model_bytes
+from cloq_export.models.stream import BlockStream
 from cloq_export.process.storage_counter import StorageCounter
 from cloq_export.process.traffic_counter import TrafficCounter
+from cloq_export.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,3 +213,37 @@ class _Reached:
     names: list[str]
     held: int
     inputs: weakref.ref[torch.Tensor]
+
+
+def block_shapes(model: nn.Module, plan: ModelPlan, recipe: Recipe) -> list[BlockShape]:
+    """Return the shapes of the blocks of a model, each kind once, with how many there are of it.
+
+    Args:
+        model: the float model, in host memory or on disk.
+        plan: what happens to its layers.
+        recipe: its `seqlen` is the length of a window.
+    """
+    window = torch.zeros(1, recipe.seqlen, dtype=torch.int64)
+    stream = BlockStream(model, plan.blocks, window, device=device_of(model))
+    shapes: dict[tuple[object, ...], BlockShape] = {}
+    alike = collections.Counter[tuple[object, ...]]()
+    for index, block in enumerate(plan.blocks):
+        ranks = _ranks(plan, index)
+        kind = (type(block), *((name, tuple(tensor.shape)) for name, tensor in block.named_parameters()), *ranks)
+        alike[kind] += 1
+        if kind not in shapes and ranks:
+            call, states = stream.arguments(index), stream.hidden[0]
+            shapes[kind] = BlockShape.of(block, call, states, ranks, experts_per_token(model))
+    return [dataclasses.replace(shape, alike=alike[kind]) for kind, shape in shapes.items()]
+
+
+def experts_per_token(model: nn.Module) -> int:
+    """Return to how many experts of a mixture a token goes, as the model's configuration says; 1 if it does not."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    return int(getattr(text, "num_experts_per_tok", None) or 1)
+
+
+def _ranks(plan: ModelPlan, index: int) -> Mapping[str, int]:
+    prefix = f"{plan.blocks.prefix(index)}."
+    return {name.removeprefix(prefix): planned.rank for name, planned in plan.of_block(index).items()}

@@ -19,6 +19,9 @@ from cloq_export.quantize.optq import BLOCK_COLUMNS
 from cloq_export.recipe import Recipe
 
 _HALF, _SINGLE, _DOUBLE = 2, 4, 8
+# Of what is free on a device, the share that batches which wait there may fill the walk up to; libraries and gaps
+# between tensors take what is left.
+_FILLED_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,9 @@ def solve_bytes(group: InputGroup, recipe: Recipe) -> int:
     return max(codes, pairs + 3 * factor + 2 * _DOUBLE * width * (n + widest) + 3 * _DOUBLE * rank * n)
 
 
-def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free: int) -> tuple[StageMemory, ...]:
+def walk_stages(
+    shape: BlockShape, recipe: Recipe, windows_per_batch: int, free: int, *, parks: bool
+) -> tuple[StageMemory, ...]:
     """Return what the walk over the blocks holds on a device while it runs them forward, and while it solves.
 
     Args:
@@ -84,6 +89,7 @@ def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free:
         recipe: every option of the run.
         windows_per_batch: windows of one forward pass.
         free: bytes of the device that are free; hidden states are kept there while they take a small share.
+        parks: batches that wait for each other inside of a block hold nothing on the device.
     """
     windows, batch = recipe.samples, min(windows_per_batch, recipe.samples)
     refines = recipe.refine != "none"
@@ -103,14 +109,17 @@ def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free:
     largest: list[StageMemory] = []
     for number, (group, gram) in enumerate(zip(shape.groups, sums, strict=True)):
         if paired:
-            # All batches wait where the group's input is, with what a forward pass holds there.
-            waiting = {"batches that wait": streams * (group.held + (0 if inside else shape.hidden))}
+            # All batches wait where the group's input is, with what a forward pass holds there; parked, one of each
+            # stream is there while its input is summed.
+            there = 0 if parks else streams
+            waiting = {"batches that wait": there * (group.held + (0 if inside else shape.hidden))}
             tokens = {"H and D": gram * (2 + (recipe.float_share < 1.0))}
         else:
             waiting, tokens = {}, {"H of inputs not yet solved": sum(sums[number:])}
         largest.append(StageMemory("solve", {**held, **waiting, **tokens, "solve": solve_bytes(group, recipe)}))
     # A batch that ends still holds what it held at the last group.
-    waited = max((group.held for group in shape.groups), default=0) * (streams - batch) if paired else sum(sums)
+    waiting_batches = 0 if parks else streams - batch
+    waited = max((group.held for group in shape.groups), default=0) * waiting_batches if paired else sum(sums)
     behind = 2 * streams * shape.hidden if inside else 0
     what = "batches that wait" if paired else "H of all inputs"
     return (
@@ -119,13 +128,42 @@ def walk_stages(shape: BlockShape, recipe: Recipe, windows_per_batch: int, free:
     )
 
 
-def fitting_windows(shape: BlockShape, recipe: Recipe, most: int, free: int) -> int:
-    """Return how many windows of one forward pass fit into what is free of a device, at most `most`; 0 if none do."""
-    counts = itertools.takewhile(bool, itertools.accumulate(itertools.repeat(2), lambda now, _: now // 2, initial=most))
-    for count in counts:
-        if all(stage.bytes <= free for stage in walk_stages(shape, recipe, count, free)):
-            return count
-    return 0
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How the walk over the blocks is laid out so that it fits a device.
+
+    Args:
+        windows_per_batch: windows of one forward pass; 0 if not even one fits.
+        parks: batches that wait for each other inside of a block hold nothing on the device, but lie in host memory.
+        stages: the most that each stage holds; with one window, if none fits.
+    """
+
+    windows_per_batch: int
+    parks: bool
+    stages: tuple[StageMemory, ...]
+
+    @classmethod
+    def of(cls, shape: BlockShape, recipe: Recipe, most: int, free: int | None) -> Placement:
+        """Return the layout that fits with the most windows; rather than take fewer, batches wait in host memory.
+
+        Where batches wait does not change what is computed; with fewer windows sums come in another order.
+
+        Args:
+            shape: of the blocks; of the largest, where they differ.
+            recipe: every option of the run.
+            most: windows of one forward pass, at most.
+            free: bytes of the device that are free; None asks for nothing, as if the device had all that is needed.
+        """
+        if free is None:
+            return cls(most, False, walk_stages(shape, recipe, most, 0, parks=False))
+        may_park = recipe.error_aware > 0.0 and recipe.refine == "none"
+        counts = itertools.accumulate(itertools.repeat(2), lambda now, _: now // 2, initial=most)
+        for count in itertools.takewhile(bool, counts):
+            for parks, share in ((False, _FILLED_SHARE if may_park else 1.0), (True, 1.0))[: 1 + may_park]:
+                stages = walk_stages(shape, recipe, count, free, parks=parks)
+                if all(stage.bytes <= share * free for stage in stages):
+                    return cls(count, parks, stages)
+        return cls(0, may_park, walk_stages(shape, recipe, 1, free, parks=may_park))
 
 
 def largest_shape(shapes: Sequence[BlockShape]) -> BlockShape:

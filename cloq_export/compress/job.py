@@ -21,11 +21,11 @@ from cloq_export.compress.space import check_space
 from cloq_export.compress.strategies import Strategy, strategy_of
 from cloq_export.errors import UsageError
 from cloq_export.models.context import context_length
-from cloq_export.models.devices import chosen_device
+from cloq_export.models.devices import chosen_device, limited
 from cloq_export.models.source import LoadedModel
 from cloq_export.models.stream import BlockStream
 from cloq_export.process.host_memory import MemoryWatch, keep_freed_memory
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import Recipe, bytes_of_size
 from cloq_export.texts.corpora import CalibrationText
 from cloq_export.texts.windows import DrawnWindows, WindowCounts, draw_windows
 from cloq_export.types import LayerCertificate, QuantizedLayer
@@ -250,7 +250,8 @@ def make_layers(session: Session, job: CompressJob) -> None:
         )
     keep_freed_memory()
     watch = MemoryWatch()
-    job.strategy.make_layers(job, session)
+    with limited(job.device, bytes_of_size(job.recipe.device_memory)):
+        job.strategy.make_layers(job, session)
     session.memory = watch.stop()
 
 

@@ -70,11 +70,18 @@ class Strategy:
         """Make the layers that are not yet in the directory, with fewer windows at once where memory runs out."""
         windows = job.windows.solving
         workers = workers_of(job.recipe, job.device)
-        at_once = min(len(windows), self.windows_per_batch(job.recipe))
+        usual = min(len(windows), self.windows_per_batch(job.recipe))
+        at_once, chosen = usual, None
         while True:
             walk = None
             try:
-                walk = BlockWalk(job, session.console, workers=workers, windows_per_batch=at_once)
+                walk = BlockWalk(job, session.console, workers=workers, windows_per_batch=chosen)
+                at_once = walk.windows_per_batch
+                if chosen is None and at_once < usual:
+                    session.notes.append(
+                        f"the device has room for {at_once} calibration windows in a forward pass instead of {usual}, "
+                        "so sums come in another order than with more memory"
+                    )
                 walk.run()
                 break
             except torch.OutOfMemoryError:
@@ -85,7 +92,7 @@ class Strategy:
                         f"{job.recipe.seqlen}, `device=cpu`, or a larger device; `plan` says what takes most."
                     ) from None
             # Finished layers are kept, so the walk only catches up.
-            at_once //= 2
+            chosen = at_once = at_once // 2
             session.notes.append(
                 f"memory ran out: from there on {at_once} calibration windows went into a forward pass, so sums "
                 "came in another order than with more memory"

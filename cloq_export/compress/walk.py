@@ -15,6 +15,8 @@ from torch import nn
 from cloq_export.calibrate.gram import GramAccumulator
 from cloq_export.compress.batches import Batches
 from cloq_export.compress.block_refined import SolvedBlock
+from cloq_export.compress.block_shape import block_shapes
+from cloq_export.compress.device_memory import Placement, largest_shape
 from cloq_export.compress.ends import as_it_should_be, head_inputs
 from cloq_export.compress.expert_tokens import ExpertTokens
 from cloq_export.compress.plan import ModulePlan
@@ -69,7 +71,7 @@ class BlockWalk:
         job: what is compressed.
         console: where progress goes.
         workers: where layers that do not wait for each other are solved; None is the job's device.
-        windows_per_batch: calibration windows of one forward pass; None takes the strategy's.
+        windows_per_batch: calibration windows of one forward pass; None takes the strategy's, or what fits the device.
     """
 
     def __init__(
@@ -88,9 +90,12 @@ class BlockWalk:
         self._error_aware = recipe.error_aware > 0.0 or strategy.refines
         self._here = LocalWorkers([job.device])
         self._workers = workers or self._here
-        batch = windows_per_batch or strategy.windows_per_batch(recipe)
-        batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), batch)
+        usual = windows_per_batch or min(len(job.windows.solving), strategy.windows_per_batch(recipe))
+        placement = _placement(job, usual)
+        self.windows_per_batch = windows_per_batch or (placement.windows_per_batch or 1 if placement else usual)
+        batches = Batches.of(job.windows.solving, strategy.judging_blocks(job), self.windows_per_batch)
         self._stream = job.stream(batches)
+        self._stream.parks_waiting = placement is not None and placement.parks
         # Layers are solved on the batches before these.
         self._judging = batches.judging
         self._done = job.directory.completed_modules()
@@ -243,10 +248,10 @@ class BlockWalk:
 
         def visit(stop: int, inputs: GroupInputs) -> None:
             group = stops[stop].group
-            solving = [{b: given for b, given in of.items() if b not in self._judging} for of in inputs]
+            solving = [given.outside(self._judging) for given in inputs]
             if stops[stop].mixture:
-                for _, tokens in sorted(solving[COMPRESSED_STREAM].items()):
-                    block.tokens.keep(stops[stop].mixture, tokens)
+                for batch in sorted(solving[COMPRESSED_STREAM]):
+                    block.tokens.keep(stops[stop].mixture, solving[COMPRESSED_STREAM][batch])
                 return
             hidden = streams[FLOAT_STREAM][: self._judging.start]
             stats = self._paired_stats(group[0], block.width(group), solving, hidden)
@@ -372,6 +377,14 @@ class BlockWalk:
         for name, layer in solved.items():
             self._job.directory.write_layer(name, layer.quantized, layer.lora, layer.certificate)
         self.seconds.write += time.perf_counter() - started
+
+
+def _placement(job: CompressJob, most: int) -> Placement | None:
+    """Return how the walk fits the free memory of its GPU; None where it is not counted."""
+    if job.device.type != "cuda" or job.strategy.refines:
+        return None
+    shapes = block_shapes(job.model, job.plan, job.recipe)
+    return Placement.of(largest_shape(shapes), job.recipe, most, cuda().free_bytes(job.device)) if shapes else None
 
 
 def _stats_of(name: str, accumulator: GramAccumulator) -> LayerStats:

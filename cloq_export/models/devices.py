@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -32,6 +35,28 @@ def chosen_device(asked: str) -> torch.device:
             "of these, or use `device=auto`."
         )
     return device
+
+
+@contextlib.contextmanager
+def limited(device: torch.device, most: int | None) -> Iterator[None]:
+    """Take no more than so many bytes of a GPU's memory for a while; of each GPU, where the device is not numbered.
+
+    Args:
+        device: other kinds have no limit.
+        most: bytes; None is all that is free.
+    """
+    if device.type != "cuda" or not most:
+        yield
+        return
+    numbers = range(cuda().count()) if device.index is None else (device.index,)
+    devices = [torch.device("cuda", number) for number in numbers]
+    try:
+        for each in devices:
+            cuda().limit(each, most)
+        yield
+    finally:
+        for each in devices:
+            cuda().limit(each, None)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,13 +8,15 @@ collects the inputs, exchanges the weights and lets them go on. One forward pass
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import greenlet
 import torch
 from torch import nn
 
+from cloq_export.models.parking import Parking
 from cloq_export.models.stream import BlockStream
 
 
@@ -76,10 +78,21 @@ class _BatchRun(greenlet.greenlet):
         assert hidden is not None
         self.output = self._stream.forward_batch(self._block_index, self._batch_index, hidden)
 
-    def proceed(self) -> None:
-        """Go on to the next pause or to the end."""
+    def proceed(self, parking: Parking | None) -> None:
+        """Go on to the next pause or to the end.
+
+        Args:
+            parking: where it waits; None leaves it where it is.
+        """
         self.waiting = None
-        self.switch()
+        if parking is None:
+            self.switch()
+            return
+        parking.resume(id(self), self._batch_index)
+        try:
+            self.switch()
+        finally:
+            parking.pause(id(self), ended=self.dead)
 
     def pause(self, group: int, inputs: torch.Tensor) -> None:
         """Called from inside the block: hand the input over and wait."""
@@ -94,7 +107,38 @@ class _BatchRun(greenlet.greenlet):
             inside.restore()
 
 
-GroupInputs = Sequence[Mapping[int, torch.Tensor]]
+class BatchInputs(Mapping[int, torch.Tensor]):
+    """The inputs of the batches that wait, by number of the batch.
+
+    Where they are parked, those of one batch at a time come to the device: what was asked for before is parked again.
+
+    Args:
+        inputs: number of the batch -> what it brings.
+        parking: where batches wait; None leaves them on the device.
+    """
+
+    def __init__(self, inputs: Mapping[int, torch.Tensor], parking: Parking | None) -> None:
+        self._inputs = inputs
+        self._parking = parking
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        if self._parking is not None:
+            self._parking.settle(batch)
+        return self._inputs[batch]
+
+    def outside(self, batches: range) -> BatchInputs:
+        """Return the inputs of all batches but those."""
+        kept = {batch: given for batch, given in self._inputs.items() if batch not in batches}
+        return BatchInputs(kept, self._parking)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+
+GroupInputs = Sequence[BatchInputs]
 
 
 def run_in_lockstep(
@@ -106,6 +150,9 @@ def run_in_lockstep(
     visit: Callable[[int, GroupInputs], None],
 ) -> list[list[torch.Tensor]]:
     """Run one block over several streams of hidden states, stopping before each group of linear layers.
+
+    Where the stream says so, what batches hold while they wait is in host memory; their inputs come to the device one
+    batch at a time, as `visit` asks for them.
 
     Args:
         stream: the block's surroundings (masks, positions, device).
@@ -135,17 +182,18 @@ def run_in_lockstep(
         [_BatchRun(stream, block_index, batch_index, states, outside) for batch_index, states in enumerate(batches)]
         for batches in hidden
     ]
+    parking = Parking(stream.device) if stream.parks_waiting else None
     try:
         for group, linears in enumerate(groups):
             handles += [linear.register_forward_pre_hook(watch(group)) for linear in linears]
-        with stream.block_on_device(block_index):
+        with stream.block_on_device(block_index), parking or contextlib.nullcontext():
             going = runs
             while True:
                 for stream_index, batch_runs in enumerate(going):
                     if batch_runs:
                         install(stream_index)
                     for run in batch_runs:
-                        run.proceed()
+                        run.proceed(parking)
                 waiting = [[run for run in batch_runs if run.waiting is not None] for batch_runs in runs]
                 reached = [run.waiting.group for batch_runs in waiting for run in batch_runs if run.waiting]
                 if not reached:
@@ -154,10 +202,14 @@ def run_in_lockstep(
                 # Experts are reached by some batches only: those that wait elsewhere stay where they are.
                 going = [[r for r in batch_runs if r.waiting and r.waiting.group == group] for batch_runs in waiting]
                 inputs = [
-                    {r._batch_index: r.waiting.inputs for r in batch_runs if r.waiting is not None}
+                    BatchInputs(
+                        {r._batch_index: r.waiting.inputs for r in batch_runs if r.waiting is not None}, parking
+                    )
                     for batch_runs in going
                 ]
                 visit(group, inputs)
+                if parking is not None:
+                    parking.settle()
                 visited.add(group)
             stream.refuse_overflow()
     finally:

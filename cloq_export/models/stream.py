@@ -80,6 +80,8 @@ class BlockStream:
         forget_lengths(model)
         self.blocks = blocks
         self.device = torch.device(device)
+        # Batches that wait for each other inside of a block hold nothing on the device meanwhile.
+        self.parks_waiting = False
         self._mover = BlockMover(blocks, self.device)
         self._base = getattr(model, "base_model", model)
         self._precision = resolve_precision(next(blocks.modules[0].parameters()).dtype, compute)

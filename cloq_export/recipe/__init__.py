@@ -1,5 +1,6 @@
 """The recipe of a run: its options, the presets, and how they are read; it needs no torch."""
 
+from cloq_export.recipe.checks import bytes_of_size
 from cloq_export.recipe.choices import register_choice, registered_choice
 from cloq_export.recipe.finetune import FINETUNE_CHOICES, FINETUNE_FIELDS, FINETUNE_PREFIX, FineTuneRecipe
 from cloq_export.recipe.options import (
@@ -38,6 +39,7 @@ __all__ = [
     "SUPPORTED_BITS",
     "FineTuneRecipe",
     "Recipe",
+    "bytes_of_size",
     "is_expert",
     "load_recipe",
     "named_recipes",

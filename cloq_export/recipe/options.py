@@ -56,6 +56,7 @@ _DEVICE = matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "allowed are auto, cpu, cu
 _OF_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _MODULE_PATH = matching(r"|\w+(\.\w+)*", "a dotted module path is needed, for example model.layers")
 _SHARD_SIZE = ValueRule(lambda value: bool(bytes_of_size(value)), "a size is needed, for example 500MB or 5GB")
+_SIZE_OR_NONE = ValueRule(lambda value: not value or bool(bytes_of_size(value)), "a size is needed, for example 6GB")
 _TEXT = ValueRule(lambda value: bool(value.strip()), "give wikitext2, gsm8k, embedded, a file or a hub id")
 
 
@@ -172,6 +173,7 @@ class Recipe:
         "puts one by itself), never or always.",
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, or cuda:N.", _DEVICE)
+    device_memory: str = option("", "Most of a GPU's memory that the run takes, e.g. 6GB; empty: all.", _SIZE_OR_NONE)
     solvers: Literal["local", "ray"] = option(
         "local", "Where independent layers are solved: here, on every GPU of this machine, or by a Ray cluster."
     )

@@ -12,8 +12,8 @@ from rich.console import Console
 from cloq_export.compress.opening import open_planned
 from cloq_export.compress.planned import DevicePlan
 from cloq_export.compress.session import Session
-from cloq_export.models.devices import chosen_device
-from cloq_export.recipe import Recipe
+from cloq_export.models.devices import chosen_device, limited
+from cloq_export.recipe import Recipe, bytes_of_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +60,7 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> RunPlan:
     )
     if recipe.budget:
         session.notes.append("a budget chooses bits, groups and ranks after measuring; the plan has the recipe's own")
-    device = DevicePlan.of(loaded.model, plan, recipe, chosen_device(recipe.device))
+    there = chosen_device(recipe.device)
+    with limited(there, bytes_of_size(recipe.device_memory)):
+        device = DevicePlan.of(loaded.model, plan, recipe, there)
     return RunPlan(recipe.model, dict(kinds), len(plan.modules), device, tuple(session.notes))

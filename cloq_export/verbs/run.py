@@ -15,10 +15,10 @@ from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
 from cloq_export.compress.strategies import check_low_rank_first
-from cloq_export.models.devices import chosen_device
+from cloq_export.models.devices import chosen_device, limited
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_windows
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import Recipe, bytes_of_size
 from cloq_export.verbs.adapt import refuse_codes_of_alternations
 from cloq_export.verbs.export_card import public_name
 from cloq_export.verbs.held_out import notes_on_evaluation
@@ -79,16 +79,18 @@ def run(
         write_run_adapter(session, directory, recipe)
         write_run_checkpoint(session, directory, model, recipe)
         adapter = choose_adapter(session, out, recipe.adapter_name)
-        stored = StoredModel(out, adapter, device=chosen_device(recipe.device))
+        device = chosen_device(recipe.device)
+        stored = StoredModel(out, adapter, device=device)
         session.notes.extend(stored.notes)
         probes: dict[str, ProbeRecord] = {}
         perplexity = None
-        if windows is not None:
-            measured = (session, stored, windows, model, probes)
-            perplexity = session.timed("measure", lambda: measure_perplexity(*measured))
-            directory.write_report("evaluation", perplexity.to_json())
-        else:
-            session.timed("measure", lambda: probe_stored(session, stored, model.tokenizer, probes))
+        with limited(device, bytes_of_size(recipe.device_memory)):
+            if windows is not None:
+                measured = (session, stored, windows, model, probes)
+                perplexity = session.timed("measure", lambda: measure_perplexity(*measured))
+                directory.write_report("evaluation", perplexity.to_json())
+            else:
+                session.timed("measure", lambda: probe_stored(session, stored, model.tokenizer, probes))
         record_base(
             session,
             directory,

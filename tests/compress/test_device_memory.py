@@ -15,13 +15,12 @@ from rich.console import Console
 
 from cloq_export.adapt import cloq
 from cloq_export.artifact.run_directory import RunDirectory
-from cloq_export.compress import device_memory
-from cloq_export.compress.block_shape import InputGroup
+from cloq_export.compress import device_memory, strategies
+from cloq_export.compress.block_shape import InputGroup, block_shapes
 from cloq_export.compress.device_memory import solve_bytes, walk_stages
 from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.plan import ModulePlan, make_plan
-from cloq_export.compress.planned import block_shapes
 from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
@@ -29,6 +28,7 @@ from cloq_export.models import lending
 from cloq_export.models.blocks import find_blocks
 from cloq_export.recipe import Recipe
 from cloq_export.types import LayerStats, QuantSpec
+from cloq_export.verbs.run import run
 
 
 @pytest.mark.parametrize("exact_side", [16, 2048])
@@ -62,11 +62,23 @@ def test_a_solve_takes_what_was_counted(
     assert counted == pytest.approx(gpus.peak[0] - before, rel=0.1)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["states there", "states here"])
-@pytest.mark.parametrize("options", [{"error_aware": 0.0}, {"error_aware": 0.25, "float_share": 0.5}])
+PAIRED = {"error_aware": 0.25, "float_share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "inside", "parks"),
+    [
+        ({"error_aware": 0.0}, True, False),
+        ({"error_aware": 0.0}, False, False),
+        (PAIRED, True, False),
+        (PAIRED, False, False),
+        (PAIRED, False, True),
+    ],
+)
 def test_a_walk_takes_what_was_counted(
     options: dict[str, Any],
     inside: bool,
+    parks: bool,
     tmp_path: Path,
     recipe_for: Callable[..., Recipe],
     silent: Console,
@@ -90,8 +102,34 @@ def test_a_walk_takes_what_was_counted(
         windows = SimpleNamespace(solving=torch.randint(96, (8, 128), generator=torch.Generator().manual_seed(0)))
         job = CompressJob(model, plan, recipe, directory, windows, strategy_of(recipe), torch.device("cuda"), None)
         walk = BlockWalk(job, silent, windows_per_batch=2)
+        walk._stream.parks_waiting = parks
         assert (walk._stream.storage.type == "cuda") == inside
         walk.run()
         peak = gpus.peak[0]
-    counted = walk_stages(shapes[0], recipe, 2, 80 << 30)
+    counted = walk_stages(shapes[0], recipe, 2, 80 << 30, parks=parks)
     assert max(stage.bytes for stage in counted) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", 900), pytest.param("qwen3-moe", 1200, marks=pytest.mark.slow)])
+def test_a_limit_is_kept_and_changes_no_byte(
+    family: str,
+    limit: int,
+    tmp_path: Path,
+    recipe_for: Callable[..., Recipe],
+    silent: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(strategies, "TOKENS_PER_BATCH", 128)
+    recipe = recipe_for(family, samples=32, seqlen=64, rank=2, eval_windows=1, device="cuda")
+    layers, peaks = [], []
+    for most in ("", f"{limit}KB"):
+        out = tmp_path / (most or "free")
+        with pretended_gpus() as gpus:
+            summary = run(recipe.changed({"device_memory": most}), out, console=silent)
+        assert not gpus.faults
+        assert not [note for note in summary.notes if "calibration windows" in note]
+        layers.append({path.name: path.read_bytes() for path in sorted((out / "layers").glob("*.safetensors"))})
+        peaks.append(gpus.peak[0])
+    assert layers[0]
+    assert layers[0] == layers[1]
+    assert peaks[0] > 1000 * limit >= peaks[1]

@@ -18,13 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cloq_export.adapt import cloq
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.compress import device_time
-from cloq_export.compress.block_shape import BlockShape, InputGroup
+from cloq_export.compress.block_shape import BlockShape, InputGroup, block_shapes
 from cloq_export.compress.cards import CARDS
 from cloq_export.compress.device_time import CardTime, CountedSteps, Work, run_work, solve_work
 from cloq_export.compress.initialisations import initialisation_of
 from cloq_export.compress.job import CompressJob
 from cloq_export.compress.plan import ModulePlan, make_plan
-from cloq_export.compress.planned import block_shapes
 from cloq_export.compress.solve import SolveRequest, solve_group
 from cloq_export.compress.strategies import strategy_of
 from cloq_export.compress.walk import BlockWalk
