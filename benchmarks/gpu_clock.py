@@ -46,11 +46,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int = 30) -> float:
+def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int = 30, *, graphed: bool = True) -> float:
     """Return the median time of one call; the calls of a list take turns, so that no cache serves them all.
 
     On a GPU one round through the list is captured as a graph where that is possible, so that launching costs as
     little as in an engine that does the same, and device events are read around each replay.
+
+    Args:
+        calls: what is timed.
+        device: where.
+        repeats: rounds.
+        graphed: the calls may be captured; what asks the device for numbers may not, and would spoil the capture.
     """
     for call in calls:
         call()
@@ -63,7 +69,7 @@ def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int = 3
                 call()
             found.append((time.perf_counter() - started) / len(calls))
         return statistics.median(found)
-    replay = _captured(calls, device)
+    replay = _captured(calls, device) if graphed else _in_turn(calls)
     found = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -75,11 +81,16 @@ def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int = 3
     return statistics.median(found)
 
 
-def _captured(calls: Sequence[Call], device: torch.device) -> Call:
+def _in_turn(calls: Sequence[Call]) -> Call:
     def once() -> None:
         for call in calls:
             call()
 
+    return once
+
+
+def _captured(calls: Sequence[Call], device: torch.device) -> Call:
+    once = _in_turn(calls)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

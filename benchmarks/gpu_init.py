@@ -36,7 +36,8 @@ from cloq_export.compress.walk import BlockWalk
 from cloq_export.errors import CloqError
 from cloq_export.files.atomic import write_json
 from cloq_export.models.blocks import find_blocks
-from cloq_export.recipe import Recipe
+from cloq_export.models.devices import limited
+from cloq_export.recipe import Recipe, bytes_of_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ def measure(
             "samples": samples,
             "seqlen": seqlen,
             "device": str(device),
+            "device_memory": options.memory,
         },
         preset=preset,
     )
@@ -188,13 +190,14 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory.create_or_resume(Path(folder) / "run", recipe.to_mapping(), "0" * 64, {})
-        with directory:
+        with directory, limited(device, bytes_of_size(options.memory)):
             console = Console(file=io.StringIO())
             began = time.perf_counter()
             # Random windows of a model without a tokenizer stand where those of a text would.
             drawn = cast(CalibrationWindows, SimpleNamespace(solving=windows))
             job = CompressJob(model, plan, recipe, directory, drawn, strategy_of(recipe), device, compute=None)
             walk = TimedWalk(job, console)
+            parked = walk._stream.parks_waiting
             embedded = time.perf_counter() - began
             with contextlib.suppress(_OutOfTime):
                 walk.run()
@@ -223,6 +226,9 @@ def measure(
         "work_per_block": work,
         "floor_seconds": {stage: seconds * layers for stage, seconds in floor.items()},
         "over_floor": total / (layers * sum(floor.values())),
+        "memory_limit": options.memory,
+        "batches_wait_in_host_memory": parked,
+        "windows_per_batch": walk.windows_per_batch,
         "notes": sorted({note for certificate in certificates for note in certificate.notes}),
         "full_svds": sum("full one was taken" in note for item in certificates for note in item.notes),
     }
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=0.0, help="end each walk at a block after so long; 0: never")
+    parser.add_argument("--memory", default="", help="most of the device's memory, e.g. 8GB")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

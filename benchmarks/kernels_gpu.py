@@ -171,11 +171,12 @@ def solve_rows(shape: tuple[int, int], options: argparse.Namespace, device: torc
     ]
     for name, call, allowed, operations, moved in cases:
         found = call()
-        seconds = median_seconds([call], device, max(3, options.repeats // 5))
+        # These ask the device for numbers on their way.
+        seconds = median_seconds([call], device, max(3, options.repeats // 5), graphed=False)
         kept, dispatch.TRITON_DEVICES = dispatch.TRITON_DEVICES, set()
         try:
             truth = call()
-            plain = median_seconds([call], device, 3)
+            plain = median_seconds([call], device, 3, graphed=False)
         finally:
             dispatch.TRITON_DEVICES = kept
         yield {
@@ -217,14 +218,16 @@ def main() -> None:
     print(f"{describe_device(device)['name']}: copy {ceilings['copy_bytes'] / 1e9:.0f} GB/s")
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
     with torch.no_grad():
+        # Few shapes to compile; of the linears there are hundreds, and time may run out among them.
+        for row in solve_rows(shapes[0], options, device):  # type: ignore[arg-type]
+            _report(row, result, options.json)
+        release(device)
         for shape in shapes:
             for bits in (int(bits) for bits in options.bits.split(",")):
                 for measured in (linear_rows, dequantize_rows):
                     for row in measured(shape, bits, options, device):  # type: ignore[arg-type]
                         _report(row, result, options.json)
                     release(device)
-        for row in solve_rows(shapes[0], options, device):  # type: ignore[arg-type]
-            _report(row, result, options.json)
 
 
 def _report(row: Row, result: dict[str, Any], path: Path | None) -> None:

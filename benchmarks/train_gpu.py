@@ -27,7 +27,7 @@ from torch import nn
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.files.atomic import write_json
 
-_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _VOCABULARY = 32000
 
 
@@ -51,7 +51,7 @@ def make_base(name: str, kind: str, bits: int, device: torch.device) -> Any:
         model = transformers.LlamaForCausalLM(config).to(dtype)
     if kind == "float":
         return model
-    for path, linear in [item for item in model.named_modules() if item[0].rpartition(".")[2] in _LINEARS]:
+    for path, linear in [item for item in model.named_modules() if item[0].rpartition(".")[2] in LINEARS]:
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], _narrow(linear, kind, bits, dtype, device))
     release(device)
@@ -84,7 +84,7 @@ def measure(name: str, kind: str, options: argparse.Namespace, device: torch.dev
     release(device)
     model = make_base(name, kind, options.bits, device)
     rank = 4 if name == "tiny" else 64
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_LINEARS))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS))
     model.train()
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -22,6 +22,8 @@ _LEAST_CAPABILITY = (8, 0)
 # Columns of a group up to which the kernels of `grid` and `prox` hold one in registers.
 _MOST_COLUMNS = 1 << 15
 _WIDTHS = (2, 3, 4, 8)
+# Tokens that Triton's packed linears compute straight from the codes; for more, Q is made.
+MOST_TOKENS = 64
 # Triton's packed linears read whole units of so many inputs.
 _UNIT = 32
 

@@ -1,7 +1,8 @@
-"""PEFT's LoRA layer over a packed linear: base and adapters in one call of the native CPU library."""
+"""PEFT's LoRA layer over a packed linear: base and adapters in one call of the native CPU library, or of a GPU's."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
+from cloq_export import kernels
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.kernels.cpu import linear as cpu_linear
 from cloq_export.kernels.cpu import lora as cpu_lora
 from cloq_export.kernels.cpu import weight as cpu_weight
+from cloq_export.kernels.dispatch import MOST_TOKENS, triton_takes_layer
 
 # What PEFT calls the base in a list of adapters.
 _BASE = "__base__"
@@ -21,7 +24,9 @@ _BASE = "__base__"
 class PackedLoraLinear(lora.Linear):
     """PEFT's LoRA layer, computed as `y = x Q^T + scaling (x A^T) B^T + bias` with one rounding where it only serves.
 
-    With gradients, dropout, a variant of LoRA, or a base that the native library does not hold, PEFT computes.
+    With gradients, dropout, a variant of LoRA, or a base that the native library does not hold, PEFT computes. On a GPU
+    few tokens, those of decoding, take one call too, with an adapter for every row; PEFT would take six or more for
+    each adapter. It computes many tokens there, and pairs that are trained.
 
     The pairs are brought into the library's layout once, in the narrowest dtype that holds them exactly, and again when
     a parameter has been changed. Of frozen ones that is what torch counts, and writing through `parameter.data` is not
@@ -30,6 +35,8 @@ class PackedLoraLinear(lora.Linear):
 
     _kept: tuple[tuple[Any, ...], cpu_lora.CpuLora, list[torch.Tensor]] | None = None
     _served: _Served | None = None
+    _kept_there: tuple[tuple[Any, ...], kernels.Adapters] | None = None
+    _index_there: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output of the layer.
@@ -50,9 +57,15 @@ class PackedLoraLinear(lora.Linear):
         names = [name for name in names if name in self.lora_A]
         base = self.base_layer
         native = base.native if type(base) is PackedLinear else None
-        if native is None or args or len(kwargs) > (rows is not None) or not self._only_served(x, names, rows):
+        there = native is None and type(base) is PackedLinear and self._few_on_gpu(x)
+        served_here = native is not None or there
+        if not served_here or args or len(kwargs) > (rows is not None) or not self._only_served(x, names, rows):
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
+        if native is None:
+            self._check_forward_args(x, **kwargs)
+            layer = [base.packed_codes, base.packed_zeros, base.packed_scales]
+            return kernels.packed_lora_linear(x, layer, base.bits, base.bias, self._pairs_there(x, names, rows))
         self._check_forward_args(x, **kwargs)
         served = _Served(self, names, rows, native, self._packed(names))
         self._served = None if torch.is_grad_enabled() or self._trained(names) else served
@@ -72,9 +85,44 @@ class PackedLoraLinear(lora.Linear):
             if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
                 return False
             for factor in (self.lora_A[name].weight, self.lora_B[name].weight):
-                if (wants_grad and factor.requires_grad) or factor.is_inference() or factor.device.type != "cpu":
+                if (wants_grad and factor.requires_grad) or factor.is_inference() or factor.device != x.device:
+                    return False
+                if factor.requires_grad and factor.device.type != "cpu":
+                    # Whether it has been changed would have to be asked for every batch, and the host would wait.
                     return False
         return True
+
+    def _few_on_gpu(self, x: torch.Tensor) -> bool:
+        """Return whether a GPU computes base and adapters of these tokens in one call."""
+        base = self.base_layer
+        layer = (base.packed_codes, base.packed_zeros, base.packed_scales)
+        few = 0 < x.numel() <= MOST_TOKENS * base.in_features
+        if not few or any(base._padding) or x.dtype not in _NARROWEST_FIRST:
+            return False
+        return triton_takes_layer(base.bits, base.in_features, base.groups, x, base.bias, *layer)
+
+    def _pairs_there(self, x: torch.Tensor, names: list[str], rows: list[str] | None) -> kernels.Adapters:
+        """Return the pairs of these adapters as a GPU's kernel takes them, with the adapter of every token."""
+        pairs = [(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()) for name in names]
+        factors = [factor for pair in pairs for factor in pair]
+        scaling = [self.scaling[name] for name in names]
+        key = (*names, *scaling, *((factor.data_ptr(), factor._version, factor.dtype) for factor in factors))
+        if self._kept_there is None or self._kept_there[0] != key:
+            rank, (out_features, in_features) = max(a.shape[0] for a, _ in pairs), self.base_layer.weight.shape
+            dtype = next(dtype for dtype in _NARROWEST_FIRST if all(_holds(dtype, factor) for factor in factors))
+            a = torch.zeros(len(pairs), rank, in_features, dtype=dtype, device=x.device)
+            b = torch.zeros(len(pairs), out_features, rank, dtype=dtype, device=x.device)
+            for number, (first, second) in enumerate(pairs):
+                a[number, : len(first)] = first
+                b[number, :, : len(first)] = second
+            of_each = torch.tensor(scaling, dtype=torch.float32, device=x.device)
+            self._kept_there = key, kernels.Adapters(a, b, of_each)
+        if rows is None:
+            return self._kept_there[1]
+        tokens = (tuple(names.index(row) if row in names else -1 for row in rows), x.shape[:-1], x.device)
+        if self._index_there is None or self._index_there[0] != tokens:
+            self._index_there = tokens, _index_of(*tokens[:2]).to(x.device)
+        return dataclasses.replace(self._kept_there[1], index=self._index_there[1])
 
     def _packed(self, names: list[str]) -> cpu_lora.CpuLora:
         """Return the pairs of these adapters in the library's layout, with room for the largest of their ranks."""
@@ -99,7 +147,7 @@ class PackedLoraLinear(lora.Linear):
         return [factor.detach() for factor in factors if factor.requires_grad]
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLoraLinear:
-        self._kept = self._served = None
+        self._kept = self._served = self._kept_there = self._index_there = None
         super()._apply(fn, recurse)
         return self
 

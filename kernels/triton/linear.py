@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cloq_export.kernels.dispatch import MOST_TOKENS as MOST_TOKENS
 from cloq_export.kernels.gpu import cuda
 from cloq_export.kernels.reference.lora import Adapters
 from cloq_export.kernels.triton.dequantize import tile_units
@@ -26,7 +27,6 @@ from cloq_export.kernels.triton.linear_kernels import add_partial_sums, matrix_p
 from cloq_export.kernels.triton.tuning import INTERPRETED, on_its_device
 from cloq_export.kernels.triton.unpack import UNIT
 
-MOST_TOKENS = 64
 _MOST_SPLITS = 8
 _RANK_TILE = 16
 _SHRINK_SPLITS = 4

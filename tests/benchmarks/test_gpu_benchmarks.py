@@ -40,8 +40,10 @@ def test_one_command_runs_every_benchmark_and_names_the_hardware(tmp_path):
     assert {row["base"] for row in parts["training"]["rows"]} == {"float", "packed", "nf4"}
     kernels = [row["kernel"] for row in parts["kernels"]["rows"]]
     assert [name.split()[0] for name in kernels] == [
-        *("linear", "linear", "dequantize", "gram", "grid", "proximal", "column")
+        *("gram", "grid", "proximal", "column", "linear", "linear", "dequantize")
     ]
+    decoded = parts["decoding"]["rows"]
+    assert [(row["adapters"], row["texts"]) for row in decoded] == [(0, 1), (0, 8), (1, 1), (1, 8), (8, 8)]
     assert all(row["seconds"] > 0 for row in parts["kernels"]["rows"])
 
 
@@ -80,8 +82,10 @@ def test_what_is_wrong_with_a_machine_is_said_and_what_it_cannot_run_is_left_out
         assert fault in said.partition("==")[0]
     report = json.loads((tmp_path / "gpu.json").read_text())
     left_out = {name for name, part in report["parts"].items() if part["ended"].startswith("not run: ")}
-    assert left_out == {"kernels", "training", "initialisation 7b"}
-    assert len(ran) == len(report["parts"]) - 3
+    assert left_out == {
+        *("kernels", "training", "decoding", "initialisation 7b", "initialisation 7b in 8 GB"),
+    }
+    assert len(ran) == len(report["parts"]) - 5
 
 
 def test_a_first_kernel_is_tried_and_its_fault_is_one_line(gpu_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from cloq_export.engines.packed_lora import PackedLoraLinear
+from cloq_export.engines import packed_lora
+from cloq_export.engines.packed_lora import PackedLoraLinear, _holds
 from cloq_export.engines.transformers.loading import load
+from cloq_export.kernels import dispatch
 
 
 @pytest.fixture
@@ -137,3 +139,45 @@ def test_two_active_adapters_are_left_to_peft(layer, peft_calls):
     layer.requires_grad_(False)
     layer(torch.randn(2, layer.in_features))
     assert len(peft_calls) == 1
+
+
+@pytest.fixture
+def there(layer, monkeypatch) -> PackedLoraLinear:
+    """Return the layer as it stands on a GPU; the reference computes in the place of Triton."""
+    base = layer.base_layer
+    base._register(*base.in_gptq_order(), None)
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    # What a GPU's kernel cannot take is left to PEFT; the layer's own groups may be any.
+    monkeypatch.setattr(dispatch, "_UNIT", 1)
+    return layer
+
+
+@pytest.mark.parametrize("rows", [None, ["wide", "__base__", "default", "wide"]], ids=["one", "several"])
+def test_few_tokens_of_a_gpu_take_one_call(there, peft_calls, rows, monkeypatch):
+    add_adapter(there, "wide", 9)
+    packed = []
+    monkeypatch.setattr(packed_lora, "_holds", lambda *given: packed.append(given) or _holds(*given))
+    kwargs = {} if rows is None else {"adapter_names": rows}
+    for length in (1, 2):
+        x = torch.randn(4, length, there.in_features)
+        fused = there(x, **kwargs)
+        assert not peft_calls
+        torch.testing.assert_close(fused, lora.Linear.forward(there, x, **kwargs), rtol=1e-5, atol=1e-4)
+        peft_calls.clear()
+        asked, packed[:] = len(packed), []
+        # Pairs are brought together once, and again only when they have changed.
+        assert bool(asked) == (length == 1)
+    with torch.no_grad():
+        there.lora_B["default"].weight.mul_(2.0)
+    torch.testing.assert_close(there(x, **kwargs), lora.Linear.forward(there, x, **kwargs), rtol=1e-5, atol=1e-4)
+
+
+def test_many_tokens_and_old_gpus_are_left_to_peft(there, peft_calls, monkeypatch):
+    there(torch.randn(dispatch.MOST_TOKENS, there.in_features))
+    assert not peft_calls
+    there(torch.randn(dispatch.MOST_TOKENS + 1, there.in_features))
+    assert len(peft_calls) == 1
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cuda"})
+    there(torch.randn(2, there.in_features))
+    assert len(peft_calls) == 2
