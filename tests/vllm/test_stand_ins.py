@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_an_engine_that_gives_no_answer_is_stopped(export: Any, tmp_path: pathli
         with pytest.raises(EngineError, match=r"gave no answer within 1 seconds and was stopped .*last lines:"):
             model.generate([[1]], [None], 1)
         assert model._process.exit_code is not None
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "time.sleep(60)"], ids=["ends", "is ended"])
+def test_what_an_engine_leaves_among_temporary_files_goes_with_it(
+    export: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    (tmp_path / "all").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "all"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it, once it has compiled something
+    leaves = "open(os.environ['TMPDIR'] + '/left', 'w'); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    python = stand_in(tmp_path / "python", f"{leaves}; {READY}; {end}")
+    with VllmModel(export.folder, {}, EngineSettings(), EngineStart(python=python, timeout=120)) as model:
+        assert [path.name for path in (tmp_path / "all").glob("cloq-*/*")] == ["left"]
+        # What is compiled stays where the next engine finds it.
+        assert model._process.last_lines().startswith(str(tmp_path / "all" / "torchinductor_"))
+    assert list((tmp_path / "all").iterdir()) == []
 
 
 def test_an_engine_that_dies_is_told_of_with_its_last_lines(export: Any, tmp_path: pathlib.Path) -> None:

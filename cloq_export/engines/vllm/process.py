@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import getpass
 import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,8 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 class EngineProcess:
     """A program whose output is read all the time and whose last lines are kept, stopped with all of its children.
+
+    Its folder for temporary files is its own and goes with it: vLLM leaves sockets and files of its start there.
 
     Args:
         command: the program and its arguments.
@@ -46,10 +50,12 @@ class EngineProcess:
         self.echo = echo
         self._refusal: str | None = None
         self._lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        # A short name: a socket's path has a hundred characters at most.
+        place = tempfile.TemporaryDirectory(prefix="cloq-", ignore_cleanup_errors=True)
         try:
             self._process = subprocess.Popen(
                 list(command),
-                env=os.environ | SAFE_PATH | dict(environment),
+                env=_shared_caches() | os.environ | SAFE_PATH | {"TMPDIR": place.name} | dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -60,10 +66,11 @@ class EngineProcess:
                 start_new_session=True,
             )
         except OSError as error:
+            place.cleanup()
             raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; check `python`.") from error
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._stop_at_exit = weakref.finalize(self, _kill_group, self._process)
+        self._stop_at_exit = weakref.finalize(self, _end, self._process, place)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -117,12 +124,22 @@ class EngineProcess:
             self._process.stdout.close()
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    """End a program and all processes in its group."""
+def _end(process: subprocess.Popen[str], place: tempfile.TemporaryDirectory[str]) -> None:
+    """End a program and all processes in its group, and remove what they leave."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
+    place.cleanup()
+
+
+def _shared_caches() -> dict[str, str]:
+    """Return where programs keep what they compile, which torch puts among temporary files: the next one needs it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user that has a number alone
+        user = str(os.getuid())
+    return {"TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")}
 
 
 def engine_environment(kv_cache_gib: int, *, threads: int | None = None) -> dict[str, str]:

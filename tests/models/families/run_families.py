@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,20 +36,24 @@ def run_families(families: Sequence[str], *, processes: int = 1) -> Iterator[Fam
     # Torch and transformers are read once, and what each family leaves behind ends with its process.
     context.set_forkserver_preload(["check_family", "cloq_export.verbs", "peft"])
     waiting = list(reversed(families))
-    going: list[tuple[str, multiprocessing.process.BaseProcess, multiprocessing.connection.Connection]] = []
+    going: list[tuple[str, multiprocessing.process.BaseProcess, multiprocessing.connection.Connection, Any]] = []
     while waiting or going:
         while waiting and len(going) < processes:
             family = waiting.pop()
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_check, args=(family, sending))
+            # Removed here: the process is ended as soon as it has answered.
+            folder = tempfile.TemporaryDirectory()
+            process = context.Process(target=_check, args=(family, sending, folder.name))
             process.start()
             sending.close()
-            going.append((family, process, receiving))
-        family, process, receiving = going.pop(0)
-        yield _result_of(family, process, receiving)
+            going.append((family, process, receiving, folder))
+        family, process, receiving, folder = going.pop(0)
+        with folder:
+            result = _result_of(family, process, receiving)
+        yield result
 
 
-def _check(family: str, sending: multiprocessing.connection.Connection) -> None:
+def _check(family: str, sending: multiprocessing.connection.Connection, folder: str) -> None:
     import warnings
 
     import torch
@@ -58,8 +63,7 @@ def _check(family: str, sending: multiprocessing.connection.Connection) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        sending.send(check_family(family, Path(folder)).to_json())
+    sending.send(check_family(family, Path(folder)).to_json())
 
 
 def _result_of(
