@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -24,10 +25,17 @@ if _beside > 1:
 os.fsync = lambda descriptor: None
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of later collections, which every run asks for."""
-    gc.collect()
-    gc.freeze()
+# Modules that were imported when what they hold was last left out of collections.
+_left_out = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Leave what is imported by now out of later collections, which every run asks for; libraries import much late."""
+    global _left_out
+    if len(sys.modules) - _left_out > 100:
+        gc.collect()
+        gc.freeze()
+        _left_out = len(sys.modules)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -75,11 +75,18 @@ def environment() -> dict[str, str]:
     """
     from cloq_export import __version__
 
-    versions = {
+    return {
         "cloq_export": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
+        **_installed(),
     }
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Return the versions of the packages that are there; for each, the whole text that describes it is parsed."""
+    versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
