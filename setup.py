@@ -22,6 +22,8 @@ from setuptools.errors import CompileError
 
 MAPPED = ("kernels", "formats")
 NATIVE = Path("kernels/cpu")
+# The source that must know which of the others there are.
+CHOOSING = "kernels/cpu/dispatch.cpp"
 LIBRARY = "libcloq_cpu.so"
 
 FLAGS = (
@@ -81,16 +83,17 @@ class BuildNative(build_ext):
         extra = shlex.split(os.environ.get("CLOQ_EXPORT_CXXFLAGS", ""))
         built: set[str] = set()
         objects: list[str] = []
-        # Beside each other: a source takes up to a minute.
+        # Beside each other: a source takes up to a minute. Those of any machine hold the slowest.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiling = {
                 isa: [
-                    pool.submit(self._compile, source, [*ISA_FLAGS[isa], *extra])
+                    pool.submit(self._compile, source, [*ISA_FLAGS.get(isa or "", ()), *extra])
                     for source in ext.sources
-                    if _isa_of(source) == isa
+                    if _isa_of(source) == isa and source != CHOOSING
                 ]
-                for isa in ISA_FLAGS
+                for isa in (None, *ISA_FLAGS)
             }
+        objects += [one.result() for one in compiling.pop(None)]
         for isa, variants in compiling.items():
             try:
                 objects += [variant.result() for variant in variants]
@@ -101,9 +104,7 @@ class BuildNative(build_ext):
             if variants:
                 built.add(isa)
         macros: list[tuple[str, str | None]] = [(f"CLOQ_HAVE_{isa.upper()}", "1") for isa in sorted(built)]
-        for source in ext.sources:
-            if _isa_of(source) is None:
-                objects.append(self._compile(source, extra, macros))
+        objects.append(self._compile(CHOOSING, extra, macros))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Linked beside its place and moved, because a running process may have the old file mapped.
         partial = target.with_name(f".{target.name}.partial")

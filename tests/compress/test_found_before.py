@@ -52,10 +52,10 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[.
 @pytest.mark.parametrize(
     ("width", "options"),
     [
-        (80, {"bits": 3, "group_size": 16}),
+        pytest.param(80, {"bits": 3, "group_size": 16}, marks=pytest.mark.slow),
         (80, {"bits": 3, "group_size": 16, "format": "compressed_tensors_padded", "symmetric": True}),
         (72, {"bits": 2, "group_size": 8}),
-        (90, {"bits": 4, "group_size": -1, "rank": 0}),
+        pytest.param(90, {"bits": 4, "group_size": -1, "rank": 0}, marks=pytest.mark.slow),
         (75, {"bits": 8, "group_size": -1}),
     ],
     ids=str,

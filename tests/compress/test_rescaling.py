@@ -80,16 +80,18 @@ def undisturbed(
 @pytest.mark.parametrize(
     ("change", "first", "bits"),
     [
-        (times({VALUE: -14, OUT: 14}), "v_proj", 2),
-        (times({VALUE: 20, OUT: -20}), "v_proj", 3),
-        (times({UP: -17, DOWN: 17}), "up_proj", 2),
-        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 2),
-        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 4),
-        (times({UP: 19, DOWN: -19, VALUE: -16, OUT: 16}), "up_proj", 8),
-        (one_head, "v_proj", 2),
-        (one_head, "v_proj", 3),
+        pytest.param(times(exponents) if exponents else one_head, first, bits, id=name, marks=marks)
+        for name, exponents, first, bits, marks in (
+            ("v tiny-2", {VALUE: -14, OUT: 14}, "v_proj", 2, pytest.mark.slow),
+            ("v huge-3", {VALUE: 20, OUT: -20}, "v_proj", 3, ()),
+            ("up tiny-2", {UP: -17, DOWN: 17}, "up_proj", 2, ()),
+            ("both-2", {UP: 19, DOWN: -19, VALUE: -16, OUT: 16}, "up_proj", 2, pytest.mark.slow),
+            ("both-4", {UP: 19, DOWN: -19, VALUE: -16, OUT: 16}, "up_proj", 4, pytest.mark.slow),
+            ("both-8", {UP: 19, DOWN: -19, VALUE: -16, OUT: 16}, "up_proj", 8, pytest.mark.slow),
+            ("one head-2", None, "v_proj", 2, ()),
+            ("one head-3", None, "v_proj", 3, pytest.mark.slow),
+        )
     ],
-    ids=["v tiny-2", "v huge-3", "up tiny-2", "both-2", "both-4", "both-8", "one head-2", "one head-3"],
 )
 def test_a_factor_between_neighbours_changes_no_code(
     change: Any,
@@ -244,8 +246,17 @@ def test_inputs_that_carry_much_through_tiny_weights_are_said(recipe_for: Recipe
     assert "`overrides='some.layer:skip=true'`" in notes[0]
 
 
-@pytest.mark.parametrize("method", ["rtn", "optq", "magr"])
-@pytest.mark.parametrize("init", ["cloq", "svd"])
+@pytest.mark.parametrize(
+    ("method", "init"),
+    [
+        ("optq", "cloq"),
+        ("rtn", "svd"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("rtn", "cloq"), ("magr", "cloq"), ("optq", "svd"), ("magr", "svd"))
+        ),
+    ],
+)
 def test_one_sided_weights_fit_version_1(
     method: str, init: str, changed: Any, recipe_for: RecipeFor, tmp_path: Path, silent: Console
 ) -> None:

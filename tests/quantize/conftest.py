@@ -73,18 +73,19 @@ def eliminate() -> Callable[..., Elimination]:
     def eliminate_columns(
         weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, max_code: int, gram: torch.Tensor
     ) -> Elimination:
-        """Round one column at a time by descending diag(H), inverting what remains of H anew at every step."""
+        """Round one column at a time by descending diag(H), solving with what remains of H anew at every step."""
         rest, scale, zero, metric = (tensor.double().numpy().copy() for tensor in (weight, scales, zeros, gram))
         columns = rest.shape[1]
         order = sorted(range(columns), key=lambda column: (-metric[column, column], column))
         wanted, codes = np.zeros_like(rest), np.zeros(rest.shape, dtype=np.int64)
         for step, column in enumerate(order):
             left = order[step:]
-            inverse = np.linalg.inv(metric[np.ix_(left, left)])
+            # The first row of the inverse.
+            inverse = np.linalg.solve(metric[np.ix_(left, left)], np.eye(len(left), 1)[:, 0])
             wanted[:, column] = rest[:, column] / scale[:, column] + zero[:, column]
             codes[:, column] = np.clip(np.rint(wanted[:, column]), 0, max_code)
             error = rest[:, column] - scale[:, column] * (codes[:, column] - zero[:, column])
-            rest[:, left] -= np.outer(error, inverse[0] / inverse[0, 0])
+            rest[:, left] -= np.outer(error, inverse / inverse[0])
         return Elimination(codes, wanted, order, max_code)
 
     return eliminate_columns

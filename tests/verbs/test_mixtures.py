@@ -28,13 +28,14 @@ from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.summary import RunSummary
 
 TOLERANCE = 1e-4  # of a log-probability, what the project promises in float32
-FAST = ("qwen3-moe", "mixtral", "gpt-oss", "llama4", "deepseek-v3")
+KINDS = ("qwen3-moe", "mixtral", "gpt-oss", "llama4", "deepseek-v3")
+FAST = ("mixtral", "gpt-oss", "deepseek-v3")
 # The error-aware mode goes through blocks in another way; a family of each kind of storage is enough for it.
 CASES = [
     pytest.param(family, error_aware, marks=() if family in FAST and error_aware == 0.0 else pytest.mark.slow)
     for family in MIXTURES
     for error_aware in (0.0, 0.5)
-    if family in FAST or error_aware == 0.0
+    if family in KINDS or error_aware == 0.0
 ]
 
 RecipeFor = Callable[..., Recipe]
@@ -136,7 +137,7 @@ def certificates(run: RunDirectory, name: str) -> list[Any]:
     return [run.read_layer(f"{name}.{number}.gate_proj").certificate for number in range(4)]
 
 
-@pytest.mark.parametrize("error_aware", [0.0, 0.5])
+@pytest.mark.parametrize("error_aware", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_all_tokens_calibrate_every_expert_on_demand(
     error_aware: float, recipe_for: RecipeFor, run_recipe: RunRecipe
 ) -> None:
@@ -145,7 +146,7 @@ def test_all_tokens_calibrate_every_expert_on_demand(
     assert not [note for one in run.certificates() for note in one.notes if "expert" in note]
 
 
-@pytest.mark.parametrize("error_aware", [0.0, 0.5])
+@pytest.mark.parametrize("error_aware", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_an_expert_that_saw_too_few_tokens_is_lent_others_and_says_so(
     error_aware: float, tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:

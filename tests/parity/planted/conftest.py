@@ -20,7 +20,7 @@ from cloq_export.verbs.verification.options import VerifyOptions
 BITS = 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     generator = torch.Generator().manual_seed(3)
@@ -54,7 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, float_folder: Path, text: Path) -> Path:
     run = tmp_path_factory.mktemp("faults") / "run"
     small = {"group_size": 16, "rank": 4, "samples": 4, "seqlen": 32, "precision": "float32", "eval_windows": 2}

@@ -42,8 +42,15 @@ def scaled(module: str, factor: float) -> Callable[[dict[str, torch.Tensor]], No
     return change
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("module", ["0.mlp.down_proj", "0.self_attn.v_proj"])
+@pytest.mark.parametrize(
+    ("module", "dtype"),
+    [
+        ("0.mlp.down_proj", "float16"),
+        ("0.self_attn.v_proj", "float32"),
+        pytest.param("0.mlp.down_proj", "float32", marks=pytest.mark.slow),
+        pytest.param("0.self_attn.v_proj", "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_one_hundredth_of_a_scale_is_found_at_two_bits(
     tmp_path: Path, exported: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch, module: str, dtype: str
 ) -> None:

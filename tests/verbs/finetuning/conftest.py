@@ -19,7 +19,7 @@ RecipeFor = Callable[..., Recipe]
 Contents = Callable[[Path], dict[str, str]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeFor, silent: Console) -> Path:
     """Return a finished 2-bit run; it must only be read."""
     out = tmp_path_factory.mktemp("made") / "run"
@@ -44,7 +44,7 @@ def options(texts: dict[str, str]) -> Callable[..., FineTuneRecipe]:
 Trained = tuple[Path, dict[str, str], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(
     made: Path, tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str], silent: Console, contents: Contents
 ) -> Trained:

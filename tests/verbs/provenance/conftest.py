@@ -19,7 +19,7 @@ from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.verification.options import VerifyOptions
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Console) -> Path:
     """Return a run with its own adapter and two that were trained, on other data and from another seed."""
     folder = tmp_path_factory.mktemp("made")
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Conso
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(run: Path, silent: Console) -> Path:
     write_export(run, ExportOptions(format="gptq_v2", out=run / "exports" / "all"), console=silent)
     return run / "exports" / "all"

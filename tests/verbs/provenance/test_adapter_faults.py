@@ -263,7 +263,14 @@ def _renamed_and_exchanged(run: Path, place: Path) -> tuple[str, ...]:
     return "x", "y"
 
 
-@pytest.mark.parametrize("fault", OUTSIDE)
+@pytest.mark.parametrize(
+    "fault",
+    slow_but(
+        OUTSIDE,
+        *("two names exchanged", "two new names exchanged", "alpha doubled", "a module left out"),
+        *("the record taken away", "the initial weights in the trained one's folder"),
+    ),
+)
 def test_an_adapter_outside_the_export_is_held_to_its_own_record(
     fault: str, run: Path, exported: Path, options: VerifyOptions, silent: Console, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def run_recipe(tmp_path: Path, silent: Console) -> Callable[..., tuple[RunDirect
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeFor, silent: Console
 ) -> Callable[[str, dict[str, float]], Path]:

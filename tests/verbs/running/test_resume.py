@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from run_modes import INDEPENDENT, modes
+from run_modes import ERROR_AWARE, INDEPENDENT, modes
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import RunDirectoryError
@@ -46,8 +46,18 @@ def test_two_runs_write_the_same_bytes(
     assert contents(tmp_path / "somewhere" / "else") == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "plain-experts", "mixtral"])
-@modes
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        ("llama", ERROR_AWARE),
+        ("plain-experts", INDEPENDENT),
+        ("mixtral", ERROR_AWARE),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", INDEPENDENT), ("plain-experts", ERROR_AWARE), ("mixtral", INDEPENDENT))
+        ),
+    ],
+)
 def test_whatever_is_missing_is_made_again(
     mode: dict[str, float],
     family: str,

@@ -13,7 +13,7 @@ import torch
 import transformers
 from layers_as_made import TOLERANCE, assert_close, block_linears, log_probabilities, reference_model, stored_layers
 from rich.console import Console
-from run_modes import modes
+from run_modes import ERROR_AWARE, INDEPENDENT, modes
 from torch import nn
 
 import cloq_export
@@ -40,8 +40,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 RecipeFor = Callable[..., Recipe]
 
 
-@modes
-@pytest.mark.parametrize(("family", "options"), CASES, ids=[family for family, _ in CASES])
+@pytest.mark.parametrize(
+    ("family", "options", "mode"),
+    [
+        pytest.param(family, options, mode, id=f"{family}-{name}", marks=() if fast else pytest.mark.slow)
+        for number, (family, options) in enumerate(CASES)
+        # Every family once, with one mode and the other in turn.
+        for name, mode, fast in (
+            ("independent", INDEPENDENT, number % 2 == 0),
+            ("error-aware", ERROR_AWARE, number % 2 == 1),
+        )
+    ],
+)
 def test_what_is_loaded_is_what_was_computed(
     family: str, options: dict[str, Any], mode: dict[str, float], recipe_for: RecipeFor, run_recipe: Any
 ) -> None:

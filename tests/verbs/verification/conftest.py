@@ -18,7 +18,7 @@ from cloq_export.verbs.verification import engines
 from cloq_export.verbs.verification.options import VerifyOptions
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, recipe_for: Any, silent: Console) -> Path:
     """Return a 3-bit export with two adapters."""
     run = tmp_path_factory.mktemp("verified") / "run"

@@ -22,7 +22,7 @@ from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verify import planned_gates, verify
 
 
-@pytest.mark.parametrize("limit", [None, 1e308, -1e308])
+@pytest.mark.parametrize("limit", [None, pytest.param(1e308, marks=pytest.mark.slow), -1e308])
 def test_a_gate_that_unlimits_everything_judges_nothing(
     tmp_path: Path, exported: Path, options: VerifyOptions, silent: Console, limit: float | None
 ) -> None:
