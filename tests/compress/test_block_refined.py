@@ -60,7 +60,7 @@ def test_the_held_out_error_falls(made: Path) -> None:
     assert len({c.refined_error_before for c in certificates}) == 2
 
 
-@pytest.mark.parametrize(("asked", "steps"), [(0, 200), (7, 7)])
+@pytest.mark.parametrize(("asked", "steps"), [pytest.param(0, 200, marks=pytest.mark.slow), (7, 7)])
 def test_steps_without_a_number_are_those_of_the_package(
     asked: int,
     steps: int,
@@ -82,7 +82,7 @@ def test_steps_without_a_number_are_those_of_the_package(
     assert set(made) == {steps}
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_codes_are_trained_where_there_is_no_adapter(
     rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def test_a_divergence_that_is_no_number_keeps_the_refined_blocks(
         assert torch.equal(one.lora.lora_A, other.lora.lora_A)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_codes_of_blocks_stay_and_the_rest_is_trained(
     rank: int, tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:

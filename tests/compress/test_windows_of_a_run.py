@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiers import slow_but
 
 import cloq_export.lab  # noqa: F401  # registers the start points
 from cloq_export.artifact.run_directory import RunDirectory
@@ -49,7 +50,7 @@ def _rows(batches: Batches, judging: bool) -> list[tuple[int, ...]]:
     ]
 
 
-@pytest.mark.parametrize("refine", ["block", "model", "apiq-lw", "apiq-bw"])
+@pytest.mark.parametrize("refine", slow_but(["block", "model", "apiq-lw", "apiq-bw"], "block", "model"))
 def test_what_judges_is_a_stretch_that_nothing_else_is_drawn_from(
     refine: str, tmp_path: Path, recipe_for: RecipeFor, silent: Console, batches: list[Batches]
 ) -> None:

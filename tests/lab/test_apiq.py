@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tiers import slow_but
 
 import cloq_export.lab  # noqa: F401  # registers the start points
 from cloq_export.artifact.run_directory import RunDirectory
@@ -28,7 +29,7 @@ def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cloq_export.compress.strategies.TOKENS_PER_STEP", 64)
 
 
-@pytest.mark.parametrize("scheme", ["apiq-lw", "apiq-bw"])
+@pytest.mark.parametrize("scheme", slow_but(["apiq-lw", "apiq-bw"], "apiq-bw"))
 def test_the_held_out_error_falls(scheme: str, tmp_path: Path, recipe_for: RecipeFor, silent: Console) -> None:
     make_run(recipe_for("llama", refine=scheme, **SMALL), tmp_path / "run", console=silent)
     certificates = RunDirectory.open(tmp_path / "run").certificates()
@@ -51,7 +52,7 @@ def test_the_held_out_error_falls(scheme: str, tmp_path: Path, recipe_for: Recip
 
 @pytest.mark.parametrize(
     ("scheme", "asked", "steps", "place"),
-    [("apiq-lw", 0, 160, "lab.apiq"), ("apiq-bw", 7, 7, "compress.block_refined")],
+    [pytest.param("apiq-lw", 0, 160, "lab.apiq", marks=pytest.mark.slow), ("apiq-bw", 7, 7, "compress.block_refined")],
 )
 def test_steps_without_a_number_are_passes_over_the_windows(
     scheme: str,
@@ -106,7 +107,13 @@ def test_loftq_is_a_start_like_any_other(tmp_path: Path, recipe_for: RecipeFor, 
     assert all(c.refined_error_after < c.refined_error_before for c in certificates)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("options", [{"init": "loftq"}, {"init": "lq-lora"}, {"refine": "apiq-bw"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "loftq"},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"init": "lq-lora"}, {"refine": "apiq-bw"})),
+    ],
+)
 def test_codes_of_every_start_fit_version_1(
     options: dict[str, str], tmp_path: Path, recipe_for: RecipeFor, silent: Console
 ) -> None:

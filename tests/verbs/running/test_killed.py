@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from run_modes import ERROR_AWARE, INDEPENDENT
+from run_modes import ERROR_AWARE, INDEPENDENT, modes
 
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.cli import main
@@ -85,22 +85,10 @@ def run_until(forks: Any, arguments: list[str], event: str, text: str) -> int:
     return int(process.exitcode)
 
 
-# One of each kind of step.
-FEW = [KILL_POINTS[number] for number in (0, 1, 5, 9, 11)]
-
-
-@pytest.mark.parametrize(
-    ("mode", "points"),
-    [
-        pytest.param(INDEPENDENT, KILL_POINTS, marks=pytest.mark.slow),
-        pytest.param(ERROR_AWARE, KILL_POINTS, marks=pytest.mark.slow),
-        (ERROR_AWARE, FEW),
-    ],
-    ids=["independent", "error-aware", "error-aware, a few"],
-)
+@pytest.mark.slow
+@modes
 def test_killed_everywhere_it_ends_with_the_same_bytes(
     mode: dict[str, float],
-    points: list[tuple[str, str]],
     tmp_path: Path,
     recipe_for: RecipeFor,
     contents: Contents,
@@ -109,7 +97,7 @@ def test_killed_everywhere_it_ends_with_the_same_bytes(
 ) -> None:
     recipe, out = recipe_for("llama", bits=3, **mode), tmp_path / "run"
     finished: set[str] = set()
-    for number, (event, text) in enumerate(points):
+    for number, (event, text) in enumerate(KILL_POINTS):
         assert run_until(forks, arguments_of(recipe, out), event, text) == -signal.SIGKILL, (event, text)
         assert RunDirectory.is_run(out) == (number > 0)
         if number:
@@ -118,12 +106,13 @@ def test_killed_everywhere_it_ends_with_the_same_bytes(
             assert run.damaged_layers() == {}
             assert finished <= run.completed_modules()
             finished = run.completed_modules()
-            assert (out / "checkpoint").exists() == (number > points.index(("os.rename", "/run/checkpoint")))
+            assert (out / "checkpoint").exists() == (number > KILL_POINTS.index(("os.rename", "/run/checkpoint")))
     assert len(finished) == 14
     assert run_until(forks, arguments_of(recipe, out), "never", "") == 0
     assert contents(out) == contents(uninterrupted("llama", mode))
 
 
+@pytest.mark.slow
 def test_killed_while_it_adapts(
     tmp_path: Path, recipe_for: RecipeFor, silent: Console, contents: Contents, uninterrupted: Any, forks: Any
 ) -> None:

@@ -70,7 +70,12 @@ def test_a_verdict_says_the_smallest_loss_that_it_could_have_seen(
     gate = tmp_path / "gate.yaml"
     gate.write_text("perplexity_ratio_upper: 100\ngsm8k_accuracy_drop_upper: 0.5\n")
     asked = dataclasses.replace(
-        options, tasks=("ppl", "gsm8k"), gsm8k=str(tmp_path / "problems.jsonl"), detect=0.2, gate=gate
+        options,
+        tasks=("ppl", "gsm8k"),
+        gsm8k=str(tmp_path / "problems.jsonl"),
+        detect=0.2,
+        gate=gate,
+        adapters=("cloq",),
     )
     report = verify(exported, asked, console=silent)
     assert report.passed, missed_gates(report)
