@@ -11,12 +11,32 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from cloq_export.formats.peft.stacked import ExpertStack
 from cloq_export.models.experts import SplitExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ANY = "*"
+
+
+def expert_stacks(model: nn.Module) -> list[ExpertStack]:
+    """Return the fused tensors of a model's class whose experts are split, those of one module in its order."""
+    return [
+        ExpertStack(
+            f"{name}.{fused}",
+            len(module),
+            parts,
+            interleaved=module.storage.interleaved and len(parts) > 1,
+            # PEFT asks the class, by the name that transformers' decorator gives it.
+            turned=module.storage.transposed and not getattr(module.family, "is_transposed", False),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+        for fused, parts in module.parts.items()
+    ]
 
 
 def fused_places(model: PreTrainedModel) -> dict[str, SplitExperts]:

@@ -12,10 +12,11 @@ import torch
 from cloq_export.adapt import CloqOptions, init_cloq, init_svd
 from cloq_export.compress.low_rank_first import LowRankFirst
 from cloq_export.compress.problem import ADAPTER_DTYPES, BestPair, Dequantized, LayerProblem, Solution
-from cloq_export.errors import NonFiniteError
+from cloq_export.errors import NonFiniteError, RecipeError
 from cloq_export.formats.registry import LAYOUTS
+from cloq_export.models.experts import GATE, UP
 from cloq_export.quantize import QuantizeOptions, quantize_group
-from cloq_export.recipe import Recipe, registered_choice
+from cloq_export.recipe import Recipe, is_expert, registered_choice
 from cloq_export.types import LoraPair, QuantizedLayer
 
 
@@ -37,6 +38,17 @@ class Initialisation(abc.ABC):
         """Return given codes of a layer with their pair."""
         best = self.best_pair(problem, codes, recipe)
         return Solution(problem, codes, best.pair, best)
+
+    def sharing_a(self, solutions: Sequence[Solution], recipe: Recipe) -> list[Solution]:
+        """Return solutions of layers that read one input, gate and up of an expert with one A.
+
+        Raises:
+            RecipeError: this initialisation has no such pair.
+        """
+        raise RecipeError(
+            f"expert_shared_a is the closed form of two weights, and init={recipe.init} makes its pairs one by one; "
+            f"choose init={CLOQ}, or leave expert_shared_a out."
+        )
 
     @abc.abstractmethod
     def method(self, problem: LayerProblem, recipe: Recipe) -> str:
@@ -71,6 +83,31 @@ class ClosedForm(_CodesFirst):
             pair_of=lambda problem, weight: self.pair_for(problem, weight, recipe),
         )
         return rounds.improve(problems, list(solutions))
+
+    def sharing_a(self, solutions: Sequence[Solution], recipe: Recipe) -> list[Solution]:
+        """Return solutions of layers that read one input, gate and up of an expert with one A.
+
+        Both weights below each other are one weight of the same input, whose pair the theorem gives: its A is that of
+        both, and the rows of its B are those of each.
+        """
+        done = {each.problem.plan.name: each for each in solutions}
+        for name, gate in list(done.items()):
+            up = done.get(f"{name.removesuffix(GATE)}{UP}") if name.endswith(f".{GATE}") and is_expert(name) else None
+            if up is None or gate.pair is None or up.pair is None or gate.pair.rank != up.pair.rank:
+                continue
+            if gate.problem.root is None:
+                # Both start with the same A where nothing is known about the inputs.
+                continue
+            both = dataclasses.replace(gate.problem, target=torch.cat([gate.problem.target, up.problem.target]))
+            best = self.pair_for(both, torch.cat([gate.codes.weight, up.codes.weight]), recipe)
+            assert best.pair is not None
+            rows = best.pair.lora_B.split([len(each.problem.target) for each in (gate, up)])
+            for each, lora_b in zip((gate, up), rows, strict=True):
+                pair = LoraPair(best.pair.lora_A, lora_b.contiguous(), best.pair.alpha)
+                # The bound of both together says nothing of one alone.
+                own = BestPair(pair, notes=best.notes)
+                done[each.problem.plan.name] = dataclasses.replace(each, pair=pair, best=own)
+        return list(done.values())
 
     def best_pair(self, problem: LayerProblem, codes: Dequantized, recipe: Recipe) -> BestPair:
         """Return the pair for given codes of a layer, which are on the device of the solve."""

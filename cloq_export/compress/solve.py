@@ -20,7 +20,7 @@ from cloq_export.quantize import (
     lost_groups,
     spectral_norm,
 )
-from cloq_export.recipe import Recipe
+from cloq_export.recipe import Recipe, is_expert
 from cloq_export.types import LayerCertificate, LayerStats, LoraPair, QuantizedLayer
 
 
@@ -83,6 +83,8 @@ def solve_group(request: SolveRequest) -> dict[str, SolvedLayer]:
     else:
         codes = (Dequantized.of(kept[problem.plan.name], request.stats.gram.device) for problem in problems)
         solutions = (initialisation.solve_for(*each, recipe) for each in zip(problems, codes, strict=True))
+    if recipe.expert_shared_a and any(is_expert(plan.name) for plan in request.plans):
+        solutions = initialisation.sharing_a(list(solutions), recipe)
     return {each.problem.plan.name: finish_layer(each, recipe, initialisation) for each in solutions}
 
 

@@ -210,6 +210,25 @@ def check_low_rank_first(recipe: Recipe) -> None:
         )
 
 
+def check_shared_a(recipe: Recipe) -> None:
+    """Refuse one A for gate and up of experts where their pairs are made, or changed, one by one.
+
+    Raises:
+        UsageError: they are, or experts get no pair.
+    """
+    if not recipe.expert_shared_a:
+        return
+    leave = "or leave `expert_shared_a` out"
+    if recipe.init != CLOQ or recipe.low_rank_rounds or recipe.refine != "none":
+        other = "init" if recipe.init != CLOQ else "low_rank_rounds" if recipe.low_rank_rounds else "refine"
+        raise UsageError(
+            f"expert_shared_a is CLoQ's closed form of gate and up as one weight, and {other}={getattr(recipe, other)} "
+            f"gives each of them an A of its own; take `init={CLOQ}` with neither rounds nor a refinement, {leave}."
+        )
+    if not recipe.expert_rank:
+        raise UsageError(f"expert_shared_a is about pairs of experts, and expert_rank is 0; give it a rank, {leave}.")
+
+
 def strategy_of(recipe: Recipe) -> Strategy:
     """Return the strategy that a recipe names: one of this package, or one that was registered."""
     return _OWN.get(recipe.refine) or cast(Strategy, registered_choice("refine", recipe.refine))

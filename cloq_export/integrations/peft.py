@@ -19,6 +19,7 @@ from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.engines.packed_linear import PackedLinear
 from cloq_export.engines.packed_lora import PackedLoraLinear
 from cloq_export.formats.peft.codec import read_bound_fingerprint, write_binding
+from cloq_export.integrations.stacked_experts import split_tensors, target_split_experts
 
 
 def register() -> None:
@@ -95,25 +96,28 @@ def _checking(stock: Any) -> Any:
 def _keeping_config(stock: Any) -> Any:
     """Leave the targets of a config as they are: PEFT takes names like `gate_proj` for parts of fused experts.
 
-    Those of a packed model are split, and it would leave out dense layers and shared experts of these names too.
+    Those of a packed model are split, and it would leave out dense layers and shared experts of these names too. What
+    names fused experts themselves (`target_parameters`) names the layers of each expert here.
     """
 
     @functools.wraps(stock)
     def convert(peft_config: Any, model: nn.Module, conversions: Any) -> None:
         if _quantized_base(model) is None:
             stock(peft_config, model, conversions)
+        else:
+            target_split_experts(peft_config, model)
 
     return convert
 
 
 def _keeping_tensors(stock: Any) -> Any:
-    """Leave the names of an adapter's tensors as they are, for the same reason."""
+    """Leave the names of an adapter's tensors as they are, for the same reason; stacked pairs of experts are split."""
 
     @functools.wraps(stock)
     def convert(model: Any, peft_config: Any, adapter_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if _quantized_base(inner) is not None:
-            return adapter_state_dict
+            return split_tensors(inner, adapter_state_dict)
         return stock(model, peft_config, adapter_state_dict, *args, **kwargs)
 
     return convert

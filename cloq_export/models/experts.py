@@ -160,6 +160,11 @@ class SplitExperts(nn.ModuleList):
         return cast(Expert, self[number])
 
     @property
+    def family(self) -> nn.Module:
+        """Return the module of the family, without its tensors."""
+        return self._family[0]
+
+    @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return fused tensor of the family -> the projections that it holds, in order."""
         return self.storage.parts

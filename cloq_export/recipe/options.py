@@ -96,6 +96,9 @@ class Recipe:
     refit: bool = option(False, "Refit the scales by least squares after OPTQ.")
     rank: int = option(64, "Rank of the LoRA adapter; 0 makes none.", at_least(0))
     expert_rank: int = option(0, "Rank of the LoRA adapter of each expert of a mixture; 0 makes none.", at_least(0))
+    expert_shared_a: bool = option(
+        False, "Gate and up of an expert share A, the closed form of both as one weight: what PEFT stacks at one rank."
+    )
     head_bits: int = option(0, "Width of the head's codes, symmetric: 4 or 8; 0 leaves it float.", _END_BITS)
     embedding_bits: int = option(
         0, "Width of the embeddings' codes, symmetric: 4 or 8; 0 leaves them float.", _END_BITS

@@ -18,12 +18,15 @@ from cloq_export.compress.session import Session
 from cloq_export.errors import FormatError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.formats.peft.pairs import balanced, padded, product_difference, uniform
+from cloq_export.formats.peft.stacked import ExpertStack
 from cloq_export.formats.targets.preflight import Decision
 from cloq_export.formats.targets.table import read_table
 from cloq_export.types import LoraPair
 from cloq_export.verbs.options import ExportOptions
 from cloq_export.verbs.recording import read_adapter_record
 
+# How far B of a stacked pair may be from what was given, by its dtype: it is rounded once where scalings differ.
+_ROUNDED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20, torch.float64: 2**-20}
 # What an earlier export noted about an adapter and a later one repeats: that it was taken by force stays on record.
 _KEPT = ("forced", "bound_to", "split", "padded_to", "uniform", LARGEST_PRODUCT_ERROR)
 
@@ -148,20 +151,50 @@ def fit_target(
     return dataclasses.replace(adapter, pairs=made.pairs, record=record)
 
 
-def place_adapter(folder: Path, adapter: PreparedAdapter, base_model: str, base_fingerprint: str) -> None:
+def place_adapter(
+    folder: Path,
+    adapter: PreparedAdapter,
+    base_model: str,
+    base_fingerprint: str,
+    stacks: Sequence[ExpertStack] = (),
+) -> None:
     """Write one adapter as PEFT reads it, and compare what is read back.
 
+    Args:
+        folder: to write.
+        adapter: what to write.
+        base_model: name or path of the float model.
+        base_fingerprint: of the base that it belongs to.
+        stacks: tensors of experts whose pairs are written as one each.
+
     Raises:
-        FormatError: what is read back differs.
+        FormatError: what is read back differs, or pairs of experts cannot be one.
     """
-    write_adapter(folder, adapter.pairs, base_model=base_model, base_fingerprint=base_fingerprint, extra=adapter.extra)
+    write_adapter(
+        folder,
+        adapter.pairs,
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        extra=adapter.extra,
+        stacks=stacks,
+    )
     read = read_adapter(folder).pairs
+    stacked = {name for stack in stacks for expert in range(stack.experts) for name in stack.linears(expert)}
     for module, pair in adapter.pairs.items():
-        same = module in read and read[module].alpha == pair.alpha
-        if not (
-            same and torch.equal(read[module].lora_A, pair.lora_A) and torch.equal(read[module].lora_B, pair.lora_B)
-        ):
+        # Stacked, a pair may have got zeros, or a B that is scaled as the others of its tensor are.
+        same = module in read and (
+            product_difference(read[module], pair) <= _ROUNDED[pair.lora_B.dtype]
+            if module in stacked
+            else _same(read[module], pair)
+        )
+        if not same:
             raise FormatError(f"{folder}: {module} was read back with other numbers than were written; check the disk.")
+
+
+def _same(pair: LoraPair, other: LoraPair) -> bool:
+    return (
+        pair.alpha == other.alpha and torch.equal(pair.lora_A, other.lora_A) and torch.equal(pair.lora_B, other.lora_B)
+    )
 
 
 def place_onnx_adapter(folder: Path, adapter: PreparedAdapter, base_model: str, base_fingerprint: str) -> None:

@@ -187,6 +187,11 @@ def check_export_options(options: ExportOptions, adapters: Sequence[str]) -> Non
         MissingPackageError: an ONNX export is asked for, and its packages are not installed.
     """
     refuse_unmeant(options)
+    if options.expert_pairs != "single" and options.format != PEFT:
+        raise UsageError(
+            f"`expert_pairs` is {options.expert_pairs!r}, which engines that read {options.format or 'checkpoints'} do "
+            "not take; give it with `format=peft`, or leave it out."
+        )
     if options.format == MERGED and len(adapters) > 1:
         raise UsageError(
             f"a merged export holds one adapter, and there are {len(adapters)}: {', '.join(adapters)}; choose one "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +14,16 @@ from cloq_export.artifact.adapters import ADAPTERS_NAME
 from cloq_export.artifact.certificate import Certificate, certify_checkpoint, write_certificate
 from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.checkpoint_writer import LayerSource, WriteSettings, export_checkpoint
-from cloq_export.artifact.empty_model import float_part, refuse_single_experts, tied_head
+from cloq_export.artifact.empty_model import empty_model, float_part, refuse_single_experts, tied_head
+from cloq_export.artifact.expert_names import expert_stacks
 from cloq_export.artifact.merged import MergedAdapter, MergedReport, export_merged
 from cloq_export.artifact.model_card import CardAdapter, CardFacts, write_model_card
 from cloq_export.artifact.provenance import BaseRecord, write_base_record
 from cloq_export.compress.session import Session
+from cloq_export.errors import UsageError
 from cloq_export.formats.onnx.blocks import STYLES, TWO_BIT, Style, TwoBit
 from cloq_export.formats.onnx.record import GraphOptions
+from cloq_export.formats.peft.stacked import ExpertStack
 from cloq_export.formats.registry import LAYOUTS
 from cloq_export.verbs.export_adapters import PreparedAdapter, place_adapter, place_onnx_adapter
 from cloq_export.verbs.export_card import certificate_row, write_card
@@ -188,7 +192,9 @@ def write_adapters_alone(job: ExportJob) -> None:
     peft = job.format == "peft"
     if not peft:
         _require_fit(job)
-    place = place_adapter if peft else place_onnx_adapter
+    place: Callable[[Path, PreparedAdapter, str, str], None] = place_onnx_adapter
+    if peft:
+        place = functools.partial(place_adapter, stacks=_asked_stacks(job))
 
     def write() -> None:
         for adapter in job.adapters:
@@ -206,6 +212,23 @@ def write_adapters_alone(job: ExportJob) -> None:
             write_model_card(folder, card)
 
     job.session.timed("write and compare", write)
+
+
+def _asked_stacks(job: ExportJob) -> list[ExpertStack]:
+    """Return the tensors of fused experts whose pairs are to be one each.
+
+    Raises:
+        UsageError: they are asked for, and the model's class has none.
+    """
+    if job.options.expert_pairs == "single":
+        return []
+    stacks = expert_stacks(empty_model(job.checkpoint, None))
+    if not stacks:
+        raise UsageError(
+            f"`expert_pairs` is 'stacked', and the model of {job.checkpoint.folder} holds no experts in one tensor; "
+            "leave it out."
+        )
+    return stacks
 
 
 def _require_fit(job: ExportJob) -> None:

@@ -58,6 +58,12 @@ class ExportOptions:
         "How A and B share their product: as stored, or evenly, for engines that compute in float16.",
         one_of(("stored", "balanced")),
     )
+    expert_pairs: str = option(
+        "single",
+        "Pairs of a mixture's experts, in a peft export: one for each linear layer, as engines read them, or one for "
+        "each tensor of a model that holds experts fused (PEFT's target_parameters).",
+        one_of(("single", "stacked")),
+    )
     pad_rank: int | None = option(None, "Pad every pair with zeros to this rank.", at_least(1))
     dtype: str = option("bfloat16", "Of a merged export.", one_of(("bfloat16", "float16")))
     style: str | None = option(

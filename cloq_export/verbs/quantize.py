@@ -10,7 +10,7 @@ from rich.console import Console
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
-from cloq_export.compress.strategies import check_low_rank_first
+from cloq_export.compress.strategies import check_low_rank_first, check_shared_a
 from cloq_export.files.spelled_paths import command_line
 from cloq_export.recipe import FIELDS, Recipe
 from cloq_export.verbs.export_card import public_name
@@ -38,6 +38,7 @@ def quantize(recipe: Recipe, out: Path, *, demo: bool = False, console: Console 
     asked_rank = recipe.rank or FIELDS["rank"].default
     recipe = with_choices_of(out, recipe.changed({"rank": 0, "overrides": _without_ranks(recipe)}))
     check_low_rank_first(recipe)
+    check_shared_a(recipe)
     session = Session(console or Console(stderr=True))
     texts = run_texts(recipe, demo=demo, measures=False)
     session.notes.extend(texts.notes)

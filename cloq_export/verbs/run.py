@@ -14,7 +14,7 @@ from cloq_export.artifact.provenance import QualityRecord
 from cloq_export.compress.budgeting import budgeted_recipe, with_choices_of
 from cloq_export.compress.job import compress_model
 from cloq_export.compress.session import Session
-from cloq_export.compress.strategies import check_low_rank_first
+from cloq_export.compress.strategies import check_low_rank_first, check_shared_a
 from cloq_export.models.devices import chosen_device, limited
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.perplexity import PerplexityTable, TextWindows, check_windows
@@ -55,6 +55,7 @@ def run(
     if recipe.codes_from:
         refuse_codes_of_alternations(recipe)
     check_low_rank_first(recipe)
+    check_shared_a(recipe)
     recipe = with_choices_of(out, _with_grid_of_codes(recipe))
     session = Session(console or Console(stderr=True))
     texts = run_texts(recipe, demo=demo, measures=recipe.measure)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.safe_tensors import read_safetensors, read_safetensors_header
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.formats.peft.config import RanksAndAlphas, adapter_config, check_config, refuse_unlisted
+from cloq_export.formats.peft.stacked import (
+    ExpertStack,
+    StackedPair,
+    named_as_parameters,
+    side_names,
+    stack_pairs,
+    unstack_pairs,
+)
 from cloq_export.types import LoraPair
 
 CONFIG_NAME = "adapter_config.json"
@@ -63,6 +71,7 @@ def write_adapter(
     base_model: str,
     base_fingerprint: str,
     extra: Mapping[str, Any] | None = None,
+    stacks: Sequence[ExpertStack] = (),
 ) -> None:
     """Write an adapter folder, whole or not at all; upstream PEFT loads it unchanged.
 
@@ -72,22 +81,34 @@ def write_adapter(
         base_model: name or path of the model that the base was made from.
         base_fingerprint: of the quantized base that the adapter belongs to.
         extra: what else a reader may want to know, e.g. {"split": "balanced", "padded_from": 60}; JSON values.
+        stacks: tensors of experts whose pairs are written as one each, for models that hold experts fused; those of
+            one module in its order.
 
     Raises:
-        FormatError: there is no pair.
+        FormatError: there is no pair, or pairs of experts that cannot be one.
         RunDirectoryError: the folder holds other files, or cannot be written.
     """
     if not pairs:
         raise FormatError("an adapter needs at least one LoRA pair; rank 0 makes none: choose `rank=1` or more.")
+    stacked = [made for stack in stacks if (made := stack_pairs(stack, pairs)) is not None]
+    held = [stack for stack, _ in stacked]
+    taken = {name for stack in held for expert in range(stack.experts) for name in stack.linears(expert)}
+    beside = {module: pair for module, pair in pairs.items() if module not in taken}
+    places, parameters = side_names(held), named_as_parameters(beside) if held else {}
+    targets: dict[str, LoraPair | StackedPair] = {parameters.get(module, module): beside[module] for module in beside}
+    targets |= {stack.parameter: pair for stack, pair in stacked}
+    by_parameter = {**{parameter: module for module, parameter in parameters.items()}, **places}
     tensors: dict[str, torch.Tensor] = {}
-    for module, pair in pairs.items():
-        tensors[tensor_name(module, "A")] = pair.lora_A
-        tensors[tensor_name(module, "B")] = pair.lora_B
+    for target, one in targets.items():
+        module = by_parameter.get(target, target)
+        tensors[tensor_name(module, "A")] = one.lora_A
+        tensors[tensor_name(module, "B")] = one.lora_B
     metadata = {"format": "pt", "cloq_format_version": str(FORMAT_VERSION), _FINGERPRINT_KEY: base_fingerprint}
     with write_folder(folder, owned=_holds_only_an_adapter) as filling:
         # The order of the patterns matters (the first match wins), so the keys are not sorted.
-        write_json(filling / CONFIG_NAME, adapter_config(pairs, base_model), sort_keys=False)
-        write_binding(filling, base_model=base_model, base_fingerprint=base_fingerprint, extra=extra)
+        config = adapter_config(targets, base_model, parameters=by_parameter)
+        write_json(filling / CONFIG_NAME, config, sort_keys=False)
+        write_binding(filling, base_model=base_model, base_fingerprint=base_fingerprint, extra=extra, stacks=held)
         write_safetensors(filling / WEIGHTS_NAME, tensors, metadata)
 
 
@@ -102,7 +123,12 @@ def tensor_name(module: str, side: str) -> str:
 
 
 def write_binding(
-    folder: Path, *, base_model: str, base_fingerprint: str, extra: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    base_model: str,
+    base_fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
+    stacks: Sequence[ExpertStack] = (),
 ) -> None:
     """Write beside an adapter which base it belongs to.
 
@@ -111,13 +137,16 @@ def write_binding(
         base_model: as in `write_adapter`.
         base_fingerprint: as in `write_adapter`.
         extra: as in `write_adapter`.
+        stacks: as the adapter holds them.
     """
-    binding = {
+    binding: dict[str, Any] = {
         "format": BINDING_FORMAT,
         "format_version": FORMAT_VERSION,
         "base_fingerprint": base_fingerprint,
         "base_model": base_model,
-    } | ({"extra": dict(extra)} if extra else {})
+    }
+    binding |= {"extra": dict(extra)} if extra else {}
+    binding |= {"stacked_experts": [stack.to_json() for stack in stacks]} if stacks else {}
     write_json(folder / BINDING_NAME, binding)
 
 
@@ -150,27 +179,47 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     tensors, metadata = read_safetensors(require_inside(folder, folder / WEIGHTS_NAME))
     weights = str(folder / WEIGHTS_NAME)
     sides = _sides(tensors, weights)
-    refuse_unlisted(config, sides, source)
     looked_up = RanksAndAlphas(config, source)
+    fingerprint, extra, recorded = _read_binding(folder, metadata)
+    parameters = frozenset(config.get("target_parameters") or ())
+    places = side_names([stack for stack in recorded if stack.parameter in parameters])
+    stacks = {places[stack.parameter]: stack for stack in recorded if stack.parameter in places}
+    _refuse_unknown_parameters(parameters - {*places, *(f"{module}.weight" for module in sides)}, source)
+    by_name = [module for module in sides if module not in stacks and f"{module}.weight" not in parameters]
+    refuse_unlisted(config, by_name, source)
     pairs: dict[str, LoraPair] = {}
     for module in sorted(sides):
-        pair = sides[module]
+        pair, stack = sides[module], stacks.get(module)
         for side in ("A", "B"):
             if side not in pair:
                 raise FormatError(f"{weights} lacks lora_{side} of {module}; the adapter is damaged.")
-        rank, alpha = looked_up.rank_and_alpha(module)
+        by_parameter = f"{module}.weight" if f"{module}.weight" in parameters else module
+        rank, alpha = looked_up.rank_and_alpha(stack.parameter if stack else by_parameter)
         if rank < 1 or rank != int(rank):
             raise FormatError(f"{source} gives {module} rank {rank}; a rank is 1 or more, and whole.")
-        if pair["A"].ndim != 2 or pair["A"].shape[0] != rank:
+        if pair["A"].ndim != 2 or pair["A"].shape[0] != rank * (stack.experts if stack else 1):
             raise FormatError(
                 f"{weights}: lora_A of {module} has shape {tuple(pair['A'].shape)}, but {CONFIG_NAME} gives rank "
-                f"{rank}."
+                f"{rank}{f' and {BINDING_NAME} {stack.experts} experts' if stack else ''}."
             )
         try:
-            pairs[module] = LoraPair(lora_A=pair["A"], lora_B=pair["B"], alpha=alpha)
+            whole = LoraPair(lora_A=pair["A"], lora_B=pair["B"], alpha=alpha)
         except (ShapeError, NonFiniteError) as error:
             raise FormatError(f"{weights}: {module}: {error}") from None
-    return Adapter(pairs, config, *_read_binding(folder, metadata))
+        if stack is None:
+            pairs[module] = whole
+        else:
+            pairs |= unstack_pairs(stack, StackedPair(whole.lora_A, whole.lora_B, int(rank), alpha), weights)
+    return Adapter(pairs, config, fingerprint, extra)
+
+
+def _refuse_unknown_parameters(parameters: Collection[str], source: str) -> None:
+    if parameters:
+        raise FormatError(
+            f"{source}: target_parameters names {min(parameters):.200}, a tensor of which nothing says how experts lie "
+            "in it; attach the adapter with PeftModel.from_pretrained to the packed model and save it: that gives "
+            "every expert pairs of its own."
+        )
 
 
 def _explain_missing_weights(folder: Path) -> None:
@@ -266,14 +315,16 @@ def _is_fingerprint(text: str) -> bool:
     return 0 < len(text) <= _LONGEST_FINGERPRINT and text.isprintable()
 
 
-def _read_binding(folder: Path, metadata: Mapping[str, str]) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the base fingerprint and what else the writer recorded."""
+def _read_binding(
+    folder: Path, metadata: Mapping[str, str]
+) -> tuple[str | None, Mapping[str, Any], Sequence[ExpertStack]]:
+    """Return the base fingerprint, what else the writer recorded, and the tensors of experts whose pairs are one."""
     inside = metadata.get(_FINGERPRINT_KEY)
     if inside is not None and not _is_fingerprint(inside):
         raise FormatError(f"{folder / WEIGHTS_NAME}: {_FINGERPRINT_KEY} is {inside!r:.80}; the file is damaged.")
     path = folder / BINDING_NAME
     if not path.exists():
-        return inside, {}
+        return inside, {}, ()
     binding = read_json(require_inside(folder, path))
     if binding.get("format") != BINDING_FORMAT or binding.get("format_version") != FORMAT_VERSION:
         raise FormatError(
@@ -292,4 +343,9 @@ def _read_binding(folder: Path, metadata: Mapping[str, str]) -> tuple[str | None
             f"{path} names the base {beside[:19]}… but {WEIGHTS_NAME} names {inside[:19]}…; the files come from two "
             "adapters: copy both again from one."
         )
-    return beside, extra
+    stacks = binding.get("stacked_experts", [])
+    if not isinstance(stacks, list):
+        raise FormatError(
+            f"{path}: stacked_experts is a {type(stacks).__name__}; expected a list: the file is damaged."
+        )
+    return beside, extra, [ExpertStack.of_json(fields, str(path)) for fields in stacks]

@@ -6,11 +6,12 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from cloq_export.errors import FormatError
 from cloq_export.formats.patterns import NamePattern, PatternBudget
+from cloq_export.formats.peft.stacked import StackedPair
 from cloq_export.types import LoraPair
 
 # PEFT's other initialisations change the base weights when an adapter is loaded; these only set A and B.
@@ -44,6 +45,7 @@ _KNOWN_OPTIONS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "use_rslora",
     )
@@ -55,15 +57,21 @@ _PATTERN_OPTIONS = ("rank_pattern", "alpha_pattern")
 _MOST_PATTERNS = 100_000
 
 
-def adapter_config(pairs: Mapping[str, LoraPair], base_model: str) -> dict[str, Any]:
+def adapter_config(
+    pairs: Mapping[str, LoraPair | StackedPair], base_model: str, *, parameters: Container[str] = ()
+) -> dict[str, Any]:
     """Return the adapter_config.json of pairs, under exact names; SPEC.md section 3.
 
     Args:
-        pairs: full module name -> LoRA pair, at least one.
+        pairs: full name of a module or parameter -> LoRA pair, at least one.
         base_model: name or path of the model that the base was made from.
+        parameters: names among these that are parameters.
     """
-    ranks = collections.Counter(pair.rank for pair in pairs.values())
-    alphas = collections.Counter(pair.alpha for pair in pairs.values())
+    by_parameter = sorted(name for name in pairs if name in parameters)
+    # PEFT warns of patterns that match parameters alone, although it follows them: these have the common values.
+    counted = [pairs[name] for name in by_parameter] or list(pairs.values())
+    ranks = collections.Counter(pair.rank for pair in counted)
+    alphas = collections.Counter(pair.alpha for pair in counted)
     rank = min(ranks, key=lambda value: (-ranks[value], value))
     alpha = min(alphas, key=lambda value: (-alphas[value], value))
     return {
@@ -73,7 +81,8 @@ def adapter_config(pairs: Mapping[str, LoraPair], base_model: str) -> dict[str, 
         "r": rank,
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
-        "target_modules": sorted(pairs),
+        "target_modules": sorted(name for name in pairs if name not in parameters),
+        **({"target_parameters": by_parameter} if by_parameter else {}),
         "rank_pattern": _patterns({name: pair.rank for name, pair in pairs.items()}, rank),
         "alpha_pattern": _patterns({name: _number(pair.alpha) for name, pair in pairs.items()}, _number(alpha)),
         "bias": "none",
@@ -126,6 +135,9 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
             f"{source}: init_lora_weights is {config['init_lora_weights']!r:.80}, which changes the base weights; "
             "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
+    parameters = config.get("target_parameters") or []
+    if not (isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)):
+        raise FormatError(f"{source}: target_parameters is {parameters!r:.80}; expected a list of names.")
     for option in _PATTERN_OPTIONS:
         patterns = config.get(option) or {}
         if not isinstance(patterns, Mapping):

@@ -85,6 +85,21 @@ def test_hostile_weights(tmp_path: Path, change, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["experts.gate_up_proj"], "target_parameters names experts.gate_up_proj, a tensor of which nothing says how"),
+        ("all", "target_parameters is 'all'; expected a list of names"),
+    ],
+)
+def test_parameters_of_which_nothing_is_known_are_refused(tmp_path: Path, value: object, message: str) -> None:
+    write_adapter(tmp_path / "a", golden_pairs(), base_model="m", base_fingerprint=FINGERPRINT)
+    change_config(tmp_path / "a", {"target_parameters": value})
+    with pytest.raises(FormatError, match=message) as caught:
+        read_adapter(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_and_truncated_files(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     with pytest.raises(FormatError, match=r"a is not a folder; give the folder that holds adapter_config\.json"):
@@ -189,7 +204,6 @@ def test_a_pickle_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
         ("velora_config", {}),
         ("arrow_config", {"top_k": 1}),
         ("megatron_config", {}),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1]),
         ("lora_bias", True),

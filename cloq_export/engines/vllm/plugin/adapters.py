@@ -162,6 +162,11 @@ def check_adapter(
     if not is_adapter(folder):
         raise FormatError(f"{folder} is no adapter folder; give the folder that holds {CONFIG_NAME}.")
     adapter = read_bound_adapter(folder, checkpoint, force=force, trust_unbound=trust_unbound)
+    if adapter.config.get("target_parameters"):
+        raise FormatError(
+            f"{folder} holds pairs of fused tensors (target_parameters), which vLLM would look for under other names; "
+            "export the adapter with `expert_pairs=single`."
+        )
     allowed = None if target_modules is None else set(target_modules)
     for module, pair in adapter.pairs.items():
         shape = _linear_shape(checkpoint, module)
