@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from cloq_export.errors import NonFiniteError, SourceError
 from cloq_export.models.placeholders import is_placeholder
+from cloq_export.models.weight_names import loaded_names
+
+if TYPE_CHECKING:
+    from cloq_export.models.weight_files import WeightFiles
 
 
 def refuse_gaps(name: str, model: Any, report: Mapping[str, Any]) -> None:
@@ -63,6 +67,32 @@ def refuse_gaps(name: str, model: Any, report: Mapping[str, Any]) -> None:
         raise SourceError(
             f"the weights of {name} cannot be read ({' '.join(str(errors[0]).split())[:200]}); fetch it again."
         )
+
+
+def give_padding_back(model: Any, files: WeightFiles) -> None:
+    """Give embeddings the row of the padding token that their files hold, where loading has left zeros in its place.
+
+    Some classes (Youtu's) begin that row anew after they are loaded; what else reads the files has the row.
+
+    Args:
+        model: as transformers loaded it.
+        files: its weight files.
+    """
+    zeroed = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+        and not is_placeholder(module.weight)
+        and not bool(module.weight[module.padding_idx].any())
+    }
+    for entry in loaded_names(model, files.headers, model.state_dict()) if zeroed else ():
+        module = zeroed.get(entry.name)
+        if module is None or entry.pattern is not None or files.headers[entry.stored][1] != tuple(module.weight.shape):
+            continue
+        row = files.files[entry.stored].read_as_mapped(entry.stored)[module.padding_idx]
+        with torch.no_grad():
+            module.weight[module.padding_idx] = row.to(module.weight.dtype)
 
 
 def refuse_untied(name: str, model: Any) -> None:

@@ -33,7 +33,7 @@ from cloq_export.models.gguf_file import GgufFile, check_gguf, refuse_other_file
 from cloq_export.models.gguf_rope import read_rope_scaling
 from cloq_export.models.gguf_tokenizer import check_gguf_tokenizer
 from cloq_export.models.library_calls import NO_CODE, first_line, quiet_transformers, told_in_one_line
-from cloq_export.models.loaded_weights import check_finite, refuse_gaps, refuse_untied
+from cloq_export.models.loaded_weights import check_finite, give_padding_back, refuse_gaps, refuse_untied
 from cloq_export.models.model_class import model_class
 from cloq_export.models.rope_statements import refuse_two_ropes
 from cloq_export.models.stated_quantization import QUANTIZATION_FILES, forget_quantization
@@ -275,6 +275,7 @@ def load_source(
         assert files is not None  # it is a folder
         with _damage_of(source.name):
             notes = [*files.notes, *refuse_left_over(source.name, model, unexpected, files)]
+            give_padding_back(model, files)
         if not untie:
             refuse_untied(source.name, model)
     correct_config(model.config, tied=is_tied(model))
