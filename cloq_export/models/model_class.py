@@ -30,10 +30,12 @@ def model_class(name: str, config: Any) -> type[PreTrainedModel]:
         transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )
-    named = [mapping.get(type(config), None) for mapping in mappings]
-    classes = [one for entry in named if entry for one in (entry if isinstance(entry, tuple) else (entry,))]
-    # Of some wrappers the first mapping names the class of the text part.
-    whole = [one for one in classes if issubclass(type(config), one.config_class)]
+    named = [mapping.get(type(config), None) or () for mapping in mappings]
+    of_text, *of_wrappers = [entry if isinstance(entry, tuple) else (entry,) for entry in named]
+    # Of some wrappers the first mapping names the class of the text part. A wrapper with a config of its own may have
+    # the class of another.
+    whole = [one for one in of_text if issubclass(type(config), one.config_class)]
+    whole += [one for entry in of_wrappers for one in entry]
     asked = [one for one in whole if one.__name__ in (config.architectures or ())]
     if not whole:
         raise UnsupportedModelError(

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 # What people serve, one of each build; all families take an hour (CONTRIBUTING.md says how).
 SELECTED = (
     *("llama", "qwen3", "gemma3n_text", "gemma4_text", "phi3", "qwen3_5_text", "lfm2", "falcon_h1", "mamba", "zamba2"),
-    *("apertus", "granitemoehybrid", "gpt_oss", "glm_moe_dsa", "gemma3", "qwen2_5_vl", "mistral3"),
+    *("apertus", "granitemoehybrid", "gpt_oss", "glm_moe_dsa", "glm5_next", "gemma3", "qwen2_5_vl", "mistral3"),
 )
 
 

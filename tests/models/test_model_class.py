@@ -19,6 +19,8 @@ from cloq_export.models.model_class import model_class
         (transformers.Qwen3_5Config(), "Qwen3_5ForConditionalGeneration"),
         (transformers.Qwen3_5TextConfig(), "Qwen3_5ForCausalLM"),
         (transformers.Qwen2_5_VLConfig(), "Qwen2_5_VLForConditionalGeneration"),
+        # The class is another wrapper's, whose config this one does not come from.
+        (transformers.GlmgaConfig(), "Glm46VForConditionalGeneration"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -304,8 +304,16 @@ def _generates_what_it_says(model: Any, ids: torch.Tensor) -> bool:
 
 
 def open_float(folder: Path, architecture: str) -> Any:
-    """Return the float model of a folder, as its own class reads it."""
+    """Return the float model of a folder, as its own class reads it, with the embeddings of its files.
+
+    Some classes (Youtu's) begin the row of the padding token anew after they are loaded.
+    """
     model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
+    tensors = checkpoints.read_tensors(folder)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in tensors:
+                module.weight.copy_(tensors[f"{name}.weight"])
     return model.eval()
 
 
