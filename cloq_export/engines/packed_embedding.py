@@ -54,7 +54,8 @@ class PackedRows(nn.Embedding):
         """
         codes = unpack_columns(self.packed_codes[tokens].t().contiguous(), self.bits)[:, : self.embedding_dim]
         scales, zeros = self.row_scales[tokens].to(torch.float32), self.row_zeros[tokens].to(torch.float32)
-        grouped = codes.reshape(len(tokens), scales.shape[1], -1).to(torch.float32)
+        groups = scales.shape[1]
+        grouped = codes.reshape(len(tokens), groups, self.embedding_dim // groups).to(torch.float32)
         return (scales[..., None] * (grouped - zeros[..., None])).reshape(len(tokens), self.embedding_dim)
 
     def dequantize(self) -> torch.Tensor:

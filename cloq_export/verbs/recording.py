@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cloq_export.artifact.checkpoint_writer import LayerSource
 from cloq_export.artifact.pair_record import record_pairs
 from cloq_export.artifact.probe_record import ProbeRecord, TokenizerRecord
@@ -58,7 +56,7 @@ def note_adapter(
     return {ADAPTER_KEY: record.to_json()}
 
 
-def probe_model(model: nn.Module, tokenizer: Any) -> ProbeRecord:
+def probe_model(model: Any, tokenizer: Any) -> ProbeRecord:
     """Return what a model in memory says of the fixed probes, in its own precision.
 
     Args:
@@ -72,7 +70,8 @@ def probe_model(model: nn.Module, tokenizer: Any) -> ProbeRecord:
         logprobs = [sequence_logprobs(model, [ids])[0] for ids in token_ids]
     finally:
         model.train(was_training)
-    return ProbeRecord.of(next(model.parameters()).dtype, token_ids, logprobs)
+    # Where head and embeddings have codes, the first parameter is that of an adapter.
+    return ProbeRecord.of(model.get_input_embeddings().weight.dtype, token_ids, logprobs)
 
 
 def record_base(

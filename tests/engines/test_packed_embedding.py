@@ -38,6 +38,11 @@ def test_rows_are_those_of_the_dequantized_table(bits: int, rows: int, width: in
     assert not list(embedding.parameters())
 
 
+def test_no_token_is_looked_up_as_no_row() -> None:
+    embedding, _ = packed(QuantSpec(4, 32, symmetric=True), 17, 64)
+    assert embedding(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 64)
+
+
 def test_what_the_class_does_beside_stays_its_own() -> None:
     layer = make_layer(QuantSpec(8, 32, symmetric=True), 17, 64)
     family = Gemma3TextScaledWordEmbedding(17, 64, 0, embed_scale=8.0)

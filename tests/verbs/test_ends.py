@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 import cloq_export
@@ -23,6 +24,7 @@ from cloq_export.recipe import Recipe
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.inspect import inspect
 from cloq_export.verbs.options import ExportOptions
+from cloq_export.verbs.recording import probe_model
 from cloq_export.verbs.run import run as make_run
 from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verify import verify
@@ -75,6 +77,9 @@ def test_what_is_loaded_computes_from_the_codes(
     assert isinstance(served.get_output_embeddings(), PackedLinear) == bool(head)
     assert isinstance(served.get_input_embeddings(), PackedRows) == bool(embeddings)
     assert (log_probabilities(served) - expected).abs().max() <= 1e-4
+    half = cloq_export.load(run.path, adapter="cloq", dtype=torch.bfloat16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model)
+    assert probe_model(half, tokenizer).precision == "bfloat16", "a gate compares it by the limit of its precision"
     out = tmp_path / "export"
     write_export(run.path, ExportOptions(out=out), console=silent)
     assert (log_probabilities(cloq_export.load(out, adapter="cloq")) - expected).abs().max() <= 1e-4

@@ -254,11 +254,11 @@ def _fill(
     """Fill a model without weights, with `place` making the quantized linears."""
     linears = targeted_linears(checkpoint, model)
     placed_names, _ = float_places(checkpoint, model)
-    copies = copies_of_codes(model, checkpoint.specs)
+    copies, dtype = copies_of_codes(model, checkpoint.specs), model.dtype
     for module, linear in linears.items():
         try:
             packed = _PackedTensors(checkpoint, module, linear, checkpoint.read_parts(module))
-            placed = place(packed, model.dtype)
+            placed = place(packed, dtype)
         except (ShapeError, NonFiniteError, FormatError) as error:
             text = str(error)
             raise FormatError(text if module in text else f"{checkpoint.folder}: {module}: {text}") from None
