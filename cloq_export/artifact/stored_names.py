@@ -93,7 +93,7 @@ def renamed_in(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str
 
     in_memory: dict[str, str] = {}
     taken = set(stored)
-    for name, asked, renamed, pattern, patterns, _ in loaded_names(model, stored, places, weight_of):
+    for name, asked, renamed, pattern, patterns, *_ in loaded_names(model, stored, places, weight_of):
         if pattern is not None:
             renamed = name_in_memory(asked, renamed, mixtures.get(renamed), patterns, pattern) or asked
         if renamed not in places or renamed == asked:

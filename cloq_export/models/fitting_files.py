@@ -56,7 +56,8 @@ def refuse_misfits(name: str, empty: PreTrainedModel, files: WeightFiles) -> Non
         )
     parameters = {id(each): each.numel() for each in empty.parameters()}
     stored = sum(torch.Size(shape).numel() for _, shape in files.headers.values())
-    absent = sorted(set(dict(empty.named_parameters())) - set(found))
+    filled = {made for entries in found.values() for entry in entries for made in entry.made}
+    absent = sorted(set(dict(empty.named_parameters())) - filled)
     fused = {
         f"{module}.{tensor}"
         for module, each in empty.named_modules()

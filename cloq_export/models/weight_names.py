@@ -19,6 +19,7 @@ class NameInMemory(NamedTuple):
         pattern: of the rule by which the loader joins or cuts the tensor; None if it is taken as it is.
         patterns: all that the rule joins, or cuts.
         operations: names of the classes of what the rule does, in order.
+        made: all names in memory that the rule fills, `name` first: several where it cuts the tensor.
     """
 
     stored: str
@@ -27,6 +28,7 @@ class NameInMemory(NamedTuple):
     pattern: str | None
     patterns: tuple[str, ...]
     operations: tuple[str, ...]
+    made: tuple[str, ...]
 
 
 def loaded_names(
@@ -59,4 +61,6 @@ def loaded_names(
         rule = next((entry for entry in converters if pattern in entry.source_patterns), None)
         patterns = () if rule is None else tuple(rule.source_patterns)
         operations = () if rule is None else tuple(type(each).__name__ for each in rule.operations)
-        yield NameInMemory(one, asked, name, pattern, patterns, operations)
+        first, *others = [""] if rule is None else rule.target_patterns
+        made = (name, *(name.replace(first, other, 1) for other in others))
+        yield NameInMemory(one, asked, name, pattern, patterns, operations, made)

@@ -16,6 +16,7 @@ from cloq_export.errors import SourceError
 from cloq_export.files.safe_tensors import read_safetensors
 from cloq_export.files.tensor_writer import write_safetensors
 from cloq_export.models.source import open_model
+from cloq_export.models.weight_names import loaded_names
 
 Tensors = dict[str, torch.Tensor]
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -94,6 +95,19 @@ def test_experts_of_another_config(
     write_tokenizer(tmp_path)
     change_config(tmp_path, **entry)
     assert told in refusal(tmp_path)
+
+
+def test_a_tensor_that_fills_several_places_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inkling's files hold gate and up of shared experts in one tensor, which its class has as two."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "families"))
+    import configurations
+
+    with torch.device("meta"):
+        model = transformers.InklingForConditionalGeneration(configurations.tiny_config("inkling_mm_model"))
+    stored = "model.llm.layers.1.mlp.shared_experts.shared_w13_weight"
+    (entry,) = loaded_names(model, [stored], model.state_dict())
+    mixture = "model.language_model.layers.1.mlp.shared_experts"
+    assert entry.made == (f"{mixture}.gate_proj", f"{mixture}.up_proj")
 
 
 def test_a_far_larger_model_is_refused_before_it_is_made(write_model: Callable[[str], Path]) -> None:
