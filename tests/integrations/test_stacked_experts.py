@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import peft
 import pytest
 import torch
@@ -15,6 +16,7 @@ import transformers
 from rich.console import Console
 
 import cloq_export
+import cloq_export.formats.peft as formats_of_peft
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import FormatError, UsageError
 from cloq_export.formats.peft import product_difference, read_adapter
@@ -86,6 +88,9 @@ def test_peft_attaches_it_to_the_float_and_to_the_packed_model(
     assert (log_probabilities(cloq_export.load(run.path, folder)) - expected).abs().max() <= TOLERANCE
 
     config = json.loads((folder / "adapter_config.json").read_text())
+    schema = json.loads((Path(formats_of_peft.__file__).parent / "schema.json").read_text())
+    for name in ("adapter_config", "cloq_adapter"):
+        jsonschema.Draft202012Validator(schema).validate(json.loads((folder / f"{name}.json").read_text()))
     gated = [name for name in config["target_parameters"] if name.endswith("experts.gate_up_proj")]
     ranks = {config["rank_pattern"].get(name, config["r"]) for name in gated}
     assert ranks == (set() if family == "nemotron-h" else {2 if shared else 4})
@@ -158,7 +163,7 @@ def test_what_does_not_fit_is_refused_in_one_line(recipe_for: RecipeFor, tmp_pat
     options = ExportOptions(expert_pairs="stacked", out=tmp_path / "out")
     with pytest.raises(UsageError, match=r"`expert_pairs` is 'stacked', which engines that read gptq_v2 do not take"):
         export(run.path, dataclasses.replace(options, format="gptq_v2"), console=silent)
-    with pytest.raises(UsageError, match=r"`expert_pairs` is 'fused'; allowed are single and stacked"):
+    with pytest.raises(UsageError, match=r"`expert_pairs` is 'fused'; allowed are single, stacked"):
         export(run.path, dataclasses.replace(options, format="peft", expert_pairs="fused"), console=silent)
     assert not (tmp_path / "out").exists()
     folder = stacked(run, tmp_path / "adapter", silent)

@@ -111,7 +111,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": VOCABULARY - 1}, "vq_config": {"base_channels": 32, "codebook_size": 32}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _HEIGHT_AND_WIDTH_FIRST, "moe_intermediate_size": [64, 64]}},
@@ -174,6 +174,9 @@ LEFT_OUT: Mapping[str, str] = {
         ("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose states it needs"
     ),
     "voxtral_realtime": "needs sounds",
+    "shieldgemma2": "classifies images",
+    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "its class has no forward pass; its thinker has a line"),
+    **dict.fromkeys(("kyutai_speech_to_text", "vibevoice_asr"), "has no tiny configuration yet"),
     "diffusion_gemma": "no causal language model: it denoises blocks",
 }
 
