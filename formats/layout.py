@@ -39,6 +39,9 @@ class Layout(abc.ABC):
     least_zero: int = 0
     """The smallest zero that it holds."""
 
+    symmetric_only: bool = False
+    """Whether it is written for symmetric layers alone."""
+
     holds_embeddings: bool = False
     """Whether its readers know what codes of embeddings are."""
 

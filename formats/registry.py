@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloq_export.errors import FormatError
-from cloq_export.formats import compressed_tensors, gptq
+from cloq_export.formats import auto_round, compressed_tensors, gptq
 from cloq_export.formats.layout import Headers, Layout, StoredGrids
 
 LAYOUTS: dict[str, Layout] = {
@@ -16,6 +16,8 @@ LAYOUTS: dict[str, Layout] = {
         gptq.GPTQ_V1,
         compressed_tensors.COMPRESSED_TENSORS,
         compressed_tensors.COMPRESSED_TENSORS_PADDED,
+        auto_round.AUTO_ROUND,
+        auto_round.AUTO_ROUND_GPTQ,
     )
 }
 
@@ -37,11 +39,13 @@ def read_quantization_config(
         FormatError: it is of a method that is not read, or damaged.
     """
     method = config.get("quant_method")
-    if method in ("gptq", gptq.AUTO_ROUND):
+    if method == gptq.GPTQ_V2.quant_method:
         return gptq.parse_quantization_config(config, headers, source=source)
+    if method == auto_round.METHOD:
+        return auto_round.parse_quantization_config(config, headers, source=source)
     if method == compressed_tensors.COMPRESSED_TENSORS.quant_method:
         return compressed_tensors.parse_quantization_config(config, headers, source=source)
-    known = sorted({layout.quant_method for layout in LAYOUTS.values()} | {gptq.AUTO_ROUND})
+    known = sorted({layout.quant_method for layout in LAYOUTS.values()})
     raise FormatError(
         f"{source}: quant_method is {method!r:.80}; this program reads {', '.join(known)}. "
         "`cloq inspect` says what can be done with it."

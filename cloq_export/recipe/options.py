@@ -198,9 +198,9 @@ class Recipe:
         "", "Quantized checkpoint of the same model whose codes are kept, so that only the adapter is made."
     )
     adapter_name: str = option("cloq", "Name of the adapter, the folder RUN/adapters/NAME.", FILE_NAME)
-    format: Literal["gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded"] = option(
-        "gptq_v2", "Layout of the checkpoint."
-    )
+    format: Literal[
+        "gptq_v2", "gptq", "compressed_tensors", "compressed_tensors_padded", "auto_round", "auto_round_gptq"
+    ] = option("gptq_v2", "Layout of the checkpoint.")
     max_shard_size: str = option("5GB", "Largest weight file of the checkpoint, e.g. 500MB or 5GB.", _SHARD_SIZE)
     measure: bool = option(
         True, "Measure the perplexity of the float model and of the result; without it, `cloq eval` does it later."

@@ -2,9 +2,6 @@
 
 from cloq_export.formats.gptq.codec import check_packable, check_symmetric, layout_name, pack_layer, unpack_layer
 from cloq_export.formats.gptq.config import (
-    AUTO_ROUND,
-    AUTO_ROUND_DEFAULT,
-    AUTO_ROUND_PACKINGS,
     is_head,
     quantization_config,
 )
@@ -17,9 +14,6 @@ from cloq_export.formats.gptq.layout import (
 )
 
 __all__ = [
-    "AUTO_ROUND",
-    "AUTO_ROUND_DEFAULT",
-    "AUTO_ROUND_PACKINGS",
     "GPTQ_V1",
     "GPTQ_V2",
     "GptqLayout",

@@ -13,19 +13,11 @@ from cloq_export.formats.layout import Binding
 from cloq_export.formats.patterns import NamePattern, PatternBudget, literal_name
 from cloq_export.types import QuantSpec
 
-AUTO_ROUND = "auto-round"
-# packing_format of AutoRound -> the layout of its words; a file that says nothing is of a version that stored zero - 1.
-AUTO_ROUND_PACKINGS: Mapping[str, str] = {
-    "auto_round:auto_gptq": "gptq",
-    "auto_round:gptqmodel": "gptq_v2",
-    "auto_round": "gptq_v2",
-}
-AUTO_ROUND_DEFAULT = "auto_round:auto_gptq"
 MODULE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 # The last part of the name of an output head, as transformers and GPTQModel call it.
 _HEADS = ("lm_head", "embed_out")
 # Keys of other tools that change what the layers compute -> the values that do not.
-CHANGES: Mapping[str, tuple[Any, ...]] = {
+_CHANGES: Mapping[str, tuple[Any, ...]] = {
     "rotation": (None, "", False),
     "rotation_config": (None, {}, False),
     "hadamard_config": (None, {}, False),
@@ -143,6 +135,28 @@ def read_dynamic(
         earlier = [own for rule, own in rules if rule.matches(module)]
         overrides.setdefault(module, earlier[0] if earlier else spec)
     return overrides, tuple(rules)
+
+
+def refuse_changes(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a config of two methods, and one whose layers compute more than plain quantized weights.
+
+    Raises:
+        FormatError: it is such a config, or damaged.
+    """
+    # GPTQModel writes the same thing under two names.
+    if config.get("method") not in (None, config["quant_method"]):
+        raise FormatError(
+            f"{source}: quant_method is {config['quant_method']!r} but method is {config['method']!r:.80}; one of them "
+            "is wrong: look at the file with `cloq inspect`, and take the wrong one out."
+        )
+    for key, harmless in _CHANGES.items():
+        if config.get(key) not in harmless:
+            raise FormatError(
+                f"{source}: {key} is {config[key]!r:.80}, which changes what the layers compute; only plain quantized "
+                "weights are read."
+            )
+    if not isinstance(config.get("desc_act"), (bool, type(None))):
+        raise FormatError(f"{source}: desc_act is {config['desc_act']!r:.80}; expected true or false.")
 
 
 def refuse_left_out(config: Mapping[str, Any], modules: Sequence[str], source: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,25 +13,19 @@ from cloq_export.formats.gptq.codec import (
     WORD_BITS,
     Version,
     check_packable,
-    group_index,
     layout_name,
     pack_layer,
     unpack_layer,
 )
 from cloq_export.formats.gptq.config import (
-    AUTO_ROUND,
-    AUTO_ROUND_DEFAULT,
-    AUTO_ROUND_PACKINGS,
-    CHANGES,
-    MODULE_NAME,
     quantization_config,
     read_dynamic,
     read_label,
     read_spec,
+    refuse_changes,
     refuse_left_out,
 )
 from cloq_export.formats.layout import Headers, Layout, Role, StoredGrids, read_binding
-from cloq_export.formats.patterns import NamePattern, PatternBudget
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.types import QuantizedLayer, QuantSpec
 
@@ -39,14 +33,14 @@ from cloq_export.types import QuantizedLayer, QuantSpec
 def parse_quantization_config(
     config: Mapping[str, Any], headers: Headers | None = None, *, source: str = "quantization_config"
 ) -> StoredGrids:
-    """Read a `quantization_config`, ours, a plain one of the same layout, or one of AutoRound's.
+    """Read a `quantization_config`, ours or a plain one of the same layout.
 
     What it says about act-order, the head and the like is not asked: the tensors tell.
 
     Args:
         config: the JSON object.
-        headers: of all tensors of the checkpoint, where they are known; they tell which keys of AutoRound are names of
-            modules, and whether the config leaves out a module that has codes.
+        headers: of all tensors of the checkpoint, where they are known; they tell whether the config leaves out a
+            module that has codes.
         source: the file, for messages.
 
     Returns:
@@ -57,26 +51,10 @@ def parse_quantization_config(
             tensors, or is damaged.
     """
     modules = [name.removesuffix(".qweight") for name in headers or () if name.endswith(".qweight")]
-    auto_round = config.get("quant_method") == AUTO_ROUND
-    if not auto_round and config.get("quant_method") != "gptq":
+    if config.get("quant_method") != "gptq":
         raise FormatError(f"{source}: quant_method is {config.get('quant_method')!r:.80}; this reader knows 'gptq'.")
-    # GPTQModel writes the same thing under two names.
-    if config.get("method") not in (None, config["quant_method"]):
-        raise FormatError(
-            f"{source}: quant_method is {config['quant_method']!r} but method is {config['method']!r:.80}; one of them "
-            "is wrong: look at the file with `cloq inspect`, and take the wrong one out."
-        )
-    for key, harmless in CHANGES.items():
-        if config.get(key) not in harmless:
-            raise FormatError(
-                f"{source}: {key} is {config[key]!r:.80}, which changes what the layers compute; only plain quantized "
-                "weights are read."
-            )
-    if not isinstance(config.get("desc_act"), (bool, type(None))):
-        raise FormatError(f"{source}: desc_act is {config['desc_act']!r:.80}; expected true or false.")
+    refuse_changes(config, source)
     refuse_left_out(config, modules, source)
-    if auto_round:
-        return _parse_auto_round(config, modules, headers or {}, source)
     layout = read_label(config, source)
     default = read_spec(config, {}, source)
     overrides, rules = read_dynamic(config, source)
@@ -120,21 +98,19 @@ class GptqLayout(Layout):
 
     Args:
         version: 1 stores `zero - 1`, 2 stores `zero`.
-        indexed: whether a file has a g_idx; AutoRound leaves it out. Written it always is.
     """
 
     quant_method = "gptq"
     roles: Mapping[str, Role] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales", "g_idx": "index"}
 
-    def __init__(self, version: Version, *, indexed: bool = True) -> None:
+    def __init__(self, version: Version) -> None:
         self.name = layout_name(version)
         self.version: Version = version
         self.least_zero = 1 if version == 1 else 0
-        self._indexed = indexed
 
     def parts(self, spec: QuantSpec) -> tuple[str, ...]:
         """Return the parts, the same for every grid."""
-        return TENSOR_NAMES if self._indexed else tuple(part for part in TENSOR_NAMES if part != "g_idx")
+        return TENSOR_NAMES
 
     def check_packable(self, out_features: int, in_features: int, spec: QuantSpec, *, name: str = "layer") -> None:
         """Refuse what `check_packable` refuses."""
@@ -189,10 +165,6 @@ class GptqLayout(Layout):
         self, tensors: Mapping[str, torch.Tensor], spec: QuantSpec, *, name: str = "layer"
     ) -> QuantizedLayer:
         """Return the layer; see `unpack_layer`."""
-        if not self._indexed and "qweight" in tensors and "g_idx" not in tensors:
-            words = tensors["qweight"]
-            in_features = words.shape[0] * WORD_BITS // spec.bits if words.ndim else 0
-            tensors = {**tensors, "g_idx": group_index(in_features, spec, words.device)}
         return unpack_layer(tensors, spec, version=self.version, name=name)
 
     def quantization_config(
@@ -217,61 +189,12 @@ class GptqLayout(Layout):
 
     def in_version(self, version: Version) -> GptqLayout:
         """Return the layout with zeros of another version, and all else as here."""
-        return _LAYOUTS[version] if self._indexed else _WITHOUT_INDEX[layout_name(version)]
+        return _LAYOUTS[version]
 
 
 GPTQ_V1 = GptqLayout(1)
 GPTQ_V2 = GptqLayout(2)
 _LAYOUTS: Mapping[Version, GptqLayout] = {1: GPTQ_V1, 2: GPTQ_V2}
-_WITHOUT_INDEX: dict[str, GptqLayout] = {
-    layout_name(version): GptqLayout(version, indexed=False) for version in _LAYOUTS
-}
-
-
-def _parse_auto_round(config: Mapping[str, Any], modules: Sequence[str], headers: Headers, source: str) -> StoredGrids:
-    """Read what AutoRound 0.16 writes of its own: the words of GPTQ, without g_idx."""
-    packing = config.get("packing_format", AUTO_ROUND_DEFAULT)
-    if not isinstance(packing, str) or packing not in AUTO_ROUND_PACKINGS:
-        raise FormatError(
-            f"{source}: packing_format is {packing!r:.80}; of AutoRound's, this reader knows "
-            f"{', '.join(AUTO_ROUND_PACKINGS)}. Export it again with one of those."
-        )
-    meant = AUTO_ROUND_PACKINGS[packing]
-    if config.get("checkpoint_format", meant) != meant:
-        raise FormatError(
-            f"{source}: packing_format is {packing!r} but checkpoint_format is {config['checkpoint_format']!r:.80}; "
-            "one of them is wrong: look at the file with `cloq inspect`, and mend the label."
-        )
-    if config.get("desc_act"):
-        raise FormatError(f"{source}: desc_act is true in a file of AutoRound's, which holds no order of groups.")
-    if config.get("data_type", "int") != "int":
-        raise FormatError(f"{source}: data_type is {config['data_type']!r:.80}; only 'int' is read.")
-    extra = config.get("extra_config") or {}
-    if not isinstance(extra, Mapping):
-        raise FormatError(f"{source}: extra_config is a {type(extra).__name__}; expected an object.")
-    budget = PatternBudget(source)
-    overrides: dict[str, QuantSpec | None] = {}
-    rules: list[tuple[NamePattern, QuantSpec | None]] = []
-    for key, values in extra.items():
-        if not isinstance(values, Mapping):
-            raise FormatError(
-                f"{source}: extra_config maps {key[:80]!r} to a {type(values).__name__}; expected an object of options."
-            )
-        # A layer that stays float is written as one of 16 bits.
-        spec = None if values.get("bits") in (16, 32) else read_spec(config, values, source)
-        if spec is not None and values.get("data_type", "int") != "int":
-            raise FormatError(
-                f"{source}: extra_config gives {key[:80]!r} the data_type {values['data_type']!r:.80}; only 'int' is "
-                "read."
-            )
-        if key in modules or f"{key}.weight" in headers or (not headers and MODULE_NAME.fullmatch(key)):
-            overrides[key] = spec
-        elif values:
-            # A key that names no layer is searched for in their names; the first one counts, after exact names.
-            NamePattern(key, source=source)
-            rules.append((NamePattern(f".*(?:{key})", source=source, budget=budget), spec))
-    layout = _WITHOUT_INDEX[AUTO_ROUND_PACKINGS[packing]]
-    return StoredGrids(layout, read_spec(config, {}, source), overrides, None, None, tuple(rules))
 
 
 def _refuse_other_grid(held: tuple[int, int, int, int], headers: Headers, spec: QuantSpec, name: str) -> None:

@@ -71,6 +71,10 @@ class TargetQuestion:
         ]
         if not rules:
             return f"does not read {where}"
+        if self.exported.ranks:
+            rules = [rule for rule in rules if rule.adapters]
+            if not rules:
+                return f"puts no adapters on layers in {where}"
         if layout != MERGED and (reason := self._mixed_fused_layer()):
             rules = [] if self._partly_float() else [rule for rule in rules if rule.own_grids == "parts"]
             if not rules:

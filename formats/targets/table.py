@@ -74,6 +74,7 @@ class Rule:
         flag: what the engine must be started with; it holds for all modules, so no line without it can serve some.
         symmetric_because: why other grids are not read, where `symmetric` allows one kind alone.
         embeddings: whether it is about codes of embeddings, and of nothing else.
+        adapters: whether the engine puts adapters on layers of this kind.
         snippet: how it is loaded, a key of the table's snippets.
         source: package, file and name in which the line was read.
         note: what else a user must know.
@@ -95,6 +96,7 @@ class Rule:
     flag: str
     symmetric_because: str
     embeddings: bool
+    adapters: bool
     snippet: str
     source: str
     note: str
@@ -255,6 +257,7 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         flag=values.pop("flag", ""),
         symmetric_because=values.pop("symmetric_because", ""),
         embeddings=values.pop("embeddings", False),
+        adapters=values.pop("adapters", True),
         note=values.pop("note", ""),
         inputs=multiple["inputs"],
         outputs=multiple["outputs"],

@@ -309,7 +309,11 @@ def test_unusual_and_mixed_groups(tmp_path):
 
 @pytest.mark.parametrize(
     ("packing", "version", "label"),
-    [("auto_round:auto_gptq", 1, "gptq"), ("auto_round:gptqmodel", 2, "gptq_v2"), ("auto_round", 2, "gptq_v2")],
+    [
+        ("auto_round:auto_gptq", 1, "auto_round_gptq"),
+        ("auto_round:gptqmodel", 2, "auto_round"),
+        ("auto_round", 2, "auto_round"),
+    ],
 )
 def test_autoround_files_without_index(tmp_path, packing, version, label):
     def make(seed):
@@ -324,7 +328,8 @@ def test_autoround_files_without_index(tmp_path, packing, version, label):
         "sym": False,
     }
     found = examine(write(tmp_path / "m", quantization, make))
-    assert (found.label, found.content, found.producer) == (label, label, "auto_round:0.16.1")
+    assert (found.label, found.content, found.reading, found.producer) == (label, label, label, "auto_round:0.16.1")
+    assert ("humming" in kinds(found)) is (version == 1)
     assert found.readable
     assert "no-index" not in kinds(found)
     assert "version" not in kinds(found)

@@ -1,4 +1,4 @@
-"""The config of GPTQ checkpoints: as written, as GPTQModel and AutoRound write it, and as it is refused."""
+"""The config of GPTQ checkpoints: as written, as GPTQModel writes it, and as it is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-from random_layers import assert_same, make_layer
 
 import cloq_export.formats.gptq as gptq
 from cloq_export.errors import FormatError
@@ -114,7 +113,7 @@ def test_config_needs_modules_with_plain_names() -> None:
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_codes_that_need_their_adapter_say_so_in_every_layout(layout: str) -> None:
-    spec = QuantSpec(4, 64)
+    spec = QuantSpec(4, 64, LAYOUTS[layout].symmetric_only)
     written = LAYOUTS[layout].quantization_config({"a": spec}, base_fingerprint=FINGERPRINT, needs_adapter=True)
     headers = {f"a.{part}": header for part, header in LAYOUTS[layout].headers(64, 64, spec).items()}
     assert read_quantization_config(written, headers).needs_adapter
@@ -129,10 +128,6 @@ def test_codes_that_need_their_adapter_say_so_in_every_layout(layout: str) -> No
         ({"quant_method": "awq"}, "c: quant_method is 'awq'; this reader knows 'gptq'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; this reader knows"),
         ({"checkpoint_format": ["gptq"]}, "checkpoint_format is"),
-        (
-            {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "desc_act": None},
-            "packing_format is 'auto_round:auto_gptq' but checkpoint_format is 'gptq_v2'",
-        ),
         ({"method": "qqq"}, "quant_method is 'gptq' but method is 'qqq'; one of them is wrong"),
         ({"format": "gptq"}, "checkpoint_format is 'gptq_v2' but format is 'gptq'; one of them is wrong"),
         ({"desc_act": "yes"}, "desc_act is 'yes'; expected true or false"),
@@ -165,58 +160,6 @@ def test_hostile_config(change: dict, message: str) -> None:
         parse_quantization_config(config, source="c")
 
 
-AUTO_ROUND_CONFIG: dict[str, Any] = {
-    "quant_method": "auto-round",
-    "packing_format": "auto_round",
-    "data_type": "int",
-    "bits": 2,
-    "group_size": 64,
-    "sym": False,
-}
-
-
-@pytest.mark.parametrize(("packing", "version"), [("auto_round", 2), ("auto_round:gptqmodel", 2), (None, 1)])
-def test_autoround_files_hold_the_words_of_gptq_without_an_index(packing: str | None, version: int) -> None:
-    layer = make_layer(QuantSpec(2, 64), 16, 128, least_zero=1)
-    parts = gptq.pack_layer(layer, version=version)
-    del parts["g_idx"]
-    config = {key: value for key, value in AUTO_ROUND_CONFIG.items() if key != "packing_format"}
-    grids = gptq.parse_quantization_config(config if packing is None else {**config, "packing_format": packing})
-    assert grids.layout.name == gptq.layout_name(version)
-    assert set(grids.layout.parts(grids.default)) == set(parts) == set(grids.layout.headers(16, 128, grids.default))
-    assert_same(grids.layout.unpack_layer(parts, grids.default), layer)
-
-
-def test_autoround_names_the_layers_that_differ() -> None:
-    extra = {"a.b": {"bits": 4, "group_size": 32}, "a.c": {"bits": 16}}
-    grids = gptq.parse_quantization_config({**AUTO_ROUND_CONFIG, "extra_config": extra})
-    assert grids.spec_for("a.b") == QuantSpec(4, 32)
-    assert grids.spec_for("a.c") is None
-    assert grids.spec_for("a.d") == QuantSpec(2, 64)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"packing_format": "auto_round:auto_awq"}, "packing_format is 'auto_round:auto_awq'; of AutoRound's"),
-        ({"data_type": "mx_fp"}, "data_type is 'mx_fp'; only 'int' is read"),
-        ({"extra_config": {".*down(": {"bits": 4}}}, "the pattern '.*down(' is not read (a group is not closed)"),
-        ({"extra_config": {"a": 4}}, "extra_config maps 'a' to a int; expected an object of options"),
-        ({"desc_act": True}, "desc_act is true in a file of AutoRound's"),
-        ({"extra_config": []}, None),
-        ({"extra_config": [1]}, "extra_config is a list"),
-        ({"bits": "2"}, "bits '2'"),
-    ],
-)
-def test_other_autoround_configs_are_refused(changes: dict[str, Any], message: str | None) -> None:
-    config = {**AUTO_ROUND_CONFIG, **changes}
-    if message is None:
-        assert not gptq.parse_quantization_config(config).overrides
-        return
-    with pytest.raises(FormatError, match=re.escape(message)):
-        gptq.parse_quantization_config(config)
-
-
 def named(*modules: str) -> dict[str, Any]:
     return {f"{module}.qweight": ("I32", (4, 8)) for module in modules}
 
@@ -246,16 +189,6 @@ def test_dynamic_rules_are_read_as_gptqmodel_means_them() -> None:
     assert known.spec_for("layers.0.q_proj") == QuantSpec(8, 64)
     assert known.spec_for("layers.2.q_proj") is None
     assert known.spec_for("layers.0.up_proj") == QuantSpec(3, 32)
-
-
-def test_autoround_searches_for_keys_that_name_no_layer() -> None:
-    extra = {"a.down": {"bits": 8}, ".*down.*": {"bits": 2}, "gate": {"bits": 16}}
-    headers = named("a.down", "b.down", "c.up") | {"c.gate_proj.weight": ("F16", (4, 4))}
-    grids = gptq.parse_quantization_config({**AUTO_ROUND_CONFIG, "extra_config": extra}, headers)
-    assert grids.spec_for("a.down") == QuantSpec(8, 64)
-    assert grids.spec_for("b.down") == QuantSpec(2, 64)
-    assert grids.spec_for("c.up") == QuantSpec(2, 64)
-    assert grids.spec_for("c.gate_proj") is None
 
 
 @pytest.mark.parametrize(

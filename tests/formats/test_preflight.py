@@ -29,6 +29,11 @@ from cloq_export.types import QuantSpec
         ("sglang", {"bits": 4, "symmetric": True}, {}, "gptq", ("cpu", "cuda")),
         ("sglang", {"bits": 4, "symmetric": True}, {"device": "cuda"}, "compressed_tensors", ("cuda",)),
         ("sglang", {"bits": 4, "symmetric": True}, {"device": "cpu"}, "gptq", ("cpu",)),
+        ("vllm", {"bits": 4, "symmetric": True}, {"layout": "auto_round_gptq"}, "auto_round_gptq", ("cpu", "cuda")),
+        ("vllm", {"bits": 2, "symmetric": True}, {"layout": "auto_round_gptq"}, "auto_round_gptq", ("cuda",)),
+        ("vllm", {"bits": 3}, {"layout": "auto_round", "plugin": True}, "auto_round", ("cpu", "cuda")),
+        ("transformers", {"bits": 3}, {"layout": "auto_round"}, "auto_round", ("cpu", "cuda")),
+        ("sglang", {"bits": 8, "symmetric": True}, {"layout": "auto_round_gptq"}, "auto_round_gptq", ("cuda",)),
     ],
 )
 def test_accepted(target, grid, options, layout, devices) -> None:
@@ -41,6 +46,19 @@ def test_accepted(target, grid, options, layout, devices) -> None:
 @pytest.mark.parametrize(
     ("target", "grid", "options", "message"),
     [
+        ("vllm==0.32", {"bits": 4}, {"layout": "auto_round"}, r"vllm==0\.32 does not read auto_round on CPU or CUDA; "),
+        (
+            "sglang",
+            {"bits": 4},
+            {"layout": "auto_round_gptq", "device": "cuda"},
+            r"reads 4 bits in auto_round_gptq on CUDA only symmetric \(zeros less one of asymmetric layers are refused",
+        ),
+        (
+            "transformers",
+            {"bits": 4},
+            {"layout": "auto_round", "ranks": (8,)},
+            r"transformers puts no adapters on layers in auto_round on CPU or CUDA; the nearest that works: `format=",
+        ),
         (
             "vllm==0.32",
             {"bits": 3},

@@ -1,5 +1,6 @@
 """The JSON schemas of the integer layouts: what the code writes fits them, and what it would not write does not."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -18,6 +19,8 @@ FOLDERS = {
     "gptq_v2": "gptq",
     "compressed_tensors": "compressed_tensors",
     "compressed_tensors_padded": "compressed_tensors",
+    "auto_round": "auto_round",
+    "auto_round_gptq": "auto_round",
 }
 FINGERPRINT = "sha256:" + "0123456789abcdef" * 4
 SPECS = {
@@ -64,6 +67,8 @@ specs = st.builds(
     st.booleans(),
 )
 def test_what_is_written_fits(layout: str, modules: dict, skipped: list, producer: str, needs_adapter: bool) -> None:
+    if LAYOUTS[layout].symmetric_only:
+        modules = {module: dataclasses.replace(spec, symmetric=True) for module, spec in modules.items()}
     config = LAYOUTS[layout].quantization_config(
         modules, base_fingerprint=FINGERPRINT, skipped=skipped, producer=producer, needs_adapter=needs_adapter
     )
@@ -106,6 +111,20 @@ OF_GPTQ = [
     ("dynamic/+:^a$", {"bits": 2}),
     ("dynamic/-:^a$", {"bits": 2}),
 ]
+OF_AUTO_ROUND = [
+    *((path, value) for path, value in COMMON if path != "meta/quantizer"),
+    ("packing_format", "auto_round:auto_awq"),
+    ("packing_format", "auto_round:auto_gptq"),
+    ("bits", 5),
+    ("group_size", 0),
+    ("data_type", "fp"),
+    ("block_name_to_quantize", ["model.layers"]),
+    ("block_name_to_quantize", ""),
+    ("extra_config", {}),
+    ("extra_config/.*", {"bits": 16}),
+    ("extra_config/a", {"bits": 2}),
+    ("extra_config/a", {"bits": 16, "sym": True}),
+]
 OF_COMPRESSED_TENSORS = [
     *COMMON,
     ("format", "naive-quantized"),
@@ -135,6 +154,7 @@ OF_COMPRESSED_TENSORS = [
     [
         *(("gptq_v2", path, value) for path, value in [*OF_GPTQ, ("checkpoint_format", "gptq")]),
         *(("compressed_tensors", path, value) for path, value in OF_COMPRESSED_TENSORS),
+        *(("auto_round", path, value) for path, value in OF_AUTO_ROUND),
     ],
 )
 def test_what_would_not_be_written_does_not_fit(layout: str, path: str, value: object) -> None:
@@ -148,8 +168,11 @@ def test_what_would_not_be_written_does_not_fit(layout: str, path: str, value: o
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_every_key_is_needed(layout: str) -> None:
-    config = LAYOUTS[layout].quantization_config(SPECS, base_fingerprint=FINGERPRINT)
+    specs = SPECS
+    if LAYOUTS[layout].symmetric_only:
+        specs = {module: dataclasses.replace(spec, symmetric=True) for module, spec in SPECS.items()}
+    config = LAYOUTS[layout].quantization_config(specs, base_fingerprint=FINGERPRINT)
     validator = validator_of(layout)
     for key in config:
-        if key != "dynamic":
+        if key not in ("dynamic", "block_name_to_quantize", "extra_config"):
             assert not validator.is_valid({name: value for name, value in config.items() if name != key}), key

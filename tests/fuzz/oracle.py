@@ -118,6 +118,8 @@ def read_layers(folder: pathlib.Path) -> dict[str, Layer]:
     ours = quantization.get("cloq")
     if quantization["quant_method"] == "gptq":
         part, read, grid = "qweight", read_gptq, gptq_grids(quantization)
+    elif quantization["quant_method"] == "auto-round":
+        part, read, grid = "qweight", read_auto_round, auto_round_grids(quantization, tensors)
     else:
         part, read, grid = "weight_packed", read_packed, packed_grids(quantization)
     if ours is None:
@@ -141,6 +143,20 @@ def gptq_grids(quantization: dict[str, Any]):
             raise Unsure
         if match:
             own[match[1].replace("\\", "")] = tuple(values.get(key, quantization.get(key)) for key in keys)
+    return lambda module: own.get(module, default)
+
+
+def auto_round_grids(quantization: dict[str, Any], tensors: dict[str, np.ndarray]):
+    keys = ("bits", "group_size", "sym")
+    default = tuple(quantization.get(key, False if key == "sym" else None) for key in keys)
+    own = {}
+    for name, values in (quantization.get("extra_config") or {}).items():
+        if f"{name}.qweight" not in tensors:
+            # Any other key is searched for in the names.
+            if re.fullmatch(r"[\w.-]+", name) is None or any(re.search(name, coded) for coded in tensors):
+                raise Unsure
+            continue
+        own[name] = tuple(values.get(key, value) for key, value in zip(keys, default, strict=True))
     return lambda module: own.get(module, default)
 
 
@@ -186,6 +202,15 @@ def half_scales(scales: np.ndarray) -> np.ndarray:
     if not np.array_equal(scales.astype("<f2").astype("<f8"), scales.astype("<f8")):
         raise ValueError("scales lose something")
     return scales.astype("<f2")
+
+
+def read_auto_round(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: tuple[int, int, bool]) -> Layer:
+    packings = {"auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2"}
+    packings |= dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq"), "gptq")
+    label = packings[quantization.get("packing_format", "auto_round:auto_gptq")]
+    in_features = len(parts["qweight"]) * 32 // grid[0]
+    index = np.arange(in_features) // (in_features if grid[1] == -1 else grid[1])
+    return read_gptq({**quantization, "checkpoint_format": label}, {"g_idx": index, **parts}, grid)
 
 
 def read_packed(quantization: dict[str, Any], parts: dict[str, np.ndarray], grid: tuple[int, int, bool]) -> Layer:

@@ -30,9 +30,10 @@ CHECKPOINTS: dict[str, tuple[str, tuple[QuantSpec, QuantSpec], int]] = {
     "packed-3-padded": ("compressed_tensors_padded", (QuantSpec(3, 32), QuantSpec(3, 32)), 10**9),
     "packed-mixed": ("compressed_tensors", (QuantSpec(4, 16, symmetric=True), QuantSpec(2, -1)), 10**9),
     "packed-sharded": ("compressed_tensors", (QuantSpec(4, 32), QuantSpec(4, 32)), 1),
+    "auto_round-3": ("auto_round", (QuantSpec(3, 32), QuantSpec(3, -1)), 10**9),
 }
 # The same without what only this package writes: other people's files.
-FOREIGN = ("gptq-4", "gptq_v2-mixed", "packed-3-dense", "packed-mixed", "gptq_v2-sharded")
+FOREIGN = ("gptq-4", "gptq_v2-mixed", "packed-3-dense", "packed-mixed", "gptq_v2-sharded", "auto_round-3")
 
 
 @dataclasses.dataclass(frozen=True)

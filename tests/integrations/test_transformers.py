@@ -30,7 +30,7 @@ def from_pretrained(folder, **options):
     [*(("llama", layout) for layout in LAYOUTS), ("qwen2", "gptq"), ("gpt_neox", "gptq_v2"), ("opt", "gptq_v2")],
 )
 def test_the_model_is_that_of_load_bit_for_bit(tmp_path, architecture, layout, write_quantized, log_probabilities):
-    spec = QuantSpec(3, 32)
+    spec = QuantSpec(3, 32, LAYOUTS[layout].symmetric_only)
     written = write_quantized(tmp_path, architecture, spec, layout=LAYOUTS[layout])
     model, loaded = from_pretrained(written.folder), cloq_export.load(written.folder)
     assert type(model) is type(loaded)

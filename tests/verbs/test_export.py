@@ -48,6 +48,11 @@ def test_every_layout_holds_the_same_integers(
             write_export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
         assert not (tmp_path / "out").exists()
         return
+    if LAYOUTS[layout].symmetric_only and not symmetric:
+        with pytest.raises(FormatError, match="is asymmetric, and the layout auto_round_gptq is for symmetric layers"):
+            write_export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
+        assert not (tmp_path / "out").exists()
+        return
     summary = write_export(run, ExportOptions(format=layout, out=tmp_path / "out"), console=silent)
     out = tmp_path / "out"
     assert summary.folder == out

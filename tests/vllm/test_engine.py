@@ -48,6 +48,15 @@ CASES: dict[str, dict[str, Any]] = {
         "spec": QuantSpec(bits=4, group_size=32),
         "layout": LAYOUTS["compressed_tensors"],
     },
+    "AutoRound's, zeros less one": {
+        "spec": QuantSpec(bits=3, group_size=32, symmetric=True),
+        "layout": LAYOUTS["auto_round_gptq"],
+    },
+    "AutoRound's, zeros as they are, which vLLM refuses, own grids and a float layer": {
+        "spec": QuantSpec(bits=2, group_size=32),
+        "layout": LAYOUTS["auto_round"],
+        "overrides": {"k_proj": QuantSpec(bits=4, group_size=-1), "down_proj": None},
+    },
     "own grids and a float layer": {
         "spec": QuantSpec(bits=3, group_size=32),
         "overrides": {
@@ -171,12 +180,16 @@ def test_the_kernel_of_vllm_for_4_bits_in_bfloat16(
 
 @pytest.mark.parametrize(
     ("layout", "spec"),
-    [("compressed_tensors", QuantSpec(4, 32)), ("gptq", QuantSpec(4, 32, symmetric=True))],
+    [
+        ("compressed_tensors", QuantSpec(4, 32)),
+        ("gptq", QuantSpec(4, 32, symmetric=True)),
+        ("auto_round_gptq", QuantSpec(4, 32, symmetric=True)),
+    ],
 )
 def test_stock_vllm_reads_the_same_integers(
     write_export: Callable[..., Any], load_engine: Callable[..., VllmModel], layout: str, spec: QuantSpec
 ) -> None:
-    """Without the plugin: 4-bit codes with zeros, and symmetric GPTQ."""
+    """Without the plugin: 4-bit codes with zeros, and symmetric ones of GPTQ and AutoRound."""
     written = write_export(spec, layout=LAYOUTS[layout], dtype=torch.float16)
     model = load_engine(written.folder, {}, plugin=False, dtype="float16")
     scores = model.prompt_logprobs([SEQUENCES[0]], [None])[0]

@@ -34,6 +34,11 @@ def test_claims_what_vllm_refuses_and_nothing_else(claims: Any) -> None:
     assert claimed["general rule"] == claimed["act-order"] == "cloq"
     for name in ("quantized head", "awq"):
         assert claimed[name] is None, name
+    for name in ("8-bit", "2-bit", "asymmetric", "zeros as they are", "a float head"):
+        assert claimed[f"AutoRound, {name}"] == "cloq", name
+    for name in ("4-bit", "a head", "words of AWQ"):
+        assert claimed[f"AutoRound, {name}"] is None, name
+    assert "lm_head is quantized, and this plugin does not serve a quantized head" in claims["head of AutoRound's"]
     assert claims["asked for"] == "cloq"
     assert claims["asked for another"] is None
 

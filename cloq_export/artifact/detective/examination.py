@@ -35,6 +35,7 @@ from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.safe_json import read_json
 from cloq_export.files.safe_paths import require_inside
 from cloq_export.files.shards import WEIGHTS_NAME
+from cloq_export.formats import auto_round
 from cloq_export.formats.registry import read_quantization_config
 
 
@@ -116,9 +117,9 @@ def examine(path: str | os.PathLike[str]) -> Examination:
             f"{folder} has no quantization_config and no tensor of a quantized layout, so it is no quantized "
             f"checkpoint; make one with: cloq run {folder} --out RUN"
         )
-    gptq = [module for module in families["qweight"] if has_gptq_shape(headers, module)]
-    if gptq and (method is None or method in ("gptq", "auto-round")):
-        return _conclude(case, method, gptq, examine_gptq)
+    shaped = [module for module in families["qweight"] if has_gptq_shape(headers, module)]
+    if shaped and (method is None or method in ("gptq", auto_round.METHOD)):
+        return _conclude(case, method, shaped, examine_gptq)
     if packed and method in (None, "compressed-tensors"):
         return _conclude(case, method, packed, examine_packed)
     count = len(families["qweight"]) or len(families["weight_packed"])
@@ -130,12 +131,12 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     if method is not None and method in UNREAD_METHODS:
         seen = method
     evidence = f"quant_method is {method!r}" if method else "the names and shapes of the tensors"
-    if gptq and method is not None:
+    if shaped and method is not None:
         case.suspect(
             "label",
             "doubtful",
             f"the file is labelled {method!r}, but its tensors have the shapes of GPTQ",
-            f"{len(gptq)} modules have qweight (in * bits / 32, out)",
+            f"{len(shaped)} modules have qweight (in * bits / 32, out)",
             "find out which program wrote it before you trust either.",
         )
     return _unread(case, seen, evidence, modules=count)

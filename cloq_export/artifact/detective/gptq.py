@@ -27,7 +27,7 @@ from cloq_export.artifact.detective.case import (
 )
 from cloq_export.artifact.detective.foreign import UNREAD_GPTQ_FORMATS
 from cloq_export.artifact.detective.gptq_sample import PARTS, Sample, grid_of_shapes, sample_layers
-from cloq_export.formats.gptq import AUTO_ROUND, AUTO_ROUND_DEFAULT, AUTO_ROUND_PACKINGS
+from cloq_export.formats.auto_round import AUTO_ROUND, AUTO_ROUND_GPTQ, DEFAULT_PACKING, METHOD, PACKINGS
 from cloq_export.formats.layout import Headers
 
 # vLLM's and SGLang's reader for 2 and 3 bits, which reads all zeros as those of version 2, whatever the label.
@@ -37,7 +37,16 @@ HUMMING_ZEROS = (
     "version 1 stores zeros less one",
     "serve it without that flag, or write version 2 with: cloq convert --format gptq_v2",
 )
+_AUTO_ROUND_ZEROS = (
+    "vLLM, which asks Humming by itself for AutoRound's files of 2 and 3 bits, and every engine with "
+    "--quantization humming take stored zeros as they lie, so every weight of this asymmetric file comes out one step "
+    "off there, without a word",
+    f"{DEFAULT_PACKING} stores zeros less one",
+    f"write them as they are with: cloq convert --format gptq_v2, or --format {AUTO_ROUND.name}",
+)
 _LABELS = ("gptq", "gptq_v2", "gptq_p")
+# AutoRound's layouts -> whose zeros they have.
+_VERSIONS = {AUTO_ROUND.name: "gptq_v2", AUTO_ROUND_GPTQ.name: "gptq"}
 
 
 def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
@@ -47,7 +56,7 @@ def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
     whole = [module for module in modules if all(f"{module}.{part}" in case.headers for part in PARTS[:3])]
     lacking = [module for module in whole if f"{module}.g_idx" not in case.headers]
     # AutoRound leaves it out, groups being sequential, and its label says that the file is one of those.
-    if lacking and case.text("quant_method") != AUTO_ROUND:
+    if lacking and not _is_auto_round(case):
         case.suspect(
             "no-index",
             "wrong",
@@ -85,17 +94,28 @@ def examine_gptq(case: Case, modules: list[str]) -> FamilyVerdict:
         _note_stored_zeros(case, counts, bits, content or label, len(samples))
         _note_symmetry(case, counts, labelled_symmetric, symmetric, constant, len(samples))
         if labelled_symmetric is not True and (content or label) == "gptq":
-            case.suspect("humming", "note", *HUMMING_ZEROS)
+            case.suspect("humming", "note", *(_AUTO_ROUND_ZEROS if _is_auto_round(case) else HUMMING_ZEROS))
         _note_offsets(case, [sample.offsets[order].slope for sample in samples])
         note_codes(case, [sample.counts[order] for sample in samples], bits)
-    return FamilyVerdict(label, content, confidence, bits, group_size, symmetric, len(modules), len(samples))
+    named, seen_as = _named(case, label), None if content is None else _named(case, content)
+    return FamilyVerdict(named, seen_as, confidence, bits, group_size, symmetric, len(modules), len(samples))
+
+
+def _is_auto_round(case: Case) -> bool:
+    return case.text("quant_method") == METHOD
+
+
+def _named(case: Case, version: str) -> str:
+    """Return the layout of a file whose zeros are those of a version of GPTQ."""
+    own = {zeros: name for name, zeros in _VERSIONS.items()} if _is_auto_round(case) else {}
+    return own.get(version, version)
 
 
 def gptq_label(case: Case) -> tuple[str, str]:
-    """Return the layout that the file says it has, and in which words it says so."""
-    if case.text("quant_method") == AUTO_ROUND:
-        packing = case.text("packing_format") or AUTO_ROUND_DEFAULT
-        return AUTO_ROUND_PACKINGS.get(packing, packing), f"packing_format {packing!r}"
+    """Return the version of GPTQ that the file says it has, and in which words it says so."""
+    if _is_auto_round(case):
+        packing = case.text("packing_format") or DEFAULT_PACKING
+        return _VERSIONS[PACKINGS[packing]] if packing in PACKINGS else packing, f"packing_format {packing!r}"
     told = {key: case.text(key) for key in ("checkpoint_format", "format") if case.text(key) is not None}
     if len(set(told.values())) > 1:
         case.suspect(
@@ -203,17 +223,17 @@ def _compare_label(
                 "doubtful",
                 "the content does not tell whether zeros are stored as they are (gptq_v2) or less one (gptq)",
                 f"{spoken}; " + shown(case.figures.get("code_minus_zero", {})),
-                f"the label alone decides; it is read as {meant}.",
+                f"the label alone decides; it is read as {_named(case, meant)}.",
             )
     elif content != meant:
-        remedy = f"read it with: cloq convert --read-as {content}"
+        remedy = f"read it with: cloq convert --read-as {_named(case, content)}"
         if content == "gptq_p":
             remedy = UNREAD_GPTQ_FORMATS["gptq_p"][1] + "; other readers will take it for noise."
         figures = {key: case.figures[key] for key in ("code_minus_zero", "entropy_per_code") if key in case.figures}
         case.suspect(
             "version" if content != "gptq_p" and meant != "gptq_p" else "order",
             "wrong",
-            f"the label says {label}, but the content is {content} ({confidence})",
+            f"the label says {_named(case, label)}, but the content is {_named(case, content)} ({confidence})",
             f"{spoken}; " + "; ".join(f"{key.replace('_', ' ')}: {shown(value)}" for key, value in figures.items()),
             remedy,
         )

@@ -12,6 +12,7 @@ from cloq_export.artifact.empty_model import tie_entries
 from cloq_export.artifact.quantization_description import CONFIG_NAME
 from cloq_export.engines.vllm.plugin import adapters as adapter_rules
 from cloq_export.errors import FormatError, UsageError
+from cloq_export.formats.gptq import GptqLayout
 from cloq_export.formats.peft.codec import read_adapter
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -82,8 +83,8 @@ def engine_options(
         "dtype": dtype,
         "max_model_len": settings.max_model_len or _context_length(checkpoint.config, dtype, kv_cache_gib),
     }
-    if checkpoint.grids.layout.quant_method == "gptq" and dtype == "float32":
-        # vLLM's own GPTQ kernels have no float32.
+    if isinstance(checkpoint.grids.layout, GptqLayout) and dtype == "float32":
+        # vLLM's own kernels for GPTQ's words have no float32.
         options["quantization"] = "cloq"
     targets = adapter_rules.quantized_suffixes(checkpoint)
     ranks = [1]

@@ -25,6 +25,19 @@ def config(bits=4, group_size=128, sym=True, **more):
     return plain | more
 
 
+def auto_round(**more):
+    plain = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    return plain | {"bits": 4, "group_size": 128, "sym": True} | more
+
+
+def refused(action):
+    try:
+        action()
+    except (CloqError, VLLMValidationError) as error:
+        return str(error)
+    return None
+
+
 def stock_takes(case):
     try:
         stock.from_config(case)
@@ -45,21 +58,22 @@ cases = {
     "act-order": config(bits=2, desc_act=True),
     "general rule": config(bits=2, dynamic={"-:.*head.*": {}}),
     "awq": {"quant_method": "awq", "bits": 4},
+    "AutoRound, 4-bit": auto_round(),
+    "AutoRound, 8-bit": auto_round(bits=8),
+    "AutoRound, 2-bit": auto_round(bits=2),
+    "AutoRound, asymmetric": auto_round(sym=False),
+    "AutoRound, zeros as they are": auto_round(packing_format="auto_round"),
+    "AutoRound, a head": auto_round(bits=2, extra_config={"lm_head": {"bits": 2}}),
+    "AutoRound, a float head": auto_round(bits=2, extra_config={"lm_head": {"bits": 16}}),
+    "AutoRound, words of AWQ": auto_round(packing_format="auto_round:auto_awq"),
 }
 result = {
     "claimed": {name: ours.override_quantization_method(case, None) for name, case in cases.items()},
     "stock": {name: stock_takes(case) for name, case in cases.items() if case["quant_method"] == "gptq"},
+    "head of AutoRound's": refused(lambda: ours.from_config(cases["AutoRound, a head"])),
     "asked for": ours.override_quantization_method(config(), "cloq"),
     "asked for another": ours.override_quantization_method(config(bits=2), "auto_gptq"),
 }
-
-
-def refused(action):
-    try:
-        action()
-    except (CloqError, VLLMValidationError) as error:
-        return str(error)
-    return None
 
 
 # A base that needs its adapter.

@@ -1,9 +1,9 @@
-"""The quantization config "cloq": GPTQ checkpoints that vLLM itself refuses."""
+"""The quantization config "cloq": checkpoints with GPTQ's words that vLLM itself refuses or would misread."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from cloq_export.engines.vllm.plugin.experts import experts_method
 from cloq_export.engines.vllm.plugin.linear import CloqLinearMethod
 from cloq_export.engines.vllm.plugin.stored_grids import grids_of_files, mapped_grids, modules_of
 from cloq_export.errors import CloqError, FormatError
-from cloq_export.formats.gptq import GPTQ_V1, parse_quantization_config
+from cloq_export.formats import auto_round
+from cloq_export.formats.gptq import GptqLayout, is_head
 from cloq_export.formats.layout import StoredGrids
+from cloq_export.formats.registry import read_quantization_config
 from cloq_export.types import QuantSpec
 
 METHOD = "cloq"
@@ -35,6 +37,10 @@ ROUND_SCALES_VARIABLE = "CLOQ_EXPORT_VLLM_ROUND_SCALES"
 # utils/marlin_utils.py (MARLIN_SUPPORTED_GROUP_SIZES), the same in 0.32 and 0.33.
 _STOCK_GRIDS = ((4, True), (8, True))
 _STOCK_GROUP_SIZES = (-1, 32, 64, 128)
+# vLLM's config for AutoRound's files, whose packing it must be, has the same grids (inc/schemes/inc_wna16_linear.py),
+# on a CPU those of 4 bits alone.
+_STOCK_PACKINGS = (None, auto_round.DEFAULT_PACKING)
+_READ_METHODS = ("gptq", auto_round.METHOD)
 _LABELS = (None, METHOD, "gptq")
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What this plugin does not compute. `desc_act` is not among it: whether groups have an order, g_idx tells.
@@ -48,13 +54,12 @@ def register() -> None:
 
 def reads(config: Mapping[str, Any]) -> bool:
     """Return whether a `quantization_config` is one that this plugin reads."""
-    if config.get("quant_method") != "gptq" or any(config.get(key) for key in _UNSERVED):
+    if config.get("quant_method") not in _READ_METHODS or any(config.get(key) for key in _UNSERVED):
         return False
     try:
-        parse_quantization_config(config)
+        return _coded_head(read_quantization_config(config, {})) is None
     except CloqError:
         return False  # vLLM's own config reports the error
-    return True
 
 
 def is_mixture(hf_config: Any) -> bool:
@@ -71,19 +76,28 @@ def claims(config: Mapping[str, Any]) -> bool:
     """
     if not reads(config):
         return False
-    grids = parse_quantization_config(config)
+    grids = read_quantization_config(config, {})
     if (grids.overrides or grids.rules) and grids.modules is not None:
         # vLLM looks rules up under the names of fused layers, which no rule of ours has, and would take the default.
         return True
     specs = [grids.default, *(spec for spec in grids.overrides.values() if spec is not None)]
     specs += [spec for _, spec in grids.rules if spec is not None]
-    return not all(
-        (spec.bits, spec.symmetric) in _STOCK_GRIDS and spec.group_size in _STOCK_GROUP_SIZES for spec in specs
-    )
+    stock: Collection[tuple[int, bool]] = _STOCK_GRIDS
+    if grids.layout.quant_method == auto_round.METHOD:
+        if config.get("packing_format") not in _STOCK_PACKINGS:
+            return True
+        stock = _STOCK_GRIDS[:1] if current_platform.is_cpu() else _STOCK_GRIDS
+    return not all((spec.bits, spec.symmetric) in stock and spec.group_size in _STOCK_GROUP_SIZES for spec in specs)
+
+
+def _coded_head(grids: StoredGrids) -> str | None:
+    """Return the output head that is among the quantized modules, which AutoRound's config says by its name alone."""
+    named = [module for module, spec in grids.overrides.items() if spec is not None]
+    return next((module for module in (*(grids.modules or ()), *named) if is_head(module)), None)
 
 
 class CloqConfig(QuantizationConfig):
-    """What a GPTQ checkpoint's config says, and which linear layers it is about.
+    """What a checkpoint's config says, and which linear layers it is about.
 
     Args:
         grids: layout and grid of every module.
@@ -96,6 +110,11 @@ class CloqConfig(QuantizationConfig):
     def __repr__(self) -> str:
         """Return layout and default grid."""
         return f"CloqConfig({self.grids.layout.name}, {self.grids.default}, {len(self.grids.overrides)} overrides)"
+
+    @property
+    def _first_version(self) -> bool:
+        """Whether zeros are stored less one."""
+        return isinstance(self.grids.layout, GptqLayout) and self.grids.layout.version == 1
 
     @classmethod
     def get_name(cls) -> str:
@@ -133,7 +152,13 @@ class CloqConfig(QuantizationConfig):
                     f"quantization_config: {key} is {config[key]!r:.80}, and this plugin does not serve {what}; write "
                     "the checkpoint again with `cloq convert`, or serve a merged export (cloq export --format merged)."
                 )
-        return cls(parse_quantization_config(config))
+        grids = read_quantization_config(config, {})
+        if (head := _coded_head(grids)) is not None:
+            raise FormatError(
+                f"quantization_config: {head} is quantized, and this plugin does not serve {_UNSERVED['lm_head']}; "
+                "serve a merged export (cloq export --format merged)."
+            )
+        return cls(grids)
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
@@ -144,8 +169,8 @@ class CloqConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim a checkpoint that vLLM itself refuses, and any GPTQ one for which `--quantization cloq` was given."""
-        if hf_quant_cfg.get("quant_method") != "gptq" or user_quant not in _LABELS:
+        """Claim a checkpoint that vLLM itself refuses, and any for which `--quantization cloq` was given."""
+        if hf_quant_cfg.get("quant_method") not in _READ_METHODS or user_quant not in _LABELS:
             return None
         # On the CPU vLLM computes no experts of GPTQ checkpoints at all.
         experts = current_platform.is_cpu() and is_mixture(hf_config) and reads(hf_quant_cfg)
@@ -177,7 +202,7 @@ class CloqConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return None
         if isinstance(layer, RoutedExperts):
-            return experts_method(layer, prefix, self.grids.spec_for, first_version=self.grids.layout is GPTQ_V1)
+            return experts_method(layer, prefix, self.grids.spec_for, first_version=self._first_version)
         if not isinstance(layer, LinearBase):
             return None
         names = modules_of(prefix, self.grids, self.packed_modules_mapping)
@@ -191,4 +216,4 @@ class CloqConfig(QuantizationConfig):
                 f"vLLM computes {', '.join(names)} as one layer, but {apart} is not quantized; quantize all of them or "
                 "none, with an override in the recipe."
             )
-        return CloqLinearMethod(names, quantized, first_version=self.grids.layout is GPTQ_V1)
+        return CloqLinearMethod(names, quantized, first_version=self._first_version)
