@@ -104,6 +104,18 @@ def test_certificates_that_do_not_belong_together(tmp_path: pathlib.Path) -> Non
     assert Certificates.of(None, None, None) is None
 
 
+@pytest.mark.parametrize("around", ["friendlyName: Zoë\n".encode(), "friendlyName: Zoë\n".encode("latin-1"), b""])
+def test_a_certificate_may_stand_among_other_things(tmp_path: pathlib.Path, around: bytes) -> None:
+    """As `openssl pkcs12 -nodes` writes it: names in some encoding, and the key before the certificate."""
+    both = tmp_path / "both.pem"
+    both.write_bytes(around + KEY.read_bytes() + around + CERTIFICATE.read_bytes())
+    certificates = Certificates.of(both, both, None)
+    assert certificates is not None
+    trusted = Access(None, certificates.certfile).trust()
+    assert isinstance(trusted, ssl.SSLContext)
+    assert trusted.cert_store_stats()["x509"] == 1
+
+
 def test_a_client_trusts_one_certificate_alone(tmp_path: pathlib.Path) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

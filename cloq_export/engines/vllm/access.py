@@ -13,7 +13,7 @@ from cloq_export.files.spelled_paths import expand_user
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable from which vLLM's server takes its key; a process list does not show it."""
 
-_END = "-----END CERTIFICATE-----"
+_BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Access:
 
     Args:
         api_key: that every request carries; None if the server asks for none.
-        certificate: file that begins with the server's own certificate, which alone is trusted; None trusts what the
+        certificate: file whose first certificate is the server's own, which alone is trusted; None trusts what the
             system trusts.
     """
 
@@ -37,12 +37,14 @@ class Access:
         """Return what a client takes the server by."""
         if self.certificate is None:
             return True
-        first, _, _ = self.certificate.read_text(encoding="ascii").partition(_END)
+        # Tools write names in any encoding around a certificate, and some the key before it.
+        _, _, behind = self.certificate.read_text(encoding="latin-1").partition(_BEGIN)
+        first, _, _ = behind.partition(_END)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         # Exactly this certificate, whatever name or address it was made for, and whoever signed it.
         context.check_hostname = False
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.load_verify_locations(cadata=first + _END + "\n")
+        context.load_verify_locations(cadata=_BEGIN + first + _END + "\n")
         return context
 
 
