@@ -197,6 +197,8 @@ def wild_value(chance: random.Random) -> Any:
             "gptq",
             "gptq_v2",
             "gptq_p",
+            "auto_round",
+            "auto_round:auto_gptq",
             "awq",
             "compressed_tensors",
             "compressed_tensors_padded",
