@@ -45,7 +45,7 @@ class Arena {
 thread_local Arena call_arena;
 thread_local Arena task_arena;
 
-enum Mode { kFloat32, kInt8, kTables, kPanels, kTiles };
+enum Mode { kFloat32, kInt8, kTables, kOrdered, kPanels, kTiles };
 
 // A row of tiles whose tokens have different adapters: its low-rank terms are computed token by token.
 constexpr int32_t kMixed = -2;
@@ -68,6 +68,7 @@ struct Linear {
     // One token wide or more; chunks of tokens are padded to one of the kernels' widths.
     int64_t width, chunks;
     BlockKernel kernel;
+    OrderedKernel ordered;
     int64_t blocks_per_task;
     int64_t rows_per_call;  // of panels or tiles
 
@@ -199,7 +200,7 @@ void prepare_token(void* context, int64_t token) {
         }
         for (; k < size; ++k) parts[k % 8] += here[k];
         sums[group * width] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
-        if (work.mode == kFloat32) {
+        if (work.mode == kFloat32 || work.mode == kOrdered) {
             float* at = reinterpret_cast<float*>(to) + base * width + m;
             for (k = 0; k < size; ++k) at[k * width] = here[k];
             for (; k < padded; ++k) at[k * width] = 0.0f;
@@ -405,8 +406,30 @@ void multiply_panels(void* context, int64_t task) {
     finish_all(work, panels.block, panels.blocks, 0, work.tokens, panels.y, kPitch);
 }
 
+void multiply_ordered(void* context, int64_t task) {
+    const Linear& work = *static_cast<Linear*>(context);
+    constexpr int64_t kPitch = kOrderedBlocks * kLanes;
+    OrderedWork ordered;
+    ordered.layer = &work.layer;
+    ordered.block = task * work.blocks_per_task;
+    ordered.blocks = smaller(work.blocks_per_task, work.layer.blocks() - ordered.block);
+    const int64_t together = smaller(work.chunks, kOrderedChunks), sums = together * work.width * kPitch;
+    task_arena.reset(static_cast<size_t>(sums + kOrderedScratch) * 4, 2);
+    ordered.y = task_arena.take<float>(sums);
+    ordered.scratch = task_arena.take<float>(kOrderedScratch);
+    for (int64_t chunk = 0; chunk < work.chunks; chunk += together) {
+        ordered.x = reinterpret_cast<const float*>(work.activations + chunk * work.chunk_bytes());
+        ordered.sums = work.sums + chunk * work.layer.groups * work.width;
+        ordered.chunks = smaller(together, work.chunks - chunk);
+        work.ordered(ordered);
+        const int64_t first = chunk * work.width, count = smaller(ordered.chunks * work.width, work.tokens - first);
+        finish_all(work, ordered.block, ordered.blocks, first, count, ordered.y, kPitch);
+    }
+}
+
 // The widest kernel, or for few tokens the narrowest that holds them; many tokens are spread evenly over chunks.
-void choose_width(Linear& work, const BlockKernels& table) {
+template <class Kernel>
+Kernel choose_width(Linear& work, const KernelsByWidth<Kernel>& table) {
     const int* widths = table.widths;
     int widest = 0;
     while (widths[widest + 1] != 0) ++widest;
@@ -416,7 +439,7 @@ void choose_width(Linear& work, const BlockKernels& table) {
     while (widths[pick] < wanted) ++pick;
     work.width = widths[pick];
     work.chunks = ceil_div(work.tokens, work.width);
-    work.kernel = table.kernels[pick];
+    return table.kernels[pick];
 }
 
 // Tiles and panels add up in orders of their own.
@@ -426,6 +449,7 @@ Mode choose_mode(const Linear& work) {
     if (!work.deterministic && kernels.tiles != nullptr && work.tokens >= kernels.tiles_from && rounds) return kTiles;
     if (work.int8 && kernels.int8.exist()) return kInt8;
     if (!work.deterministic && work.tokens >= kernels.panels_from) return kPanels;
+    if (work.deterministic && kernels.ordered.exist() && work.tokens >= kernels.ordered_from) return kOrdered;
     return work.tokens == 1 && kernels.by_table != nullptr && !work.int8 ? kTables : kFloat32;
 }
 
@@ -449,13 +473,15 @@ void run_pass(Linear& work, int threads) {
         if (work.mode == kTables) {
             work.width = work.chunks = 1;
             work.kernel = kernels.by_table;
+        } else if (work.mode == kOrdered) {
+            work.ordered = choose_width(work, kernels.ordered);
         } else if (work.mode == kPanels) {
             work.width = kernels.panel_width;
             work.chunks = ceil_div(work.tokens, work.width);
         } else {
-            choose_width(work, work.mode == kInt8      ? kernels.int8
-                               : work.deterministic ? kernels.one_order
-                                                    : kernels.float32);
+            work.kernel = choose_width(work, work.mode == kInt8   ? kernels.int8
+                                             : work.deterministic ? kernels.one_order
+                                                                  : kernels.float32);
         }
         activation_bytes = work.chunks * work.chunk_bytes();
         sum_count = work.mode == kPanels ? 0 : work.chunks * layer.groups * work.width;
@@ -497,15 +523,18 @@ void run_pass(Linear& work, int threads) {
         parallel_for(tasks, small ? 1 : threads, low_rank_task, &work);
     }
     const int64_t blocks = layer.blocks();
-    if (work.mode == kTiles || work.mode == kPanels) {
+    if (work.mode == kTiles || work.mode == kPanels || work.mode == kOrdered) {
         // Wide panels reuse the activations, but every thread should have some.
-        const int64_t most = work.mode == kTiles ? kTileBlocks : kPanelBlocks;
+        const int64_t most = work.mode == kTiles ? kTileBlocks : work.mode == kPanels ? kPanelBlocks : kOrderedBlocks;
         work.blocks_per_task = smaller(most, ceil_div(blocks, threads > 0 ? threads : 1));
         // Calls of equal size, in whole tiles.
         const int64_t calls = ceil_div(work.tokens, kTileRows);
         work.rows_per_call = ceil_div(row_tiles, calls) * 16;
         parallel_for(ceil_div(blocks, work.blocks_per_task), threads,
-                     work.mode == kTiles ? multiply_tiles : multiply_panels, &work);
+                     work.mode == kTiles    ? multiply_tiles
+                     : work.mode == kPanels ? multiply_panels
+                                            : multiply_ordered,
+                     &work);
     } else {
         // As many as go together in a kernel, but enough tasks for cores of uneven speed.
         const int64_t share = blocks / (8 * (threads > 0 ? threads : 1));

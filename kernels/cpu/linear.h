@@ -49,19 +49,23 @@ using BlockKernel = void (*)(const Layer& layer, int64_t block, int64_t blocks, 
 constexpr int kMostBlocks = 4;
 constexpr int kBlockPitch = kMostBlocks * kLanes;
 
-struct BlockKernels {
+template <class Kernel>
+struct KernelsByWidth {
     const int* widths;  // rising, ends with 0
-    const BlockKernel* kernels;  // index of `widths` -> the kernel of that many tokens
+    const Kernel* kernels;  // index of `widths` -> the kernel of that many tokens
 
     bool exist() const { return kernels != nullptr; }
 };
+using BlockKernels = KernelsByWidth<BlockKernel>;
 
-template <class... Blocks>
-struct KernelTable {
-    static constexpr int kWidths[] = {Blocks::kWidth..., 0};
-    static constexpr BlockKernel kKernels[] = {Blocks::run...};
-    static constexpr BlockKernels kernels = {kWidths, kKernels};
+template <class Kernel, class... Widths>
+struct TableOf {
+    static constexpr int kWidths[] = {Widths::kWidth..., 0};
+    static constexpr Kernel kKernels[] = {Widths::run...};
+    static constexpr KernelsByWidth<Kernel> kernels = {kWidths, kKernels};
 };
+template <class... Blocks>
+using KernelTable = TableOf<BlockKernel, Blocks...>;
 
 // Calls each(count, first) for `blocks` in groups of `most`, then half as many, and so on: count() is a constant.
 template <int most, class Each>
@@ -111,6 +115,25 @@ constexpr int kPanelBlocks = 8;
 constexpr int kPanelUnits = 8;
 constexpr int kPanel = kPanelBlocks * kPanelUnits * kLanes * kUnit;
 
+// Several chunks of tokens by blocks whose codes are decoded once for all of them, every token in the order of
+// `one_order`.
+struct OrderedWork {
+    const Layer* layer;
+    int64_t block, blocks;  // at most kOrderedBlocks
+    const float* x;         // (chunks, channels, width)
+    const float* sums;      // (chunks, groups, width), what x adds up to in each group
+    int64_t chunks;         // at most kOrderedChunks
+    float* y;               // (chunks * width, kOrderedBlocks * 16), overwritten
+    float* scratch;         // kOrderedScratch entries
+};
+using OrderedKernel = void (*)(const OrderedWork& work);
+constexpr int kOrderedBlocks = 32;
+constexpr int kOrderedChunks = 8;
+// Half of a first-level cache, and sums that wait for the rest of their group.
+constexpr int kOrderedPanel = 4096;
+constexpr int kOrderedSums = kOrderedBlocks * kLanes * kLanes;
+constexpr int kOrderedScratch = kOrderedPanel + kOrderedSums;
+
 // grad * Q for some units of input channels, transposed. Panels hold Q transposed: input channels by output channels.
 struct GradWork {
     const Layer* layer;
@@ -128,8 +151,10 @@ constexpr int kGradPanel = kGradUnits * kUnit * kGradBlocks * kLanes;
 
 struct LinearKernels {
     BlockKernels float32;  // the fastest of each width
-    // A token's bits depend neither on the width nor on `by_table`.
+    // A token's bits depend neither on the width nor on `by_table` nor on `ordered`.
     BlockKernels one_order;
+    KernelsByWidth<OrderedKernel> ordered;
+    int64_t ordered_from;  // tokens from which it is the faster way
     BlockKernels int8;  // sums are whole numbers, so that any order is one; empty where there are none for these bits
     // One token and 2 bits: two neighbouring codes of a byte look up what both channels add. `tables` makes the sixteen
     // tables (of sixteen) of a unit's 32 activations; the kernel takes them as x. Null elsewhere.

@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "cloq_cpu.h"
 #include "linear.h"
 #include "vector_avx512.h"
@@ -73,19 +75,25 @@ struct Int8Block {
 
 // 2 bits: a permutation reads four bits, which are two codes, so a table of what two channels add for each of their
 // sixteen pairs of codes halves the work. Table order is that of the codes: words, bytes, slots.
-void pair_tables(const float* x, float* to) {
+// x: (channels of a unit, width). to: (pairs, width, 16).
+template <int width>
+void pair_tables_of(const float* x, float* to) {
     const __m512 first = _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1);
     const __m512 second = _mm512_setr_ps(-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1);
     for (int v = 0; v < 2; ++v) {
         for (int byte = 0; byte < 4; ++byte) {
-            for (int slot = 0; slot < 4; slot += 2, to += 16) {
-                const float* here = x + 2 * ((v * 2 + byte % 2) * 4 + slot) + byte / 2;
-                const __m512 part = _mm512_mul_ps(second, _mm512_set1_ps(here[2]));
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(first, _mm512_set1_ps(here[0]), part));
+            for (int slot = 0; slot < 4; slot += 2) {
+                const float* here = x + (2 * ((v * 2 + byte % 2) * 4 + slot) + byte / 2) * width;
+                for (int m = 0; m < width; ++m, to += 16) {
+                    const __m512 part = _mm512_mul_ps(second, _mm512_set1_ps(here[2 * width + m]));
+                    _mm512_storeu_ps(to, _mm512_fmadd_ps(first, _mm512_set1_ps(here[m]), part));
+                }
             }
         }
     }
 }
+
+void pair_tables(const float* x, float* to) { pair_tables_of<1>(x, to); }
 
 // One token. Its sums are those of Float32Block with as many chains and with pairs.
 constexpr int kTableChains = 2;
@@ -138,6 +146,78 @@ void multiply_by_table(const cloq::Layer& layer, int64_t block, int64_t blocks, 
         multiply_by_table_of<count()>(layer, block + first, static_cast<const float*>(x), sums, y + first * cloq::kLanes);
     });
 }
+
+// Several tokens. The tables of a slab of channels stay in the first-level cache while all blocks look up in them.
+constexpr int kTableUnits = 2;
+
+template <int width>
+void multiply_tables(const cloq::OrderedWork& work) {
+    constexpr int kSums = kTableChains * width;
+    constexpr int64_t kPitch = cloq::kOrderedBlocks * cloq::kLanes;
+    static_assert(kTableUnits * 16 * width * 16 <= cloq::kOrderedPanel);
+    static_assert(cloq::kOrderedBlocks * kSums * cloq::kLanes <= cloq::kOrderedSums);
+    const cloq::Layer& layer = *work.layer;
+    const int64_t per_group = layer.units_per_group();
+    float* tables = work.scratch;
+    for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+        const float* x = work.x + chunk * layer.padded_in() * width;
+        for (int64_t group = 0; group < layer.groups; ++group) {
+            for (int64_t first = 0; first < per_group; first += kTableUnits) {
+                const int64_t units = cloq::smaller(kTableUnits, per_group - first), unit = group * per_group + first;
+                for (int64_t u = 0; u < units; ++u) {
+                    pair_tables_of<width>(x + (unit + u) * cloq::kUnit * width, tables + u * 16 * width * 16);
+                }
+                const bool last = first + units == per_group;
+                for (int64_t b = 0; b < work.blocks; ++b) {
+                    const int64_t block = work.block + b;
+                    const uint32_t* words = layer.block_words(block) + unit * 2 * cloq::kLanes;
+                    // The next block's are a whole row away, further than a processor looks ahead by itself.
+                    const uint32_t* next = words + layer.units() * 2 * cloq::kLanes;
+                    float* waiting = work.scratch + cloq::kOrderedPanel + b * kSums * cloq::kLanes;
+                    __m512 sum[kSums];
+                    for (int i = 0; i < kSums; ++i) {
+                        sum[i] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(waiting + i * cloq::kLanes);
+                    }
+                    const float* table = tables;
+                    for (int64_t half = 0; half < 2 * units; ++half) {
+                        const __m512i codes = _mm512_loadu_si512(words + half * cloq::kLanes);
+                        __builtin_prefetch(next + half * cloq::kLanes);
+#pragma GCC unroll 8
+                        for (int i = 0; i < 8; ++i) {
+                            const __m512i pair = _mm512_srli_epi32(codes, 4 * i);
+#pragma GCC unroll 8
+                            for (int m = 0; m < width; ++m, table += 16) {
+                                __m512& to = sum[i % kTableChains * width + m];
+                                to = _mm512_add_ps(to, _mm512_permutexvar_ps(pair, _mm512_loadu_ps(table)));
+                            }
+                        }
+                    }
+                    if (!last) {
+                        for (int i = 0; i < kSums; ++i) _mm512_storeu_ps(waiting + i * cloq::kLanes, sum[i]);
+                        continue;
+                    }
+                    const Vector scale = Vector::half(layer.block_scales(block) + group * cloq::kLanes);
+                    const Vector zero = Vector::bytes(layer.block_zeros(block) + group * cloq::kLanes) -
+                                        Vector::all(cloq::middle(2));
+                    const float* sums = work.sums + (chunk * layer.groups + group) * width;
+                    for (int m = 0; m < width; ++m) {
+                        float* y = work.y + (chunk * width + m) * kPitch + b * cloq::kLanes;
+                        const __m512 all = _mm512_fnmadd_ps(zero.v, _mm512_set1_ps(sums[m]),
+                                                            _mm512_add_ps(sum[m], sum[width + m]));
+                        const __m512 before = group == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y);
+                        _mm512_storeu_ps(y, _mm512_fmadd_ps(scale.v, all, before));
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <int width>
+struct TableBlocks {
+    static constexpr int kWidth = width;
+    static constexpr cloq::OrderedKernel run = multiply_tables<width>;
+};
 
 inline __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>(count >= cloq::kLanes ? 0xffff : (1u << count) - 1);
@@ -266,12 +346,18 @@ static const LinearKernels* table() {
                                 Float32Block<bits, 1, 8>, Float32Block<bits, 1, 12>>;
     // In the order of the tables' sums where there are tables.
     constexpr bool kPairs = bits == 2;
-    using OneOrder = KernelTable<Float32Block<bits, 2, 1, 2, kPairs>, Float32Block<bits, 2, 2, 1, kPairs>,
-                                 Float32Block<bits, 2, 4, 1, kPairs>, Float32Block<bits, 2, 8, 1, kPairs>>;
+    using Chains = KernelTable<Float32Block<bits, 4, 1>, Float32Block<bits, 4, 2>, Float32Block<bits, 4, 4>>;
+    using Pairs = KernelTable<Float32Block<bits, kTableChains, 1, 1, true>>;
+    using OneOrder = std::conditional_t<kPairs, Pairs, Chains>;
+    using Ordered = std::conditional_t<kPairs,
+                                       TableOf<OrderedKernel, TableBlocks<2>, TableBlocks<4>, TableBlocks<6>, TableBlocks<8>>,
+                                       TableOf<OrderedKernel, OrderedBlocks<bits, 4, 4>>>;
     using Int8 = KernelTable<Int8Block<bits, 1>, Int8Block<bits, 2>, Int8Block<bits, 4>, Int8Block<bits, 8>,
                              Int8Block<bits, 12>>;
     static constexpr LinearKernels kernels = {Fastest::kernels,
                                               OneOrder::kernels,
+                                              Ordered::kernels,
+                                              kPairs ? 2 : 5,
                                               Int8::kernels,
                                               bits == 2 ? pair_tables : nullptr,
                                               bits == 2 ? multiply_by_table : nullptr,

@@ -86,6 +86,97 @@ struct Float32Block {
     }
 };
 
+// Centred codes of a unit in the order of its words, bytes and slots.
+template <int bits>
+inline void decode_centred(const Codes<bits>& codes, const uint32_t* words, float* to) {
+    constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);
+    typename Codes<bits>::Words unpacked[kWords];
+    codes.load(words, unpacked);
+#pragma GCC unroll 8
+    for (int v = 0; v < kWords; ++v) {
+#pragma GCC unroll 4
+        for (int byte = 0; byte < 4; ++byte) {
+#pragma GCC unroll 4
+            for (int slot = 0; slot < kSlots; ++slot, to += cloq::kLanes) {
+                codes.centred(unpacked[v], byte, slot).store(to);
+            }
+        }
+    }
+}
+
+// The same sums, of codes that are decoded once for all chunks of tokens.
+template <int bits, int chains, int width>
+void multiply_ordered(const cloq::OrderedWork& work) {
+    constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits), kSums = chains * width;
+    constexpr int64_t kPitch = cloq::kOrderedBlocks * cloq::kLanes, kEntries = cloq::kUnit * cloq::kLanes;
+    constexpr int64_t kUnits = cloq::kOrderedPanel / kEntries;
+    static_assert(cloq::kOrderedChunks * kSums * cloq::kLanes <= cloq::kOrderedSums);
+    const cloq::Layer& layer = *work.layer;
+    const int64_t per_group = layer.units_per_group();
+    const Codes<bits> codes;
+    for (int64_t b = 0; b < work.blocks; ++b) {
+        const uint32_t* words = layer.block_words(work.block + b);
+        for (int64_t group = 0; group < layer.groups; ++group) {
+            const Vector scale = Vector::half(layer.block_scales(work.block + b) + group * cloq::kLanes);
+            const Vector zero = Vector::bytes(layer.block_zeros(work.block + b) + group * cloq::kLanes) -
+                                Vector::all(cloq::middle(bits));
+            for (int64_t first = 0; first < per_group; first += kUnits) {
+                const int64_t units = cloq::smaller(kUnits, per_group - first);
+                for (int64_t u = 0; u < units; ++u, words += bits * cloq::kLanes) {
+                    decode_centred<bits>(codes, words, work.scratch + u * kEntries);
+                }
+                const bool last = first + units == per_group;
+                for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+                    const float* x = work.x + (chunk * layer.padded_in() + (group * per_group + first) * cloq::kUnit) * width;
+                    const float* panel = work.scratch;
+                    float* waiting = work.scratch + cloq::kOrderedPanel + chunk * kSums * cloq::kLanes;
+                    Vector sum[kSums];
+                    for (int i = 0; i < kSums; ++i) {
+                        sum[i] = first == 0 ? Vector::zero() : Vector::load(waiting + i * cloq::kLanes);
+                    }
+                    for (int64_t u = 0; u < units; ++u, x += cloq::kUnit * width) {
+#pragma GCC unroll 8
+                        for (int v = 0; v < kWords; ++v) {
+#pragma GCC unroll 4
+                            for (int byte = 0; byte < 4; ++byte) {
+#pragma GCC unroll 4
+                                for (int slot = 0; slot < kSlots; ++slot, panel += cloq::kLanes) {
+                                    const int pair = (v * 2 + byte % 2) * kSlots + slot;
+                                    const float* here = x + (2 * pair + byte / 2) * width;
+                                    const Vector weight = Vector::load(panel);
+#pragma GCC unroll 12
+                                    for (int m = 0; m < width; ++m) {
+                                        Vector& to = sum[pair % chains * width + m];
+                                        to = multiply_add(weight, Vector::all(here[m]), to);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                    if (!last) {
+                        for (int i = 0; i < kSums; ++i) sum[i].store(waiting + i * cloq::kLanes);
+                        continue;
+                    }
+                    const float* sums = work.sums + (chunk * layer.groups + group) * width;
+                    for (int m = 0; m < width; ++m) {
+                        float* y = work.y + (chunk * width + m) * kPitch + b * cloq::kLanes;
+                        Vector all = sum[m];
+                        for (int chain = 1; chain < chains; ++chain) all = all + sum[chain * width + m];
+                        all = multiply_subtract(zero, Vector::all(sums[m]), all);
+                        multiply_add(scale, all, group == 0 ? Vector::zero() : Vector::load(y)).store(y);
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <int bits, int chains, int width>
+struct OrderedBlocks {
+    static constexpr int kWidth = width;
+    static constexpr cloq::OrderedKernel run = multiply_ordered<bits, chains, width>;
+};
+
 template <int bits>
 void decode_unit(const cloq::Layer& layer, int64_t block, int64_t unit, float* q) {
     constexpr int kWords = cloq::virtual_words(bits), kSlots = cloq::slots(bits);

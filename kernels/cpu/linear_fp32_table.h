@@ -13,8 +13,11 @@ const cloq::LinearKernels* float32_table() {
     using Wide = Float32Block<bits, 1, 4>;
     using Fastest = cloq::KernelTable<Float32Block<bits, kSums, 1>, Float32Block<bits, kHalf, 2>, Wide>;
     using OneOrder = cloq::KernelTable<Float32Block<bits, 1, 1, kHalf>, Float32Block<bits, 1, 2, kHalf>, Wide>;
+    using Ordered = cloq::TableOf<cloq::OrderedKernel, OrderedBlocks<bits, 1, 4>>;
     static constexpr cloq::LinearKernels kernels = {Fastest::kernels,
                                                     OneOrder::kernels,
+                                                    Ordered::kernels,
+                                                    5,
                                                     {},
                                                     nullptr,
                                                     nullptr,

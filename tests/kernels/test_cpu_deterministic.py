@@ -48,10 +48,19 @@ def test_a_token_alone_and_in_a_batch(isa, shape, bits, dtype, precision):
                 assert torch.equal(compute(first, first + tokens), alone[first : first + tokens]), (tokens, first)
 
 
-def test_threads_and_passes_change_nothing(isa):
-    codes, scales, zeros, _ = make_layer(330, 256, 64, 2)
-    weight = cpu_weight.pack_weight(codes, scales, zeros, 2, deterministic=True)
-    x = random_input(1024 + 5, 256)
+@pytest.mark.parametrize(
+    ("shape", "bits"),
+    [
+        pytest.param((530, 256, 64), 2, id="more blocks than a task has"),
+        pytest.param((530, 128, 64), 3, id="the same without pairs"),
+        pytest.param((33, 616, 616), 2, id="groups longer than what stays near"),
+        pytest.param((33, 616, 616), 4, id="such groups without pairs"),
+    ],
+)
+def test_threads_passes_and_slabs_change_nothing(isa, shape, bits):
+    codes, scales, zeros, _ = make_layer(*shape, bits)
+    weight = cpu_weight.pack_weight(codes, scales, zeros, bits, deterministic=True)
+    x = random_input(1024 + 5, shape[1])
     rows = torch.tensor([0, 1023, 1024, 1028])
     alone = torch.cat([kernel.linear(x[row : row + 1], weight) for row in rows])
     before = torch.get_num_threads()
