@@ -158,7 +158,7 @@ class ServeOptions:
     force: bool = option(False, "Serve adapters that are bound to another base.")
     trust_adapters: bool = option(False, "Serve adapters that do not say which base they belong to.")
     deterministic: bool = option(
-        False, "Packed layers and their adapters give a token the same bits in every batch, on a CPU."
+        False, "Give a request the same bits alone and in every batch, on a CPU."
     )
     adapter_roots: tuple[str, ...] = option(
         (),

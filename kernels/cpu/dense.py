@@ -22,6 +22,14 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         ValueError: the tensors do not belong together.
         RuntimeError: there is no native library.
     """
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = cpu_dense_linear_op(x, weight, bias)
+        return result
+    return _compute(x, weight, bias)
+
+
+def _compute(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Check the tensors, and call the library."""
     fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and weight.shape[1] > 0
     if not fits or x.dtype not in DTYPES or weight.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(
@@ -47,3 +55,17 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         torch.get_num_threads(),
     )
     return y.to(x.dtype)
+
+
+@torch.library.custom_op(
+    "cloq_export::cpu_dense_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+def cpu_dense_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute what `dense_linear` returns; operands as there."""
+    return _compute(x, weight, bias)
+
+
+@cpu_dense_linear_op.register_fake
+def _cpu_dense_linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return an empty tensor of the shape and dtype that `cpu_dense_linear_op` returns."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -64,6 +64,10 @@ struct TableOf {
     static constexpr Kernel kKernels[] = {Widths::run...};
     static constexpr KernelsByWidth<Kernel> kernels = {kWidths, kKernels};
 };
+template <class Kernel>
+struct NoKernels {
+    static constexpr KernelsByWidth<Kernel> kernels = {};
+};
 template <class... Blocks>
 using KernelTable = TableOf<BlockKernel, Blocks...>;
 

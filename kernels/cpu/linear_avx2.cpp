@@ -13,6 +13,7 @@ struct Vector {
     __m256 low, high;
 
     static constexpr int kSums = 4;
+    static constexpr bool kDecodesOnce = true;  // codes for several chunks of tokens
 
     static Vector zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

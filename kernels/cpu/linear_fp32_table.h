@@ -3,6 +3,8 @@
 // Included by one translation unit per instruction set behind its Vector, Codes and row kernels, as linear_fp32.h is.
 #pragma once
 
+#include <type_traits>
+
 #include "linear_fp32.h"
 
 namespace {
@@ -13,7 +15,8 @@ const cloq::LinearKernels* float32_table() {
     using Wide = Float32Block<bits, 1, 4>;
     using Fastest = cloq::KernelTable<Float32Block<bits, kSums, 1>, Float32Block<bits, kHalf, 2>, Wide>;
     using OneOrder = cloq::KernelTable<Float32Block<bits, 1, 1, kHalf>, Float32Block<bits, 1, 2, kHalf>, Wide>;
-    using Ordered = cloq::TableOf<cloq::OrderedKernel, OrderedBlocks<bits, 1, 4>>;
+    using Ordered = std::conditional_t<Vector::kDecodesOnce, cloq::TableOf<cloq::OrderedKernel, OrderedBlocks<bits, 1, 4>>,
+                                       cloq::NoKernels<cloq::OrderedKernel>>;
     static constexpr cloq::LinearKernels kernels = {Fastest::kernels,
                                                     OneOrder::kernels,
                                                     Ordered::kernels,

@@ -16,6 +16,7 @@ struct Vector {
 
     // Its four parts are sums side by side already, and more of them would leave the registers.
     static constexpr int kSums = 1;
+    static constexpr bool kDecodesOnce = true;  // codes for several chunks of tokens
 
     static Vector zero() { return all(0.0f); }
     static Vector all(float value) {

@@ -13,6 +13,7 @@ struct Vector {
     float lane[cloq::kLanes];
 
     static constexpr int kSums = 4;
+    static constexpr bool kDecodesOnce = false;  // one more kernel takes compilers minutes
 
     static Vector zero() { return all(0.0f); }
     static Vector all(float value) {

@@ -46,6 +46,55 @@ def test_a_text_alone_and_among_others(tmp_path, architecture, bits, adapted, wr
     torch.testing.assert_close(log_probabilities(model), usual, rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("architecture", "bits"), [("llama", 2), ("qwen2", 4), ("gpt_neox", 3)])
+def test_texts_of_different_lengths(tmp_path, architecture, bits, side, write_quantized):
+    """Prompts that are filled up to one length, then one token after the other, as generating does it."""
+    written = write_quantized(tmp_path, architecture, QuantSpec(bits, 32))
+    model = load(written.folder, written.adapter, deterministic=True)
+    lengths, longest = (9, 1, 4, 20, 17, 2), 20
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 90, (length + 2,), generator=generator) for length in lengths]
+
+    def steps_of(numbers, width):
+        """Return number -> logits of its prompt and of two tokens more, of these texts in one batch."""
+        ids, mask = torch.zeros(2, len(numbers), width, dtype=torch.int64)
+        places = []
+        for row, number in enumerate(numbers):
+            count = lengths[number]
+            places.append(slice(width - count, None) if side == "left" else slice(0, count))
+            ids[row, places[-1]], mask[row, places[-1]] = texts[number][:count], 1
+        cache, found = None, []
+        with torch.no_grad():
+            for step in range(3):
+                if step:
+                    ids = torch.stack([texts[number][lengths[number] + step - 1] for number in numbers])[:, None]
+                    mask = torch.cat([mask, torch.ones_like(ids)], 1)
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                answer = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+                cache = answer.past_key_values
+                found.append(
+                    [logits if step else logits[place] for logits, place in zip(answer.logits, places, strict=True)]
+                )
+        return {number: torch.cat(parts) for number, parts in zip(numbers, zip(*found, strict=True), strict=True)}
+
+    alone = {}
+    for number, length in enumerate(lengths):
+        alone |= steps_of([number], length)
+    for numbers, width in (([0, 1, 2, 3, 4, 5], longest), ([4, 2], 17), ([5, 1], 33)):
+        for number, logits in steps_of(numbers, width).items():
+            assert torch.equal(logits, alone[number]), (numbers, number)
+
+
+def test_masks_and_caches_that_do_not_tell_texts_apart(tmp_path, write_quantized):
+    model = load(write_quantized(tmp_path).folder, deterministic=True)
+    ids = IDS[:2, :4]
+    with pytest.raises(UnsupportedModelError, match="does not say where a text ends"):
+        model(input_ids=ids, attention_mask=torch.zeros(2, 1, 4, 4))
+    with pytest.raises(UnsupportedModelError, match="use a cache that grows"):
+        model.generate(ids, max_new_tokens=4, cache_implementation="static", pad_token_id=0)
+
+
 def test_it_serves_alone_and_on_the_cpu(tmp_path, write_quantized):
     written = write_quantized(tmp_path)
     for options in ({"trainable": True}, {"device": "cuda"}):

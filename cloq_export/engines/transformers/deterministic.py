@@ -3,8 +3,8 @@
 Packed layers have kernels for it. The other parts of a transformer whose numbers depend on the batch are float linears,
 the head above all, which libraries multiply in an order that they pick by size, and activation functions, whose last
 elements torch computes by other means than those before. Both are replaced. Norms and rotary embeddings are computed
-row by row as they are, and attention sequence by sequence, in an order that depends on the lengths of what is read and
-what was read before: a text gets the same bits among texts of its own length.
+row by row as they are, and attention text by text, in an order that depends on the lengths of what is read and what was
+read before. So each text of a batch that is filled up to one length is attended to by itself, without what fills it up.
 """
 
 from __future__ import annotations
@@ -78,35 +78,86 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention, with few queries filled up: the products of one to three are dealt out by what is at hand.
+    """Compute attention text by text, with few queries filled up: torch deals out the products of one to three.
 
     Args:
         module: the attention layer.
         query: (batch, heads, queries, width).
         key: (batch, key heads, tokens, width).
         value: (batch, key heads, tokens, width).
-        attention_mask: (batch, 1, queries, tokens), or None.
+        attention_mask: (batch, 1, queries, tokens) bool, or None where all texts have one length.
         options: as transformers passes them.
 
     Returns:
         (outputs, None): (batch, queries, heads, width).
 
     Raises:
-        UnsupportedModelError: keys and values differ in width, which torch computes in another way.
+        UnsupportedModelError: keys and values differ in width, which torch computes in another way, or the mask or the
+            cache does not say where a text begins and ends.
     """
     if query.shape[-1] != value.shape[-1]:
         raise UnsupportedModelError(
             f"keys of width {query.shape[-1]} with values of width {value.shape[-1]} are computed in an order that "
             "depends on the batch; load the model without deterministic=True."
         )
+    causal = options.pop("is_causal", None)
+    if attention_mask is None:
+        causal = query.shape[2] > 1 and getattr(module, "is_causal", True) if causal is None else causal
+        return _attend_alike(module, (query, key, value), None, causal, options), None
+    if attention_mask.dtype != torch.bool:
+        raise UnsupportedModelError(
+            "a mask of numbers that are added does not say where a text ends; give an attention_mask of two dimensions "
+            "or load the model without deterministic=True."
+        )
+    output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    for number, mask in enumerate(attention_mask.expand(query.shape[0], -1, -1, -1)[:, 0]):
+        rows, columns = _read_places(mask)
+        seen = mask[rows][:, columns]
+        whole = bool(seen.all())
+        causal = not whole and torch.equal(seen, torch.ones_like(seen).tril())
+        parts = query[number, :, rows][None], key[number, :, columns][None], value[number, :, columns][None]
+        alone = None if whole or causal else seen[None, None]
+        output[number, rows] = _attend_alike(module, parts, alone, causal, options)[0]
+    return output, None
+
+
+def _read_places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the queries and the keys of a text that do not merely fill it up.
+
+    Args:
+        mask: (queries, tokens) bool, true where a query reads a key; the queries are the last of the tokens.
+
+    Returns:
+        (rows, columns): int64 each.
+
+    Raises:
+        UnsupportedModelError: the queries do not stand at the end of the keys.
+    """
+    rows = mask.diagonal(mask.shape[1] - mask.shape[0]).nonzero()[:, 0]
+    columns = mask.any(0).nonzero()[:, 0]
+    if len(columns) and not len(rows):
+        raise UnsupportedModelError(
+            "the new tokens of a text are not the last of its keys, as with a cache of fixed size; use a cache that "
+            "grows, or load the model without deterministic=True."
+        )
+    return rows, columns
+
+
+def _attend_alike(
+    module: nn.Module,
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    causal: bool,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Return (batch, queries, heads, width) for texts of one length, of which nothing is left out."""
+    query, key, value = parts
     queries = query.shape[2]
-    if options.get("is_causal") is None:
-        options["is_causal"] = queries > 1 and attention_mask is None and getattr(module, "is_causal", True)
     if queries < _QUERIES:
         query = _filled_up(query)
         attention_mask = None if attention_mask is None else _filled_up(attention_mask)
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return output[:, :queries], None
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=causal, **options)
+    return output[:, :queries]
 
 
 def _filled_up(rows: torch.Tensor) -> torch.Tensor:

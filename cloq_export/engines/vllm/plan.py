@@ -49,6 +49,8 @@ _RESERVED = {
     "--shutdown-timeout": "--shutdown-timeout",
     "--uds": "--host and --port",
 }
+# Keys and values are then read in one piece, whoever else is in the batch.
+DETERMINISTIC_ENVIRONMENT = {DETERMINISTIC_VARIABLE: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
 _TRUST, _KEY = "--trust-remote-code", "--api-key"
 _GIB = 1 << 30
 _LARGEST_KV_GIB = 32
@@ -222,6 +224,9 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
     told = engine_options(checkpoint, adapters, settings, kv_cache_gib=kv_cache_gib)
     # Leaves room for adapters that are loaded while it serves.
     told["max_cpu_loras"] = max(told["max_loras"], len(adapters), 32)
+    if options.deterministic:
+        # What is compiled for one token may add up in another order than what is compiled for many.
+        told["enforce_eager"] = True
     told |= {"served_model_name": base_name, "host": options.host, "port": _take_port(options.host, options.port)}
     told |= {"shutdown_timeout": options.shutdown_timeout, **(certificates.options() if certificates else {})}
     command = [str(options.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server", *_flags(told)]
@@ -244,8 +249,7 @@ def plan_server(export: Path, adapters: Mapping[str, Path], options: ServerOptio
         ).to_text(),
     }
     if options.deterministic:
-        # Keys and values are then read in one piece, whoever else is in the batch.
-        environment |= {DETERMINISTIC_VARIABLE: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+        environment |= DETERMINISTIC_ENVIRONMENT
     if access.api_key is not None:
         environment[API_KEY_VARIABLE] = access.api_key
     return ServerPlan(

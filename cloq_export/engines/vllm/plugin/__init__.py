@@ -6,6 +6,7 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
   experts among them on the CPU (`experts`, `expert_parts`, `mixture`);
 - on the CPU, a kernel for the compressed-tensors grids which vLLM has none for (`cpu_kernel`), and their
   experts (`compressed_experts`);
+- on the CPU, float layers in one order of addition, where the engine is deterministic (`float_layers`);
 - on the CPU, adapters that are computed in one call with the layers of the native library (`fused_lora`);
 - on the CPU, adapters of single experts (`expert_lora`);
 - on the CPU, low-rank products that leave requests without an adapter alone for every other layer, and prompt
@@ -74,6 +75,7 @@ def register() -> None:
         compressed_experts,
         cpu_kernel,
         expert_lora,
+        float_layers,
         fused_lora,
         guard,
         held_adapters,
@@ -87,6 +89,7 @@ def register() -> None:
     quantization.register()
     cpu_kernel.register()
     compressed_experts.register()
+    float_layers.register()
     punica.register()
     fused_lora.register()
     expert_lora.register()

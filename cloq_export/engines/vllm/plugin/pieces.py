@@ -88,6 +88,7 @@ PIECES: Pieces = {
     f"{_COMPRESSED}.compressed_tensors:CompressedTensorsConfig.get_quant_method": ("layer", "prefix"),
     f"{_COMPRESSED}.compressed_tensors:CompressedTensorsConfig.maybe_update_config": ("model_name",),
     f"{_COMPRESSED}.schemes.compressed_tensors_wNa16:CompressedTensorsWNA16.create_weights": ("layer",),
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": ("layer", "remove_weight"),
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": (),
     "vllm.model_executor.models.utils:WeightsMapper": (),
     "vllm.model_executor.parameter:GroupQuantScaleParameter": (),

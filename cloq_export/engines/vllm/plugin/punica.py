@@ -16,6 +16,9 @@ from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from cloq_export.engines.vllm.plugin.deterministic import is_deterministic
+from cloq_export.kernels.cpu.dense import dense_linear
+
 # Adapter of each run of consecutive rows: (adapter, first row, end).
 _Runs = Sequence[tuple[int, int, int]]
 
@@ -60,6 +63,11 @@ def _runs_of_rows(adapters: torch.Tensor) -> _Runs:
     return _runs_of_sequences(ends - counts, counts, values)
 
 
+def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `x W^T`, in an order that does not depend on the other rows where the engine is deterministic."""
+    return dense_linear(x, weight) if is_deterministic() else x @ weight.t()
+
+
 def _shrink(x: torch.Tensor, lora_a: torch.Tensor, y: torch.Tensor, runs: _Runs, scaling: float) -> None:
     """Set `y = scaling * x A_i^T` for the rows of every adapter i; other rows are left as they are.
 
@@ -72,7 +80,7 @@ def _shrink(x: torch.Tensor, lora_a: torch.Tensor, y: torch.Tensor, runs: _Runs,
     """
     for adapter, rows in _rows_of(runs):
         a = lora_a[adapter].reshape(lora_a.shape[-2:]).to(y.dtype)
-        y[rows, : a.shape[0]] = scaling * (x[rows].to(y.dtype) @ a.t())
+        y[rows, : a.shape[0]] = scaling * _multiply(x[rows].to(y.dtype), a)
 
 
 def _expand(x: torch.Tensor, lora_b: torch.Tensor, y: torch.Tensor, runs: _Runs, add: bool, first: int = 0) -> None:
@@ -90,7 +98,7 @@ def _expand(x: torch.Tensor, lora_b: torch.Tensor, y: torch.Tensor, runs: _Runs,
         b = lora_b[adapter].reshape(lora_b.shape[-2:]).to(x.dtype)
         # Padding of the vocabulary may differ between the two.
         count = min(b.shape[0], y.shape[1] - first)
-        product = x[rows] @ b[:count].t()
+        product = _multiply(x[rows], b[:count])
         if add:
             product = y[rows, first : first + count].to(x.dtype) + product
         y[rows, first : first + count] = product.to(y.dtype)
