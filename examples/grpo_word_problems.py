@@ -6,8 +6,8 @@
     python examples/grpo_word_problems.py demo-2bit --adapter words --out grpo
 
 A model that never answers in the wanted form gets no reward to learn from, so a few steps on worked solutions come
-first; many would leave it with one answer to each problem, and nothing to choose from. The base stays packed and frozen;
-the adapter is what learns. Rollouts come from the trainer's own model, or with `--server URL` from `cloq serve
+first; many would leave it with one answer to each problem, and nothing to choose from. The base stays packed and
+frozen; the adapter is what learns. Rollouts come from the trainer's own model, or with `--server URL` from `cloq serve
 demo-2bit`, which gets the adapter of each step alone. Either way a canary compares the trainer with what serves the
 adapter. Killed or interrupted, the same command continues. `OUT/curve.json` has the rewards of every step, and those of
 unseen problems before and after, with their standard error.

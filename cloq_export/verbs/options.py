@@ -157,9 +157,7 @@ class ServeOptions:
     )
     force: bool = option(False, "Serve adapters that are bound to another base.")
     trust_adapters: bool = option(False, "Serve adapters that do not say which base they belong to.")
-    deterministic: bool = option(
-        False, "Give a request the same bits alone and in every batch, on a CPU."
-    )
+    deterministic: bool = option(False, "Give a request the same bits alone and in every batch, on a CPU.")
     adapter_roots: tuple[str, ...] = option(
         (),
         "Folder from which adapters may be loaded while it serves, with all that lies in it; can be repeated. Without "

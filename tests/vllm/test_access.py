@@ -36,6 +36,19 @@ def plan_of(export: Any, **options: Any) -> Any:
     return plan_serving(export.folder, ServeOptions(default="one", port=0, kv_cache_gib=1, **options))
 
 
+def test_a_deterministic_server_is_told_so(export: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, usual = plan_of(export, deterministic=True), plan_of(export)
+    assert plan.environment.items() >= vllm_plan.DETERMINISTIC_ENVIRONMENT.items()
+    assert "--enforce-eager" in plan.command
+    assert not usual.environment.keys() & vllm_plan.DETERMINISTIC_ENVIRONMENT.keys()
+    assert "--enforce-eager" not in usual.command
+    monkeypatch.setattr(vllm_plan, "engine_facts", lambda python: EngineFacts("0.32.0", cuda=True))
+    with pytest.raises(
+        UsageError, match="--deterministic is for engines on a CPU, and this one has CUDA; leave it out"
+    ):
+        plan_of(export, deterministic=True)
+
+
 def test_the_key_comes_from_a_file_or_the_environment(
     export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
