@@ -153,7 +153,7 @@ def test_what_is_refused(export: Any, write_export: Callable[..., Any], tmp_path
     assert "--port is set by cloq serve itself" in refuse(folder, default="one", engine_options=("--port=1",))
     assert "--served-model-name is set by" in refuse(folder, default="one", engine_options=("--served_model_name", "x"))
     assert "the model name 'a/b' has a slash" in refuse(folder, default="one", name="a/b")
-    assert "the dtype is 'int8'" in refuse(folder, default="one", dtype="int8")
+    assert "`dtype` is 'int8'" in refuse(folder, default="one", dtype="int8")
 
 
 @pytest.mark.usefixtures("on")

@@ -32,6 +32,7 @@ from cloq_export.files.versions import require_versions
 from cloq_export.formats.gptq import GPTQ_V2, check_symmetric
 from cloq_export.formats.peft.codec import Adapter
 from cloq_export.formats.peft.config import adapter_config
+from cloq_export.formats.scales import read_scales
 from cloq_export.kernels import cpu
 from cloq_export.kernels.bitpack import unpack_rows
 from cloq_export.models.first_forward import require_forward
@@ -224,9 +225,8 @@ def _place_packed(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:
         )
     if spec.symmetric:
         check_symmetric(unpack_rows(tensors["qzeros"], spec.bits), spec, packed.module)
-    if tensors["scales"].dtype != torch.float16:
-        raise FormatError(f"scales are {tensors['scales'].dtype}; expected torch.float16.")
-    return PackedLinear(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits=spec.bits, dtype=dtype)
+    scales = read_scales(tensors, "scales", tuple(tensors["scales"].shape), name=packed.module)
+    return PackedLinear(tensors["qweight"], tensors["qzeros"], scales, bits=spec.bits, dtype=dtype)
 
 
 def _place_dense(packed: _PackedTensors, dtype: torch.dtype) -> nn.Module:

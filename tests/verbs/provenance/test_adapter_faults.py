@@ -16,6 +16,7 @@ from rich.console import Console
 from tiers import slow_but
 
 from cloq_export.artifact.provenance import PROVENANCE_NAME
+from cloq_export.errors import FormatError
 from cloq_export.formats.peft import read_adapter, write_adapter
 from cloq_export.parity.report import missed_gates
 from cloq_export.types import LoraPair
@@ -180,9 +181,6 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     "the record edited": (_edit_record, "was edited after it was written"),
     "the adapter's record edited": (_edit_adapter_record, "was edited after it was written"),
     "the record of another version": (_other_version, "is of version 99"),
-    "target modules left out of the config": (_leave_out_modules, "adapter_config.json leaves out"),
-    "target modules left out by a pattern": (_leave_out_by_pattern, "adapter_config.json leaves out model.layers.0"),
-    "target modules of a pattern that nobody reads": (_unreadable_pattern, "target_modules: the pattern"),
     "an adapter deleted": (_delete_adapter, "the export was written with it, and it is not there"),
     "a cost declared that no form has": (_declare_any_error, "was rounded after it was made"),
     "the record deleted": (_delete_record, "the record that the certificate speaks of is missing"),
@@ -194,7 +192,7 @@ BEFORE_CERTIFICATION: dict[str, tuple[Fault, str]] = {
     slow_but(
         BEFORE_CERTIFICATION,
         *("folders of two adapters exchanged", "the initial adapter for the trained one", "rounded to bfloat16"),
-        *("the record edited", "target modules left out by a pattern", "an adapter deleted", "the record deleted"),
+        *("the record edited", "an adapter deleted", "the record deleted"),
     ),
 )
 def test_a_fault_before_certification_is_named(fault: str, copy: Path, options: VerifyOptions, silent: Console) -> None:
@@ -205,6 +203,23 @@ def test_a_fault_before_certification_is_named(fault: str, copy: Path, options: 
     assert "certificate" not in missed(report)
     assert "provenance" in missed(report)
     assert named in str(missed_gates(report))
+
+
+@pytest.mark.parametrize(
+    ("plant", "named"),
+    [
+        (_leave_out_modules, r"target_modules leaves out model\.layers\.0"),
+        (_leave_out_by_pattern, r"target_modules leaves out model\.layers\.0"),
+        (_unreadable_pattern, r"the pattern .* is not read"),
+    ],
+)
+def test_pairs_that_the_config_leaves_out_are_refused_when_they_are_read(
+    plant: Fault, named: str, copy: Path, options: VerifyOptions, silent: Console
+) -> None:
+    plant(copy)
+    certify_again(copy)
+    with pytest.raises(FormatError, match=named):
+        verify(copy, options, console=silent)
 
 
 OUTSIDE: dict[str, tuple[Callable[[Path, Path], tuple[str, ...]], str]] = {
