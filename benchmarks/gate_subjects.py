@@ -63,9 +63,9 @@ def make_subject(place: Path, *, bits: int = 2, seed: int = 0, **recipe: Any) ->
     from cloq_export.verbs.finetune import finetune
     from cloq_export.verbs.run import run as make_run
 
-    model = _write_model(place / "float", seed)
+    model = write_tiny_llama(place / "float", seed)
     text = place / "text.txt"
-    text.write_text(_random_text(5000, seed=seed + 3), encoding="utf-8")
+    text.write_text(random_text(5000, seed=seed + 3), encoding="utf-8")
     options = {
         "group_size": 32,
         "rank": 8,
@@ -90,7 +90,14 @@ def make_subject(place: Path, *, bits: int = 2, seed: int = 0, **recipe: Any) ->
     return Subject(model, text, run)
 
 
-def _write_model(folder: Path, seed: int) -> Path:
+def write_tiny_llama(folder: Path, seed: int, context: int = CONTEXT) -> Path:
+    """Write a random Llama of two layers with its tokenizer, and return its folder.
+
+    Args:
+        folder: that does not exist yet.
+        seed: of the weights.
+        context: tokens that it reads at most.
+    """
     import torch
     import transformers
 
@@ -102,7 +109,7 @@ def _write_model(folder: Path, seed: int) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -137,7 +144,13 @@ def write_word_tokenizer(folder: Path, vocabulary: Sequence[str]) -> None:
     ).save_pretrained(folder)
 
 
-def _random_text(words: int, seed: int) -> str:
+def random_text(words: int, seed: int) -> str:
+    """Return words that the tokenizer knows, some more often than others.
+
+    Args:
+        words: how many.
+        seed: of the draw.
+    """
     import torch
 
     drawn = len(_WORDS) * torch.rand(words, generator=torch.Generator().manual_seed(seed)).pow(2)
