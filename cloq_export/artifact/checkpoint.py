@@ -115,7 +115,9 @@ class Checkpoint:
         _refuse_strangers(folder, specs, grids, headers)
         if read_as is None and grids.modules is None:
             grids, notes = version_by_content(folder, grids, specs, StoredFiles(files, stored))
-        return cls(folder, config, grids, specs, files, headers, stored, tuple(notes))
+        checkpoint = cls(folder, config, grids, specs, files, headers, stored, tuple(notes))
+        checkpoint._refuse_small_floats()
+        return checkpoint
 
     @property
     def is_ours(self) -> bool:
@@ -178,6 +180,15 @@ class Checkpoint:
     def float_names(self) -> list[str]:
         """Return the names of the tensors that belong to no quantized module, sorted."""
         return sorted(name for name in self.headers if self._module_of(name) is None)
+
+    def _refuse_small_floats(self) -> None:
+        """Refuse float tensors in less than half precision, which lack the scales that they would need."""
+        for name in self.float_names():
+            if (code := self.headers[name][0]).startswith("F8_"):
+                raise FormatError(
+                    f"{self.folder} holds {name} as {code}; what is not quantized is read in float32, float16 and "
+                    "bfloat16: write the checkpoint again in one of them."
+                )
 
     def _module_of(self, name: str) -> str | None:
         module, _, part = name.rpartition(".")

@@ -34,6 +34,8 @@ _NO_FUNCTION = frozenset(
 _NOT_GENERATION = frozenset({"transformers_version", "_from_model_config"})
 # What rounding to a dtype once changes at most: half a unit in the last place, and the smallest numbers absolutely.
 _ONE_ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 0.0)}
+# Dtypes that models are stored in, and read from.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What of a tokenizer's file makes ids and texts.
 _TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
 _TOKENIZER_SETTINGS = (
@@ -46,15 +48,16 @@ _TOKENIZER_SETTINGS = (
 _SHOWN = 3
 
 
-def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
+def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel, *, exact: bool = False) -> Finding:
     """Compare every float tensor of a checkpoint with the float model's own, and what config.json says of a tied head.
 
     A tensor that is stored in the dtype of its source, or in float32, is the same number for number; one that was
-    stored in another dtype may be off by one rounding to it.
+    stored in half precision may be off by one rounding to it, unless `exact`.
 
     Args:
         checkpoint: the export.
         loaded: the float model in float32.
+        exact: whether whoever wrote the checkpoint rounds nothing that is not quantized.
     """
     state = loaded.model.state_dict()
     faults: list[str] = []
@@ -64,7 +67,8 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel) -> Finding:
         if wanted is None:
             continue  # a reader of the checkpoint refuses what its model has no place for
         held.add(name)
-        fault = _tensor_fault(checkpoint.read(name), tensor_of(loaded.model, name, wanted), loaded.source.dtype)
+        whole = tensor_of(loaded.model, name, wanted)
+        fault = _tensor_fault(checkpoint.read(name), whole, loaded.source.dtype, exact=exact)
         if fault:
             faults.append(f"{name} {fault}")
     faults += _gaps(state, held, {*checkpoint.specs, *copies_of_codes(loaded.model, checkpoint.specs)})
@@ -168,17 +172,21 @@ def compare_generation(folder: Path, model: Any) -> Finding:
     return Finding("generation settings", CONTRADICTED, shown)
 
 
-def _tensor_fault(stored: torch.Tensor, wanted: torch.Tensor, source: torch.dtype) -> str | None:
+def _tensor_fault(stored: torch.Tensor, wanted: torch.Tensor, source: torch.dtype, *, exact: bool) -> str | None:
     """Return what is wrong with a stored tensor, as the end of a sentence; None if it is the float model's."""
     if tuple(stored.shape) != tuple(wanted.shape):
         return f"has the shape {tuple(stored.shape)}, the float model's {tuple(wanted.shape)}"
-    if torch.equal(wanted.to(stored.dtype), stored):
+    if wanted.is_floating_point() and stored.dtype not in _FLOATS:
+        return f"is stored as {str(stored.dtype).removeprefix('torch.')}, which holds no numbers of the float model"
+    if torch.equal(stored.to(wanted.dtype), wanted):
         return None
     if not stored.is_floating_point():
         return "has other numbers than the float model's"
+    if not exact and torch.equal(wanted.to(stored.dtype), stored):
+        return None
     difference = (stored.to(torch.float32) - wanted.to(torch.float32)).abs()
     size = wanted.to(torch.float32).abs()
-    if stored.dtype != source and stored.dtype in _ONE_ROUNDING:
+    if not exact and stored.dtype != source and stored.dtype in _ONE_ROUNDING:
         share, least = _ONE_ROUNDING[stored.dtype]
         if bool((difference <= share * size + least).all()):
             return None

@@ -42,14 +42,7 @@ class ClosedServer:
         self._ask({"open": True})
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
-        """Return the log-probability of every token given those before it, one sequence after the other.
-
-        Args:
-            token_ids: sequences of n tokens.
-            adapters: the adapter of each; None is the base alone.
-
-        Returns:
-            list: one (n - 1,) float32 tensor for every sequence, for the tokens 1 to n - 1.
+        """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence, one after the other; see `ScoresPrompts`.
 
         Raises:
             UsageError: an adapter is not served, or a sequence is empty.

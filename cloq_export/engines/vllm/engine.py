@@ -144,14 +144,7 @@ class VllmModel(ListsTokens):
         return engine_options(Checkpoint.open(export), folders, settings, kv_cache_gib=self._start.kv_cache_gib)
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
-        """Return the log-probability of every token given those before it, for all sequences in one batch.
-
-        Args:
-            token_ids: sequences of n tokens.
-            adapters: the adapter of each; None is the base alone.
-
-        Returns:
-            list: one (n - 1,) float32 tensor for every sequence, for the tokens 1 to n - 1.
+        """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence, all in one batch; see `ScoresPrompts`.
 
         Raises:
             UsageError: an adapter is not one of this model, or a sequence is empty.

@@ -24,6 +24,7 @@ from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.errors import CloqError, FormatError
 from cloq_export.files.fingerprint import combine_digests, layer_digest
 from cloq_export.formats.peft import Adapter, read_adapter
+from cloq_export.models.companions import is_legal
 from cloq_export.models.source import LoadedModel
 from cloq_export.parity.adapter_folder import judge_folder
 from cloq_export.parity.gate import HALF_PROBE_LIMIT, float32_limit
@@ -274,6 +275,9 @@ class MadeBefore:
             return [Finding("reference", PROVEN), *findings]
         reason = f"{loaded.source.name} is not the revision of {self.base.model} that the run was made from"
         added = loaded.source.added_files(made_from)
+        if added and all(map(is_legal, added)):
+            # A licence text beside the model changes nothing that it computes.
+            return [Finding("reference", PROVEN), *findings]
         if added:
             reason += f": {loaded.source.folder} holds {' and '.join(added)}, which was not there then"
         if other:
