@@ -72,6 +72,13 @@ def _to_bfloat16_and_back(held: dict[str, Any]) -> None:
     held[name] = held[name].to(torch.bfloat16).to(held[name].dtype)
 
 
+def _to_float8(held: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.embed_tokens.weight"
+    held[name] = held[name].to(torch.float8_e4m3fn)
+
+
 def _rare_row(held: dict[str, Any]) -> None:
     held["model.embed_tokens.weight"][0] *= -1
 
@@ -207,6 +214,9 @@ BEFORE = [
         _tensor("model.embed_tokens.weight", _in_embeddings),
     ),
     _float("embeddings rounded and stored again", "model.embed_tokens.weight", _tensors(_to_bfloat16_and_back)),
+    _float("the head stored in half precision", "lm_head.weight", _tensor("lm_head.weight", lambda w: w.bfloat16())),
+    _float("the final norm in integers", "is stored as int8", _tensor("model.norm.weight", lambda w: w.char())),
+    _float("embeddings in eight bits", "F8_E4M3", _tensors(_to_float8)),
     _float(
         "norms of two layers exchanged",
         "input_layernorm",

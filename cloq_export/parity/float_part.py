@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from cloq_export.models.tied_head import config_of_json
 from cloq_export.models.tokenizer_files import read_tokenizer
 from cloq_export.models.weights_on_disk import tensor_of
 from cloq_export.parity.provenance import CONTRADICTED, PROVEN, Finding, join_some, judge_tokenizer
+
+if TYPE_CHECKING:
+    from cloq_export.formats.onnx.reading import OnnxExport
 
 # Keys of a config that say how a model is stored or run, and not what it computes. Whether the head is tied shows in
 # the tensors.
@@ -77,6 +80,36 @@ def compare_tensors(checkpoint: Checkpoint, loaded: LoadedModel, *, exact: bool 
     if not faults:
         return Finding("float tensors", PROVEN)
     return Finding("float tensors", CONTRADICTED, join_some(faults, "; "))
+
+
+def compare_vocabulary(export: OnnxExport, loaded: LoadedModel) -> Finding:
+    """Compare embeddings and head of a graph with the float model's: rows of rare tokens show in no text.
+
+    Args:
+        export: the graph with its integers.
+        loaded: the float model in float32.
+    """
+    layer = loaded.model.get_input_embeddings()
+    shape = tuple(layer.weight.shape)
+    state = loaded.model.state_dict()
+    known: dict[str, torch.Tensor] = {}
+    for name, held in state.items():
+        if tuple(held.shape) in (shape, shape[::-1]):
+            matrix = tensor_of(loaded.model, name, held)
+            known[name] = matrix if tuple(matrix.shape) == shape else matrix.T
+    found: set[str] = set()
+    faults = []
+    for name, stored in export.float_matrices(*shape):
+        same = [own for own, matrix in known.items() if torch.equal(matrix, stored)]
+        found.update(same)
+        if not same:
+            faults.append(f"{name} of the graph is no matrix of the float model")
+    module = next(name for name, each in loaded.model.named_modules() if each is layer)
+    if module not in export.record.modules and f"{module}.weight" not in found and not faults:
+        faults.append(f"{module}.weight is missing from the graph")
+    if not faults:
+        return Finding("vocabulary matrices", PROVEN)
+    return Finding("vocabulary matrices", CONTRADICTED, join_some(faults, "; "))
 
 
 def compare_config(config: Mapping[str, Any], model: Any, source: str) -> Finding:

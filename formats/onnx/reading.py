@@ -132,6 +132,25 @@ class OnnxExport:
         for module in self.record.modules:
             yield module, self.read_layer(module)
 
+    def float_matrices(self, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the graph's float32 matrices of one shape, those that it holds transposed turned back.
+
+        Args:
+            rows: of a matrix.
+            columns: likewise.
+
+        Yields:
+            (name, (rows, columns) float32), one in memory at a time.
+
+        Raises:
+            FormatError: the weights are damaged.
+        """
+        for name, tensor in self.tensors.items():
+            shape = tuple(tensor.dims)
+            if tensor.data_type == onnx.TensorProto.FLOAT and shape in ((rows, columns), (columns, rows)):
+                matrix = torch.frombuffer(bytearray(self._bytes(name)), dtype=torch.float32).view(shape)
+                yield name, matrix if shape == (rows, columns) else matrix.T
+
     def _bytes(self, name: str) -> bytes:
         tensor = self.tensors[name]
         size = _stored_bytes(tensor)

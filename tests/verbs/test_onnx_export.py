@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai as genai
 import pytest
 import torch
@@ -24,6 +25,9 @@ from cloq_export.errors import BindingError, FormatError, UsageError
 from cloq_export.formats.onnx.adapter import ADAPTER_NAME
 from cloq_export.formats.onnx.reading import OnnxExport
 from cloq_export.formats.onnx.record import GRAPH_NAME, read_record
+from cloq_export.models.source import open_model
+from cloq_export.parity.float_part import compare_vocabulary
+from cloq_export.parity.provenance import CONTRADICTED, PROVEN
 from cloq_export.recipe import Recipe
 from cloq_export.verbs.adapt import adapt
 from cloq_export.verbs.export import export as write_export
@@ -145,6 +149,23 @@ def test_the_gate_passes_and_an_edited_graph_misses_it(
     assert main(asked.replace(str(exported), str(other)).split()) == 3
     spoken = capsys.readouterr()
     assert "is not the file that was certified" in spoken.err
+
+
+def test_the_row_of_a_token_that_no_text_has_is_named(run: Path, exported: Path, tmp_path: Path) -> None:
+    loaded = open_model(json.loads((run / "run.json").read_text())["recipe"]["model"])
+    assert compare_vocabulary(OnnxExport.open(exported), loaded).verdict == PROVEN
+    other = Path(shutil.copytree(exported, tmp_path / "edited"))
+    graph = onnx.load(str(other / "model.onnx"), load_external_data=False).graph
+    embeddings = next(each for each in graph.initializer if each.name == "model.embed_tokens.weight")
+    offset = int({entry.key: entry.value for entry in embeddings.external_data}["offset"])
+    with open(other / "model.onnx.data", "r+b") as file:
+        file.seek(offset + 3)  # sign and exponent of the first number
+        last = file.read(1)
+        file.seek(offset + 3)
+        file.write(bytes([last[0] ^ 0x80]))
+    finding = compare_vocabulary(OnnxExport.open(other), loaded)
+    assert finding.verdict == CONTRADICTED
+    assert finding.reason == "model.embed_tokens.weight of the graph is no matrix of the float model"
 
 
 def test_adapters_alone_are_written_and_bound(run: Path, exported: Path, tmp_path: Path, silent: Console) -> None:

@@ -74,7 +74,7 @@ class ServerClient(ListsTokens):
         return {card["id"]: str(card.get("root") or "") for card in self._get("/v1/models")["data"]}
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[torch.Tensor]:
-        """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence, each in a request of its own; see `ScoresPrompts`.
+        """Return log p(x_i | x_1..x_{i-1}), i = 2..n, of each sequence, a request for each; see `ScoresPrompts`.
 
         Raises:
             UsageError: an adapter is not served, or a sequence is empty.

@@ -17,7 +17,13 @@ from cloq_export.models.block_loading import Streaming
 from cloq_export.models.source import LoadedModel, open_model
 from cloq_export.parity.answers import Answers, Respondent
 from cloq_export.parity.divergence import next_logprobs
-from cloq_export.parity.float_part import compare_config, compare_generation, compare_tensors, compare_tokenizer
+from cloq_export.parity.float_part import (
+    compare_config,
+    compare_generation,
+    compare_tensors,
+    compare_tokenizer,
+    compare_vocabulary,
+)
 from cloq_export.parity.folder_files import compare_files
 from cloq_export.parity.genai_settings import compare_genai_settings
 from cloq_export.parity.numerics import LogprobDifferences, compare_logprobs, measure_logprobs
@@ -167,7 +173,10 @@ def _reference_files(plan: Plan, loaded: LoadedModel, place: Path) -> tuple[Path
 
 
 def _compare_float_part(plan: Plan, loaded: LoadedModel) -> list[Finding]:
-    """Compare what is not quantized with the float model. Tensors of an ONNX graph are judged by what it computes."""
+    """Compare what is not quantized with the float model.
+
+    Of an ONNX graph, tensors that every token goes through are judged by what it computes.
+    """
     checkpoint, folder = plan.checkpoint, plan.checkpoint.folder
     findings = [compare_config(checkpoint.config, loaded.model, str(folder / "config.json"))]
     if isinstance(checkpoint, Checkpoint):
@@ -175,7 +184,7 @@ def _compare_float_part(plan: Plan, loaded: LoadedModel) -> list[Finding]:
         exact = plan.made.base is not None and not plan.options.other_reference
         findings += [compare_tensors(checkpoint, loaded, exact=exact), compare_files(checkpoint, loaded)]
     else:
-        findings.append(compare_genai_settings(folder, loaded))
+        findings += [compare_vocabulary(checkpoint, loaded), compare_genai_settings(folder, loaded)]
     return [*findings, *compare_tokenizer(folder, loaded), compare_generation(folder, loaded.model)]
 
 

@@ -83,6 +83,14 @@ FLOAT_PART: dict[str, tuple[Fault, str]] = {
         _edit_tensor("model.embed_tokens.weight", lambda w: w.roll(1, 0)),
         "model.embed_tokens.weight differs",
     ),
+    "a head rounded to half precision": (
+        _edit_tensor("lm_head.weight", lambda w: w.bfloat16()),
+        "lm_head.weight differs",
+    ),
+    "a norm stored in integers": (
+        _edit_tensor("model.norm.weight", lambda w: w.to(torch.int8)),
+        "model.norm.weight is stored as int8",
+    ),
     "a head of another revision": (_edit_tensor("lm_head.weight", lambda w: -w), "lm_head.weight differs"),
     "epsilon of the norms": (_edit_config(rms_norm_eps=1e-3), "rms_norm_eps is 0.001"),
     "base of the rotary positions": (_edit_rope, "rope_theta"),
@@ -107,7 +115,13 @@ FLOAT_PART: dict[str, tuple[Fault, str]] = {
     "fault",
     slow_but(
         FLOAT_PART,
-        *("a norm scaled by 1.01", "a head of another revision", "base of the rotary positions", "the context length"),
+        *(
+            "a norm scaled by 1.01",
+            "a head of another revision",
+            "a norm stored in integers",
+            "base of the rotary positions",
+            "the context length",
+        ),
         *("two words of the vocabulary exchanged", "a tied head over two matrices", "a chat template"),
     ),
 )

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from tiers import slow_but
 
 from cloq_export.artifact.certificate import read_certificate, write_certificate
+from cloq_export.artifact.checkpoint import Checkpoint
 from cloq_export.artifact.pair_record import PairRecord, pair_digest
 from cloq_export.artifact.provenance import PROVENANCE_NAME
 from cloq_export.artifact.run_directory import RunDirectory
 from cloq_export.formats.peft import read_adapter
+from cloq_export.models.source import open_model
 from cloq_export.parity.report import missed_gates, schema
 from cloq_export.parity.task_report import RecordedAnswers
 from cloq_export.types import LoraPair
@@ -31,6 +33,7 @@ from cloq_export.verbs.evaluate import evaluate
 from cloq_export.verbs.export import export as write_export
 from cloq_export.verbs.options import EvaluateOptions, ExportOptions
 from cloq_export.verbs.verification import engines
+from cloq_export.verbs.verification.made_before import MadeBefore
 from cloq_export.verbs.verification.options import VerifyOptions
 from cloq_export.verbs.verify import planned_gates, verify
 
@@ -79,6 +82,22 @@ def test_a_run_directory_is_proven_by_what_it_recorded(run: Path, options: Verif
     assert verdicts["provenance"]
     assert verdicts["reference"]
     assert verdicts["float_part"]
+
+
+def test_a_licence_beside_the_float_model_makes_no_other_revision(
+    exported: Path, options: VerifyOptions, tmp_path: Path
+) -> None:
+    reference = Path(shutil.copytree(str(options.reference), tmp_path / "float"))
+    made = MadeBefore.read(exported, Checkpoint.open(exported), {}, {}, run=None, serves_all=False)
+
+    def verdicts() -> dict[str, str]:
+        found = made.findings_of_reference(open_model(str(reference)), other=False)
+        return {each.what: each.verdict for each in found}
+
+    (reference / "LICENSE").write_text("as is\n")
+    assert set(verdicts().values()) == {"proven"}
+    (reference / "vocab.json").write_text("{}\n")
+    assert verdicts()["reference"] == "contradicted"
 
 
 def test_codes_ruined_before_the_export_are_caught(
