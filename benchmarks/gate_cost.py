@@ -119,7 +119,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         own = [row for row in rows if (row["model"], row["options"], row["part"]) == label]
         name = ", ".join(filter(None, label))
         for side in SIDES:
-            counted = next((row["tokens"] for row in own if row["side"] == side), [])
+            counted: list[dict[str, Any]] = next((row["tokens"] for row in own if row["side"] == side), [])
             each = [f"{count['tokens']:.0f} {count['step']} in {count['model']}" for count in counted]
             lines.append(f"{name}: tokens of {side}: {', '.join(each)}")
         for figure in ("cpu_seconds", "wall_seconds"):
