@@ -7,6 +7,7 @@ It imports whichever cloq_export stands on the path, of any version.
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 import sys
@@ -58,14 +59,18 @@ def _kind(block: nn.Module) -> str:
 
 def main() -> None:
     """Run the command that the arguments hold, and write the counts however it ends."""
-    place, layers = Path(sys.argv[1]), int(sys.argv[2])
-    sys.argv = ["cloq", *sys.argv[3:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("counts", type=Path, help="file to write")
+    parser.add_argument("layers", type=int, help="decoder blocks of the model")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a verb of cloq with its arguments")
+    chosen = parser.parse_args()
+    sys.argv = ["cloq", *chosen.command]
     counter = TokenCounter()
     register_module_forward_pre_hook(counter)
     try:
         runpy.run_module("cloq_export", run_name="__main__")
     finally:
-        counter.write(place, layers)
+        counter.write(chosen.counts, chosen.layers)
 
 
 if __name__ == "__main__":
